@@ -1,0 +1,169 @@
+"""One step's tokens laid side by side, whatever sequences and adapters they belong to."""
+
+from collections.abc import Callable, Sequence as Seq
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.reference.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
+from kernels.reference.paged_attention import AttentionGroup
+from runtime.models.config import ModelConfig
+from runtime.scheduler import Chunk
+from runtime.sequence import Sequence
+
+AdapterSites = Seq[SiteWeights | None]
+
+# Decode rows share one attention call until padding them to the longest would read more than this many times
+# what they hold.
+MAX_PADDING = 2.0
+
+
+class LoraRows:
+    """Which rows of a batch carry which adapter; the decoder hands it every projection's input and output."""
+
+    def __init__(self, model: ModelConfig, runs: list[Run], logit_runs: list[Run]):
+        self.runs = runs
+        self.logit_runs = logit_runs
+        self.embed_site = model.embed_site
+        self.lm_head_site = model.lm_head_site
+
+    def apply(self, site: int, x: Tensor, y: Tensor) -> None:
+        """y += LoRA(x) in place, on the rows that carry an adapter."""
+        grouped_lora(y, x, site, self.runs)
+
+    def embed(self, token_ids: Tensor, x: Tensor) -> None:
+        embedding_lora(x, token_ids, self.embed_site, self.runs)
+
+    def apply_logits(self, x: Tensor, y: Tensor) -> None:
+        """As `apply`, for the rows that the logits are computed of."""
+        grouped_lora(y, x, self.lm_head_site, self.logit_runs)
+
+
+class Batch(NamedTuple):
+    """The input of one forward pass over T tokens.
+
+    `chunks` are in row order: decoding ones first, those of one adapter side by side. `slots` says where each
+    token's K/V goes. `logit_rows` are the rows whose logits are wanted, one for each of `sampling`.
+    """
+
+    chunks: list[Chunk]
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    groups: list[AttentionGroup]
+    logit_rows: Tensor
+    lora: LoraRows | None
+    sampling: list[Sequence]
+
+
+def build_batch(
+    chunks: Seq[Chunk],
+    model: ModelConfig,
+    block_size: int,
+    lookup: Callable[[str], AdapterSites],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Batch:
+    """Lay out the chunks of one step; `lookup` gives the resident weights of an adapter by digest."""
+    ordered = sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.sequence.adapter or "", len(chunk.sequence)))
+    token_ids: list[int] = []
+    positions: list[int] = []
+    logit_rows: list[int] = []
+    for sequence, start, count, samples in ordered:
+        token_ids += sequence.token_ids[start : start + count]
+        positions += range(start, start + count)
+        if samples:
+            logit_rows.append(len(token_ids) - 1)
+    decodes = [chunk for chunk in ordered if chunk.count == 1]
+    groups, slots = _attention(decodes, ordered[len(decodes) :], block_size, dtype)
+    return Batch(
+        chunks=ordered,
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=slots.to(device),
+        groups=groups,
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        lora=_lora_rows(ordered, logit_rows, model, lookup),
+        sampling=[chunk.sequence for chunk in ordered if chunk.samples],
+    )
+
+
+def _attention(
+    decodes: list[Chunk], prefills: list[Chunk], block_size: int, dtype: torch.dtype
+) -> tuple[list[AttentionGroup], Tensor]:
+    """Attention groups, and the slot that each row's K/V is written to."""
+    groups: list[AttentionGroup] = []
+    written: list[Tensor] = []
+    for first, last in pairwise(_group_bounds([chunk.start + 1 for chunk in decodes])):
+        rows = decodes[first:last]
+        lengths = torch.tensor([chunk.start + 1 for chunk in rows])
+        slots = _slots(rows, block_size)
+        written.append(slots.gather(1, lengths[:, None] - 1)[:, 0])
+        visible = torch.arange(slots.shape[1]) < lengths[:, None]
+        slots = torch.where(visible, slots, 0)
+        mask = None if bool(visible.all()) else _additive(visible, dtype)[:, None, None, :]
+        groups.append(AttentionGroup(slice(first, last), len(rows), 1, slots, mask))
+    row = len(decodes)
+    for chunk in prefills:
+        slots = _slots([chunk], block_size)
+        written.append(slots[0, chunk.start :])
+        keys = torch.arange(slots.shape[1])
+        mask = _additive(keys <= keys[chunk.start :, None], dtype)[None, None]
+        groups.append(AttentionGroup(slice(row, row + chunk.count), 1, chunk.count, slots, mask))
+        row += chunk.count
+    return groups, torch.cat(written)
+
+
+def _group_bounds(lengths: list[int]) -> list[int]:
+    """Cut decode rows into consecutive groups, none of them padded beyond MAX_PADDING."""
+    if not lengths:
+        return []
+    bounds, total, longest = [0], 0, 0
+    for row, length in enumerate(lengths):
+        total, longest = total + length, max(longest, length)
+        if longest * (row + 1 - bounds[-1]) > MAX_PADDING * total:
+            bounds.append(row)
+            total = longest = length
+    return [*bounds, len(lengths)]
+
+
+def _slots(chunks: list[Chunk], block_size: int) -> Tensor:
+    """The slots of each sequence's context including the chunk, (b, longest), padded with slots of the null block."""
+    longest = max(chunk.start + chunk.count for chunk in chunks)
+    width = -(-longest // block_size)
+    tables = torch.tensor(
+        [chunk.sequence.blocks[:width] + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
+    )
+    slots = tables[:, :, None] * block_size + torch.arange(block_size)
+    return slots.flatten(1)[:, :longest]
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
+def _lora_rows(
+    chunks: list[Chunk], logit_rows: list[int], model: ModelConfig, lookup: Callable[[str], AdapterSites]
+) -> LoraRows | None:
+    """Runs of rows under one adapter; None, and nothing of LoRA runs at all, when no row carries any."""
+    runs: list[tuple[int, int, str]] = []
+    row = 0
+    for sequence, start, count, _ in chunks:
+        first = row + min(max(sequence.activation - start, 0), count)
+        row += count
+        if sequence.adapter is None or first == row:
+            continue
+        if runs and runs[-1][1] == first and runs[-1][2] == sequence.adapter:
+            runs[-1] = (runs[-1][0], row, sequence.adapter)
+        else:
+            runs.append((first, row, sequence.adapter))
+    if not runs:
+        return None
+    logit_runs = []
+    for first, stop, adapter in runs:
+        covered = [index for index, row in enumerate(logit_rows) if first <= row < stop]
+        if covered:
+            logit_runs.append(Run(covered[0], covered[-1] + 1, lookup(adapter)))
+    return LoraRows(model, [Run(first, stop, lookup(adapter)) for first, stop, adapter in runs], logit_runs)

@@ -1,0 +1,105 @@
+"""A decoder-only transformer over a paged KV cache, with a place for adapters behind every projection."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference.elementwise import kv_write, rms_norm, rotary, silu_mul
+from kernels.reference.paged_attention import AttentionGroup, paged_attention
+from runtime.models.config import DOWN, GATE_UP, QKV, SITES_PER_LAYER, ModelConfig, O
+from runtime.models.layers import Linear, Rotary
+from runtime.models.weights import LayerWeights, Weights
+
+
+class Lora(Protocol):
+    """What the decoder asks of a batch's adapters: each call adds in place, on the rows that carry one."""
+
+    def apply(self, site: int, x: Tensor, y: Tensor) -> None: ...
+
+    def embed(self, token_ids: Tensor, x: Tensor) -> None: ...
+
+    def apply_logits(self, x: Tensor, y: Tensor) -> None: ...
+
+
+class Decoder:
+    """The forward pass of one model; it holds weights and no other state, and is called without autograd."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.config = config
+        self.weights = weights
+        self.rotary = Rotary(config.rope, config.head_dim, weights.embedding.device)
+        self.scale = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        kv: list[Tensor],
+        groups: Sequence[AttentionGroup],
+        logit_rows: Tensor,
+        lora: Lora | None,
+    ) -> Tensor:
+        """The logits of the rows asked for, (n, vocab) float32, having written every token's K and V.
+
+        `token_ids`, `positions` and `slots` (where each token's K/V goes) are (T,) int64, `kv` has a tensor
+        (slots, 2, kv_heads, head_dim) for each layer, `logit_rows` is (n,) int64. With `lora` None, exactly the
+        operations of a model without adapters run.
+        """
+        config, weights = self.config, self.weights
+        x = F.embedding(token_ids, weights.embedding)
+        if lora is not None:
+            lora.embed(token_ids, x)
+        if config.embedding_multiplier != 1.0:
+            x = x * config.embedding_multiplier
+        angles = self.rotary(positions, x.dtype)
+        for index, layer in enumerate(weights.layers):
+            site = index * SITES_PER_LAYER
+            x = self._attention(layer, site, x, angles, slots, kv[index], groups, lora)
+            x = self._mlp(layer, site, x, lora)
+        x = rms_norm(x.index_select(0, logit_rows), weights.norm, config.rms_norm_eps)
+        logits = weights.lm_head(x)
+        if lora is not None:
+            lora.apply_logits(x, logits)
+        logits = logits.float()
+        return logits if config.logits_scaling == 1.0 else logits / config.logits_scaling
+
+    def _attention(
+        self,
+        layer: LayerWeights,
+        site: int,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        slots: Tensor,
+        kv: Tensor,
+        groups: Sequence[AttentionGroup],
+        lora: Lora | None,
+    ) -> Tensor:
+        config = self.config
+        rows, q_heads, kv_heads, head_dim = len(x), config.num_heads, config.num_kv_heads, config.head_dim
+        normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps)
+        heads = _project(layer.qkv, site + QKV, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
+        # Queries and keys lie side by side and are rotated in place, after which keys and values do for the cache.
+        turned = heads[:, : q_heads + kv_heads]
+        source = turned if layer.qk_norm is None else rms_norm(turned, layer.qk_norm, config.rms_norm_eps)
+        rotary(source, *angles, out=turned)
+        kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
+        mixed = paged_attention(heads[:, :q_heads], kv, groups, self.scale)
+        return self._add(x, _project(layer.o, site + O, mixed, lora))
+
+    def _mlp(self, layer: LayerWeights, site: int, x: Tensor, lora: Lora | None) -> Tensor:
+        normed = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+        inner = silu_mul(_project(layer.gate_up, site + GATE_UP, normed, lora))
+        return self._add(x, _project(layer.down, site + DOWN, inner, lora))
+
+    def _add(self, residual: Tensor, y: Tensor) -> Tensor:
+        return residual.add_(y, alpha=self.config.residual_multiplier)
+
+
+def _project(linear: Linear, site: int, x: Tensor, lora: Lora | None) -> Tensor:
+    y = linear(x)
+    if lora is not None:
+        lora.apply(site, x, y)
+    return y

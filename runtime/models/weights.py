@@ -1,0 +1,129 @@
+"""A checkpoint's tensors, checked by name and shape, fused and packed for the decoder."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
+from runtime.models.layers import Linear
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16")
+
+
+class InvalidCheckpoint(ValueError):
+    """The weights do not fit the configuration; the message names the tensor or the file."""
+
+
+class LayerWeights(NamedTuple):
+    """One layer; norms are float32, `qk_norm` is (heads + kv_heads, head_dim) where the family has one."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    o: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Weights(NamedTuple):
+    embedding: Tensor
+    layers: list[LayerWeights]
+    norm: Tensor
+    lm_head: Linear
+
+
+Read = Callable[[str], Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def load_weights(
+    config: ModelConfig, directory: Path, dtype: torch.dtype, load_format: Literal["safetensors", "dummy"]
+) -> Weights:
+    """The model's weights in `dtype`, one layer in flight at a time.
+
+    `load_format` "dummy" makes up random ones, the same at every start, and reads nothing. Raises
+    InvalidCheckpoint naming every tensor that is missing, left over, of another shape or not of floats.
+    """
+    shapes = tensor_shapes(config)
+    if load_format == "dummy":
+        return _assemble(config, shapes, dtype, _dummy(shapes))
+    with ExitStack() as stack:
+        return _assemble(config, shapes, dtype, _open(config, directory, shapes, stack))
+
+
+def tensor_shapes(config: ModelConfig) -> Shapes:
+    """Every tensor that a checkpoint of this model holds, by name."""
+    sites = config.sites()
+    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        for site, bias in zip(_layer_sites(sites, layer), _site_biases(config), strict=True):
+            for module, out in site.parts:
+                shapes[f"{module}.weight"] = (out, site.in_features)
+                if bias:
+                    shapes[f"{module}.bias"] = (out,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (config.head_dim,)
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def _layer_sites(sites: Sequence[Site], layer: int) -> Sequence[Site]:
+    return sites[layer * SITES_PER_LAYER : (layer + 1) * SITES_PER_LAYER]
+
+
+def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
+    return config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
+
+
+def _assemble(config: ModelConfig, shapes: Shapes, dtype: torch.dtype, read: Read) -> Weights:
+    sites = config.sites()
+
+    def stacked(names: Sequence[str]) -> Tensor:
+        """The named tensors below each other, copied straight from the file into a tensor of our own."""
+        rows = sum(shapes[name][0] for name in names)
+        out = torch.empty((rows, *shapes[names[0]][1:]), dtype=dtype)
+        for name, part in zip(names, out.split([shapes[name][0] for name in names]), strict=True):
+            part.copy_(read(name))
+        return out
+
+    def linear(site: Site) -> Linear:
+        biases = [f"{part.module}.bias" for part in site.parts]
+        bias = stacked(biases) if biases[0] in shapes else None
+        return Linear(stacked([f"{part.module}.weight" for part in site.parts]), bias)
+
+    def layer(index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}"
+        qkv, o, gate_up, down = map(linear, _layer_sites(sites, index))
+        qk_norm = None
+        if config.qk_norm:
+            q, k = (read(f"{prefix}.self_attn.{norm}.weight").to(dtype).float() for norm in ("q_norm", "k_norm"))
+            qk_norm = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
+        return LayerWeights(
+            attention_norm=stacked([f"{prefix}.input_layernorm.weight"]).float(),
+            qkv=qkv,
+            qk_norm=qk_norm,
+            o=o,
+            mlp_norm=stacked([f"{prefix}.post_attention_layernorm.weight"]).float(),
+            gate_up=gate_up,
+            down=down,
+        )
+
+    embedding = stacked(["model.embed_tokens.weight"])
+    return Weights(
+        embedding=embedding,
+        layers=[layer(index) for index in range(config.num_layers)],
+        norm=stacked(["model.norm.weight"]).float(),
+        lm_head=Linear(embedding if config.tie_embeddings else stacked(["lm_head.weight"])),
+    )

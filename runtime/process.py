@@ -1,0 +1,142 @@
+"""The engine as a process of its own: commands in and events out over one ZeroMQ socket.
+
+usage: python -m runtime.process ENDPOINT
+
+The first message received is the EngineConfig. An engine that cannot start says why on stderr and exits with 3.
+"""
+
+import logging
+import os
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from runtime.config import EngineConfig
+from runtime.engine import Engine, RequestRefused
+from runtime.messages import (
+    Abort,
+    AdapterState,
+    Command,
+    Event,
+    Failed,
+    Generate,
+    GetStats,
+    RegisterAdapter,
+    RetireAdapter,
+    Shutdown,
+    decode_command,
+    encode,
+)
+
+log = logging.getLogger("rootstock.engine")
+
+CANNOT_START = 3
+PARENT_CHECK_SECONDS = 1.0
+
+
+class EngineProcess:
+    """Drives an engine from a socket. Steps while there is work, sleeps while there is none."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket):
+        self.engine = engine
+        self.socket = socket
+        self.parent = os.getppid()
+        self.stopping = False
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        engine.adapters.on_change = self._wake
+        self.poller = zmq.Poller()
+        self.poller.register(socket, zmq.POLLIN)
+        self.poller.register(self._wake_reader, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Until told to stop, or until the process that started this one is gone."""
+        self._send([self.engine.ready])
+        progressed = False
+        while not self.stopping and os.getppid() == self.parent:
+            if not progressed:
+                self._sleep()
+            events = [event for command in self._commands() for event in self._obey(command)]
+            steps = self.engine.steps
+            events += self._step()
+            progressed = self.engine.steps > steps
+            self._send(events)
+
+    def _step(self) -> list[Event]:
+        try:
+            return self.engine.step()
+        except Exception:  # whatever went wrong in a step ends its requests, not the engine
+            log.exception("a step failed")
+            return self.engine.fail_all("engine_error", "the engine failed while it computed this request")
+
+    def _sleep(self) -> None:
+        """Wait for a command or for an adapter to finish loading."""
+        self.poller.poll(PARENT_CHECK_SECONDS * 1000)
+        while select.select([self._wake_reader], [], [], 0)[0]:
+            os.read(self._wake_reader, 4096)
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_writer, b"\0")
+        except BlockingIOError:
+            pass  # the pipe is full of wake-ups already
+
+    def _commands(self) -> Iterator[Command]:
+        while True:
+            try:
+                yield decode_command(self.socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+    def _send(self, events: list[Event]) -> None:
+        if events:
+            self.socket.send(encode(events))
+
+    def _obey(self, command: Command) -> list[Event]:
+        engine = self.engine
+        match command:
+            case Generate(request_id=request_id):
+                try:
+                    engine.add_request(command)
+                except RequestRefused as refusal:
+                    return [Failed(request_id=request_id, code=refusal.code, message=str(refusal))]
+            case Abort(request_id=request_id):
+                engine.abort(request_id)
+            case RegisterAdapter(digest=digest, path=path, load=load):
+                engine.register_adapter(digest, Path(path), load)
+                return [AdapterState(digest=digest, state="registered")]
+            case RetireAdapter(digest=digest):
+                engine.retire_adapter(digest)
+            case GetStats():
+                return [engine.stats()]
+            case Shutdown():
+                self.stopping = True
+        return []
+
+
+def main(endpoint: str) -> None:
+    """Connect, read the configuration, start the engine and run it."""
+    logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(endpoint)
+    config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
+    try:
+        engine = Engine(config)
+    except (ValueError, OSError) as error:
+        print(f"engine: {error}", file=sys.stderr)
+        sys.exit(CANNOT_START)
+    EngineProcess(engine, socket).run()
+    engine.close()
+    socket.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m runtime.process ENDPOINT")
+    main(sys.argv[1])

@@ -1,0 +1,115 @@
+"""Choosing the next token of each sequence from its logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.messages import SamplingParams, TokenLogprobs
+from runtime.sequence import Sequence
+
+_MASK64 = (1 << 64) - 1
+_FIRST_CANDIDATES = 1024
+
+
+class Sampled(NamedTuple):
+    """A chosen token; `token_id` is None when the logits were not finite and nothing could be chosen."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    """One token for each row of `logits`, float32 (n, vocab), by the parameters of its sequence.
+
+    A row's token depends on its own logits, parameters, seed and position alone, never on its neighbours.
+    """
+    best, greedy = logits.max(dim=-1)
+    finite = torch.isfinite(best).tolist()
+    sampled = []
+    for row, (sequence, token_id) in enumerate(zip(sequences, greedy.tolist(), strict=True)):
+        params = sequence.params
+        if not finite[row]:
+            sampled.append(Sampled(None))
+            continue
+        if params.temperature > 0:
+            token_id = _draw(_adjust(logits[row], sequence) / params.temperature, sequence)
+        elif _adjusts(sequence):
+            token_id = int(_adjust(logits[row], sequence).argmax())
+        sampled.append(Sampled(token_id, _logprobs(logits[row], token_id, params.logprobs)))
+    return sampled
+
+
+def _adjusts(sequence: Sequence) -> bool:
+    params = sequence.params
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    return penalised or bool(sequence.forbidden_ids)
+
+
+def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
+    """Penalties and forbidden tokens: a changed copy, or the same tensor when there are none."""
+    if not _adjusts(sequence):
+        return logits
+    params, forbidden = sequence.params, sequence.forbidden_ids
+    logits = logits.clone()
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    generated = sequence.token_ids[sequence.num_prompt :]
+    if generated and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if forbidden:
+        logits[torch.tensor(sorted(forbidden), device=logits.device)] = float("-inf")
+    return logits
+
+
+def _draw(logits: Tensor, sequence: Sequence) -> int:
+    """Draw from softmax(logits) cut by top_k, then top_p of what is left, then min_p of the likeliest."""
+    params = sequence.params
+    probabilities = logits.softmax(-1)
+    draw = uniform(sequence.seed, params.choice, sequence.num_generated)
+    if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
+        return _invert(probabilities, draw)
+    values, ids = _likeliest(probabilities, params)
+    keep = values.cumsum(-1) - values < params.top_p * (values.sum() if params.top_k else 1.0)
+    keep &= values >= params.min_p * values[0]
+    return int(ids[_invert(torch.where(keep, values, 0.0), draw)])
+
+
+def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Candidates in falling order: top_k of them, or as many as it takes to hold top_p and all above min_p."""
+    vocab = probabilities.shape[0]
+    if params.top_k:
+        return probabilities.topk(min(params.top_k, vocab))
+    values, ids = probabilities.topk(min(_FIRST_CANDIDATES, vocab))
+    enough = bool(values.sum() >= params.top_p) or bool(values[-1] < params.min_p * values[0])
+    return (values, ids) if enough else probabilities.sort(descending=True)
+
+
+def _invert(weights: Tensor, draw: float) -> int:
+    """The index at which the running sum of `weights` passes the share `draw` of their total."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    index = int(torch.searchsorted(cumulative, cumulative[-1] * draw, right=True))
+    return min(index, int(weights.nonzero()[-1])) if index >= len(weights) else index
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) fixed by its arguments: SplitMix64's finaliser (Steele, Lea and Flood 2014) over each."""
+    state = 0
+    for part in (seed, choice, position):
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)
+
+
+def _logprobs(logits: Tensor, token_id: int, alternatives: int | None) -> TokenLogprobs | None:
+    """Log-probabilities of the unmodified distribution."""
+    if alternatives is None:
+        return None
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(alternatives)
+    return TokenLogprobs(float(logprobs[token_id]), ids.tolist(), values.tolist())

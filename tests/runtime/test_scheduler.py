@@ -1,0 +1,278 @@
+import itertools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from runtime.adapter_pool import AdapterUnavailable
+from runtime.block_pool import BlockPool
+from runtime.messages import Generate, SamplingParams
+from runtime.scheduler import ADAPTER_PATIENCE_SECONDS, QueueFull, Scheduler
+from runtime.sequence import Sequence
+
+B = 4
+
+
+class FakeAdapters:
+    """A pool whose adapters are resident, loading, short of room or broken as the test says."""
+
+    def __init__(self):
+        self.resident = {"a", "b"}
+        self.broken = set()
+        self.roomless = set()
+        self.references = {}
+        self.prefetched = []
+
+    def prefetch(self, digest):
+        self.prefetched.append(digest)
+
+    def acquire(self, digest):
+        if digest in self.broken:
+            raise AdapterUnavailable(f"adapter {digest} is broken")
+        if digest not in self.resident:
+            return False
+        self.references[digest] = self.references.get(digest, 0) + 1
+        return True
+
+    def release(self, digest):
+        self.references[digest] -= 1
+        assert self.references[digest] >= 0
+
+    def lacks_room(self, digest):
+        return digest in self.roomless
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, clock=None):
+    return Scheduler(
+        BlockPool(blocks + 1),
+        adapters or FakeAdapters(),
+        block_size=B,
+        max_running=running,
+        max_waiting=waiting,
+        max_batch_tokens=budget,
+        clock=clock or Clock(),
+    )
+
+
+names = itertools.count()
+
+
+def sequence(tokens, max_tokens=8, adapter=None, limit=64, **params):
+    token_ids = list(range(tokens)) if isinstance(tokens, int) else tokens
+    request = Generate(
+        request_id=f"r{next(names)}",
+        token_ids=token_ids,
+        params=SamplingParams(max_tokens=max_tokens, seed=0, **params),
+        adapter=adapter,
+    )
+    made = Sequence(request, max_tokens=limit)
+    made.enqueued_at = 0.0
+    return made
+
+
+def step(s, token=7):
+    """One step in which every sampling sequence gets `token`; returns {request: (start, count)}."""
+    chunks, rejected = s.schedule()
+    assert not rejected
+    for chunk in chunks:
+        s.commit(chunk, token if chunk.samples else None)
+    s.check()
+    return {chunk.sequence: (chunk.start, chunk.count) for chunk in chunks}
+
+
+def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_ones():
+    s = scheduler(budget=8)
+    short, long = sequence(3), sequence(20)
+    s.add(short)
+    s.add(long)
+    assert step(s) == {short: (0, 3), long: (0, 5)}
+    assert step(s) == {short: (3, 1), long: (5, 7)}
+    assert step(s) == {short: (4, 1), long: (12, 7)}
+    assert long.num_generated == 0
+    assert step(s) == {short: (5, 1), long: (19, 1)}
+    assert long.num_generated == 1
+
+
+def test_a_shared_prefix_is_reused_but_its_last_token_is_computed_again():
+    s = scheduler()
+    first, again, longer = sequence(12, max_tokens=1), sequence(12), sequence(14)
+    s.add(first)
+    step(s)
+    s.add(again)
+    s.add(longer)
+    assert step(s) == {again: (8, 4), longer: (12, 2)}
+    assert (again.cached_tokens, longer.cached_tokens) == (8, 12)
+
+
+def test_when_blocks_run_out_the_youngest_is_preempted_and_finishes_later():
+    s = scheduler(blocks=6, budget=32)
+    old, young = sequence([1] * 8, max_tokens=10), sequence([2] * 8, max_tokens=10)
+    s.add(old)
+    s.add(young)
+    for _ in range(40):
+        step(s)
+    assert s.preemptions > 0
+    assert (old.num_generated, young.num_generated) == (10, 10)
+    assert not s.running
+    assert not s.waiting
+    assert s.blocks.used == 0
+
+
+def test_a_sequence_whose_adapter_is_loading_is_passed_over_and_keeps_its_place():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters, running=2)
+    slow, base = sequence(4, adapter="slow"), sequence(4)
+    s.add(slow)
+    s.add(base)
+    assert adapters.prefetched == ["slow"], "loading starts when the request is queued"
+    assert set(step(s)) == {base}
+    adapters.resident.add("slow")
+    assert set(step(s)) == {base, slow}
+
+
+def test_one_that_waits_too_long_for_adapter_memory_holds_back_other_adapters_but_not_the_base():
+    adapters, clock = FakeAdapters(), Clock()
+    s = scheduler(adapters=adapters, clock=clock)
+    adapters.roomless.add("big")
+    s.add(sequence(4, adapter="big"))
+    s.add(early := sequence(4, adapter="a"))
+    assert set(step(s)) == {early}
+    clock.now = ADAPTER_PATIENCE_SECONDS + 1
+    late, base = sequence(4, adapter="b"), sequence(4)
+    s.add(late)
+    s.add(base)
+    assert set(step(s)) == {early, base}
+    adapters.roomless.clear()
+    adapters.resident.add("big")
+    assert late in step(s)
+
+
+def test_a_sequence_whose_adapter_failed_is_handed_back_with_the_reason():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters)
+    adapters.broken.add("c")
+    broken = sequence(4, adapter="c")
+    s.add(broken)
+    chunks, [(rejected, error)] = s.schedule()
+    assert not chunks
+    assert rejected is broken
+    assert "c is broken" in str(error)
+    s.check()
+
+
+def test_the_queue_is_bounded():
+    s = scheduler(running=1, waiting=2)
+    for _ in range(3):
+        s.add(sequence(4))
+    with pytest.raises(QueueFull):
+        s.add(sequence(4))
+
+
+def test_preemption_keeps_tokens_and_activation_and_releases_the_adapter():
+    adapters = FakeAdapters()
+    s = scheduler(blocks=6, adapters=adapters, budget=32)
+    s.add(sequence([1] * 8, max_tokens=12, adapter="a"))
+    young = sequence([2] * 8, max_tokens=12, adapter="b")
+    young.activation = 5
+    s.add(young)
+    while not s.preemptions:
+        step(s)
+    assert young.computed == 0
+    assert young.num_generated > 0
+    assert young.activation == 5
+    assert adapters.references == {"a": 1, "b": 0}
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests arrive, run, get stuck, are aborted and preempted at random; everything is recounted each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapters = FakeAdapters()
+        self.clock = Clock()
+        self.s = scheduler(blocks=12, running=3, waiting=4, budget=6, adapters=self.adapters, clock=self.clock)
+        self.ended = set()
+
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        max_tokens=st.integers(1, 20),
+        adapter=st.sampled_from([None, "a", "b", "c"]),
+        activation=st.integers(0, 9),
+    )
+    def add(self, tokens, max_tokens, adapter, activation):
+        new = sequence(tokens, max_tokens, adapter, limit=12 * B)
+        new.activation = activation
+        full = len(self.s.waiting) + len(self.s.running) >= 7
+        try:
+            self.s.add(new)
+        except QueueFull:
+            assert full
+
+    @rule(token=st.integers(0, 1))
+    def step(self, token):
+        chunks, rejected = self.s.schedule()
+        assert sum(chunk.count for chunk in chunks) <= 6
+        for chunk in chunks:
+            assert chunk.count >= 1
+            assert chunk.start == chunk.sequence.computed
+            if self.s.commit(chunk, token if chunk.samples else None):
+                self.ended.add(chunk.sequence)
+        for rejected_sequence, _ in rejected:
+            assert rejected_sequence.adapter in self.adapters.broken
+
+    @rule(data=st.data())
+    def abort(self, data):
+        alive = [*self.s.running, *self.s.waiting]
+        if alive:
+            self.s.remove(data.draw(st.sampled_from(alive)))
+
+    @rule(adapter=st.sampled_from(["a", "b", "c"]), state=st.sampled_from(["resident", "loading", "room", "broken"]))
+    def adapter_changes(self, adapter, state):
+        in_use = self.adapters.references.get(adapter, 0) > 0
+        for group in (self.adapters.broken, self.adapters.roomless):
+            group.discard(adapter)
+        if state == "resident" or in_use:
+            self.adapters.resident.add(adapter)
+            return
+        self.adapters.resident.discard(adapter)
+        if state != "loading":
+            {"room": self.adapters.roomless, "broken": self.adapters.broken}[state].add(adapter)
+
+    @rule(seconds=st.floats(0, 3))
+    def time_passes(self, seconds):
+        self.clock.now += seconds
+
+    @rule()
+    def all_adapters_work_and_everything_drains(self):
+        self.adapters.broken.clear()
+        self.adapters.roomless.clear()
+        self.adapters.resident |= {"a", "b", "c"}
+        for _ in range(2000):
+            if not self.s.running and not self.s.waiting:
+                break
+            self.step(0)
+        assert not self.s.running
+        assert not self.s.waiting
+        assert self.s.blocks.used == 0
+        assert not any(self.adapters.references.values())
+
+    @invariant()
+    def recount(self):
+        self.s.check()
+        held = {}
+        for running in self.s.running:
+            if running.adapter:
+                held[running.adapter] = held.get(running.adapter, 0) + 1
+        assert held == {adapter: count for adapter, count in self.adapters.references.items() if count}
+
+
+TestSchedulerUnderRandomOperations = SchedulerMachine.TestCase
+TestSchedulerUnderRandomOperations.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
