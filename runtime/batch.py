@@ -1,6 +1,7 @@
 """One step's tokens laid side by side, whatever sequences and adapters they belong to."""
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from itertools import pairwise
 from typing import NamedTuple
 

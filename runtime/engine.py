@@ -1,11 +1,12 @@
 """The engine: tokens in, tokens out. One thread drives it, step by step."""
 
-from collections.abc import Mapping, Sequence as Seq
-from itertools import count
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,12 @@ class Completion(msgspec.Struct, kw_only=True):
     stop_token: int | None = None
     logprobs: list[TokenLogprobs]
     cached_tokens: int = 0
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A tensor's values as numpy holds them: bfloat16, which it does not know, as its bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class Engine:
@@ -113,7 +120,8 @@ class Engine:
         `tensors` are a PEFT state dict, `config` its adapter_config as a dict. Raises InvalidAdapter, which names the
         tensor or the field.
         """
-        digest, file = canonical_from_tensors(tensors, config, self.runner.model, max_rank=self.config.max_lora_rank)
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+        digest, file = canonical_from_tensors(arrays, config, self.runner.model, max_rank=self.config.max_lora_rank)
         self.register_adapter(digest, file)
         return digest
 
@@ -211,7 +219,7 @@ class Engine:
         self,
         prompts: Seq[Seq[int]],
         params: SamplingParams | Seq[SamplingParams],
-        adapters: str | None | Seq[str | None] = None,
+        adapters: str | Seq[str | None] | None = None,
     ) -> list[Completion]:
         """Complete token-id prompts together and return their outputs in order.
 
@@ -249,6 +257,19 @@ class Engine:
 
     # ------------------------------------------------------------------ looking in
 
+    @property
+    def ready(self) -> Ready:
+        """What a client has to know of this engine."""
+        return Ready(
+            max_model_len=self.runner.max_model_len,
+            vocab_size=self.runner.model.vocab_size,
+            block_size=self.config.block_size,
+            num_blocks=self.runner.num_blocks,
+            max_batch_tokens=self.config.max_batch_tokens,
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+            adapter_bytes=self.adapters.capacity_bytes,
+        )
+
     def stats(self) -> Stats:
         """A snapshot of the engine's state and of its counters since start."""
         return Stats(
@@ -262,7 +283,7 @@ class Engine:
             generated_tokens=self.generated_tokens,
             preemptions=self.scheduler.preemptions,
             steps=self.steps,
-            adapter_bytes_total=self.config.adapter_bytes,
+            adapter_bytes_total=self.adapters.capacity_bytes,
             adapter_bytes_used=self.adapters.bytes_used,
             adapter_loads=self.adapters.loads,
             adapter_evictions=self.adapters.evictions,

@@ -11,10 +11,12 @@ from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.safetensors_header import exact_json_object
 
 MAX_CONFIG_BYTES = 1024 * 1024
-MAX_PATTERN_KEYS = 2048  # one per module of the largest models is under 1,000
+MAX_PATTERN_KEYS = 1024  # EVA writes one per module, and the largest dense models have fewer
 MAX_PATTERN_KEY_CHARACTERS = 200
-MAX_QUANTIFIERS = 2  # keeps a match cubic in a module name's length at worst
+MAX_QUANTIFIERS = 2  # a key; keeps one match cubic in a module name's length at worst
+MAX_QUANTIFIED_KEYS = 32
 MAX_SCALE = 10_000.0  # far over any trained adapter's; alpha 1e30 is an attack or an accident
+MAX_ALPHA = MAX_SCALE * 1000
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Each has a value that means "off"; PEFT writes that value for plain LoRA, so presence means nothing.
@@ -33,11 +35,13 @@ REFUSED_FIELDS = {
     "target_parameters": "adapters of bare parameters (MoE experts) are not supported",
 }
 MERGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-IGNORED_FIELDS = frozenset(
-    "task_type auto_mapping peft_version revision inference_mode exclude_modules lora_dropout fan_in_fan_out "
-    "layers_pattern megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
-    "runtime_config".split()
-)
+# fmt: off
+IGNORED_FIELDS = frozenset({
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules",
+    "lora_dropout", "fan_in_fan_out", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+})
+# fmt: on
 
 # Name characters, `.`, anchors, alternatives, `\.`, `\d` and plain classes, each maybe with `*` or `+`; no groups.
 _ATOM = r"(?:[A-Za-z0-9_\-.]|\\[.d]|\[[A-Za-z0-9_\-]+\])"
@@ -98,10 +102,10 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         config = exact_json_object(config, "adapter_config")
     _refuse_by_name(config)
     return PeftConfig(
-        r=_rank(config, "r", config.get("r"), max_rank),
+        r=_rank("r", config.get("r"), max_rank),
         lora_alpha=_alpha("lora_alpha", config.get("lora_alpha")),
         use_rslora=_flag(config, "use_rslora"),
-        rank_pattern={k: _rank(config, f"rank_pattern[{k}]", v, max_rank) for k, v in _keys(config, "rank_pattern")},
+        rank_pattern={k: _rank(f"rank_pattern[{k}]", v, max_rank) for k, v in _keys(config, "rank_pattern")},
         alpha_pattern={k: _alpha(f"alpha_pattern[{k}]", v) for k, v in _keys(config, "alpha_pattern")},
         lora_bias=_flag(config, "lora_bias"),
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
@@ -118,9 +122,8 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
     if kind not in (None, "LORA"):
         raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA")
     for name, reason in REFUSED_FIELDS.items():
-        value = config.get(name)
-        if value not in (None, False, [], {}, ""):
-            raise InvalidAdapter(name, f"is {shown(value)}: {reason}")
+        if config.get(name):
+            raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}")
     bias = config.get("bias")
     if bias not in (None, "none"):
         raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"')
@@ -141,7 +144,7 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
         )
 
 
-def _rank(config: Mapping[str, Any], field: str, value: object, max_rank: int) -> int:
+def _rank(field: str, value: object, max_rank: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidAdapter(field, f"is {shown(value)}, expected a positive integer")
     if value > max_rank:
@@ -152,7 +155,7 @@ def _rank(config: Mapping[str, Any], field: str, value: object, max_rank: int) -
 def _alpha(field: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InvalidAdapter(field, f"is {shown(value)}, expected a positive number")
-    if not 0 < value <= MAX_SCALE * 1e6:
+    if not 0 < value <= MAX_ALPHA:
         raise InvalidAdapter(field, f"is {shown(value)}, expected a positive number of sane size")
     return float(value)
 
@@ -165,7 +168,7 @@ def _flag(config: Mapping[str, Any], field: str) -> bool:
 
 
 def _keys(config: Mapping[str, Any], field: str) -> Iterable[tuple[str, Any]]:
-    """The items of a pattern after checking that each key is a regular expression that cannot run away."""
+    """The items of a pattern, each key a regular expression that was checked not to run away."""
     value = config.get(field)
     if value is None:
         return ()
@@ -174,17 +177,23 @@ def _keys(config: Mapping[str, Any], field: str) -> Iterable[tuple[str, Any]]:
     if len(value) > MAX_PATTERN_KEYS:
         raise InvalidAdapter(field, f"has {len(value)} keys, expected at most {MAX_PATTERN_KEYS}")
     for key in value:
-        if len(key) > MAX_PATTERN_KEY_CHARACTERS or not _SIMPLE_KEY.fullmatch(key):
-            raise InvalidAdapter(
-                field, f"has the key {shown(key)!r}, expected a module name with no more than . ^ $ | \\. \\d [0-9] * +"
-            )
-        if sum(key.count(quantifier) for quantifier in "*+") > MAX_QUANTIFIERS:
-            raise InvalidAdapter(field, f"has the key {shown(key)!r}, expected at most {MAX_QUANTIFIERS} of * and +")
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise InvalidAdapter(field, f"has the key {shown(key)!r}, which is not a pattern: {error}") from None
+        _check_key(field, key)
+    if sum("*" in key or "+" in key for key in value) > MAX_QUANTIFIED_KEYS:
+        raise InvalidAdapter(field, f"has over {MAX_QUANTIFIED_KEYS} keys with * or +, expected module names")
     return value.items()
+
+
+def _check_key(field: str, key: str) -> None:
+    if len(key) > MAX_PATTERN_KEY_CHARACTERS or not _SIMPLE_KEY.fullmatch(key):
+        raise InvalidAdapter(
+            field, f"has the key {shown(key)!r}, expected a module name with no more than . ^ $ | \\. \\d [0-9] * +"
+        )
+    if key.count("*") + key.count("+") > MAX_QUANTIFIERS:
+        raise InvalidAdapter(field, f"has the key {shown(key)!r}, expected at most {MAX_QUANTIFIERS} of * and +")
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise InvalidAdapter(field, f"has the key {shown(key)!r}, which is not a pattern: {error}") from None
 
 
 def _invocation_tokens(value: object, vocab_size: int) -> tuple[int, ...] | None:
@@ -228,5 +237,5 @@ def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """PEFT drops fields that it does not know; so do we, saying so when one is set."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
     known |= {"peft_type", "bias", "init_lora_weights", "invocation_string"}
-    names = [name for name, value in config.items() if name not in known and value not in (None, False, [], {}, "")]
+    names = [name for name, value in config.items() if name not in known and value]
     return tuple(f"{shown(name)}: unknown field, ignored" for name in sorted(names))

@@ -5,6 +5,7 @@ usage: python -m runtime.process ENDPOINT
 The first message received is the EngineConfig. An engine that cannot start says why on stderr and exits with 3.
 """
 
+import contextlib
 import logging
 import os
 import select
@@ -79,10 +80,8 @@ class EngineProcess:
             os.read(self._wake_reader, 4096)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
             os.write(self._wake_writer, b"\0")
-        except BlockingIOError:
-            pass  # the pipe is full of wake-ups already
 
     def _commands(self) -> Iterator[Command]:
         while True:

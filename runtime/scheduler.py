@@ -95,7 +95,7 @@ class Scheduler:
         return Chunk(sequence, sequence.computed, count, sequence.computed + count == len(sequence))
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence blocks for all its tokens, preempting younger ones; False if it was preempted itself."""
+        """Give a running sequence blocks for all its tokens; False if that took preempting the sequence itself."""
         missing = -(-len(sequence) // self.block_size) - len(sequence.blocks)
         while (taken := self.blocks.allocate(missing)) is None:
             youngest = self.running[-1]
@@ -163,7 +163,7 @@ class Scheduler:
         return True
 
     def commit(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
-        """Take in a computed chunk and the token sampled after it, if it samples; frees the sequence if that ends it."""
+        """Take in a computed chunk and the token sampled after it, if any; frees the sequence if that ends it."""
         sequence = chunk.sequence
         full_before = sequence.computed // self.block_size
         sequence.computed += chunk.count

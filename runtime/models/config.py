@@ -1,12 +1,24 @@
 """The shape and the options of a decoder-only model, read from its `config.json`."""
 
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-
-class UnsupportedModel(ValueError):
-    """The model's configuration asks for something this engine does not do; the message names it."""
+from runtime.models.config_file import (
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    ConfigFile,
+    RopeFile,
+    UnsupportedModel,
+    read_config,
+    read_eos_token_ids,
+    refuse,
+)
 
 
 class Part(NamedTuple):
@@ -24,10 +36,12 @@ class Site(NamedTuple):
 
 
 SITES_PER_LAYER = 4  # qkv, o, gate_up, down
-QKV, O, GATE_UP, DOWN = range(SITES_PER_LAYER)
+QKV, OUT, GATE_UP, DOWN = range(SITES_PER_LAYER)
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary frequencies and how they are scaled; `attention_factor` multiplies cosines and sines."""
+
     theta: float
     type: str = "default"  # default | linear | llama3 | yarn
     factor: float = 1.0
@@ -41,7 +55,10 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoder-only transformer by flags: Llama, Mistral, Qwen2, Qwen3 and Granite are settings of these."""
+    """A decoder-only transformer by flags: Llama, Mistral, Qwen2, Qwen3 and Granite are settings of these.
+
+    `dtype` is what the model runs in unless told otherwise; a float16 checkpoint runs in bfloat16.
+    """
 
     architecture: str
     vocab_size: int
@@ -65,6 +82,41 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logits_scaling: float = 1.0
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_directory(cls, directory: Path | str) -> "ModelConfig":
+        """Read `config.json`, and the end tokens of `generation_config.json` if there is one.
+
+        Raises UnsupportedModel naming the field, its value and what is supported.
+        """
+        directory = Path(directory)
+        file = read_config(directory)
+        attention_bias = file.attention_bias and file.architecture in (LLAMA, QWEN3, GRANITE)
+        granite = file.architecture == GRANITE
+        return cls(
+            architecture=file.architecture,
+            vocab_size=file.vocab_size,
+            hidden_size=file.hidden_size,
+            intermediate_size=file.intermediate_size,
+            num_layers=file.num_hidden_layers,
+            num_heads=file.num_attention_heads,
+            num_kv_heads=_kv_heads(file),
+            head_dim=_head_dim(file),
+            max_position=_max_position(file),
+            rms_norm_eps=file.rms_norm_eps,
+            rope=_rope(file),
+            tie_embeddings=file.tie_word_embeddings,
+            qkv_bias=attention_bias or file.architecture == QWEN2,
+            o_bias=attention_bias,
+            mlp_bias=file.mlp_bias and file.architecture in (LLAMA, GRANITE),
+            qk_norm=file.architecture == QWEN3,
+            embedding_multiplier=file.embedding_multiplier if granite else 1.0,
+            attention_multiplier=file.attention_multiplier if granite else None,
+            residual_multiplier=file.residual_multiplier if granite else 1.0,
+            logits_scaling=file.logits_scaling if granite else 1.0,
+            dtype="float32" if file.stored_dtype == "float32" else "bfloat16",
+            eos_token_ids=read_eos_token_ids(directory, file),
+        )
 
     @property
     def embed_site(self) -> int:
@@ -90,3 +142,70 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         sites.append(Site(self.vocab_size, (Part("model.embed_tokens", hidden),)))
         sites.append(Site(hidden, (Part("lm_head", self.vocab_size),)))
         return sites
+
+
+def _kv_heads(file: ConfigFile) -> int:
+    if file.num_key_value_heads is None and file.architecture not in (LLAMA, GRANITE):
+        raise UnsupportedModel(f"config.json lacks num_key_value_heads, which {file.architecture} needs")
+    kv_heads = file.num_key_value_heads or file.num_attention_heads
+    if file.num_attention_heads % kv_heads:
+        refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({file.num_attention_heads})")
+    return kv_heads
+
+
+def _head_dim(file: ConfigFile) -> int:
+    if file.head_dim is None and file.architecture == QWEN3:
+        raise UnsupportedModel(f"config.json lacks head_dim, which {QWEN3} needs")
+    if file.head_dim is None and file.hidden_size % file.num_attention_heads:
+        refuse("num_attention_heads", file.num_attention_heads, f"a divisor of hidden_size ({file.hidden_size})")
+    head_dim = file.head_dim or file.hidden_size // file.num_attention_heads
+    if head_dim % 2:
+        refuse("head_dim", head_dim, "an even number")
+    return head_dim
+
+
+def _max_position(file: ConfigFile) -> int:
+    """The model's limit, or its sliding window: up to that length a window hides nothing."""
+    window = None
+    if file.architecture == MISTRAL:
+        # 4096 is what transformers takes where the field is absent; null is how no window is spelled.
+        window = 4096 if file.sliding_window is msgspec.UNSET else file.sliding_window
+    elif file.architecture in (QWEN2, QWEN3) and _has_sliding_layers(file):
+        window = 4096 if file.sliding_window is msgspec.UNSET else file.sliding_window
+    return min(file.max_position_embeddings, window or file.max_position_embeddings)
+
+
+def _has_sliding_layers(file: ConfigFile) -> bool:
+    if file.layer_types is not None:
+        return "sliding_attention" in file.layer_types
+    return file.use_sliding_window and file.max_window_layers < file.num_hidden_layers
+
+
+def _rope(file: ConfigFile) -> RopeConfig:
+    rope = file.rope
+    kind = rope.rope_type or rope.type or "default"
+    original = file.original_max_position_embeddings or rope.original_max_position_embeddings
+    original = original or file.max_position_embeddings
+    factor = rope.factor or file.max_position_embeddings / original
+    return RopeConfig(
+        theta=rope.rope_theta or file.rope_theta or 10000.0,
+        type=kind,
+        factor=factor,
+        low_freq_factor=rope.low_freq_factor or 1.0,
+        high_freq_factor=rope.high_freq_factor or 4.0,
+        original_max_position=original,
+        beta_fast=rope.beta_fast or 32.0,
+        beta_slow=rope.beta_slow or 1.0,
+        attention_factor=_yarn_attention_factor(rope, factor) if kind == "yarn" else None,
+        truncate=rope.truncate,
+    )
+
+
+def _yarn_attention_factor(rope: RopeFile, factor: float) -> float:
+    """YaRN's temperature, 0.1 · ln(factor) + 1; DeepSeek's two `mscale` fields make it a ratio of such terms."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    term = 0.1 * math.log(factor) if factor > 1 else 0.0
+    if rope.mscale and rope.mscale_all_dim:
+        return (term * rope.mscale + 1) / (term * rope.mscale_all_dim + 1)
+    return term + 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.reference.elementwise import kv_write, rms_norm, rotary, silu_mul
 from kernels.reference.paged_attention import AttentionGroup, paged_attention
-from runtime.models.config import DOWN, GATE_UP, QKV, SITES_PER_LAYER, ModelConfig, O
+from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, Rotary
 from runtime.models.weights import LayerWeights, Weights
 
@@ -87,7 +87,7 @@ class Decoder:
         rotary(source, *angles, out=turned)
         kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
         mixed = paged_attention(heads[:, :q_heads], kv, groups, self.scale)
-        return self._add(x, _project(layer.o, site + O, mixed, lora))
+        return self._add(x, _project(layer.o, site + OUT, mixed, lora))
 
     def _mlp(self, layer: LayerWeights, site: int, x: Tensor, lora: Lora | None) -> Tensor:
         normed = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)

@@ -1,7 +1,7 @@
 """A checkpoint's tensors, checked by name and shape, fused and packed for the decoder."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -62,7 +63,7 @@ def load_weights(
 def tensor_shapes(config: ModelConfig) -> Shapes:
     """Every tensor that a checkpoint of this model holds, by name."""
     sites = config.sites()
-    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         for site, bias in zip(_layer_sites(sites, layer), _site_biases(config), strict=True):
             for module, out in site.parts:
@@ -75,7 +76,7 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
             shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (config.head_dim,)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
@@ -120,10 +121,86 @@ def _assemble(config: ModelConfig, shapes: Shapes, dtype: torch.dtype, read: Rea
             down=down,
         )
 
-    embedding = stacked(["model.embed_tokens.weight"])
+    embedding = stacked([EMBEDDING])
     return Weights(
         embedding=embedding,
         layers=[layer(index) for index in range(config.num_layers)],
         norm=stacked(["model.norm.weight"]).float(),
-        lm_head=Linear(embedding if config.tie_embeddings else stacked(["lm_head.weight"])),
+        lm_head=Linear(embedding if config.tie_embeddings else stacked([HEAD])),
     )
+
+
+def _dummy(shapes: Shapes) -> Read:
+    """Random tensors of a size that keeps activations near 1; norms are ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def read(name: str) -> Tensor:
+        shape = shapes[name]
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape)
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    return read
+
+
+def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack) -> Read:
+    """Open every file of the checkpoint and hold its tensors against `shapes` before any data is read."""
+    found: dict[str, Any] = {}
+    for path in _files(directory):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
+        for name in file.offset_keys():
+            if name in found:
+                raise InvalidCheckpoint(f"tensor {name} is in {path.name} and in another file of the checkpoint")
+            found[name] = file
+    _check_tied_head(config, found)
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        ignored.add(HEAD)
+    _check_names(shapes, found.keys() - ignored)
+    for name, shape in shapes.items():
+        _check_tensor(name, shape, found[name].get_slice(name))
+    return lambda name: found[name].get_tensor(name)
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.exists():
+        if not (directory / SINGLE).exists():
+            raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}")
+        return [directory / SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidCheckpoint(f"{INDEX} must be JSON with an object weight_map of tensor to file name") from error
+    for name in names:
+        if not (directory / name).exists():
+            raise InvalidCheckpoint(f"{INDEX} names the file {name}, which does not exist")
+    return [directory / name for name in names]
+
+
+def _check_names(shapes: Shapes, found: set[str]) -> None:
+    for what, names in (("lacks", shapes.keys() - found), ("holds tensors that nothing uses:", found - shapes.keys())):
+        if names:
+            listed = sorted(names)
+            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            raise InvalidCheckpoint(f"the checkpoint {what} {', '.join(listed[:8])}{more}")
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], entry: Any) -> None:
+    if tuple(entry.get_shape()) != shape:
+        raise InvalidCheckpoint(
+            f"tensor {name} has shape {tuple(entry.get_shape())} where the configuration makes it {shape}"
+        )
+    if entry.get_dtype() not in FLOATS:
+        raise InvalidCheckpoint(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(FLOATS)}")
+
+
+def _check_tied_head(config: ModelConfig, found: dict[str, Any]) -> None:
+    """A checkpoint may repeat the embedding as its head, but a head of its own means that it is not tied."""
+    if not config.tie_embeddings or not {HEAD, EMBEDDING} <= found.keys():
+        return
+    if not torch.equal(found[HEAD].get_tensor(HEAD), found[EMBEDDING].get_tensor(EMBEDDING)):
+        raise InvalidCheckpoint(f"{HEAD} differs from {EMBEDDING}, although tie_word_embeddings is true")

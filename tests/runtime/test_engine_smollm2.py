@@ -31,7 +31,7 @@ SUBJECTS = (
     "Here is a list of planets: Mercury,",
     "The derivative of x^2 is",
     "He opened the door and saw",
-    "A rootstock is the part of a plant, often an underground part, from which new above-ground growth can be produced. "
+    "A rootstock is the part of a plant, often an underground part, from which new growth can be produced. "
     "It can refer to a rhizome or underground stem. In grafting, it refers to a plant, sometimes just a stump, which "
     "already has an established, healthy root system, onto which a cutting or a bud from another plant is grafted.",
 )

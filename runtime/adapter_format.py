@@ -1,0 +1,172 @@
+"""The canonical adapter file: a stranger's LoRA adapter in, checked bytes with one digest out.
+
+An adapter either applies exactly as PEFT would apply it, or is refused with an error that names the tensor
+or the field. The same maths always makes the same bytes: names are normalised and sorted, the configuration
+is reduced to each module's scale and the aLoRA invocation, and tensors keep their own dtype and bits.
+"""
+
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+
+from runtime.adapter_tensors import AdapterTensors, BaseTensor, StoredTensor
+from runtime.invalid_adapter import InvalidAdapter, shown
+from runtime.models.config import ModelConfig
+from runtime.peft_config import PeftConfig, parse_peft_config
+from runtime.safetensors_header import Header, read_header, write_header
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterSummary",
+    "BaseTensor",
+    "InvalidAdapter",
+    "StoredTensor",
+    "canonical_from_tensors",
+    "canonicalise",
+    "read_canonical",
+]
+
+CONFIG_KEY = "adapter_config"
+NUMPY_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A canonical file's configuration: every adapted module's scale, and the invocation of an aLoRA."""
+
+    alora_invocation_tokens: tuple[int, ...] | None
+    scales: dict[str, float]
+
+
+class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a canonical adapter is: `rank` is its largest, `bytes` the file's size, `targets` short module names."""
+
+    digest: str
+    rank: int
+    targets: list[str]
+    kind: Literal["lora", "alora"]
+    bytes: int
+    warnings: list[str]
+
+
+def canonicalise(
+    weights: Path,
+    config: bytes,
+    model: ModelConfig,
+    target: Path,
+    *,
+    max_rank: int,
+    base_model_names: Sequence[str] = (),
+    strict: bool = False,
+    base_tensor: BaseTensor | None = None,
+) -> AdapterSummary:
+    """Check an adapter completely and write its canonical file at `target`.
+
+    The header and the configuration are checked before any data is read; the data is scanned while it is
+    copied. `base_model_names` are what the base is called: another name in the configuration is a warning,
+    or an error if `strict`. `base_tensor` gives the base's own tensors, which an adapter may repeat.
+    Raises InvalidAdapter, and leaves nothing at `target` then.
+    """
+    peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
+    warnings = [*peft.warnings, *_base_name_warnings(peft, base_model_names, strict)]
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with weights.open("rb") as source, partial.open("xb") as out:
+            summary = _write_canonical(source, peft, model, base_tensor, warnings, out)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return summary
+
+
+def canonical_from_tensors(
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    model: ModelConfig,
+    *,
+    max_rank: int,
+    base_tensor: BaseTensor | None = None,
+) -> tuple[str, bytes]:
+    """The digest and the canonical file of an adapter in memory: what the file route makes of the same content.
+
+    float32 and float16 arrays are what they are; a uint16 array holds the bits of bfloat16.
+    """
+    peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
+    with io.BytesIO() as source, io.BytesIO() as out:
+        shapes = {}
+        for name, array in tensors.items():
+            if array.dtype.name not in NUMPY_DTYPES:
+                raise InvalidAdapter(name, f"is {array.dtype}, expected float32, float16 or uint16 (bfloat16's bits)")
+            shapes[name] = NUMPY_DTYPES[array.dtype.name], array.shape
+        source.write(write_header(shapes, {}))
+        for array in tensors.values():
+            source.write(np.ascontiguousarray(array).data)
+        summary = _write_canonical(source, peft, model, base_tensor, list(peft.warnings), out)
+        return summary.digest, out.getvalue()
+
+
+def read_canonical(source: Path | bytes) -> tuple[AdapterConfig, Header, int]:
+    """The configuration, the header and the data's offset of a canonical file.
+
+    Raises InvalidAdapter when the file is not one.
+    """
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        header = read_header(file)
+    try:
+        config = msgspec.json.decode(header.metadata[CONFIG_KEY], type=AdapterConfig)
+    except (KeyError, msgspec.DecodeError) as error:
+        raise InvalidAdapter(f"__metadata__.{CONFIG_KEY}", f"is not canonical: {error}") from None
+    return config, header, header.data_offset
+
+
+def _write_canonical(
+    source: BinaryIO,
+    peft: PeftConfig,
+    model: ModelConfig,
+    base_tensor: BaseTensor | None,
+    warnings: list[str],
+    out: BinaryIO,
+) -> AdapterSummary:
+    adapter = AdapterTensors(source, peft, model, base_tensor)
+    config = AdapterConfig(alora_invocation_tokens=peft.alora_invocation_tokens, scales=adapter.scales)
+    metadata = {CONFIG_KEY: msgspec.json.encode(config, order="sorted").decode()}
+    header = write_header({n: (e.dtype, e.shape) for n, e in adapter.tensors.items()}, metadata)
+    digest, size = blake3(), 0
+    for chunk in _chunks(header, adapter):
+        digest.update(chunk)
+        size += out.write(chunk)
+    return AdapterSummary(
+        digest=digest.hexdigest(),
+        rank=max(adapter.ranks.values()),
+        targets=sorted({module.rpartition(".")[2] for module in adapter.scales}),
+        kind="lora" if config.alora_invocation_tokens is None else "alora",
+        bytes=size,
+        warnings=warnings,
+    )
+
+
+def _chunks(header: bytes, adapter: AdapterTensors) -> Iterator[bytes]:
+    yield header
+    for name in adapter.tensors:
+        yield from adapter.finite_chunks(name)
+
+
+def _base_name_warnings(peft: PeftConfig, names: Sequence[str], strict: bool) -> list[str]:
+    """Compare by the last component: a base is as often named by a local path as by its repository."""
+    claimed = peft.base_model_name_or_path
+    known = {name.rstrip("/").rpartition("/")[2].lower() for name in names}
+    if claimed is None or not known or claimed.rstrip("/").rpartition("/")[2].lower() in known:
+        return []
+    text = f"is {json.dumps(shown(claimed))}, this server's base is {names[0]}"
+    if strict:
+        raise InvalidAdapter("base_model_name_or_path", text)
+    return [f"base_model_name_or_path: {text}"]

@@ -1,0 +1,151 @@
+"""Where each matrix of an adapter lies in its extent, packed at its own ranks.
+
+Sites follow one another in index order. A site's shrink matrices are stacked in one block of (sum of its
+parts' ranks, in); then each part has its expand matrix, transposed to (rank, out), and its bias. Scales are
+folded into both. The embedding's A is transposed too, so that a token reads one row. What an adapter does not
+adapt takes no room.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from kernels.reference.grouped_lora import PartWeights, SiteWeights
+from runtime.adapter_format import AdapterConfig
+from runtime.adapter_tensors import float32_values
+from runtime.invalid_adapter import InvalidAdapter
+from runtime.models.config import ModelConfig, Site
+from runtime.safetensors_header import Header
+
+ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and a vector
+
+
+class PartLayout(NamedTuple):
+    """One adapted projection: `ranks` are its rows in the site's A, `b` and `bias` elements of the extent."""
+
+    module: str
+    columns: slice
+    ranks: slice
+    b: slice
+    bias: slice | None
+
+
+class SiteLayout(NamedTuple):
+    in_features: int
+    rank: int
+    a: slice
+    embedding: bool
+    parts: tuple[PartLayout, ...]
+
+
+class AdapterLayout(NamedTuple):
+    """The layout of one adapter; `sites[i]` is None where it does not adapt site i."""
+
+    sites: tuple[SiteLayout | None, ...]
+    elements: int
+
+    def pack(self, config: AdapterConfig, header: Header, data: np.ndarray, out: np.ndarray) -> None:
+        """Widen, scale, transpose and stack a canonical file, `data` (bytes), into `out` (float32, `elements`)."""
+        for site in filter(None, self.sites):
+            a = out[site.a].reshape((site.in_features, site.rank) if site.embedding else (site.rank, site.in_features))
+            rows = a.T if site.embedding else a
+            for part in site.parts:
+                scale = np.float32(config.scales[part.module])
+                names = _tensor_names(part.module, site.embedding)
+                rows[part.ranks] = _values(header, data, names.a)
+                b = _values(header, data, names.b).T
+                np.multiply(b, scale, out=out[part.b].reshape(b.shape))
+                if part.bias is not None:
+                    np.multiply(_values(header, data, names.bias), scale, out=out[part.bias])
+
+    def views(self, extent: Tensor) -> list[SiteWeights | None]:
+        """The weights of every site as views of the extent (`elements`, in the arena's dtype)."""
+        return [None if site is None else _site_views(site, extent) for site in self.sites]
+
+
+class _TensorNames(NamedTuple):
+    a: str
+    b: str
+    bias: str
+
+
+def layout_adapter(model: ModelConfig, config: AdapterConfig, header: Header) -> AdapterLayout:
+    """Lay out a canonical file's tensors. Raises InvalidAdapter when they do not belong to this model."""
+    offsets = _Offsets()
+    sites = model.sites()
+    layouts = [_lay_out_site(site, i == model.embed_site, header, offsets) for i, site in enumerate(sites)]
+    placed = {part.module for layout in filter(None, layouts) for part in layout.parts}
+    for module in config.scales.keys() ^ placed:
+        raise InvalidAdapter(module, "is not a projection of this model")
+    return AdapterLayout(tuple(layouts), offsets.end)
+
+
+class _Offsets:
+    """Consecutive aligned ranges of elements."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, count: int) -> slice:
+        start = self.end
+        self.end += -(-count // ALIGNMENT) * ALIGNMENT
+        return slice(start, start + count)
+
+
+def _lay_out_site(site: Site, embedding: bool, header: Header, offsets: _Offsets) -> SiteLayout | None:
+    adapted = list(_adapted_parts(site, embedding, header))
+    if not adapted:
+        return None
+    rank = sum(part_rank for _, _, part_rank in adapted)
+    a = offsets.take(rank * site.in_features)
+    parts = []
+    first = 0
+    for module, columns, part_rank in adapted:
+        out_features = columns.stop - columns.start
+        b = offsets.take(part_rank * out_features)
+        biased = _tensor_names(module, embedding).bias in header.tensors
+        bias = offsets.take(out_features) if biased else None
+        parts.append(PartLayout(module, columns, slice(first, first + part_rank), b, bias))
+        first += part_rank
+    return SiteLayout(site.in_features, rank, a, embedding, tuple(parts))
+
+
+def _adapted_parts(site: Site, embedding: bool, header: Header) -> Iterator[tuple[str, slice, int]]:
+    """Module, output columns and rank of the parts that the adapter adapts."""
+    column = 0
+    for module, out_features in site.parts:
+        columns = slice(column, column + out_features)
+        column += out_features
+        names = _tensor_names(module, embedding)
+        if names.a not in header.tensors or names.b not in header.tensors:
+            continue
+        a, b = header.tensors[names.a].shape, header.tensors[names.b].shape
+        if a != (a[0], site.in_features) or b != (out_features, a[0]):
+            raise InvalidAdapter(module, f"has A {list(a)} and B {list(b)}, which do not fit this model")
+        yield module, columns, a[0]
+
+
+def _tensor_names(module: str, embedding: bool) -> _TensorNames:
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return _TensorNames(f"{module}.{a}", f"{module}.{b}", f"{module}.lora_B.bias")
+
+
+def _values(header: Header, data: np.ndarray, name: str) -> np.ndarray:
+    entry = header.tensors[name]
+    start, stop = header.data_offset + entry.start, header.data_offset + entry.stop
+    return float32_values(data[start:stop].data, entry.dtype).reshape(entry.shape)
+
+
+def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
+    if site.embedding:
+        a = extent[site.a].view(site.in_features, site.rank).t()
+    else:
+        a = extent[site.a].view(site.rank, site.in_features)
+    parts = []
+    for part in site.parts:
+        rank = part.ranks.stop - part.ranks.start
+        bias = None if part.bias is None else extent[part.bias]
+        parts.append(PartWeights(extent[part.b].view(rank, -1), part.columns, part.ranks, bias))
+    return SiteWeights(a, tuple(parts))

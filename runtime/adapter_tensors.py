@@ -1,0 +1,234 @@
+"""The tensors of a stranger's adapter: each is matched to a module of the model, or the adapter is refused."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from runtime.invalid_adapter import InvalidAdapter, shown
+from runtime.models.config import ModelConfig
+from runtime.peft_config import PeftConfig
+from runtime.safetensors_header import FILE, TensorEntry, read_header
+
+CHUNK_BYTES = 1024 * 1024  # a multiple of every item size
+MAGNITUDE_BITS = {"F32": 0x7FFFFFFF, "F16": 0x7FFF, "BF16": 0x7FFF}
+INFINITY_BITS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
+BASE_LEAF = "base_layer.weight"
+FUSED = ("qkv_proj", "gate_up_proj")
+
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[^.].*?)\."
+    r"(?P<leaf>base_layer|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.default)?(?P<kind>\.weight|\.bias)?",
+    re.DOTALL,
+)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of the base as its checkpoint stores it; `data` is its raw bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+BaseTensor = Callable[[str], StoredTensor]
+
+
+class AdapterTensors:
+    """An adapter's tensors under canonical names, sorted; `ranks` and `scales` are by module.
+
+    Raises InvalidAdapter unless every tensor of the file has its place, shape and rank in the model, and
+    at least one module is adapted. No adapter data is read before `finite_chunks`.
+    """
+
+    def __init__(
+        self, source: BinaryIO, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
+    ) -> None:
+        self._source = source
+        header = read_header(source)
+        self._data_offset = header.data_offset
+        self._model = model
+        self._shapes = {
+            part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
+        }
+        self._names: dict[str, str] = {}  # canonical to the file's own
+        self.tensors: dict[str, TensorEntry] = {}
+        copies = self._normalise(header.tensors)
+        modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
+        if not modules:
+            raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
+        resolved = config.scales(modules)
+        self.ranks = {module: rank for module, (rank, _) in resolved.items()}
+        self.scales = {module: scale for module, (_, scale) in resolved.items()}
+        for module in modules:
+            self._check_module(module, config)
+        self._check_config(config)
+        for own_name, entry in copies.items():
+            self._check_base_copy(own_name, entry, base_tensor)
+
+    def finite_chunks(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes, scanned on the way.
+
+        Raises InvalidAdapter at the first NaN or infinity, or where the scale makes float32 overflow.
+        """
+        entry, own_name = self.tensors[name], self._names[name]
+        scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
+        for chunk in self._read(entry):
+            largest = largest_magnitude(chunk, entry.dtype)
+            if largest is None:
+                raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights")
+            if largest * scale > LARGEST_FLOAT32:
+                raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}")
+            yield chunk
+
+    def _read(self, entry: TensorEntry) -> Iterator[bytes]:
+        self._source.seek(self._data_offset + entry.start)
+        left = entry.stop - entry.start
+        while left:
+            chunk = self._source.read(min(left, CHUNK_BYTES))
+            if not chunk or len(chunk) % 2:
+                raise InvalidAdapter(FILE, "was truncated while it was read")
+            left -= len(chunk)
+            yield chunk
+
+    def _normalise(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """Fill `tensors` and `_names`; the copies of the base's tensors are returned, under their own names."""
+        found: dict[str, TensorEntry] = {}
+        copies: dict[str, TensorEntry] = {}
+        for own_name, entry in tensors.items():
+            name = self._canonical_name(own_name)
+            if name in self._names:
+                raise InvalidAdapter(own_name, f"is the same tensor as {self._names[name]}, expected one of them")
+            self._names[name] = own_name
+            if name.endswith(BASE_LEAF):
+                copies[own_name] = entry
+            else:
+                found[name] = entry
+        self.tensors = dict(sorted(found.items()))
+        return copies
+
+    def _canonical_name(self, own_name: str) -> str:
+        match = _NAME.fullmatch(own_name)
+        if match is None:
+            raise InvalidAdapter(own_name, _foreign_name(own_name))
+        module, leaf = match["module"], match["leaf"] + (match["kind"] or "")
+        short = module.rpartition(".")[2]
+        if match["leaf"] == "lora_magnitude_vector":
+            raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet")
+        if short in FUSED and module not in self._shapes:
+            raise InvalidAdapter(own_name, f"adapts the fused {short}, which no supported base has")
+        if module not in self._shapes:
+            raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base")
+        allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
+        if short in (EMBEDDING, HEAD):
+            allowed = (*allowed, BASE_LEAF)
+        if leaf not in allowed:
+            raise InvalidAdapter(own_name, f"is left over: {module} takes {', '.join(allowed)}")
+        return f"{module}.{leaf}"
+
+    def _check_module(self, module: str, config: PeftConfig) -> None:
+        inputs, outputs = self._shapes[module]
+        rank = self.ranks[module]
+        embedding = module.endswith(EMBEDDING)
+        a, b = EMBEDDING_LEAVES if embedding else LINEAR_LEAVES[:2]
+        expected: dict[str, tuple[int, ...]] = {f"{module}.{a}": (rank, inputs), f"{module}.{b}": (outputs, rank)}
+        if config.lora_bias and not embedding:
+            expected[f"{module}.lora_B.bias"] = (outputs,)
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise InvalidAdapter(name, f"is missing, expected shape {list(shape)}")
+            if self.tensors[name].shape != shape:
+                own, got = self._names[name], list(self.tensors[name].shape)
+                raise InvalidAdapter(own, f"has shape {got}, expected {list(shape)} for rank {rank}")
+        bias = f"{module}.lora_B.bias"
+        if bias in self.tensors and bias not in expected:
+            raise InvalidAdapter(self._names[bias], "is left over: lora_bias is false")
+
+    def _check_config(self, config: PeftConfig) -> None:
+        """Refuse what PEFT would leave out or do otherwise with these tensors."""
+        ends = {module.rpartition(".")[2] for module in self.scales}
+        for module in self.scales:
+            own = self._names[next(name for name in self.tensors if name.startswith(f"{module}."))]
+            targets = config.target_modules
+            if targets is not None and not any(module == t or module.endswith(f".{t}") for t in targets):
+                raise InvalidAdapter(own, "is left over: target_modules does not name its module")
+            layer = re.match(r"model\.layers\.(\d+)\.", module)
+            layers = config.layers_to_transform
+            if layers is not None and (layer is None or int(layer[1]) not in layers):
+                raise InvalidAdapter(own, "is left over: layers_to_transform does not name its layer")
+        if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
+            raise InvalidAdapter("ensure_weight_tying", "is true: tied adapters of the embedding are not supported")
+        if config.lora_bias and EMBEDDING in ends:
+            raise InvalidAdapter("lora_bias", f"is true: PEFT has none for {EMBEDDING}")
+        if config.alora_invocation_tokens is not None and EMBEDDING in ends:
+            raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}")
+
+    def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
+        """PEFT saves the base's own embedding beside its adapter; applying a different one would change the base."""
+        module = self._canonical_name(own_name).removesuffix(f".{BASE_LEAF}")
+        if module not in self.scales:
+            raise InvalidAdapter(own_name, f"is left over: {module} has no lora_A and lora_B")
+        tied = self._model.tie_embeddings and module == HEAD
+        name = f"model.{EMBEDDING}.weight" if tied else f"{module}.weight"
+        if base_tensor is None:
+            raise InvalidAdapter(own_name, "repeats the base's weight, and the base is not at hand to compare")
+        base = base_tensor(name)
+        equal = entry.shape == base.shape and self._equal_values(entry, base)
+        if not equal:
+            raise InvalidAdapter(own_name, f"differs from the base's {name}, which an adapter cannot replace")
+
+    def _equal_values(self, entry: TensorEntry, base: StoredTensor) -> bool:
+        """Compare in float32, where every dtype's values are exact, a chunk at a time."""
+        stored = np.frombuffer(base.data, numpy_dtype(base.dtype))
+        done = 0
+        for chunk in self._read(entry):
+            values = float32_values(chunk, entry.dtype)
+            if not np.array_equal(values, widened(stored[done : done + len(values)], base.dtype)):
+                return False
+            done += len(values)
+        return True
+
+
+def largest_magnitude(data: bytes, dtype: str) -> float | None:
+    """The largest magnitude in raw little-endian data, None if a value is not finite.
+
+    Found on the bits as integers: magnitudes of one sign order like their bits, and NaN is over infinity.
+    """
+    bits = np.frombuffer(data, numpy_dtype(dtype, integers=True)) & MAGNITUDE_BITS[dtype]
+    largest = bits.max()
+    if largest >= INFINITY_BITS[dtype]:
+        return None
+    return float(float32_values(largest.tobytes(), dtype)[0])
+
+
+def float32_values(data: bytes | memoryview, dtype: str) -> np.ndarray:
+    """Raw little-endian data of a safetensors dtype as float32, which holds every value of each exactly."""
+    return widened(np.frombuffer(data, numpy_dtype(dtype)), dtype)
+
+
+def numpy_dtype(dtype: str, *, integers: bool = False) -> np.dtype:
+    """How numpy holds a safetensors dtype, which has no bfloat16: as its bits, as all are if `integers`."""
+    if dtype == "F32":
+        return np.dtype("<u4" if integers else "<f4")
+    return np.dtype("<f2" if dtype == "F16" and not integers else "<u2")
+
+
+def widened(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values held as `numpy_dtype` says, as float32."""
+    if dtype == "BF16":
+        return (values.astype("<u4") << 16).view("<f4")
+    return values.astype("<f4", copy=False)
+
+
+def _foreign_name(name: str) -> str:
+    if "lora_down" in name or "lora_up" in name or name.startswith("lora_unet"):
+        return "is a kohya or diffusers name, expected PEFT's <module>.lora_A.weight"
+    if name.endswith((".lora_a", ".lora_b")):
+        return "is an mlx name, expected PEFT's <module>.lora_A.weight"
+    return "is not a tensor of plain LoRA, and an adapter cannot replace or add weights of the base"

@@ -1,0 +1,156 @@
+"""The engine process, spoken to as the service does: messages over a socket."""
+
+import json
+import subprocess
+import sys
+
+import msgspec
+import pytest
+import zmq
+
+from runtime.config import EngineConfig
+from runtime.messages import (
+    Abort,
+    Failed,
+    Generate,
+    GetStats,
+    Ready,
+    RegisterAdapter,
+    SamplingParams,
+    Shutdown,
+    Stats,
+    Tokens,
+    decode_events,
+    encode,
+)
+from tests.runtime.tiny_model import TINY
+
+DEADLINE_MS = 20_000
+
+
+class Peer:
+    """The service's end of the socket."""
+
+    def __init__(self, directory, **options):
+        self.socket = zmq.Context.instance().socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        endpoint = f"ipc://{directory}/engine.sock"
+        self.socket.bind(endpoint)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.process", endpoint], stderr=subprocess.PIPE, text=True
+        )
+        config = EngineConfig(
+            model=str(directory),
+            load_format="dummy",
+            threads=1,
+            **{"kv_cache_bytes": 2**22, "max_model_len": 128} | options,
+        )
+        self.socket.send(msgspec.msgpack.encode(config))
+        self.events = []
+
+    def send(self, command):
+        self.socket.send(encode(command))
+
+    def next(self, kind):
+        """The next event of a kind; others are dropped."""
+        while True:
+            while self.events:
+                event = self.events.pop(0)
+                if isinstance(event, kind):
+                    return event
+            assert self.socket.poll(DEADLINE_MS), f"no {kind} within the deadline"
+            self.events += decode_events(self.socket.recv())
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        self.socket.close()
+
+
+@pytest.fixture
+def peer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    peers = []
+
+    def start(**options):
+        peers.append(Peer(tmp_path, **options))
+        return peers[-1]
+
+    yield start
+    for started in peers:
+        started.close()
+
+
+def generate(name, max_tokens=5, **fields):
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return Generate(request_id=name, token_ids=fields.pop("token_ids", [5, 6, 7]), params=params, **fields)
+
+
+def test_commands_in_events_out_until_shutdown(peer):
+    engine = peer()
+    assert engine.next(Ready).max_model_len == 128
+    engine.send(generate("a"))
+    tokens = [engine.next(Tokens) for _ in range(5)]
+    assert [event.finish_reason for event in tokens] == [None] * 4 + ["length"]
+    assert tokens[0].cached_tokens == 0
+    engine.send(generate("b", token_ids=[]))
+    assert engine.next(Failed).code == "empty_prompt"
+    engine.send(GetStats())
+    stats = engine.next(Stats)
+    assert (stats.generated_tokens, stats.running, stats.blocks_used) == (5, 0, 0)
+    engine.send(Shutdown())
+    assert engine.process.wait(timeout=60) == 0
+
+
+def test_an_abort_frees_the_blocks_of_a_running_request(peer):
+    engine = peer()
+    engine.send(generate("long", max_tokens=120))
+    engine.next(Tokens)
+    engine.send(Abort(request_id="long"))
+    engine.send(GetStats())
+    stats = engine.next(Stats)
+    assert (stats.running, stats.blocks_used) == (0, 0)
+
+
+def test_an_adapter_that_cannot_be_read_fails_its_request_with_the_reason_and_nothing_else(peer, tmp_path):
+    engine = peer()
+    engine.next(Ready)
+    (tmp_path / "broken.safetensors").write_bytes(b"not an adapter")
+    engine.send(RegisterAdapter(digest="d1", path=str(tmp_path / "broken.safetensors")))
+    engine.send(generate("a", adapter="d1"))
+    assert engine.next(Failed).code == "adapter_failed"
+    engine.send(generate("b"))
+    assert engine.next(Tokens).request_id == "b"
+
+
+def test_an_engine_that_cannot_start_says_why(peer, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"architectures": ["GPT2LMHeadModel"]}))
+    engine = peer()
+    _, stderr = engine.process.communicate(timeout=60)
+    assert engine.process.returncode == 3
+    assert "GPT2LMHeadModel" in stderr
+
+
+def test_an_engine_whose_parent_is_gone_ends_by_itself(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    engine_pid = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.communicate()
+    watcher = subprocess.run(["tail", f"--pid={engine_pid}", "-f", "/dev/null"], timeout=30)
+    assert watcher.returncode == 0
+
+
+PARENT = """
+import pathlib
+import signal
+import sys
+
+from tests.runtime.test_process import Peer, Ready
+peer = Peer(pathlib.Path(sys.argv[1]))
+print(peer.process.pid, flush=True)
+peer.next(Ready)
+print("ready", flush=True)
+signal.pause()
+"""
