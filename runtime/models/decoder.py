@@ -6,7 +6,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.elementwise import kv_write, rms_norm, rotary, silu_mul
+from kernels.reference.elementwise import kv_write, rotary, silu_mul
 from kernels.reference.paged_attention import AttentionGroup, paged_attention
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, Rotary
@@ -59,7 +59,7 @@ class Decoder:
             site = index * SITES_PER_LAYER
             x = self._attention(layer, site, x, angles, slots, kv[index], groups, lora)
             x = self._mlp(layer, site, x, lora)
-        x = rms_norm(x.index_select(0, logit_rows), weights.norm, config.rms_norm_eps)
+        x = weights.norm(x.index_select(0, logit_rows))
         logits = weights.lm_head(x)
         if lora is not None:
             lora.apply_logits(x, logits)
@@ -79,18 +79,18 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         rows, q_heads, kv_heads, head_dim = len(x), config.num_heads, config.num_kv_heads, config.head_dim
-        normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps)
+        normed = layer.attention_norm(x)
         heads = _project(layer.qkv, site + QKV, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
         # Queries and keys lie side by side and are rotated in place, after which keys and values do for the cache.
         turned = heads[:, : q_heads + kv_heads]
-        source = turned if layer.qk_norm is None else rms_norm(turned, layer.qk_norm, config.rms_norm_eps)
+        source = turned if layer.qk_norm is None else layer.qk_norm(turned)
         rotary(source, *angles, out=turned)
         kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
         mixed = paged_attention(heads[:, :q_heads], kv, groups, self.scale)
         return self._add(x, _project(layer.o, site + OUT, mixed, lora))
 
     def _mlp(self, layer: LayerWeights, site: int, x: Tensor, lora: Lora | None) -> Tensor:
-        normed = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+        normed = layer.mlp_norm(x)
         inner = silu_mul(_project(layer.gate_up, site + GATE_UP, normed, lora))
         return self._add(x, _project(layer.down, site + DOWN, inner, lora))
 

@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer that hold tensors: linear projections and rotary angles."""
+"""The pieces of a decoder layer that hold tensors: linear projections, norms and rotary angles."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference.elementwise import rms_norm
 from runtime.models.config import RopeConfig
 
 
@@ -35,6 +36,18 @@ def _can_pack(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
+
+
+class RmsNorm:
+    """RMSNorm over the last dimension; `weight` is (n,), or (heads, n) for a norm per head."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        size = weight.shape[-1]
+        self.weight = weight.float() * size**0.5
+        self.floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.floor)
 
 
 class Rotary:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
-from runtime.models.layers import Linear
+from runtime.models.layers import Linear, RmsNorm
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -23,13 +23,13 @@ class InvalidCheckpoint(ValueError):
 
 
 class LayerWeights(NamedTuple):
-    """One layer; norms are float32, `qk_norm` is (heads + kv_heads, head_dim) where the family has one."""
+    """One layer; `qk_norm`, where the family has it, is over all query heads and then all key heads."""
 
-    attention_norm: Tensor
+    attention_norm: RmsNorm
     qkv: Linear
-    qk_norm: Tensor | None
+    qk_norm: RmsNorm | None
     o: Linear
-    mlp_norm: Tensor
+    mlp_norm: RmsNorm
     gate_up: Linear
     down: Linear
 
@@ -37,7 +37,7 @@ class LayerWeights(NamedTuple):
 class Weights(NamedTuple):
     embedding: Tensor
     layers: list[LayerWeights]
-    norm: Tensor
+    norm: RmsNorm
     lm_head: Linear
 
 
@@ -55,9 +55,9 @@ def load_weights(
     """
     shapes = tensor_shapes(config)
     if load_format == "dummy":
-        return _assemble(config, shapes, dtype, _dummy(shapes))
+        return _Assembly(config, shapes, dtype, _dummy(shapes)).weights()
     with ExitStack() as stack:
-        return _assemble(config, shapes, dtype, _open(config, directory, shapes, stack))
+        return _Assembly(config, shapes, dtype, _open(config, directory, shapes, stack)).weights()
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -88,46 +88,56 @@ def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
     return config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
 
 
-def _assemble(config: ModelConfig, shapes: Shapes, dtype: torch.dtype, read: Read) -> Weights:
-    sites = config.sites()
+class _Assembly:
+    """Builds the decoder's weights out of a checkpoint's tensors; holds nothing that it has handed out."""
 
-    def stacked(names: Sequence[str]) -> Tensor:
-        """The named tensors below each other, copied straight from the file into a tensor of our own."""
-        rows = sum(shapes[name][0] for name in names)
-        out = torch.empty((rows, *shapes[names[0]][1:]), dtype=dtype)
-        for name, part in zip(names, out.split([shapes[name][0] for name in names]), strict=True):
-            part.copy_(read(name))
-        return out
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype, read: Read):
+        self.config, self.shapes, self.dtype, self.read = config, shapes, dtype, read
+        self.sites = config.sites()
 
-    def linear(site: Site) -> Linear:
-        biases = [f"{part.module}.bias" for part in site.parts]
-        bias = stacked(biases) if biases[0] in shapes else None
-        return Linear(stacked([f"{part.module}.weight" for part in site.parts]), bias)
+    def weights(self) -> Weights:
+        embedding = self._stacked([EMBEDDING])
+        return Weights(
+            embedding=embedding,
+            layers=[self._layer(index) for index in range(self.config.num_layers)],
+            norm=self._norm("model.norm.weight"),
+            lm_head=Linear(embedding if self.config.tie_embeddings else self._stacked([HEAD])),
+        )
 
-    def layer(index: int) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
-        qkv, o, gate_up, down = map(linear, _layer_sites(sites, index))
-        qk_norm = None
-        if config.qk_norm:
-            q, k = (read(f"{prefix}.self_attn.{norm}.weight").to(dtype).float() for norm in ("q_norm", "k_norm"))
-            qk_norm = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
+        qkv, o, gate_up, down = map(self._linear, _layer_sites(self.sites, index))
         return LayerWeights(
-            attention_norm=stacked([f"{prefix}.input_layernorm.weight"]).float(),
+            attention_norm=self._norm(f"{prefix}.input_layernorm.weight"),
             qkv=qkv,
-            qk_norm=qk_norm,
+            qk_norm=self._qk_norm(f"{prefix}.self_attn") if self.config.qk_norm else None,
             o=o,
-            mlp_norm=stacked([f"{prefix}.post_attention_layernorm.weight"]).float(),
+            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm.weight"),
             gate_up=gate_up,
             down=down,
         )
 
-    embedding = stacked([EMBEDDING])
-    return Weights(
-        embedding=embedding,
-        layers=[layer(index) for index in range(config.num_layers)],
-        norm=stacked(["model.norm.weight"]).float(),
-        lm_head=Linear(embedding if config.tie_embeddings else stacked([HEAD])),
-    )
+    def _linear(self, site: Site) -> Linear:
+        biases = [f"{part.module}.bias" for part in site.parts]
+        bias = self._stacked(biases) if biases[0] in self.shapes else None
+        return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias)
+
+    def _norm(self, name: str) -> RmsNorm:
+        return RmsNorm(self._stacked([name]), self.config.rms_norm_eps)
+
+    def _qk_norm(self, attention: str) -> RmsNorm:
+        """One norm for queries and keys, which lie side by side: a row of weights for each head."""
+        q, k = (self._stacked([f"{attention}.{name}.weight"]) for name in ("q_norm", "k_norm"))
+        heads = torch.cat((q.expand(self.config.num_heads, -1), k.expand(self.config.num_kv_heads, -1)))
+        return RmsNorm(heads, self.config.rms_norm_eps)
+
+    def _stacked(self, names: Sequence[str]) -> Tensor:
+        """The named tensors below each other, copied straight from the file into a tensor of our own."""
+        heights = [self.shapes[name][0] for name in names]
+        out = torch.empty((sum(heights), *self.shapes[names[0]][1:]), dtype=self.dtype)
+        for name, part in zip(names, out.split(heights), strict=True):
+            part.copy_(self.read(name))
+        return out
 
 
 def _dummy(shapes: Shapes) -> Read:

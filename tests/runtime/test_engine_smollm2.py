@@ -10,6 +10,12 @@ from runtime.engine import Engine
 from runtime.messages import SamplingParams
 from tests.oracle import greedy_choices
 
+# PEFT warns of lora_bias twice: it cannot be merged into a layer without a bias, and it takes the bias for a broken B.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.lora_bias=True. was passed but the targeted layer",
+    "ignore:Adapter 'lora_bias'. 60 LoRA tensor.s. have invalid shape",
+)
+
 SUBJECTS = (
     "The capital of France is",
     "Once upon a time, in a village by the sea,",
@@ -38,9 +44,10 @@ SUBJECTS = (
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# PEFT confuses an adapter with a module of the same name ("mlp"), so none is called like one.
 ADAPTERS = {
-    "attention": peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR[:4]),
-    "mlp": peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR[4:]),
+    "attention_only": peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR[:4]),
+    "mlp_only": peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR[4:]),
     "all_linear": peft.LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR),
     "rslora": peft.LoraConfig(r=8, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj"], use_rslora=True),
     "patterns": peft.LoraConfig(

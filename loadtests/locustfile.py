@@ -1,0 +1,117 @@
+"""Users who chat through adapters, some adapters far more popular than others.
+
+`locust -f loadtests/locustfile.py --headless --users 8 --run-time 60s --host http://127.0.0.1:8000`. Beside the
+requests, two entries are recorded for each model: "first token" is the time to the first token, "per token" the mean
+time of each later one, both in milliseconds. --popularity is Zipf's exponent: 0 makes all models equal.
+"""
+
+import itertools
+import json
+import random
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from typing import Any
+
+from locust import HttpUser, between, events, task
+from locust.env import Environment
+from locust.exception import StopUser
+
+TOPICS = ("a lantern", "the sea", "an old market", "the number seven", "a silver engine", "winter", "copper", "bridges")
+VERBS = ("Describe", "Explain", "Praise", "Compare two kinds of", "Write a line about", "Ask me about")
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: ArgumentParser, **_: Any) -> None:
+    options: list[tuple[str, str, type, Any, str]] = [
+        ("--models", "LOAD_MODELS", str, "", "names, the most popular first, separated by commas; default: all served"),
+        ("--popularity", "LOAD_POPULARITY", float, 1.0, "Zipf exponent of the models' popularity"),
+        ("--max-tokens", "LOAD_MAX_TOKENS", int, 32, "tokens of an answer"),
+        ("--api-key", "LOAD_API_KEY", str, "", "sent as a bearer token"),
+        ("--seed", "LOAD_SEED", int, 0, "of the users' choices"),
+    ]
+    for flag, variable, kind, default, text in options:
+        parser.add_argument(flag, env_var=variable, type=kind, default=default, help=text)
+
+
+def zipf_weights(count: int, exponent: float) -> list[float]:
+    """How often each of `count` models is chosen, by rank."""
+    return [1 / rank**exponent for rank in range(1, count + 1)]
+
+
+class StreamBroken(Exception):
+    """A stream carried an error, or ended before its end."""
+
+
+class ChatUser(HttpUser):
+    wait_time = between(0, 0.1)
+    numbers = itertools.count()
+
+    def on_start(self) -> None:
+        settings = self.environment.parsed_options
+        self.random = random.Random(f"{settings.seed}/{next(self.numbers)}")
+        if settings.api_key:
+            self.client.headers["Authorization"] = f"Bearer {settings.api_key}"
+        self.models = settings.models.split(",") if settings.models else self.served_models()
+        self.weights = zipf_weights(len(self.models), settings.popularity)
+
+    def served_models(self) -> list[str]:
+        """Every name that the server lists; a server that lists none ends this user."""
+        with self.client.get("/v1/models", catch_response=True) as response:
+            if response.ok and (models := [card["id"] for card in response.json()["data"]]):
+                return models
+            response.failure(f"no models: {response.status_code} {response.text[:200]}")
+        raise StopUser
+
+    @task
+    def chat(self) -> None:
+        model = self.random.choices(self.models, self.weights)[0]
+        question = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": self.environment.parsed_options.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        start = time.perf_counter()
+        request = self.client.post("/v1/chat/completions", json=body, stream=True, catch_response=True, name=model)
+        with request as response:
+            if not response.ok:
+                response.failure(f"{response.status_code} {response.text[:200]}")
+                return
+            try:
+                arrivals, tokens = read_stream(response.iter_lines(chunk_size=None))
+            except StreamBroken as error:
+                response.failure(str(error))
+                return
+        if arrivals:
+            record(self.environment, "first token", model, arrivals[0] - start)
+        if len(arrivals) > 1 and tokens > 1:
+            record(self.environment, "per token", model, (arrivals[-1] - arrivals[0]) / (tokens - 1))
+
+
+def read_stream(lines: Iterable[bytes]) -> tuple[list[float], int]:
+    """When each piece of text came (none if the model ended at once), and the count of tokens. Raises StreamBroken."""
+    arrivals: list[float] = []
+    tokens = None
+    for line in lines:
+        if line == b"data: [DONE]":
+            if tokens is None:
+                raise StreamBroken("the stream did not tell its usage")
+            return arrivals, tokens
+        if line.startswith(b"data: "):
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise StreamBroken(event["error"]["message"])
+            if any(choice["delta"].get("content") for choice in event["choices"]):
+                arrivals.append(time.perf_counter())
+            if event.get("usage"):
+                tokens = event["usage"]["completion_tokens"]
+    raise StreamBroken("the stream ended without [DONE]")
+
+
+def record(environment: Environment, kind: str, model: str, seconds: float) -> None:
+    environment.events.request.fire(
+        request_type=kind, name=model, response_time=1000 * seconds, response_length=0, exception=None, context={}
+    )

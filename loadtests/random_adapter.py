@@ -1,0 +1,76 @@
+"""Random LoRA adapters of a model's shape, written without torch: what a benchmark uploads."""
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+RANK = 16
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# The upper byte of a bfloat16 is its sign and seven bits of its exponent: keep the sign, and set an exponent that
+# makes every value between 2^-7 and 2^-5 in size. Never zero, and small enough for the text to stay finite.
+UPPER_BYTE = bytes(byte & 0x80 | 0x3C for byte in range(256))
+
+
+def adapter_config(rank: int = RANK) -> dict[str, Any]:
+    """The fields that PEFT and other servers need to read the adapter."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(PROJECTIONS),
+        "inference_mode": True,
+    }
+
+
+def write_adapter(directory: Path, model_config: dict[str, Any], seed: int, rank: int = RANK) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` (bfloat16, all seven projections) to `directory`."""
+    rng = random.Random(seed)
+    header: dict[str, Any] = {}
+    data = bytearray()
+    for name, shape in sorted(tensor_shapes(model_config, rank).items()):
+        values = random_bfloat16(rng, shape[0] * shape[1])
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config(rank)))
+    (directory / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+
+def tensor_shapes(model_config: dict[str, Any], rank: int) -> dict[str, tuple[int, int]]:
+    """A (rank, in) and B (out, rank) of every projection, under PEFT's names."""
+    hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
+    heads = model_config["num_attention_heads"]
+    head_dim = model_config.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, (model_config.get("num_key_value_heads") or heads) * head_dim
+    sizes = {
+        "self_attn.q_proj": (hidden, q),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (q, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    shapes = {}
+    for layer in range(model_config["num_hidden_layers"]):
+        for module, (in_features, out_features) in sizes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            shapes[f"{prefix}.lora_A.weight"] = (rank, in_features)
+            shapes[f"{prefix}.lora_B.weight"] = (out_features, rank)
+    return shapes
+
+
+def random_bfloat16(rng: random.Random, count: int) -> bytes:
+    values = bytearray(2 * count)
+    values[0::2] = rng.randbytes(count)
+    values[1::2] = rng.randbytes(count).translate(UPPER_BYTE)
+    return bytes(values)

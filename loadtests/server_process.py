@@ -1,0 +1,51 @@
+"""A server of our own to measure, started as a user would start it."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 300  # the first start converts the default model
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not become ready; the message has the end of its output."""
+
+
+@contextmanager
+def running_server(arguments: Sequence[str] = ()) -> Iterator[str]:
+    """Start `python -m service` on a free port with an empty data directory; yields its URL once it is ready."""
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "log"
+        command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", "0"]
+        command += ["--data-directory", f"{directory}/data", *arguments]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield wait_until_ready(process, log)
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        found = re.search(r"http://127\.0\.0\.1:[1-9]\d*", log.read_text())
+        if found and is_ready(found[0]):
+            return found[0]
+        time.sleep(0.1)
+    raise ServerFailed(f"the server did not become ready:\n{log.read_text()[-2000:]}")
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(url + "/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,147 @@
+"""Builds the HTTP contract from the routes and the Structs that the service runs on: `python -m openapi.build`.
+
+The result is openapi.json beside this file, OpenAPI 3.1. tests/openapi holds the file equal to what is built here.
+"""
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.routing import Route
+
+from openapi.operations import JSON, OPEN, OPERATIONS, Operation
+from service import adapters, schemas
+from service.app import routes
+
+CONTRACT = Path(__file__).with_name("openapi.json")
+REFERENCE = "#/components/schemas/{name}"
+ERROR = {
+    "type": "object",
+    "description": "Every error. `code` is a stable word, `param` the field that it is about.",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+def structs() -> list[type]:
+    """Every Struct of the HTTP bodies; those of a query string are spelled out as parameters instead."""
+    found = [
+        member
+        for module in (schemas, adapters)
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
+    ]
+    return sorted((s for s in found if not s.__name__.endswith("Query")), key=lambda struct: struct.__name__)
+
+
+def served() -> set[tuple[str, str]]:
+    """Method and path of every route, as OpenAPI writes paths."""
+    return {
+        (method, re.sub(r":\w+}", "}", route.path))
+        for route in routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+
+
+def contract() -> dict[str, Any]:
+    """The whole document. Raises KeyError for a route that `OPERATIONS` does not describe."""
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path in sorted(served()):
+        paths.setdefault(path, {})[method.lower()] = describe(path, OPERATIONS[method, path])
+    _, components = msgspec.json.schema_components(structs(), ref_template=REFERENCE)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Rootstock",
+            "version": "0.1.0",
+            "summary": "One base model, every LoRA adapter grafted on at request time.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "security": [{"key": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": {**components, "Error": ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def describe(path: str, operation: Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {"summary": operation.summary}
+    if parameters := [*in_path(path), *in_query(operation.query), *map(in_header, operation.headers)]:
+        described["parameters"] = parameters
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": body_content(operation.body)}
+    described["responses"] = {
+        **{str(status): answer(operation, schema) for status, schema in operation.answers.items()},
+        "default": {"description": "An error.", "content": {JSON: {"schema": reference("Error")}}},
+    }
+    if path in OPEN:
+        described["security"] = []
+    return described
+
+
+def answer(operation: Operation, schema: Any) -> dict[str, Any]:
+    if schema is None:
+        return {"description": "Done; no body."}
+    content = {operation.media: {"schema": as_schema(schema)}}
+    if operation.streams:
+        text = f"Server-sent events, each the JSON of a {operation.streams}; the last is [DONE]."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+    return {"description": "The answer.", "content": content}
+
+
+def body_content(body: Any) -> dict[str, Any]:
+    """A Struct is JSON; a dict names other content types."""
+    if isinstance(body, dict):
+        return {media: {"schema": schema} for media, schema in body.items()}
+    return {JSON: {"schema": as_schema(body)}}
+
+
+def as_schema(schema: Any) -> dict[str, Any]:
+    return reference(schema.__name__) if isinstance(schema, type) else schema
+
+
+def reference(name: str) -> dict[str, Any]:
+    return {"$ref": REFERENCE.format(name=name)}
+
+
+def in_path(path: str) -> list[dict[str, Any]]:
+    names = re.findall(r"{(\w+)}", path)
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+
+
+def in_query(query: type | None) -> list[dict[str, Any]]:
+    """The fields of a query Struct as parameters."""
+    if query is None:
+        return []
+    schema = msgspec.json.schema_components([query], ref_template=REFERENCE)[1][query.__name__]
+    return [{"name": name, "in": "query", "schema": field} for name, field in schema["properties"].items()]
+
+
+def in_header(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "schema": {"type": "string"}}
+
+
+def render() -> str:
+    return json.dumps(contract(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    CONTRACT.write_text(render())
+    print(f"wrote {CONTRACT}")

@@ -1,0 +1,140 @@
+"""python -m service: serve one base model and any number of adapters over HTTP."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import uvicorn
+from huggingface_hub import snapshot_download
+from starlette.applications import Starlette
+
+from runtime.models.config import UnsupportedModel
+from service.app import create_app
+from service.default_model import ensure_default_model
+from service.engine_process import EngineStartFailed
+from service.settings import Arguments, Settings, read
+from service.tokenizer import TokenizerMissing
+
+BAD_VALUE, CANNOT_START = 2, 1
+GRACE_SECONDS = 2  # for open connections to take their last words, once their requests have been ended
+DEFAULT_NAME = "smollm2-135m-instruct"
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+BANNER = """
+Rootstock serves {name} at {url}
+
+  upload an adapter:  curl -X PUT {url}/adapters/mine -F adapter_config.json=@adapter_config.json \\
+                           -F adapter_model.safetensors=@adapter_model.safetensors{key}
+  chat with it:       curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\
+                           -d '{{"model": "mine", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+  or with the base:   the same with "model": "{name}"
+"""
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which says where it listens, and at its end ends the streams that are open."""
+
+    def __init__(self, config: uvicorn.Config, app: Starlette):
+        super().__init__(config)
+        self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        settings: Settings = self._app.state.settings
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        key = "" if settings.api_key is None else " -H 'authorization: Bearer KEY'"
+        say(BANNER.format(name=settings.served_name, url=url, key=key))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.engine.end_requests("shutting_down", "the service is shutting down")
+        await super().shutdown(sockets)
+
+
+def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Serve until a signal; a bad value, or an engine that does not start, ends it with a sentence and a status."""
+    try:
+        settings = configure(read(argv, environment))
+    except ValueError as error:
+        refuse(str(error), BAD_VALUE)
+    listener = listen(settings)
+    config = uvicorn.Config("", lifespan="off", loop="uvloop", http="httptools", access_log=False, log_config=None)
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(serve(settings, listener))
+    except (UnsupportedModel, TokenizerMissing) as error:
+        refuse(str(error), BAD_VALUE)
+    except EngineStartFailed as error:
+        refuse(str(error), CANNOT_START)
+
+
+def configure(arguments: Arguments) -> Settings:
+    """The settings, with the model's files on this machine. Raises ValueError with a sentence."""
+    model = arguments.model
+    if model is None:
+        return arguments.settings(ensure_default_model(arguments.cache_directory), DEFAULT_NAME)
+    if Path(model).is_dir():
+        return arguments.settings(Path(model), Path(model).resolve().name)
+    if Path(model).is_absolute() or model.startswith("."):
+        raise ValueError(f"the model directory {model} does not exist")
+    say(f"fetching {model} from the Hugging Face hub, unless it is here already")
+    try:
+        directory = snapshot_download(model, allow_patterns=MODEL_FILES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model} is no directory, and cannot be fetched from the hub: {error}") from None
+    return arguments.settings(Path(directory), model)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Take the port before the model is loaded: a port in use is found out at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", BAD_VALUE)
+    listener.set_inheritable(False)
+    return listener
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Start the engine, serve until a signal, end the engine."""
+    app = create_app(settings)
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    say(f"starting the engine: loading {settings.engine.model}")
+    with contextlib.suppress(asyncio.CancelledError):  # a signal while the engine starts: there is nothing to finish
+        async with app.router.lifespan_context(app):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+                signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again at its end
+            config = uvicorn.Config(
+                app, lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=GRACE_SECONDS
+            )
+            await Server(config, app).serve([listener])
+
+
+def refuse(reason: str, status: int) -> NoReturn:
+    print(f"rootstock: {reason}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    main(sys.argv[1:], os.environ)

@@ -1,0 +1,84 @@
+"""The wiring: routes, errors, and what lives as long as the service does."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from runtime.models.config import ModelConfig
+from service import adapters
+from service.access import RequestId, RequireKey
+from service.catalog import Catalog
+from service.chat import chat_completions
+from service.completions import completions
+from service.engine_client import EngineClient
+from service.health import health, metrics, openapi, ready, version
+from service.metrics import Metrics
+from service.models import get_model, list_models
+from service.responses import ApiError, on_api_error, on_client_disconnect, on_http_exception, on_unhandled
+from service.settings import Settings
+from service.tokenizer import Tokenizer
+
+routes = [
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/models", list_models),
+    Route("/v1/models/{model:path}", get_model),
+    *adapters.routes,
+    Route("/health", health),
+    Route("/health/ready", ready),
+    Route("/ping", ready),
+    Route("/version", version),
+    Route("/metrics", metrics),
+    Route("/openapi.json", openapi),
+]
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # no key needed
+
+errors = {
+    ApiError: on_api_error,
+    HTTPException: on_http_exception,
+    ClientDisconnect: on_client_disconnect,
+    Exception: on_unhandled,
+}
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The service as an ASGI application; its lifespan starts and ends the engine process."""
+    middleware = [Middleware(RequestId)]
+    if settings.api_key is not None:
+        middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
+    app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    app.state.settings = settings
+    return app
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Fill `app.state`. Raises UnsupportedModel, TokenizerMissing or EngineStartFailed with a sentence."""
+    state, settings = app.state, app.state.settings
+    directory = Path(settings.engine.model)
+    state.started_at = time.time()
+    state.model_config = ModelConfig.from_directory(directory)
+    state.metrics = Metrics()
+    state.engine = EngineClient(settings.engine, settings.engine_command)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(state.engine.close)
+        starting = asyncio.create_task(state.engine.start())
+        stack.callback(starting.cancel)
+        state.tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        state.catalog = await Catalog.open(
+            settings.data_directory, state.engine, state.model_config, settings.engine.max_lora_rank
+        )
+        stack.push_async_callback(state.catalog.close)
+        await starting
+        state.max_model_len = state.engine.ready.max_model_len
+        state.vocab_size = state.engine.ready.vocab_size
+        yield

@@ -1,0 +1,59 @@
+"""JSON bodies of requests, read within a limit and decoded into Structs."""
+
+import re
+from typing import NoReturn, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from service.responses import ApiError
+
+T = TypeVar("T")
+
+
+async def read_json(request: Request, kind: type[T], max_bytes: int) -> T:
+    """The body as a Struct. Raises ApiError: 413 for one over the limit, 400 naming the field for a wrong one."""
+    return decode_json(await read_body(request, max_bytes), kind)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, counted while it comes in: a client may announce any length, or none."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise ApiError(413, "body_too_large", f"the body is larger than the limit of {max_bytes} bytes")
+    return bytes(body)
+
+
+def decode_json(body: bytes, kind: type[T]) -> T:
+    """Decode a body. Raises ApiError 400, whose param is the field that is wrong."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        _refuse_type(str(error))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        _refuse_syntax(body, str(error))
+    except RecursionError:
+        raise ApiError(400, "invalid_json", "the body is nested too deeply") from None
+
+
+def _refuse_type(reason: str) -> NoReturn:
+    """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"."""
+    complaint, _, place = reason.partition(" - at `$")
+    missing = re.fullmatch(r"Object missing required field `(.*)`", complaint)
+    path = place.rstrip("`").lstrip(".")
+    if missing:
+        param = f"{path}.{missing[1]}" if path else missing[1]
+        raise ApiError(400, "missing_field", f"{param} is required", param)
+    complaint = complaint.replace("`", "")
+    raise ApiError(400, "invalid_field", f"{path or 'the body'}: {complaint}", path or None)
+
+
+def _refuse_syntax(body: bytes, reason: str) -> NoReturn:
+    """Say where the JSON is broken, and in which field: NaN and Infinity are no JSON, but clients send them."""
+    place = re.search(r"\(byte (\d+)\)", reason)
+    keys = re.findall(rb'"([A-Za-z_][A-Za-z0-9_]{0,63})"\s*:\s*[^",{}]*$', body[: int(place[1])]) if place else []
+    param = keys[-1].decode() if keys else None
+    where = f" (in the value of {param})" if param else ""
+    raise ApiError(400, "invalid_json", f"the body is not valid JSON: {reason}{where}", param)

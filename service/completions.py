@@ -1,0 +1,119 @@
+"""POST /v1/completions."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runtime.messages import TokenLogprobs
+from service.answer import Inputs, answer
+from service.bodies import read_json
+from service.generation import Delta
+from service.responses import ApiError
+from service.sampling import answer_length, check_token_ids, sampling_params
+from service.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from service.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_SEQUENCES = 1024  # prompts times choices of one request
+
+
+async def completions(request: Request) -> Response:
+    arrived = time.perf_counter()
+    body = await read_json(request, CompletionRequest, request.app.state.settings.max_body_bytes)
+    return await answer(request, body, "cmpl", partial(prepare, request.app.state, body), arrived)
+
+
+async def prepare(state: State, body: CompletionRequest, identity: str) -> Inputs:
+    """Check a request and turn its prompts into tokens. Raises ApiError 400 naming the field."""
+    prompts = await encode_prompts(body.prompt, state.tokenizer, state.vocab_size)
+    if len(prompts) * (body.n or 1) > MAX_SEQUENCES:
+        message = f"{len(prompts)} prompts with n={body.n or 1} are more than {MAX_SEQUENCES} sequences"
+        raise ApiError(400, "too_many_sequences", message, "prompt")
+    max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, prompts, state.max_model_len, "prompt")
+    params = sampling_params(body, max_tokens, body.logprobs, state.vocab_size)
+    return Inputs(
+        prompts,
+        params,
+        CompletionShape(identity, body.model, state.tokenizer, with_logprobs=params.logprobs is not None),
+    )
+
+
+async def encode_prompts(
+    prompt: str | list[str | int | list[int]], tokenizer: Tokenizer, vocab_size: int
+) -> list[list[int]]:
+    """The token ids of a prompt in any of its four forms. Raises ApiError 400."""
+    if isinstance(prompt, str):
+        prompts = await tokenizer.encode_texts([prompt])
+    elif all(isinstance(item, str) for item in prompt):
+        prompts = await tokenizer.encode_texts([item for item in prompt if isinstance(item, str)])
+    elif all(isinstance(item, int) for item in prompt):
+        prompts = [[item for item in prompt if isinstance(item, int)]]
+    elif all(isinstance(item, list) for item in prompt):
+        prompts = [item for item in prompt if isinstance(item, list)]
+    else:
+        raise ApiError(400, "invalid_field", "prompt: strings, token ids and lists of them cannot be mixed", "prompt")
+    if not prompts or not all(prompts):
+        raise ApiError(400, "empty_prompt", "prompt: a prompt needs at least one token", "prompt")
+    for token_ids in prompts:
+        check_token_ids(token_ids, vocab_size, "prompt")
+    return prompts
+
+
+class CompletionShape:
+    """Words the answers of one request; `chunk` remembers how much text each choice has had."""
+
+    def __init__(self, identity: str, model: str, tokenizer: Tokenizer, *, with_logprobs: bool):
+        self._identity, self._model, self._tokenizer = identity, model, tokenizer
+        self._with_logprobs = with_logprobs
+        self._created = int(time.time())
+        self._offsets: dict[int, int] = {}
+
+    def chunk(self, delta: Delta) -> msgspec.Struct | None:
+        if not (delta.text or delta.logprobs or delta.finish_reason):
+            return None
+        return self._completion([self._choice([delta])])
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        return self._completion([], usage)
+
+    def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
+        return self._completion([self._choice(deltas) for deltas in choices], usage)
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        return Completion(id=self._identity, created=self._created, model=self._model, choices=choices, usage=usage)
+
+    def _choice(self, deltas: Sequence[Delta]) -> CompletionChoice:
+        entries = [
+            (token_id, entry)
+            for delta in deltas
+            for token_id, entry in zip(delta.token_ids, delta.logprobs or (), strict=False)
+        ]
+        return CompletionChoice(
+            index=deltas[0].choice,
+            text="".join(delta.text for delta in deltas),
+            logprobs=self._logprobs(deltas[0].choice, entries) if self._with_logprobs else None,
+            finish_reason=deltas[-1].finish_reason,
+        )
+
+    def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprobs]]) -> CompletionLogprobs:
+        text_of = self._tokenizer.token_text
+        tokens, offsets = [text_of(token_id) for token_id, _ in entries], []
+        offset = self._offsets.get(index, 0)
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self._offsets[index] = offset
+        return CompletionLogprobs(
+            tokens=tokens,
+            token_logprobs=[entry.logprob for _, entry in entries],
+            text_offset=offsets,
+            top_logprobs=[
+                {text_of(i): logprob for i, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)}
+                for _, entry in entries
+            ],
+        )

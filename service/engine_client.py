@@ -1,0 +1,228 @@
+"""The service's end of the engine: open token streams, and an engine process that is kept alive."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.config import EngineConfig
+from runtime.messages import (
+    Abort,
+    AdapterState,
+    Event,
+    Failed,
+    Generate,
+    GetStats,
+    Ready,
+    RegisterAdapter,
+    RetireAdapter,
+    Stats,
+    Tokens,
+)
+from service.engine_process import EngineProcess, EngineStartFailed
+
+log = logging.getLogger("rootstock.service")
+
+RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # before each attempt in a row; the last repeats
+STEADY_SECONDS = 60.0  # an engine that lived this long starts the row anew
+
+
+class RequestFailed(Exception):
+    """The engine ended a request without a result; `code` is the stable word for why."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+class Stream(NamedTuple):
+    """An open token stream: the adapter its request runs on, and what has come for it."""
+
+    adapter: str | None
+    events: asyncio.Queue[Tokens | Failed]
+
+
+class EngineClient:
+    """Generates through an engine process, and restarts it when it dies.
+
+    Owns the open token streams and remembers the registered adapters, which a new engine is told of again.
+    """
+
+    def __init__(self, config: EngineConfig, command: Sequence[str]):
+        self.ready: Ready | None = None  # None while there is no engine to serve
+        self.adapter_states: dict[str, AdapterState] = {}
+        self._config, self._command = config, command
+        self._process: EngineProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._streams: dict[str, Stream] = {}
+        self._adapters: dict[str, RegisterAdapter] = {}
+        self.last_stats: Stats | None = None
+        self._stats: asyncio.Future[Stats] | None = None
+        self._state_changed = asyncio.Event()
+
+    # ------------------------------------------------------------------ the process
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready. Raises EngineStartFailed with the engine's reason."""
+        await self._launch()
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def close(self) -> None:
+        """End running requests and the engine; returns when its process is gone."""
+        self.end_requests("shutting_down", "the service is shutting down")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._process is not None:
+            await self._process.close()
+
+    async def _launch(self) -> None:
+        self._process = EngineProcess(self._command)
+        try:
+            self.ready = await self._process.start(self._config, self._on_event)
+        except BaseException:
+            await self._process.close()
+            raise
+        for registration in self._adapters.values():
+            self._process.send(registration)
+
+    async def _supervise(self) -> None:
+        """Wait for the engine to die, fail what ran on it, and start another, for ever."""
+        loop = asyncio.get_running_loop()
+        delays = _delays()
+        while True:
+            born = loop.time()
+            assert self._process is not None
+            status = await self._process.died()
+            self.ready = None
+            self.adapter_states.clear()
+            log.error("the engine died (%s) with %d requests running; restarting it", status, len(self._streams))
+            self.end_requests("engine_died", f"the engine died ({status}); it is being restarted")
+            self._answer_stats(RequestFailed("engine_died", f"the engine died ({status})"))
+            await self._process.close()
+            if loop.time() - born > STEADY_SECONDS:
+                delays = _delays()
+            await self._restart(delays)
+
+    async def _restart(self, delays: "itertools.chain[float]") -> None:
+        while True:
+            await asyncio.sleep(next(delays))
+            try:
+                await self._launch()
+            except EngineStartFailed as error:
+                log.error("the engine did not start again: %s", error)
+            else:
+                log.warning("the engine serves again")
+                return
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the engine that runs now."""
+        return None if self._process is None else self._process.pid
+
+    # ------------------------------------------------------------------ requests
+
+    async def generate(self, command: Generate) -> AsyncGenerator[Tokens, None]:
+        """Run one sequence and yield its tokens as they come; closing the generator aborts it.
+
+        Raises RequestFailed when the engine refuses it, fails at it, or dies.
+        """
+        process = self._serving()
+        stream = self._streams[command.request_id] = Stream(command.adapter, asyncio.Queue())
+        ended = False
+        try:
+            process.send(command)
+            while not ended:
+                event = await stream.events.get()
+                ended = isinstance(event, Failed) or event.finish_reason is not None
+                if isinstance(event, Failed):
+                    raise RequestFailed(event.code, event.message)
+                yield event
+        finally:
+            del self._streams[command.request_id]
+            if not ended and process is self._process and self.ready is not None:
+                process.send(Abort(request_id=command.request_id))
+
+    def end_requests(self, code: str, message: str, digest: str | None = None) -> None:
+        """Fail every running request, or those on one adapter."""
+        for request_id, stream in self._streams.items():
+            if digest is None or stream.adapter == digest:
+                if self.ready is not None and self._process is not None:
+                    self._process.send(Abort(request_id=request_id))
+                stream.events.put_nowait(Failed(request_id=request_id, code=code, message=message))
+
+    # ------------------------------------------------------------------ adapters
+
+    def register_adapter(self, digest: str, path: Path, load: bool = False) -> None:
+        """Tell the engine, and every later one, of an adapter's canonical file; `load` also makes it resident."""
+        self._adapters[digest] = RegisterAdapter(digest=digest, path=str(path), load=load)
+        if self.ready is not None and self._process is not None:
+            self._process.send(self._adapters[digest])
+
+    def retire_adapter(self, digest: str) -> None:
+        """Forget an adapter; what runs on it finishes."""
+        self._adapters.pop(digest, None)
+        self.adapter_states.pop(digest, None)
+        if self.ready is not None and self._process is not None:
+            self._process.send(RetireAdapter(digest=digest))
+
+    async def adapter_settled(self, digest: str) -> AdapterState:
+        """Wait until a registered adapter is resident or has failed to load."""
+        while True:
+            state = self.adapter_states.get(digest)
+            if state is not None and state.state in ("resident", "failed"):
+                return state
+            await self._state_changed.wait()
+
+    # ------------------------------------------------------------------ looking in
+
+    async def stats(self) -> Stats:
+        """A snapshot of the engine's counters; it answers between two steps, so callers set their own deadline.
+
+        Raises RequestFailed when there is no engine.
+        """
+        process = self._serving()
+        if self._stats is None:
+            self._stats = asyncio.get_running_loop().create_future()
+            process.send(GetStats())
+        return await asyncio.shield(self._stats)
+
+    def _serving(self) -> EngineProcess:
+        if self.ready is None or self._process is None:
+            raise RequestFailed("engine_unavailable", "the engine is not running; it is being restarted")
+        return self._process
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Tokens | Failed):
+            stream = self._streams.get(event.request_id)
+            if stream is not None:  # what was aborted may have had a token on its way
+                stream.events.put_nowait(event)
+        elif isinstance(event, AdapterState):
+            self._note(event)
+        elif isinstance(event, Stats):
+            self.last_stats = event
+            self._answer_stats(event)
+
+    def _answer_stats(self, answer: Stats | RequestFailed) -> None:
+        waiting, self._stats = self._stats, None
+        if waiting is None:
+            return
+        if isinstance(answer, Stats):
+            waiting.set_result(answer)
+        else:
+            waiting.set_exception(answer)
+            waiting.exception()  # its caller may have given up: then nobody is left to see it
+
+    def _note(self, event: AdapterState) -> None:
+        if event.state == "retired" or event.digest not in self._adapters:
+            self.adapter_states.pop(event.digest, None)
+        else:
+            self.adapter_states[event.digest] = event
+        self._state_changed.set()
+        self._state_changed.clear()
+
+
+def _delays() -> "itertools.chain[float]":
+    return itertools.chain(RESTART_SECONDS, itertools.repeat(RESTART_SECONDS[-1]))

@@ -1,0 +1,62 @@
+"""What is asked of the service itself: whether it lives, whether it can serve, what it counts, what it speaks."""
+
+import asyncio
+import importlib.metadata
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runtime.messages import Stats
+from service.engine_client import RequestFailed
+from service.metrics import CONTENT_TYPE, EngineMetrics
+from service.responses import ApiError, json_response
+
+STATS_SECONDS = 0.8  # the engine answers between steps; a scrape takes the last snapshot rather than wait longer
+CONTRACT = Path(__file__).parents[1] / "openapi" / "openapi.json"
+
+
+async def health(request: Request) -> Response:
+    """The service itself answers."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Requests would be served now."""
+    if request.app.state.engine.ready is None:
+        raise ApiError(503, "engine_unavailable", "the engine is not running", headers={"retry-after": "1"})
+    return json_response({"status": "ready"})
+
+
+async def version(request: Request) -> Response:
+    try:
+        return json_response({"version": importlib.metadata.version("rootstock")})
+    except importlib.metadata.PackageNotFoundError:
+        return json_response({"version": "unknown"})  # run from a checkout that is not installed
+
+
+async def openapi(request: Request) -> Response:
+    if not CONTRACT.is_file():
+        raise ApiError(404, "not_found", "this installation came without openapi.json")
+    return Response(CONTRACT.read_bytes(), media_type="application/json")
+
+
+async def metrics(request: Request) -> Response:
+    state = request.app.state
+    names: dict[str, list[str]] = {}
+    for adapter in state.catalog.list():
+        names.setdefault(adapter.digest, []).append(adapter.name)
+    stats, engine = await _stats(request), state.engine.ready
+    snapshot = EngineMetrics(stats, engine, names) if stats is not None and engine is not None else None
+    return Response(state.metrics.render(snapshot), headers={"content-type": CONTENT_TYPE})
+
+
+async def _stats(request: Request) -> Stats | None:
+    engine = request.app.state.engine
+    try:
+        async with asyncio.timeout(STATS_SECONDS):
+            return await engine.stats()
+    except TimeoutError:
+        return engine.last_stats
+    except RequestFailed:
+        return None

@@ -1,0 +1,95 @@
+"""Reading an uploaded adapter from a request's body: multipart, tar, or one safetensors file."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
+from runtime.invalid_adapter import InvalidAdapter
+from runtime.safetensors_header import read_header
+from service.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
+from service.multipart_body import MultipartBody
+from service.responses import ApiError
+from service.tar_body import TarBody
+
+ACCEPTED = "multipart/form-data, application/x-tar or application/vnd.safetensors"
+_FEED_BYTES = 1 << 20  # handed to a thread at once: per chunk of the network (64 KiB) the hop would cost more
+
+
+class Body(Protocol):
+    """A container format, fed piece by piece; its methods block and may raise ApiError."""
+
+    def feed(self, data: bytes) -> None: ...
+
+    def finish(self) -> Bundle:
+        """What was read, after the last piece."""
+        ...
+
+
+class SafetensorsBody:
+    """The weights alone, with the configuration in the file's metadata."""
+
+    def __init__(self, files: BundleFiles, directory: Path) -> None:
+        self._files, self._weights = files, directory / WEIGHTS
+        files.begin(WEIGHTS)
+
+    def feed(self, data: bytes) -> None:
+        self._files.write(data)
+
+    def finish(self) -> Bundle:
+        self._files.end()
+        with self._weights.open("rb") as file:
+            config = read_header(file).metadata.get("adapter_config")
+        if config is None:
+            raise InvalidAdapter("__metadata__", f'has no "adapter_config", expected the JSON of {CONFIG}')
+        if len(config) > MAX_CONFIG_BYTES:
+            raise too_large(MAX_CONFIG_BYTES, CONFIG)
+        return Bundle(self._weights, config.encode())
+
+
+async def read_bundle(request: Request, directory: Path, max_bytes: int) -> Bundle:
+    """Read a request's body into `directory`, which the caller removes whatever happens.
+
+    Raises ApiError: 415 for another content type, 413 past `max_bytes` (counted, whatever the headers say),
+    400 for a malformed container; InvalidAdapter for a safetensors body without a configuration;
+    ClientDisconnect.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise too_large(max_bytes)
+    files = BundleFiles(directory, max_bytes)
+    try:
+        body = _body(request, files, directory)
+        await _feed(request, body.feed, max_bytes)
+        return await asyncio.to_thread(body.finish)
+    finally:
+        files.close()
+
+
+def _body(request: Request, files: BundleFiles, directory: Path) -> Body:
+    content_type, options = parse_options_header(request.headers.get("content-type"))
+    if content_type == b"multipart/form-data":
+        return MultipartBody(files, options.get(b"boundary", b""))
+    if content_type in (b"application/x-tar", b"application/tar"):
+        return TarBody(files)
+    if content_type == b"application/vnd.safetensors":
+        return SafetensorsBody(files, directory)
+    message = f"the content type {content_type.decode('latin-1')!r} is not accepted: expected {ACCEPTED}"
+    raise ApiError(415, "unsupported_media_type", message, "Content-Type", {"Accept": ACCEPTED})
+
+
+async def _feed(request: Request, feed: Callable[[bytes], None], max_bytes: int) -> None:
+    received, pending = 0, bytearray()
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > max_bytes:
+            raise too_large(max_bytes)
+        pending += chunk
+        if len(pending) >= _FEED_BYTES:
+            await asyncio.to_thread(feed, bytes(pending))
+            pending.clear()
+    if pending:
+        await asyncio.to_thread(feed, bytes(pending))

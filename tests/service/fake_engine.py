@@ -1,0 +1,188 @@
+"""An engine process without a model: it speaks runtime.messages, and its answers are the prompt over again.
+
+A request's `cache_salt` scripts it: "die" ends the process, "hold" gives one token and then nothing, "silent" gives
+nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round. Command line:
+python -m tests.service.fake_engine [--cannot-start] ENDPOINT.
+"""
+
+import os
+import sys
+from itertools import cycle, islice
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from runtime.config import EngineConfig
+from runtime.messages import (
+    Abort,
+    AdapterState,
+    Event,
+    Failed,
+    Generate,
+    GetStats,
+    Ready,
+    RegisterAdapter,
+    RetireAdapter,
+    Shutdown,
+    Stats,
+    TokenLogprobs,
+    Tokens,
+    decode_command,
+    encode,
+)
+
+COMMAND = (sys.executable, "-m", "tests.service.fake_engine")
+CONTEXT = 200
+BLOCK = 16
+STOP_TOKEN = 2  # what ends an answer when the prompt begins with it
+
+
+class Sequence:
+    """A running request: the tokens it will give, one a step."""
+
+    def __init__(self, command: Generate, cached_tokens: int):
+        self.command, self.cached_tokens = command, cached_tokens
+        prompt = command.token_ids[::-1] if command.adapter else command.token_ids
+        self.answer = list(islice(cycle(prompt), command.params.max_tokens))
+        self.given = 0
+
+    def step(self) -> Event | None:
+        script, params, request_id = self.command.cache_salt, self.command.params, self.command.request_id
+        if script == "silent" or (script == "hold" and self.given):
+            return None
+        if script.startswith("fail ") and self.given:
+            return Failed(request_id=request_id, code=script.split()[1], message="as scripted")
+        token, first = self.answer[self.given], self.given == 0
+        self.given += 1
+        stopped = token == STOP_TOKEN or token in params.stop_token_ids
+        entry = TokenLogprobs(-0.5, [token, 5, 6][: params.logprobs], [-0.5, -1.5, -2.5][: params.logprobs])
+        return Tokens(
+            request_id=request_id,
+            token_ids=[] if stopped else [token],
+            finish_reason="stop" if stopped else "length" if self.given == len(self.answer) else None,
+            stop_token=token if stopped else None,
+            logprobs=None if stopped or params.logprobs is None else [entry],
+            cached_tokens=self.cached_tokens if first else None,
+            queue_seconds=0.25 if first else None,
+        )
+
+
+class FakeEngine:
+    def __init__(self, config: EngineConfig):
+        model = msgspec.json.decode((Path(config.model) / "config.json").read_bytes())
+        self.vocab_size, self.num_blocks = model["vocab_size"], 64
+        self.max_model_len = config.max_model_len or CONTEXT
+        self.max_waiting = config.max_waiting
+        self.running: dict[str, Sequence] = {}
+        self.computed: set[tuple[int, ...]] = set()  # prompts that the prefix cache would have
+        self.adapters: dict[str, str] = {}
+        self.steps = self.generated_tokens = 0
+
+    def ready(self) -> Ready:
+        return Ready(
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            block_size=BLOCK,
+            num_blocks=self.num_blocks,
+            max_batch_tokens=512,
+            dtype="float32",
+            adapter_bytes=1000,
+        )
+
+    def obey(self, command: object) -> list[Event]:
+        match command:
+            case Generate():
+                return self.add(command)
+            case Abort(request_id=request_id):
+                self.running.pop(request_id, None)
+            case RegisterAdapter(digest=digest, path=path, load=load):
+                self.adapters[digest] = path
+                return [AdapterState(digest=digest, state="resident" if load else "registered", bytes=100 * load)]
+            case RetireAdapter(digest=digest):
+                self.adapters.pop(digest, None)
+                return [AdapterState(digest=digest, state="retired")]
+            case GetStats():
+                return [self.stats()]
+            case Shutdown():
+                sys.exit(0)
+        return []
+
+    def add(self, command: Generate) -> list[Event]:
+        prompt, script = tuple(command.token_ids), command.cache_salt
+        refusal = None
+        if script == "die":
+            os._exit(9)
+        if script.startswith("refuse "):
+            refusal = script.split()[1]
+        elif command.adapter is not None and command.adapter not in self.adapters:
+            refusal = "adapter_failed"
+        elif command.params.choice > 0 and prompt not in self.computed:
+            refusal = "choice_came_too_early"  # before the first had computed the prompt for it
+        elif len(self.running) > self.max_waiting:
+            refusal = "queue_full"
+        if refusal is not None:
+            return [Failed(request_id=command.request_id, code=refusal, message="as scripted")]
+        cached = (len(prompt) - 1) // BLOCK * BLOCK if prompt in self.computed else 0
+        self.running[command.request_id] = Sequence(command, cached)
+        return []
+
+    def step(self) -> list[Event]:
+        events = []
+        for request_id, sequence in list(self.running.items()):
+            event = sequence.step()
+            if event is None:
+                continue
+            events.append(event)
+            self.computed.add(tuple(sequence.command.token_ids))
+            self.generated_tokens += 1
+            if isinstance(event, Failed) or event.finish_reason:
+                del self.running[request_id]
+        self.steps += bool(events)
+        return events
+
+    def stats(self) -> Stats:
+        on = sorted({s.command.adapter for s in self.running.values() if s.command.adapter})
+        return Stats(
+            running=len(self.running),
+            waiting=0,
+            blocks_total=self.num_blocks,
+            blocks_used=len(self.running),
+            blocks_cached=0,
+            prompt_tokens=0,
+            cached_tokens=0,
+            generated_tokens=self.generated_tokens,
+            preemptions=0,
+            steps=self.steps,
+            adapter_bytes_total=1000,
+            adapter_bytes_used=100 * len(self.adapters),
+            adapter_loads=0,
+            adapter_evictions=0,
+            adapter_hits=0,
+            adapter_misses=0,
+            resident_adapters=sorted(self.adapters),
+            running_adapters=on,
+            waiting_adapters=[],
+        )
+
+
+def main(endpoint: str) -> None:
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(endpoint)
+    engine = FakeEngine(msgspec.msgpack.decode(socket.recv(), type=EngineConfig))
+    socket.send(encode([engine.ready()]))
+    parent, events = os.getppid(), []
+    while os.getppid() == parent:
+        asked = socket.poll(0 if events else 100)
+        events = engine.obey(decode_command(socket.recv())) if asked else []
+        events += engine.step()
+        if events:
+            socket.send(encode(events))
+
+
+if __name__ == "__main__":
+    if "--cannot-start" in sys.argv:
+        print("engine: there is no room for the weights", file=sys.stderr)
+        sys.exit(3)
+    main(sys.argv[-1])

@@ -1,0 +1,120 @@
+"""The command line and the environment: what they set, and what they refuse."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.config import MIB, EngineConfig
+from service.__main__ import main
+from service.settings import Settings, read
+from tests.service.tiny_model import CONFIG
+
+
+def settings(*argv: str, **environment: str) -> Settings:
+    return read(argv, environment).settings(Path("/models/mine"), "mine")
+
+
+def test_the_defaults_are_loopback_and_the_embedded_model() -> None:
+    found = settings(HOME="/home/someone")
+    assert (found.host, found.port) == ("127.0.0.1", 8000)
+    assert read([], {}).model is None
+    assert found.served_name == "mine"
+    assert found.engine == EngineConfig(model="/models/mine")
+    assert found.api_key is None
+    assert found.file_roots == ()
+
+
+def test_the_environment_gives_defaults_and_the_command_line_wins() -> None:
+    environment = {"HOST": "0.0.0.0", "PORT": "9000", "MODEL": "org/name", "XDG_DATA_HOME": "/data"}
+    found = settings(**environment)
+    assert (found.host, found.port, found.data_directory) == ("0.0.0.0", 9000, Path("/data/rootstock"))
+    assert read([], environment).model == "org/name"
+    assert settings("--port", "1", "--host", "::1", **environment).port == 1
+
+
+def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
+    found = settings(
+        *("--dtype", "float32", "--kv-cache-bytes", "64M", "--max-model-len", "512", "--max-running", "8"),
+        *("--max-batch-tokens", "128", "--adapter-bytes", "1G", "--threads", "2", "--load-format", "dummy"),
+        *("--max-waiting", "0", "--no-prefix-cache", "--max-lora-rank", "64", "--file-root", str(tmp_path)),
+        *("--max-upload-bytes", "10M", "--max-body-bytes", "1000", "--served-name", "base", "--api-key", "secret"),
+    )
+    assert found.engine == EngineConfig(
+        model="/models/mine",
+        dtype="float32",
+        kv_cache_bytes=64 * MIB,
+        max_model_len=512,
+        max_running=8,
+        max_batch_tokens=128,
+        adapter_bytes=1024 * MIB,
+        threads=2,
+        load_format="dummy",
+        max_waiting=0,
+        prefix_cache=False,
+        max_lora_rank=64,
+    )
+    assert found.file_roots == (tmp_path,)
+    assert (found.max_upload_bytes, found.max_body_bytes) == (10 * MIB, 1000)
+    assert (found.served_name, found.api_key) == ("base", "secret")
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--port", "70000"], "70000 is not between 0 and 65535"),
+        (["--port", "http"], "'http' is not a whole number"),
+        (["--kv-cache-bytes", "2T"], "'2T' is not a number of bytes"),
+        (["--kv-cache-bytes", "0"], "kv_cache_bytes must be at least 1"),
+        (["--max-model-len", "-1"], "max-model-len"),
+        (["--max-running", "600"], "max_batch_tokens (512) must be at least max_running (600)"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--max-body-bytes", "0"], "max_body_bytes must be at least 1"),
+        (["--served-name", "a@b"], "must not be empty or contain"),
+        (["--file-root", "/nowhere/at/all"], "/nowhere/at/all is not a directory"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["--host", "no such host"], "cannot listen on no such host"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+)
+def test_a_bad_value_ends_the_program_with_a_sentence(
+    tiny_model: Path, argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--model" in argv else ["--model", str(tiny_model)]
+    with pytest.raises(SystemExit) as end:
+        main([*model, *argv], {})
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("MODEL", "./nowhere")])
+def test_a_bad_value_in_the_environment_is_refused_as_well(
+    name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([], {name: value})
+    assert end.value.code == 2
+    assert value in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as end:
+        main(["--model", str(tiny_model), "--port", str(taken.getsockname()[1])], {})
+    assert end.value.code == 2
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_served_is_named(tmp_path: Path) -> None:
+    config = {**CONFIG, "vocab_size": 300, "architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "service", "--model", str(tmp_path), "--port", "0"]
+    command += ["--data-directory", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "T5ForConditionalGeneration" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,174 @@
+"""What only a directory must do: several processes, kills, full disks."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.local import LocalStore
+from storage.store import PreconditionFailed, StoreError
+
+ROOT = Path(__file__).parents[2]
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def child(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_objects_outlive_the_process(tmp_path: Path) -> None:
+    first = LocalStore(tmp_path)
+    etag = first.put("names/a", b"one")
+    first.close()
+
+    second = LocalStore(tmp_path)
+    assert second.get("names/a") == (b"one", etag)
+    assert second.path("names/a").read_bytes() == b"one"
+    second.close()
+
+
+def test_closing_leaves_only_the_objects(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("names/a", b"one")
+    (store.scratch.path / "half an upload").write_bytes(b"half")
+    store.close()
+    store.close()
+
+    assert files(tmp_path) == ["names/a"]
+
+
+WRITES_UNTIL_KILLED = """
+import sys
+from pathlib import Path
+from storage.local import LocalStore
+store = LocalStore(Path(sys.argv[1]))
+(store.scratch.path / "half an upload").write_bytes(b"half")
+print("ready", flush=True)
+number = 0
+while True:
+    store.put("names/a", b"%08d" % number * 100_000)
+    number += 1
+"""
+
+
+def test_a_killed_process_leaves_whole_objects_and_its_scraps_go_at_the_next_start(tmp_path: Path) -> None:
+    with child(WRITES_UNTIL_KILLED, tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert any(name.endswith("half an upload") for name in files(tmp_path))
+
+    store = LocalStore(tmp_path)
+    assert [name for name in files(tmp_path) if name != "names/a"] == []
+    for entry in store.list():
+        content = store.get(entry.key).content
+        assert content == content[:8] * 100_000
+    store.close()
+
+
+OPENS_AND_WAITS = """
+import sys
+from pathlib import Path
+from storage.local import LocalStore
+store = LocalStore(Path(sys.argv[1]))
+(store.scratch.path / "an upload").write_bytes(b"going on")
+print(store.scratch.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_leaves_the_first_ones_scratch_alone(tmp_path: Path) -> None:
+    with child(OPENS_AND_WAITS, tmp_path) as process:
+        assert process.stdout is not None
+        scratch = Path(process.stdout.readline().strip())
+        store = LocalStore(tmp_path)
+        assert (scratch / "an upload").read_bytes() == b"going on"
+        with store.scratch.alone() as alone:
+            assert not alone
+        process.kill()
+        process.wait()
+        with store.scratch.alone() as alone:
+            assert alone
+        assert not scratch.exists()
+        store.close()
+
+
+COUNTS_UP = """
+import sys
+from pathlib import Path
+from storage.local import LocalStore
+from storage.store import PreconditionFailed
+store = LocalStore(Path(sys.argv[1]))
+added = 0
+while added < 50:
+    content, etag = store.get("counter")
+    try:
+        store.put("counter", b"%d" % (int(content) + 1), if_match=etag)
+        added += 1
+    except PreconditionFailed:
+        pass
+"""
+
+
+def test_two_processes_lose_no_update_to_each_other(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("counter", b"0")
+    with child(COUNTS_UP, tmp_path) as first, child(COUNTS_UP, tmp_path) as second:
+        assert (first.wait(), second.wait()) == (0, 0)
+
+    assert store.get("counter").content == b"100"
+    store.close()
+
+
+FILLS_THE_DISK = """
+import resource, sys
+from pathlib import Path
+from storage.local import LocalStore
+from storage.store import StoreFull
+store = LocalStore(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    store.put("blobs/big", b"x" * 1_000_000)
+except StoreFull as error:
+    print(error, flush=True)
+store.put("blobs/small", b"y")
+assert not any(store.scratch.path.iterdir())
+store.close()
+"""
+
+
+def test_no_room_is_said_so_and_leaves_nothing(tmp_path: Path) -> None:
+    with child(FILLS_THE_DISK, tmp_path) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0
+    assert "'blobs/big'" in output
+    assert files(tmp_path) == ["blobs/small"]
+
+
+def test_files_that_no_key_can_name_are_not_listed(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("names/a", b"one")
+    for name in ("names/.hidden", "names/with space", "lost+found"):
+        (tmp_path / name).write_bytes(b"not ours")
+
+    assert [entry.key for entry in store.list()] == ["names/a"]
+    store.close()
+
+
+def test_an_object_in_the_way_of_a_directory_is_a_clear_error(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("names", b"one")
+
+    with pytest.raises(StoreError, match="'names/a'"):
+        store.put("names/a", b"two")
+    with pytest.raises(PreconditionFailed):
+        store.put("names", b"two", if_none_match=True)
+    assert files(tmp_path) == ["names"]
+    store.close()

@@ -1,0 +1,141 @@
+"""What every store must do: the same programs over each."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from storage.store import Entry, InvalidKey, NotFound, PreconditionFailed, Store
+
+
+def test_what_was_put_is_got_back_with_its_etag(store: Store) -> None:
+    etag = store.put("names/a.json", b"one")
+
+    assert store.get("names/a.json") == (b"one", etag)
+
+
+def test_an_empty_object_is_an_object(store: Store) -> None:
+    store.put("names/empty", b"")
+
+    assert store.get("names/empty").content == b""
+    assert store.list("names/") == [Entry("names/empty", 0)]
+
+
+def test_a_later_put_replaces_the_object_and_changes_its_etag(store: Store) -> None:
+    first = store.put("names/a.json", b"one")
+    second = store.put("names/a.json", b"two")
+
+    assert first != second
+    assert store.get("names/a.json") == (b"two", second)
+
+
+def test_a_file_goes_in_and_comes_out(store: Store, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 20_000  # more than one chunk
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_bytes(content)
+
+    etag = store.put("blobs/big", source)
+
+    assert store.fetch("blobs/big", destination) == etag
+    assert destination.read_bytes() == content
+    assert source.read_bytes() == content
+
+
+def test_what_is_not_there_is_not_found_and_leaves_no_file(store: Store, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(NotFound, match="names/a"):
+        store.get("names/a")
+    with pytest.raises(NotFound, match="names/a"):
+        store.fetch("names/a", tmp_path / "destination")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_list_is_sorted_and_takes_its_prefix_literally(store: Store) -> None:
+    for key in ("names/b", "names/a", "names/ab/c", "blobs/a", "namesake"):
+        store.put(key, b"xyz")
+
+    def keys(prefix: str) -> list[str]:
+        return [entry.key for entry in store.list(prefix)]
+
+    assert keys("names/") == ["names/a", "names/ab/c", "names/b"]
+    assert keys("names/a") == ["names/a", "names/ab/c"]
+    assert keys("names") == ["names/a", "names/ab/c", "names/b", "namesake"]
+    assert keys("") == ["blobs/a", "names/a", "names/ab/c", "names/b", "namesake"]
+    assert keys("nothing/here/") == []
+    assert store.list("blobs/") == [Entry("blobs/a", 3)]
+
+
+def test_a_deleted_object_is_gone_and_deleting_again_is_fine(store: Store) -> None:
+    store.put("names/a", b"one")
+
+    store.delete("names/a")
+    store.delete("names/a")
+
+    assert store.list() == []
+    with pytest.raises(NotFound):
+        store.get("names/a")
+
+
+def test_if_none_match_puts_only_what_is_new(store: Store) -> None:
+    store.put("names/a", b"one", if_none_match=True)
+
+    with pytest.raises(PreconditionFailed, match="names/a"):
+        store.put("names/a", b"two", if_none_match=True)
+    assert store.get("names/a").content == b"one"
+
+
+def test_if_match_puts_only_over_what_was_seen(store: Store) -> None:
+    with pytest.raises(PreconditionFailed):
+        store.put("names/a", b"zero", if_match="anything")
+    seen = store.put("names/a", b"one")
+    changed = store.put("names/a", b"two")
+
+    with pytest.raises(PreconditionFailed, match="names/a"):
+        store.put("names/a", b"three", if_match=seen)
+    assert store.get("names/a").content == b"two"
+
+    store.put("names/a", b"three", if_match=changed)
+    assert store.get("names/a").content == b"three"
+
+
+def test_of_many_writers_with_one_etag_exactly_one_wins(store: Store) -> None:
+    def put(content: bytes, seen: str) -> bytes | None:
+        start.wait()
+        try:
+            store.put("names/a", content, if_match=seen)
+        except PreconditionFailed:
+            return None
+        return content
+
+    start = threading.Barrier(8)
+    seen = store.put("names/a", b"start")
+    with ThreadPoolExecutor(8) as threads:
+        for turn in range(25):
+            contents = [f"writer {number} of turn {turn}".encode() for number in range(8)]
+            won = [content for content in threads.map(put, contents, [seen] * 8) if content is not None]
+            assert len(won) == 1
+            content, seen = store.get("names/a")
+            assert content == won[0]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "/", "/etc/passwd", "../a", "a/../b", "a/..", "a//b", "a/", ".hidden", "a/.b", "a\\b", "a\0b", "a\nb", "é"],
+)
+def test_a_key_that_could_mean_something_else_is_refused(store: Store, tmp_path: Path, key: str) -> None:
+    with pytest.raises(InvalidKey):
+        store.put(key, b"x")
+    with pytest.raises(InvalidKey):
+        store.get(key)
+    with pytest.raises(InvalidKey):
+        store.fetch(key, tmp_path / "destination")
+    with pytest.raises(InvalidKey):
+        store.delete(key)
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("prefix", ["../", "/etc/", "a/../../"])
+def test_a_prefix_cannot_leave_the_store(store: Store, prefix: str) -> None:
+    with pytest.raises(InvalidKey):
+        store.list(prefix)

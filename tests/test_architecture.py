@@ -1,0 +1,114 @@
+"""The house rules that a machine can hold: who may import whom, who reads the environment, how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("service", "runtime", "kernels", "storage", "loadtests", "openapi")
+MAX_LINES = 400
+
+# What each room may import of ours, and which libraries; the standard library is open to all.
+OURS = {
+    "kernels": {"kernels"},
+    "storage": {"storage"},
+    "runtime": {"runtime", "kernels"},
+    "service": {"service", "runtime", "storage"},
+    "openapi": {"openapi", "service"},
+    "loadtests": {"loadtests"},
+}
+LIBRARIES = {
+    "kernels": {"torch", "triton"},
+    "storage": {"msgspec", "boto3", "botocore", "huggingface_hub", "blake3"},
+    "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq"},
+    "service": {
+        "starlette",
+        "uvicorn",
+        "python_multipart",
+        "msgspec",
+        "transformers",
+        "tokenizers",
+        "huggingface_hub",
+        "jinja2",
+        "zmq",
+        "blake3",
+        "prometheus_client",
+    },
+    "openapi": {"msgspec", "starlette"},
+    "loadtests": {"httpx", "locust", "gevent"},
+}
+# Settings read the command line and the environment; the two programs hand the environment to them.
+ENVIRONMENT_READERS = {"service/settings.py", "service/__main__.py", "service/default_model.py"}
+
+
+def sources(*rooms: str) -> list[Path]:
+    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it; a relative import counts as one of its own room."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module if node.level == 0 and node.module else name_of(path).split("/")[0]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_its_place_allows(room: str) -> None:
+    allowed = OURS[room] | LIBRARIES[room] | sys.stdlib_module_names
+    found = {(name_of(path), module) for path in sources(room) for module in imports(path)}
+    assert found, f"{room} imports nothing at all: is it looked for in the right place?"
+    assert {(path, module) for path, module in found if module.split(".")[0] not in allowed} == set()
+
+
+def test_the_service_runs_without_torch(default_model_path: Path) -> None:
+    """The engine process has it; in the service it would cost memory and seconds at every start."""
+    program = (
+        "import sys; from pathlib import Path; import service.__main__; from service.tokenizer import Tokenizer; "
+        "Tokenizer(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, default_model_path], cwd=ROOT, check=True)
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    def reads(path: Path) -> bool:
+        attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+        return any(node.attr in ("environ", "getenv", "putenv") for node in attributes)
+
+    rooms = [room for room in ROOMS if room != "loadtests"]  # a client is a program of its own
+    assert {name_of(path) for path in sources(*rooms) if reads(path)} <= ENVIRONMENT_READERS
+
+
+def test_only_the_engine_step_swallows_every_exception() -> None:
+    """A handler that undoes something and raises again swallows nothing."""
+
+    def swallows(handler: ast.ExceptHandler) -> bool:
+        caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+        everything = any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in caught)
+        return everything and ast.unparse(handler.body[-1]) != "raise"
+
+    found = [
+        (name_of(path), ast.unparse(node.body[-1]))
+        for path in sources(*ROOMS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler) and swallows(node)
+    ]
+    assert [name for name, _ in found] == ["runtime/process.py"], found
+
+
+def test_no_file_is_too_long_to_be_read_in_one_go() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in sources(*ROOMS, "tests")}
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_tests_are_no_package() -> None:
+    assert [name_of(path) for path in (ROOT / "tests").rglob("__init__.py")] == []

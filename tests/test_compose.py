@@ -1,0 +1,164 @@
+"""compose.yaml and the Dockerfile, held to the Compose rules and to the files that they name."""
+
+import json
+import re
+import shlex
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+# The parts of the Compose specification that we use; a key that is not here is a misspelling or needs a line here.
+DURATION = {"type": "string", "pattern": r"^([0-9]+(us|ms|s|m|h))+$"}
+STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+HEALTHCHECK = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["test", "interval", "timeout", "retries"],
+    "properties": {
+        "test": {**STRINGS, "minItems": 2, "prefixItems": [{"enum": ["CMD", "CMD-SHELL"]}]},
+        "interval": DURATION,
+        "timeout": DURATION,
+        "start_period": DURATION,
+        "retries": {"type": "integer", "minimum": 1},
+    },
+}
+DEPENDENCY = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["condition"],
+    "properties": {"condition": {"enum": ["service_started", "service_healthy", "service_completed_successfully"]}},
+}
+SERVICE = {
+    "type": "object",
+    "additionalProperties": False,
+    "oneOf": [{"required": ["build"]}, {"required": ["image"]}],
+    "properties": {
+        "build": {"type": "string"},
+        "image": {"type": "string", "pattern": r"^[a-z0-9./_-]+:[A-Za-z0-9._-]+$"},
+        "command": {"type": "string"},
+        "restart": {"type": "string", "pattern": r"^(no|always|unless-stopped|on-failure(:[0-9]+)?)$"},
+        "depends_on": {"type": "object", "additionalProperties": DEPENDENCY},
+        "ports": {**STRINGS, "uniqueItems": True},
+        "environment": {"type": "object", "additionalProperties": {"type": ["string", "number", "null"]}},
+        "volumes": {**STRINGS, "uniqueItems": True},
+        "healthcheck": HEALTHCHECK,
+    },
+}
+COMPOSE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["name", "services"],
+    "properties": {
+        "name": {"type": "string", "pattern": r"^[a-z0-9][a-z0-9_-]*$"},
+        "services": {"type": "object", "minProperties": 1, "additionalProperties": SERVICE},
+        "volumes": {"type": "object", "additionalProperties": {"type": "null"}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> list[tuple[str, str]]:
+    """Instructions and what follows them, continued lines joined."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def every_string(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        return [text for value in node.values() for text in every_string(value)]
+    if isinstance(node, list):
+        return [text for value in node for text in every_string(value)]
+    return [node] if isinstance(node, str) else []
+
+
+def test_compose_follows_the_schema(compose: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(COMPOSE)
+    jsonschema.validate(compose, COMPOSE, cls=jsonschema.Draft202012Validator)
+
+
+def test_every_service_and_volume_that_is_named_exists(compose: dict[str, Any]) -> None:
+    mounted = set()
+    for service in compose["services"].values():
+        for name, dependency in service.get("depends_on", {}).items():
+            assert dependency["condition"] != "service_healthy" or "healthcheck" in compose["services"][name]
+        mounted |= {volume.partition(":")[0] for volume in service.get("volumes", [])}
+    assert mounted == set(compose["volumes"])
+
+
+def test_ports_are_open_to_this_machine_only(compose: dict[str, Any]) -> None:
+    ports = [port for service in compose["services"].values() for port in service["ports"]]
+    assert all(re.fullmatch(r"127\.0\.0\.1:(\d+|\$\{[A-Z]+:-\d+\}):\d+", port) for port in ports)
+
+
+def test_a_variable_has_the_same_default_wherever_it_is_used(compose: dict[str, Any]) -> None:
+    defaults: dict[str, set[str]] = {}
+    for text in every_string(compose):
+        assert text.count("$") == len(re.findall(r"\$\{\w+:-[^}]*\}", text)), f"no default in {text}"
+        for name, default in re.findall(r"\$\{(\w+):-([^}]*)\}", text):
+            defaults.setdefault(name, set()).add(default)
+    assert {name for name, values in defaults.items() if len(values) > 1} == set()
+    service, store = (compose["services"][name]["environment"] for name in ("rootstock", "minio"))
+    assert service["AWS_SECRET_ACCESS_KEY"] == store["MINIO_ROOT_PASSWORD"]
+    assert service["AWS_ACCESS_KEY_ID"] == store["MINIO_ROOT_USER"]
+
+
+def test_the_service_is_told_where_the_store_listens(compose: dict[str, Any]) -> None:
+    endpoint = compose["services"]["rootstock"]["environment"]["AWS_ENDPOINT_URL_S3"]
+    name, port = re.fullmatch(r"http://(\w+):(\d+)", endpoint).groups()
+    assert any(mapping.endswith(f":{port}") for mapping in compose["services"][name]["ports"])
+
+
+def test_what_the_image_copies_exists_and_is_not_ignored(dockerfile: list[tuple[str, str]]) -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    sources = [source for name, rest in dockerfile if name == "COPY" for source in shlex.split(rest)[:-1]]
+    assert {source for source in sources if not (ROOT / source).exists()} == set()
+    for source in sources:
+        ignored = False
+        for rule in rules:
+            if fnmatch(source, rule.removeprefix("!")):
+                ignored = not rule.startswith("!")
+        assert not ignored, f"{source} is copied but ignored"
+
+
+def test_the_image_has_every_package_that_is_installed(dockerfile: list[tuple[str, str]]) -> None:
+    copied = {shlex.split(rest)[0] for name, rest in dockerfile if name == "COPY"}
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"loadtests"}
+    assert rooms <= copied
+
+
+def test_the_image_runs_a_module_of_ours_as_another_user_than_root(dockerfile: list[tuple[str, str]]) -> None:
+    instructions = dict(dockerfile)
+    assert {name for name, _ in dockerfile} <= {
+        "FROM", "WORKDIR", "COPY", "RUN", "USER", "ENV", "VOLUME", "EXPOSE", "HEALTHCHECK", "CMD",
+    }  # fmt: skip
+    program, flag, module = json.loads(instructions["CMD"])
+    assert (program, flag) == ("python", "-m")
+    assert find_spec(f"{module}.__main__")
+    assert instructions["USER"] not in ("root", "0")
+    assert f"useradd --system --uid 10001 {instructions['USER']}" in " ".join(
+        rest for name, rest in dockerfile if name == "RUN"
+    )
+
+
+def test_image_and_compose_ask_for_health_in_the_same_way(
+    dockerfile: list[tuple[str, str]], compose: dict[str, Any]
+) -> None:
+    command = json.loads(dict(dockerfile)["HEALTHCHECK"].partition("CMD ")[2])
+    assert compose["services"]["rootstock"]["healthcheck"]["test"] == ["CMD", *command]
+    compile(command[-1], "healthcheck", "exec")
+    port = dict(item.split("=") for item in shlex.split(dict(dockerfile)["ENV"]))["PORT"]
+    assert f":{port}/health/ready" in command[-1]
+    assert dict(dockerfile)["EXPOSE"] == port
