@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kernels.reference.grouped_lora import PartWeights, SiteWeights
@@ -61,7 +62,7 @@ class AdapterLayout(NamedTuple):
                     np.multiply(_values(header, data, names.bias), scale, out=out[part.bias])
 
     def views(self, extent: Tensor) -> list[SiteWeights | None]:
-        """The weights of every site as views of the extent (`elements`, in the arena's dtype)."""
+        """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
         return [None if site is None else _site_views(site, extent) for site in self.sites]
 
 
@@ -148,4 +149,6 @@ def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
         rank = part.ranks.stop - part.ranks.start
         bias = None if part.bias is None else extent[part.bias]
         parts.append(PartWeights(extent[part.b].view(rank, -1), part.columns, part.ranks, bias))
-    return SiteWeights(a, tuple(parts))
+    weights = SiteWeights(a, tuple(parts))
+    on_host = extent.dtype == torch.float32 and extent.device.type == "cpu"
+    return weights.on_host() if on_host else weights

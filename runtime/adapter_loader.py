@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.reference.grouped_lora import SiteWeights
 from runtime.adapter_format import AdapterConfig, read_canonical
 from runtime.adapter_layout import AdapterLayout, layout_adapter
 from runtime.invalid_adapter import InvalidAdapter
@@ -21,6 +22,7 @@ THREADS = 2
 
 Key = TypeVar("Key")
 Source = Path | bytes
+Sites = list[SiteWeights | None]
 
 
 class Measured(NamedTuple):
@@ -32,10 +34,14 @@ class Measured(NamedTuple):
 
 
 class Finished(NamedTuple, Generic[Key]):
-    """A job's end: `measured` after measuring, None after packing; `reason` when it failed. `key` is its caller's."""
+    """A job's end: `measured` after measuring, `sites` after packing; `reason` when it failed.
+
+    `key` is its caller's.
+    """
 
     key: Key
     measured: Measured | None
+    sites: Sites | None
     reason: str | None
     seconds: float
 
@@ -85,18 +91,19 @@ class AdapterLoader(Generic[Key]):
             return
         self._in_flight -= 1
 
-    def _submit(self, key: Key, job: Callable[[], Measured | None]) -> None:
+    def _submit(self, key: Key, job: Callable[[], Measured | Sites]) -> None:
         self._in_flight += 1
         self._threads.submit(self._run, key, job)
 
-    def _run(self, key: Key, job: Callable[[], Measured | None]) -> None:
+    def _run(self, key: Key, job: Callable[[], Measured | Sites]) -> None:
         started = time.monotonic()
-        measured, reason = None, None
+        result, reason = None, None
         try:
-            measured = job()
+            result = job()
         except (InvalidAdapter, OSError, MemoryError) as error:
             reason = f"{type(error).__name__}: {error}"
-        self._finished.put(Finished(key, measured, reason, time.monotonic() - started))
+        measured, sites = (result, None) if isinstance(result, Measured) else (None, result)
+        self._finished.put(Finished(key, measured, sites, reason, time.monotonic() - started))
         if self.on_change is not None:
             self.on_change()
 
@@ -105,7 +112,7 @@ class AdapterLoader(Generic[Key]):
         return Measured(config, header, layout_adapter(self._model, config, header))
 
 
-def _pack(source: Source, measured: Measured, extent: Tensor) -> None:
+def _pack(source: Source, measured: Measured, extent: Tensor) -> Sites:
     """Read a whole file at once: mapped memory would turn a file that shrinks under us into a dead process."""
     config, header, layout = measured
     data = np.fromfile(source, np.uint8) if isinstance(source, Path) else np.frombuffer(source, np.uint8)
@@ -114,7 +121,8 @@ def _pack(source: Source, measured: Measured, extent: Tensor) -> None:
         raise InvalidAdapter("weights", f"has {len(data)} bytes, expected {expected} as when it was registered")
     if extent.dtype == torch.float32 and extent.device.type == "cpu":
         layout.pack(config, header, data, extent.numpy())
-        return
-    packed = np.empty(layout.elements, np.float32)
-    layout.pack(config, header, data, packed)
-    extent.copy_(torch.from_numpy(packed))
+    else:
+        packed = np.empty(layout.elements, np.float32)
+        layout.pack(config, header, data, packed)
+        extent.copy_(torch.from_numpy(packed))
+    return layout.views(extent)

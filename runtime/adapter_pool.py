@@ -259,7 +259,7 @@ class AdapterPool:
     def _publish(self, adapter: RegisteredAdapter, result: Finished[RegisteredAdapter]) -> None:
         assert adapter.measured is not None
         adapter.state, adapter.retry_seconds = "resident", FIRST_RETRY_SECONDS
-        adapter.sites = adapter.measured.layout.views(self._extent(adapter))
+        adapter.sites = result.sites
         adapter.last_use = next(self._uses)
         adapter.safe_until = self._polls + GRACE_POLLS
         self.loads += 1

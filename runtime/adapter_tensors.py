@@ -44,7 +44,7 @@ class AdapterTensors:
     """An adapter's tensors under canonical names, sorted; `ranks` and `scales` are by module.
 
     Raises InvalidAdapter unless every tensor of the file has its place, shape and rank in the model, and
-    at least one module is adapted. No adapter data is read before `finite_chunks`.
+    at least one module is adapted. Of the data only copies of the base are read before `finite_chunks`.
     """
 
     def __init__(

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kernels.reference.grouped_lora import SiteWeights
-from runtime.adapter_loader import Measured, Source
+from runtime.adapter_loader import Measured, Sites, Source
 
 FIRST_RETRY_SECONDS = 1.0
 
@@ -23,7 +22,7 @@ class RegisteredAdapter:
     state: Literal["registered", "loading", "resident", "failed"] = "registered"
     measured: Measured | None = None
     offset: int | None = None
-    sites: list[SiteWeights | None] | None = None
+    sites: Sites | None = None
     references: int = 0
     retired: bool = False
     busy: bool = False

@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 
 from runtime.models.config import UnsupportedModel
 from service.app import create_app
-from service.default_model import ensure_default_model
+from service.default_model import DefaultModelMissing, ensure_default_model
 from service.engine_process import EngineStartFailed
 from service.settings import Arguments, Settings, read
 from service.tokenizer import TokenizerMissing
@@ -62,12 +62,12 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     """Serve until a signal; a bad value, or an engine that does not start, ends it with a sentence and a status."""
     try:
         settings = configure(read(argv, environment))
-    except ValueError as error:
+    except (ValueError, DefaultModelMissing) as error:
         refuse(str(error), BAD_VALUE)
     listener = listen(settings)
-    config = uvicorn.Config("", lifespan="off", loop="uvloop", http="httptools", access_log=False, log_config=None)
+    loop_factory = uvicorn.Config("", loop="uvloop", log_config=None).get_loop_factory()
     try:
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(serve(settings, listener))
     except (UnsupportedModel, TokenizerMissing) as error:
         refuse(str(error), BAD_VALUE)
@@ -95,15 +95,17 @@ def configure(arguments: Arguments) -> Settings:
 def listen(settings: Settings) -> socket.socket:
     """Take the port before the model is loaded: a port in use is found out at once."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", BAD_VALUE)
-    listener.set_inheritable(False)
     return listener
 
 
@@ -121,7 +123,13 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
                 loop.remove_signal_handler(number)
                 signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again at its end
             config = uvicorn.Config(
-                app, lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=GRACE_SECONDS
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                timeout_graceful_shutdown=GRACE_SECONDS,
             )
             await Server(config, app).serve([listener])
 

@@ -138,6 +138,7 @@ async def _respond(
         first = await anext(deltas)  # before the status goes out: a refusal still has one of its own
     except RequestFailed as error:
         raise api_error(error) from None
+    headers |= generation.headers
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return EventStream(_events(generation, first, deltas, shape, with_usage), source.pop_all(), headers)
 
@@ -148,11 +149,8 @@ async def _whole(
     found: dict[int, list[Delta]] = {}
     async for delta in deltas:
         found.setdefault(delta.choice, []).append(delta)
-    headers |= {
-        "x-queue-time-ms": f"{generation.queue_seconds * 1000:.1f}",
-        "x-time-to-first-token-ms": f"{(generation.first_token_seconds or 0.0) * 1000:.1f}",
-        "x-cached-tokens": str(generation.cached_tokens),
-    }
+    headers |= generation.headers
+    headers["x-time-to-first-token-ms"] = f"{(generation.first_token_seconds or 0.0) * 1000:.1f}"
     return json_response(shape.whole([found[index] for index in sorted(found)], generation.usage), 200, headers)
 
 

@@ -60,7 +60,6 @@ class EngineClient:
         self._adapters: dict[str, RegisterAdapter] = {}
         self.last_stats: Stats | None = None
         self._stats: asyncio.Future[Stats] | None = None
-        self._state_changed = asyncio.Event()
 
     # ------------------------------------------------------------------ the process
 
@@ -168,14 +167,6 @@ class EngineClient:
         if self.ready is not None and self._process is not None:
             self._process.send(RetireAdapter(digest=digest))
 
-    async def adapter_settled(self, digest: str) -> AdapterState:
-        """Wait until a registered adapter is resident or has failed to load."""
-        while True:
-            state = self.adapter_states.get(digest)
-            if state is not None and state.state in ("resident", "failed"):
-                return state
-            await self._state_changed.wait()
-
     # ------------------------------------------------------------------ looking in
 
     async def stats(self) -> Stats:
@@ -220,8 +211,6 @@ class EngineClient:
             self.adapter_states.pop(event.digest, None)
         else:
             self.adapter_states[event.digest] = event
-        self._state_changed.set()
-        self._state_changed.clear()
 
 
 def _delays() -> "itertools.chain[float]":

@@ -34,6 +34,7 @@ class EngineProcess:
             self._socket.setsockopt(option, 0)
         self._child: asyncio.subprocess.Process | None = None
         self._said = b""
+        self._greeted = False  # an engine that is not ready yet would not hear that it is to end
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -59,8 +60,7 @@ class EngineProcess:
             raise EngineStartFailed(f"the engine cannot be run: {error}") from None
         relay = asyncio.create_task(self._relay(), name="engine stderr")
         self._tasks.append(relay)
-        await self._socket.send(encode(config))
-        first = asyncio.create_task(self._receive())
+        first = asyncio.create_task(self._greet(config))
         exited = asyncio.create_task(self._child.wait())
         try:
             await asyncio.wait((first, exited), return_when=asyncio.FIRST_COMPLETED)
@@ -72,6 +72,7 @@ class EngineProcess:
             exited.cancel()
         ready, *events = first.result()
         assert isinstance(ready, Ready)
+        self._greeted = True
         self._tasks.append(asyncio.create_task(self._read(events, on_event), name="engine events"))
         return ready
 
@@ -102,15 +103,19 @@ class EngineProcess:
         if child is None or child.returncode is not None:
             return
         try:
-            async with asyncio.timeout(SHUTDOWN_SECONDS):
-                await self._socket.send(encode(Shutdown()))
-                await child.wait()
+            if self._greeted:
+                self.send(Shutdown())
+                await asyncio.wait_for(child.wait(), SHUTDOWN_SECONDS)
         except TimeoutError:
             pass
         finally:  # cancelled or too slow: it must not outlive us
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
         await child.wait()
+
+    async def _greet(self, config: EngineConfig) -> list[Event]:
+        await self._socket.send(encode(config))  # waits for the engine to connect, which it may never do
+        return await self._receive()
 
     async def _receive(self) -> list[Event]:
         return decode_events(await self._socket.recv())

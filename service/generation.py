@@ -72,7 +72,7 @@ class Generation:
     def __init__(self, plan: Plan, engine: EngineClient, tokenizer: Tokenizer, series: Series, arrived: float):
         self._plan, self._engine, self._tokenizer, self._series = plan, engine, tokenizer, series
         self._arrived = self._last = arrived  # time.perf_counter() when the request came in, and at its last token
-        self._completion_tokens = 0
+        self._completion_tokens = self._computed_prompts = 0
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.first_token_seconds: float | None = None
@@ -86,6 +86,16 @@ class Generation:
             total_tokens=prompt_tokens + self._completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self.cached_tokens),
         )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What is known of the prompts' way through the engine: all of them once each has given a token."""
+        if self._computed_prompts < len(self._plan.prompts):
+            return {}
+        return {
+            "x-queue-time-ms": f"{self.queue_seconds * 1000:.1f}",
+            "x-cached-tokens": str(self.cached_tokens),
+        }
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """What the choices gain, as it comes; closing the generator aborts them.
@@ -148,8 +158,9 @@ class Generation:
 
     def _count(self, tokens: Tokens, counts_prompt: bool) -> None:
         self._completion_tokens += len(tokens.token_ids) + (tokens.stop_token is not None)
-        if counts_prompt:
-            self.cached_tokens += tokens.cached_tokens or 0
+        if counts_prompt and tokens.cached_tokens is not None:
+            self._computed_prompts += 1
+            self.cached_tokens += tokens.cached_tokens
             self.queue_seconds = max(self.queue_seconds, tokens.queue_seconds or 0.0)
 
 

@@ -50,5 +50,6 @@ async def on_client_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def on_unhandled(request: Request, error: Exception) -> Response:
-    """A fault of ours; Starlette raises it again after this answer, and uvicorn logs it."""
-    return json_response(error_body(ApiError(500, "internal_error", "an internal error; the server's log has it")), 500)
+    """A fault of ours; Starlette raises it again after this answer, and uvicorn logs it and closes the connection."""
+    error = ApiError(500, "internal_error", "an internal error; the server's log has it")
+    return json_response(error_body(error), error.status, {"connection": "close"})

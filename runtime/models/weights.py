@@ -1,11 +1,11 @@
 """A checkpoint's tensors, checked by name and shape, fused and packed for the decoder."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -39,6 +39,10 @@ class Weights(NamedTuple):
     layers: list[LayerWeights]
     norm: RmsNorm
     lm_head: Linear
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
 
 
 Read = Callable[[str], Tensor]
@@ -182,9 +186,9 @@ def _files(directory: Path) -> list[Path]:
             raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}")
         return [directory / SINGLE]
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidCheckpoint(f"{INDEX} must be JSON with an object weight_map of tensor to file name") from error
+        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except msgspec.DecodeError as error:
+        raise InvalidCheckpoint(f"{INDEX} must be JSON with an object weight_map of tensor to file: {error}") from error
     for name in names:
         if not (directory / name).exists():
             raise InvalidCheckpoint(f"{INDEX} names the file {name}, which does not exist")

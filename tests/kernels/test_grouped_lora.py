@@ -30,8 +30,8 @@ SHAPES = {
 }
 
 
-def site_weights(widths, inputs, seed, adapted, bias):
-    """Random weights for the parts in `adapted`, ranks differing."""
+def site_weights(widths, inputs, seed, adapted, bias, host):
+    """Random weights for the parts in `adapted`, ranks differing; with numpy's views of them if `host`."""
     generator = torch.Generator().manual_seed(seed)
     parts, ranks = [], 0
     bounds = [0, *itertools.accumulate(widths)]
@@ -41,7 +41,8 @@ def site_weights(widths, inputs, seed, adapted, bias):
         offset = torch.randn(widths[index], generator=generator) if bias else None
         parts.append(PartWeights(b, slice(*bounds[index : index + 2]), slice(ranks, ranks + rank), offset))
         ranks += rank
-    return SiteWeights(torch.randn(ranks, inputs, generator=generator) / inputs**0.5, tuple(parts))
+    weights = SiteWeights(torch.randn(ranks, inputs, generator=generator) / inputs**0.5, tuple(parts))
+    return weights.on_host() if host else weights
 
 
 def runs_of(popularity, adapters):
@@ -91,10 +92,13 @@ def check(got, y, x, popularity, adapters, site):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("popularity", POPULARITY.values(), ids=POPULARITY.keys())
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_every_row_gets_its_own_adapters_product(dtype, shape, popularity, bias):
+@pytest.mark.parametrize("host", [False, True], ids=["torch", "numpy"])
+def test_every_row_gets_its_own_adapters_product(dtype, shape, popularity, bias, host):
     inputs, widths = shape
     adapted = [range(len(widths)), range(1), range(len(widths) - 1, len(widths)), (0, len(widths) - 1)]
-    adapters = [[None, site_weights(widths, inputs, seed, sorted(set(adapted[seed % 4])), bias)] for seed in range(9)]
+    adapters = [
+        [None, site_weights(widths, inputs, seed, sorted(set(adapted[seed % 4])), bias, host)] for seed in range(9)
+    ]
     adapters[3] = [None, None]  # adapts another site
     torch.manual_seed(len(popularity))
     x = torch.randn(len(popularity), inputs).to(dtype)
@@ -112,8 +116,9 @@ def test_every_row_gets_its_own_adapters_product(dtype, shape, popularity, bias)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_rows_of_the_base_and_of_others_keep_their_bits_beside_infinities(dtype):
-    adapters = [[site_weights((8, 8), 16, seed, (0, 1), False)] for seed in range(3)]
+@pytest.mark.parametrize("host", [False, True], ids=["torch", "numpy"])
+def test_rows_of_the_base_and_of_others_keep_their_bits_beside_infinities(dtype, host):
+    adapters = [[site_weights((8, 8), 16, seed, (0, 1), False, host)] for seed in range(3)]
     x, y = torch.ones(5, 16, dtype=dtype), torch.full((5, 16), -0.0, dtype=dtype)
     alone = y.clone()
     grouped_lora(alone[4:], x[4:], 0, [Run(0, 1, adapters[2])])
@@ -131,7 +136,7 @@ def test_rows_of_the_base_and_of_others_keep_their_bits_beside_infinities(dtype)
 @pytest.mark.parametrize("popularity", POPULARITY.values(), ids=POPULARITY.keys())
 def test_an_embeddings_rows_get_the_rows_of_their_tokens(dtype, popularity):
     vocab, width = 50, 24
-    adapters = [[site_weights((width,), vocab, seed, (0,), False)] for seed in range(9)]
+    adapters = [[site_weights((width,), vocab, seed, (0,), False, False)] for seed in range(9)]
     torch.manual_seed(1)
     token_ids = torch.randint(vocab, (len(popularity),))
     x = torch.randn(len(popularity), width).to(dtype)

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from kernels.reference.paged_attention import AttentionGroup, paged_attention
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
+# Float32 sums of up to 64 products and 40 rows; in bfloat16 the weights and the result are each rounded once.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE))
 # heads, kv_heads, head_dim
 SHAPES = pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 16), (6, 1, 24), (8, 2, 33)])
-BLOCK, SLOTS, SCALE = 4, 400, 0.3
+BLOCK, SLOTS, SCALE = 4, 400, 0.15
 
 
 class Pool:
@@ -31,7 +32,7 @@ class Pool:
     def queries(self, rows: int) -> Tensor:
         """(rows, heads, size), a slice of a wider tensor as the fused projection makes them."""
         wide = torch.randn((rows, self.heads + 2, self.size), generator=self.random).to(self.dtype)
-        return wide[:, : self.heads] * 2
+        return wide[:, : self.heads]
 
     def decode(self, contexts: list[Tensor], first_row: int = 0) -> AttentionGroup:
         longest = max(map(len, contexts))

@@ -40,7 +40,11 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama-yarn": ("Llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
     "llama-yarn-factor": (
         "Llama",
-        {"rope_parameters": ROPE | {"rope_type": "yarn", "attention_factor": 0.7, "beta_fast": 8.0, "truncate": False}},
+        {"rope_parameters": ROPE | {"rope_type": "yarn", "attention_factor": 0.7, "beta_fast": 2.0, "truncate": False}},
+    ),
+    "llama-yarn-edge": (
+        "Llama",
+        {"rope_parameters": ROPE | {"rope_type": "yarn", "rope_theta": 5.0, "beta_slow": 0.1}},
     ),
     "llama-yarn-mscale": (
         "Llama",

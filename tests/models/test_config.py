@@ -40,7 +40,8 @@ def test_the_fields_of_a_plain_model_are_read(tmp_path: Path) -> None:
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 16)
     assert (config.max_position, config.rms_norm_eps, config.dtype) == (512, 1e-5, "bfloat16")
     assert (config.rope.type, config.rope.theta) == ("default", 10000.0)
-    assert not (config.tie_embeddings or config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+    flags = (config.tie_embeddings, config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm)
+    assert flags == (False,) * 5
     assert config.attention_multiplier is None
 
 
@@ -165,7 +166,7 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
         read(tmp_path, {name: value for name, value in LLAMA.items() if name != field})
 
 
-@pytest.mark.parametrize("content", [b"", b'{"architectures": [', b"\xff\xfe", b"null{"])
+@pytest.mark.parametrize("content", [b"", b'{"architectures": [', b"\xff\xfe", b"{]"])
 def test_a_file_that_is_not_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UnsupportedModel, match=r"config\.json is not valid JSON: "):

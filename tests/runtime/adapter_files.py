@@ -1,10 +1,11 @@
-"""Small adapters for tests: tensors, configurations and files of a two-layer model."""
+"""Small adapters for tests: tensors, configurations and files of a two-layer model, and pools to settle."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
+from runtime.adapter_format import canonical_from_tensors
 from runtime.models.config import ModelConfig, RopeConfig
 from runtime.safetensors_header import write_header
 
@@ -22,6 +23,7 @@ MODEL = ModelConfig(
     rope=RopeConfig(theta=10000.0),
     tie_embeddings=False,
 )
+DEADLINE_SECONDS = 30.0
 SHAPES = {part.module: (site.in_features, part.out_features) for site in MODEL.sites() for part in site.parts}
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
@@ -60,3 +62,32 @@ def write(directory: Path, content: bytes, name="adapter_model.safetensors") -> 
     path = directory / name
     path.write_bytes(content)
     return path
+
+
+def adapter(seed=0, rank=4, modules=(Q, V)):
+    """The digest and the canonical file of a small adapter."""
+
+    config = CONFIG | {"r": rank, "target_modules": None}
+    return canonical_from_tensors(lora(*modules, rank=rank, seed=seed), config, MODEL, max_rank=64)
+
+
+ONE = adapter()
+SIZE = 4 * (64 + 64) * 4 + 4 * (64 + 32) * 4  # bytes of ONE in float32: A and B of Q, A and B of V
+
+
+class Clock:
+    """Time that stands still until a test moves it."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def settle(pool):
+    """Poll until no job is under way; the states that were reported on the way."""
+    states = pool.poll()
+    while pool.wait(DEADLINE_SECONDS):
+        states += pool.poll()
+        pool.check()
+    return [(state.digest, state.state) for state in states]

@@ -2,31 +2,10 @@ import threading
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime.adapter_format import canonical_from_tensors
 from runtime.adapter_pool import GRACE_POLLS, AdapterFailed, AdapterPool, UnknownAdapter
-from tests.runtime.adapter_files import CONFIG, MODEL, Q, V, lora
-
-DEADLINE_SECONDS = 30.0
-
-
-def adapter(seed=0, rank=4, modules=(Q, V)):
-    config = CONFIG | {"r": rank, "target_modules": None}
-    return canonical_from_tensors(lora(*modules, rank=rank, seed=seed), config, MODEL, max_rank=64)
-
-
-ONE = adapter()
-SIZE = 4 * (64 + 64) * 4 + 4 * (64 + 32) * 4  # bytes of ONE in float32: A and B of Q, A and B of V
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from tests.runtime.adapter_files import CONFIG, DEADLINE_SECONDS, MODEL, ONE, SIZE, Clock, Q, adapter, lora, settle
 
 
 @pytest.fixture
@@ -41,15 +20,6 @@ def make_pool():
     for pool in pools:
         pool.check()
         pool.close()
-
-
-def settle(pool):
-    """Poll until no job is under way; the states that were reported on the way."""
-    states = pool.poll()
-    while pool.wait(DEADLINE_SECONDS):
-        states += pool.poll()
-        pool.check()
-    return [(state.digest, state.state) for state in states]
 
 
 def load(pool, *adapters):
@@ -300,81 +270,3 @@ def test_an_adapter_of_another_model_fails_to_load(make_pool):
     digest, content = canonical_from_tensors(lora(Q), CONFIG, MODEL, max_rank=64)
     pool.register(digest, content.replace(b"layers.0", b"layers.7"))
     assert settle(pool) == [(digest, "failed")]
-
-
-ADAPTERS = {f"{seed}": adapter(seed, rank)[1] for seed, rank in enumerate((4, 4, 8, 12, 2, 16))}
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Requests that hold adapters come and go; whatever happens, nothing leaks and everybody is served in the end."""
-
-    def __init__(self):
-        super().__init__()
-        self.pool = AdapterPool(MODEL, 4 * SIZE, torch.float32, "cpu", clock=Clock())
-        self.held = []
-        self.known = set()
-
-    digests = st.sampled_from(sorted(ADAPTERS))
-
-    @rule(digest=digests)
-    def register(self, digest):
-        self.pool.register(digest, ADAPTERS[digest])
-        self.known.add(digest)
-
-    @rule(digest=digests)
-    def retire(self, digest):
-        self.pool.retire(digest)
-        self.known.discard(digest)
-
-    @rule(digest=digests)
-    def prefetch(self, digest):
-        if digest in self.known:
-            self.pool.prefetch(digest)
-
-    @rule(digest=digests)
-    def acquire(self, digest):
-        if digest not in self.known:
-            with pytest.raises(UnknownAdapter):
-                self.pool.acquire(digest)
-        elif self.pool.acquire(digest):
-            self.held.append(digest)
-
-    @rule(data=st.data())
-    def release(self, data):
-        if self.held:
-            self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
-
-    @rule(wait=st.booleans())
-    def poll(self, wait):
-        if wait:
-            self.pool.wait(DEADLINE_SECONDS)
-        self.pool.poll()
-
-    @invariant()
-    def counted(self):
-        self.pool.check()
-        for digest in self.held:
-            sites = self.pool.lookup(digest)
-            assert sites[0].a.shape[0] == sites[4].parts[0].b.shape[0]
-        assert set(self.held) <= set(self.pool.resident)
-
-    def teardown(self):
-        for digest in self.held:
-            self.pool.release(digest)
-        for digest in sorted(self.known):
-            polls = 0
-            while not self.pool.acquire(digest):
-                assert self.pool.wait(DEADLINE_SECONDS) or polls < 20, "an adapter that fits never comes"
-                self.pool.poll()
-                polls += 1
-            self.pool.release(digest)
-        for digest in ADAPTERS:
-            self.pool.retire(digest)
-        settle(self.pool)
-        assert self.pool.bytes_used == 0
-        assert self.pool.resident == []
-        self.pool.close()
-
-
-AnyOrder.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestAnyOrder = AnyOrder.TestCase

@@ -13,7 +13,7 @@ from tests.oracle import greedy_choices
 # PEFT warns of lora_bias twice: it cannot be merged into a layer without a bias, and it takes the bias for a broken B.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.lora_bias=True. was passed but the targeted layer",
-    "ignore:Adapter 'lora_bias'. 60 LoRA tensor.s. have invalid shape",
+    "ignore:Adapter 'lora_bias'. 90 LoRA tensor.s. have invalid shape",
 )
 
 SUBJECTS = (
@@ -80,7 +80,7 @@ def oracle(default_model_path):
         model.add_adapter(name, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.03)
+            torch.nn.init.normal_(parameter, std=0.06)
     return model.eval()
 
 
@@ -139,14 +139,14 @@ def test_greedy_output_of_the_base_equals_transformers_alone_and_batched_togethe
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_greedy_output_with_an_adapter_equals_pefts(engine, oracle, digests, prompts, adapter):
-    base = engine.generate([prompts[-1]], GREEDY)[0].token_ids
-    for prompt in (prompts[0], prompts[-1]):
-        cold = engine.generate([prompt], GREEDY, digests[adapter])[0]
-        assert_greedy(oracle, adapter, prompt, cold.token_ids)
-        warm = engine.generate([prompt], GREEDY, digests[adapter])[0]
-        assert warm.token_ids == cold.token_ids
-        assert warm.cached_tokens == (len(prompt) - 1) // 16 * 16
-    assert base != cold.token_ids, "an adapter that changes nothing proves nothing"
+    prompt = prompts[-1]  # two chunks long
+    [cold] = engine.generate([prompt], GREEDY, digests[adapter])
+    assert_greedy(oracle, adapter, prompt, cold.token_ids)
+    [warm] = engine.generate([prompt], GREEDY, digests[adapter])
+    assert warm.token_ids == cold.token_ids
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, (len(prompt) - 1) // 16 * 16)
+    [base] = engine.generate([prompt], GREEDY)
+    assert base.token_ids != cold.token_ids, "an adapter that changes nothing proves nothing"
 
 
 def test_one_mixed_batch_of_all_adapters_and_base_rows_equals_peft_cold_and_warm(engine, oracle, digests, prompts):

@@ -101,6 +101,10 @@ def test_the_times_of_an_answer_are_in_its_headers(server: LiveServer) -> None:
     assert headers["x-queue-time-ms"] == "250.0"
     assert 0 < float(headers["x-time-to-first-token-ms"]) < 20_000
     assert "x-adapter-digest" not in headers
+    streamed = server.complete("hello", stream=True).headers
+    assert streamed["x-queue-time-ms"] == "250.0"
+    assert streamed["x-cached-tokens"] == "0"
+    assert "x-time-to-first-token-ms" not in streamed
 
 
 def test_the_request_id_of_a_client_comes_back(server: LiveServer) -> None:

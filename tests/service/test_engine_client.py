@@ -2,16 +2,18 @@
 
 import asyncio
 import os
+import signal
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.messages import Generate, SamplingParams, Tokens
+from runtime.messages import AdapterState, Generate, SamplingParams, Tokens
 from service.engine_client import EngineClient, RequestFailed
 from service.engine_process import EngineStartFailed
 from tests.service import fake_engine
+from tests.service.live_server import wait_until
 
 
 def alive(pid: int | None) -> bool:
@@ -72,8 +74,7 @@ def test_closing_before_the_engine_is_ready_leaves_no_process(config: EngineConf
     async def run() -> None:
         client = EngineClient(config, (fake_engine.COMMAND[0], "-c", program))
         starting = asyncio.create_task(client.start())
-        while not (noted.exists() and noted.read_text()):
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: noted.exists() and noted.read_text() != "")
         assert alive(int(noted.read_text()))
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
@@ -118,25 +119,31 @@ def test_snapshots_asked_for_together_are_one(config: EngineConfig) -> None:
         await client.start()
         first, second = await asyncio.gather(client.stats(), client.stats())
         assert first is second
-        os.kill(client.pid or 0, 9)
-        with pytest.raises(RequestFailed):
-            while True:
-                await client.stats()
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)  # so that it cannot answer first
+        asked = asyncio.create_task(client.stats())
+        await asyncio.sleep(0)
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(RequestFailed, match="the engine died"):
+            await asked
         await client.close()
 
     asyncio.run(run())
 
 
-def test_an_adapter_that_is_to_be_loaded_is_waited_for(config: EngineConfig) -> None:
-    async def run() -> tuple[str, list[str]]:
+def test_the_state_of_an_adapter_is_known_until_it_is_retired(config: EngineConfig) -> None:
+    async def run() -> tuple[dict[str, AdapterState], dict[str, AdapterState]]:
         client = EngineClient(config, fake_engine.COMMAND)
         await client.start()
         client.register_adapter("d1", Path("/somewhere"), load=True)
-        state = (await client.adapter_settled("d1")).state
+        await client.stats()  # answered after what was sent before it
+        registered = dict(client.adapter_states)
         client.retire_adapter("d1")
         await client.stats()
-        left = list(client.adapter_states)
+        retired = dict(client.adapter_states)
         await client.close()
-        return state, left
+        return registered, retired
 
-    assert asyncio.run(run()) == ("resident", [])
+    registered, retired = asyncio.run(run())
+    assert registered["d1"].state == "resident"
+    assert retired == {}

@@ -76,6 +76,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         (["--served-name", "a@b"], "must not be empty or contain"),
         (["--file-root", "/nowhere/at/all"], "/nowhere/at/all is not a directory"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["--model", "nobody/nothing"], "nobody/nothing is no directory, and cannot be fetched from the hub"),
         (["--host", "no such host"], "cannot listen on no such host"),
         (["--frobnicate"], "unrecognized arguments"),
     ],

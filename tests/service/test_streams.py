@@ -145,3 +145,12 @@ def test_many_requests_at_once_each_get_their_own_answer(server: LiveServer) -> 
 
     answers = [response.json()["choices"][0]["text"] for response in asyncio.run(ask())]
     assert [answer[: len(word)] for answer, word in zip(answers, words, strict=True)] == words
+
+
+def test_a_fault_of_ours_is_a_500_of_the_same_shape_and_the_service_goes_on(mortal: LiveServer) -> None:
+    tokenizer, mortal.app.state.tokenizer = mortal.app.state.tokenizer, None
+    broken = mortal.complete("hello")
+    mortal.app.state.tokenizer = tokenizer
+    assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal_error")
+    assert "NoneType" not in broken.text
+    assert mortal.complete("hello").status_code == 200

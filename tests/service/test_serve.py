@@ -1,0 +1,93 @@
+"""`python -m service` as a program, with the real engine on made-up weights: it starts, says so, and ends."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.service.live_server import wait_until
+
+
+@contextmanager
+def service(model: Path, data: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "service", "--model", str(model), "--port", "0", "--data-directory", str(data)]
+    command += ["--kv-cache-bytes", "1M", "--adapter-bytes", "1M", "--threads", "1", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: subprocess.Popen[str], pattern: str) -> str:
+    """What the first group of a pattern matches in what the program says; fails if it ends without saying it."""
+    assert process.stderr is not None
+    text = ""
+    for line in process.stderr:
+        text += line
+        if found := re.search(pattern, line):
+            return found[1]
+    raise AssertionError(f"the service did not say {pattern!r} but:\n{text}")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def engine_of(process: subprocess.Popen[str]) -> int:
+    [engine] = [pid for pid in children(process.pid) if "runtime.process" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return engine
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", "--served-name", "base") as process:
+        url = said(process, r"serves base at (http://127\.0\.0\.1:\d+)$")
+        engine = engine_of(process)
+        answer = httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "hello", "max_tokens": 4})
+        assert answer.json()["usage"]["completion_tokens"] >= 1
+        asked = {"model": "base", "prompt": "hello", "max_tokens": 100, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == 0
+        assert not alive(engine)
+
+
+def test_a_signal_while_the_engine_starts_ends_both(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy") as process:
+        said(process, "(starting the engine)")
+        wait_until(lambda: bool(children(process.pid)))
+        [engine] = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+        wait_until(lambda: not alive(engine))
+
+
+def test_an_engine_that_cannot_start_ends_the_service_with_its_reason(tiny_model: Path, tmp_path: Path) -> None:
+    """The tiny model has no weights."""
+    with service(tiny_model, tmp_path) as process:
+        assert "model.safetensors" in said(process, "^rootstock: (.*)$")
+        assert process.wait(timeout=10) == 1
+
+
+def test_an_engine_does_not_outlive_a_service_that_was_killed(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy") as process:
+        said(process, r"at (http://127\.0\.0\.1:\d+)$")
+        engine = engine_of(process)
+        process.kill()
+        process.wait(timeout=10)
+        wait_until(lambda: not alive(engine))
