@@ -22,7 +22,7 @@ OURS = {
     "loadtests": {"loadtests"},
 }
 LIBRARIES = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "numpy"},
     "storage": {"msgspec", "boto3", "botocore", "huggingface_hub", "blake3"},
     "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq"},
     "service": {

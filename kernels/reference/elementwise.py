@@ -10,11 +10,11 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
 
     That is x / sqrt(mean(x²) + eps) · w for weight = √n · w and floor = √(n · eps). `x` is (..., n); `weight`
     is float32 and broadcasts against it: (n,), or (heads, n) for a norm per head; `floor` is a float32 scalar
-    tensor. Six operations, 8 us for a row of 576 in bfloat16, where F.rms_norm takes 13.
+    tensor. Six operations, two thirds of the time that F.rms_norm takes for a decode step's rows.
     """
-    exact = x.float()
-    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    return (exact / torch.hypot(length, floor)).mul_(weight).to(x.dtype)
+    y = x.to(torch.float32, copy=True)
+    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return y.div_(length.hypot_(floor)).mul_(weight).to(x.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
