@@ -120,16 +120,16 @@ def test_every_row_gets_its_own_adapters_product(dtype, shape, popularity, bias,
 def test_rows_of_the_base_and_of_others_keep_their_bits_beside_infinities(dtype, host):
     adapters = [[site_weights((8, 8), 16, seed, (0, 1), False, host)] for seed in range(3)]
     x, y = torch.ones(5, 16, dtype=dtype), torch.full((5, 16), -0.0, dtype=dtype)
-    alone = y.clone()
-    grouped_lora(alone[4:], x[4:], 0, [Run(0, 1, adapters[2])])
+    clean, runs = y.clone(), runs_of([None, 0, 1, None, 2], adapters)
+    grouped_lora(clean, x, 0, runs)
     x[1:3] = torch.inf
     x[0] = torch.nan
-    grouped_lora(y, x, 0, runs_of([None, 0, 1, None, 2], adapters))
+    grouped_lora(y, x, 0, runs)
     assert not y[1:3].isfinite().any()
     assert torch.equal(y[0], torch.zeros_like(y[0]))
     assert y[0].signbit().all()
     assert torch.equal(y[3].signbit(), torch.ones(16, dtype=torch.bool))
-    assert torch.equal(y[4], alone[4])
+    assert torch.equal(y[4], clean[4])
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
