@@ -68,16 +68,16 @@ def build_batch(
     device: torch.device,
 ) -> Batch:
     """Lay out the chunks of one step; `lookup` gives the resident weights of an adapter by digest."""
-    ordered = sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.sequence.adapter or "", len(chunk.sequence)))
+    ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence)))
     token_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
-    for sequence, start, count, samples in ordered:
-        token_ids += sequence.token_ids[start : start + count]
-        positions += range(start, start + count)
+    for sequence, start, length, samples in ordered:
+        token_ids += sequence.token_ids[start : start + length]
+        positions += range(start, start + length)
         if samples:
             logit_rows.append(len(token_ids) - 1)
-    decodes = [chunk for chunk in ordered if chunk.count == 1]
+    decodes = [chunk for chunk in ordered if chunk.length == 1]
     groups, slots = _attention(decodes, ordered[len(decodes) :], block_size, dtype)
     return Batch(
         chunks=ordered,
@@ -112,8 +112,8 @@ def _attention(
         written.append(slots[0, chunk.start :])
         keys = torch.arange(slots.shape[1])
         mask = _additive(keys <= keys[chunk.start :, None], dtype)[None, None]
-        groups.append(AttentionGroup(slice(row, row + chunk.count), 1, chunk.count, slots, mask))
-        row += chunk.count
+        groups.append(AttentionGroup(slice(row, row + chunk.length), 1, chunk.length, slots, mask))
+        row += chunk.length
     return groups, torch.cat(written)
 
 
@@ -132,7 +132,7 @@ def _group_bounds(lengths: list[int]) -> list[int]:
 
 def _slots(chunks: list[Chunk], block_size: int) -> Tensor:
     """The slots of each sequence's context including the chunk, (b, longest), padded with slots of the null block."""
-    longest = max(chunk.start + chunk.count for chunk in chunks)
+    longest = max(chunk.start + chunk.length for chunk in chunks)
     width = -(-longest // block_size)
     tables = torch.tensor(
         [chunk.sequence.blocks[:width] + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
@@ -151,9 +151,9 @@ def _lora_rows(
     """Runs of rows under one adapter; None, and nothing of LoRA runs at all, when no row carries any."""
     runs: list[tuple[int, int, str]] = []
     row = 0
-    for sequence, start, count, _ in chunks:
-        first = row + min(max(sequence.activation - start, 0), count)
-        row += count
+    for sequence, start, length, _ in chunks:
+        first = row + min(max(sequence.activation - start, 0), length)
+        row += length
         if sequence.adapter is None or first == row:
             continue
         if runs and runs[-1][1] == first and runs[-1][2] == sequence.adapter:

@@ -36,13 +36,13 @@ from runtime.messages import (
 log = logging.getLogger("rootstock.engine")
 
 CANNOT_START = 3
-PARENT_CHECK_SECONDS = 1.0
+PARENT_CHECK_MILLISECONDS = 1000
 
 
 class EngineProcess:
     """Drives an engine from a socket. Steps while there is work, sleeps while there is none."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket):
+    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]"):
         self.engine = engine
         self.socket = socket
         self.parent = os.getppid()
@@ -75,7 +75,7 @@ class EngineProcess:
 
     def _sleep(self) -> None:
         """Wait for a command or for an adapter to finish loading."""
-        self.poller.poll(PARENT_CHECK_SECONDS * 1000)
+        self.poller.poll(PARENT_CHECK_MILLISECONDS)
         while select.select([self._wake_reader], [], [], 0)[0]:
             os.read(self._wake_reader, 4096)
 
@@ -119,7 +119,7 @@ class EngineProcess:
 def main(endpoint: str) -> None:
     """Connect, read the configuration, start the engine and run it."""
     logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
-    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

@@ -27,11 +27,11 @@ class Adapters(Protocol):
 
 
 class Chunk(NamedTuple):
-    """Tokens `start` to `start + count` of a sequence, computed in one step; `samples` if that reaches its end."""
+    """Tokens `start` to `start + length` of a sequence, computed in one step; `samples` if that reaches its end."""
 
     sequence: Sequence
     start: int
-    count: int
+    length: int
     samples: bool
 
 
@@ -85,14 +85,14 @@ class Scheduler:
             sequence = self.running[len(chunks)]
             if self._grow(sequence):
                 chunks.append(self._chunk(sequence, budget))
-                budget -= chunks[-1].count
+                budget -= chunks[-1].length
         if self.preemptions > preemptions:
             return chunks, []  # whatever were admitted now would be the next to be preempted
         return chunks, self._admit(chunks, budget)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        count = min(len(sequence) - sequence.computed, budget)
-        return Chunk(sequence, sequence.computed, count, sequence.computed + count == len(sequence))
+        length = min(len(sequence) - sequence.computed, budget)
+        return Chunk(sequence, sequence.computed, length, sequence.computed + length == len(sequence))
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; False if that took preempting the sequence itself."""
@@ -136,7 +136,7 @@ class Scheduler:
                 break
             self.running.append(sequence)
             chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].count
+            budget -= chunks[-1].length
         self.waiting.extendleft(reversed(passed_over))
         return rejected
 
@@ -166,7 +166,7 @@ class Scheduler:
         """Take in a computed chunk and the token sampled after it, if any; frees the sequence if that ends it."""
         sequence = chunk.sequence
         full_before = sequence.computed // self.block_size
-        sequence.computed += chunk.count
+        sequence.computed += chunk.length
         keys = sequence.keys_up_to(sequence.computed, self.block_size)
         for index in range(full_before, len(keys)):
             namespace = sequence.namespace_of(index, self.block_size)

@@ -85,7 +85,7 @@ def step(s, token=7):
     for chunk in chunks:
         s.commit(chunk, token if chunk.samples else None)
     s.check()
-    return {chunk.sequence: (chunk.start, chunk.count) for chunk in chunks}
+    return {chunk.sequence: (chunk.start, chunk.length) for chunk in chunks}
 
 
 def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_ones():
@@ -219,9 +219,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(token=st.integers(0, 1))
     def step(self, token):
         chunks, rejected = self.s.schedule()
-        assert sum(chunk.count for chunk in chunks) <= 6
+        assert sum(chunk.length for chunk in chunks) <= 6
         for chunk in chunks:
-            assert chunk.count >= 1
+            assert chunk.length >= 1
             assert chunk.start == chunk.sequence.computed
             if self.s.commit(chunk, token if chunk.samples else None):
                 self.ended.add(chunk.sequence)
