@@ -12,6 +12,7 @@ from torch import Tensor
 
 from runtime.adapter_format import canonical_from_tensors
 from runtime.adapter_pool import AdapterPool, AdapterUnavailable
+from runtime.admission import RequestRefused, check_request
 from runtime.batch import build_batch
 from runtime.block_pool import BlockPool
 from runtime.config import EngineConfig
@@ -20,14 +21,6 @@ from runtime.model_runner import ModelRunner
 from runtime.sampler import Sampled, sample
 from runtime.scheduler import Chunk, QueueFull, Scheduler
 from runtime.sequence import FinishReason, Sequence
-
-
-class RequestRefused(ValueError):
-    """A request that cannot run; `code` is the stable word for why."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -75,7 +68,9 @@ class Engine:
 
     def add_request(self, request: Generate) -> None:
         """Queue a request. Raises RequestRefused, and leaves nothing behind then."""
-        self._validate(request)
+        if request.request_id in self.sequences:
+            raise RequestRefused("duplicate_request", f"request {request.request_id} is running already")
+        check_request(request, self.runner.max_model_len, self.runner.model.vocab_size)
         eos = self.runner.model.eos_token_ids
         sequence = Sequence(request, max_tokens=self.runner.max_model_len, eos_token_ids=eos)
         try:
@@ -85,26 +80,6 @@ class Engine:
         except AdapterUnavailable as error:
             raise RequestRefused("adapter_failed", str(error)) from None
         self.sequences[request.request_id] = sequence
-
-    def _validate(self, request: Generate) -> None:
-        limit, vocab = self.runner.max_model_len, self.runner.model.vocab_size
-        if request.request_id in self.sequences:
-            raise RequestRefused("duplicate_request", f"request {request.request_id} is running already")
-        if not request.token_ids:
-            raise RequestRefused("empty_prompt", "the prompt has no tokens")
-        if len(request.token_ids) >= limit:
-            raise RequestRefused(
-                "context_length_exceeded",
-                f"the prompt has {len(request.token_ids)} tokens; at most {limit - 1} leave room to answer",
-            )
-        if min(request.token_ids) < 0 or max(request.token_ids) >= vocab:
-            raise RequestRefused("invalid_token_id", f"token ids must be between 0 and {vocab - 1}")
-        if request.params.max_tokens < 1:
-            raise RequestRefused(
-                "invalid_max_tokens", f"max_tokens must be at least 1, not {request.params.max_tokens}"
-            )
-        if any(not 0 <= token < vocab for token in request.params.stop_token_ids):
-            raise RequestRefused("invalid_token_id", f"stop_token_ids must be between 0 and {vocab - 1}")
 
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds; one that has ended already is none of our business."""

@@ -16,8 +16,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from runtime.admission import RequestRefused
 from runtime.config import EngineConfig
-from runtime.engine import Engine, RequestRefused
+from runtime.engine import Engine
 from runtime.messages import (
     Abort,
     AdapterState,

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from runtime.adapter_format import InvalidAdapter
+from runtime.admission import RequestRefused
 from runtime.config import MIB, EngineConfig
-from runtime.engine import Engine, RequestRefused
+from runtime.engine import Engine
 from runtime.messages import Failed, Generate, SamplingParams, Tokens
 from tests.runtime.tiny_model import TINY
 
