@@ -10,6 +10,11 @@ from runtime.sequence import Sequence
 
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 1024
+# Beyond these, parameters make no more difference and float32 would make infinities of them. A forbidden token is less
+# likely than any other, yet finite: if all are forbidden, one is drawn all the same.
+_LEAST_DIVISOR = 1e-6
+_LARGEST_LOGIT = 1e30
+_FORBIDDEN = -1e31
 
 
 class Sampled(NamedTuple):
@@ -33,7 +38,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
             sampled.append(Sampled(None))
             continue
         if params.temperature > 0:
-            token_id = _draw(_adjust(logits[row], sequence) / params.temperature, sequence)
+            token_id = _draw(_adjust(logits[row], sequence), sequence)
         elif _adjusts(sequence):
             token_id = int(_adjust(logits[row], sequence).argmax())
         sampled.append(Sampled(token_id, _logprobs(logits[row], token_id, params.logprobs)))
@@ -54,27 +59,29 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        values, penalty = logits[seen], max(params.repetition_penalty, _LEAST_DIVISOR)
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     generated = sequence.token_ids[sequence.num_prompt :]
     if generated and (params.presence_penalty or params.frequency_penalty):
         ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    logits.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     if forbidden:
-        logits[torch.tensor(sorted(forbidden), device=logits.device)] = float("-inf")
+        logits[torch.tensor(sorted(forbidden), device=logits.device)] = _FORBIDDEN
     return logits
 
 
 def _draw(logits: Tensor, sequence: Sequence) -> int:
-    """Draw from softmax(logits) cut by top_k, then top_p of what is left, then min_p of the likeliest."""
+    """Draw from softmax(logits / temperature) cut by top_k, then top_p of what is left, then min_p of the likeliest."""
     params = sequence.params
-    probabilities = logits.softmax(-1)
+    probabilities = ((logits - logits.max()) / max(params.temperature, _LEAST_DIVISOR)).softmax(-1)
     draw = uniform(sequence.seed, params.choice, sequence.num_generated)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         return _invert(probabilities, draw)
     values, ids = _likeliest(probabilities, params)
     keep = values.cumsum(-1) - values < params.top_p * (values.sum() if params.top_k else 1.0)
     keep &= values >= params.min_p * values[0]
+    keep[0] = True
     return int(ids[_invert(torch.where(keep, values, 0.0), draw)])
 
 
@@ -92,7 +99,7 @@ def _invert(weights: Tensor, draw: float) -> int:
     """The index at which the running sum of `weights` passes the share `draw` of their total."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     index = int(torch.searchsorted(cumulative, cumulative[-1] * draw, right=True))
-    return min(index, int(weights.nonzero()[-1])) if index >= len(weights) else index
+    return index if index < len(weights) else int((weights > 0).nonzero()[-1])  # the draw was rounded up to the total
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

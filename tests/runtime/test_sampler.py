@@ -155,3 +155,25 @@ def test_logits_that_are_not_finite_choose_nothing_and_leave_other_rows_alone(po
     bad, good = sample(rows, [sequence(), sequence(temperature=0.0)])
     assert bad.token_id is None
     assert good.token_id == int(rows[1].argmax())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-300, "top_p": 0.5, "min_p": 0.1},
+        {"temperature": 1.0, "repetition_penalty": 1e-300, "top_k": 5},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 1.0, "min_tokens": 5, "stop_token_ids": tuple(range(VOCAB)), "top_p": 0.5},
+        {"temperature": 0.0, "min_tokens": 5, "stop_token_ids": tuple(range(VOCAB))},
+    ],
+    ids=lambda params: "-".join(params),
+)
+def test_extreme_parameters_still_choose_a_token(params):
+    """An exception here would end the requests of the whole batch."""
+    rows = logits()
+    rows[0, 1] = 0.0
+    chosen = sample(rows, [sequence(**params)])[0].token_id
+    assert 0 <= chosen < VOCAB
+    if params["temperature"] == 1e-300:
+        assert chosen == int(rows.argmax())
