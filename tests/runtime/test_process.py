@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import threading
 
 import msgspec
 import pytest
 import zmq
 
 from runtime.config import EngineConfig
+from runtime.engine import Engine
 from runtime.messages import (
     Abort,
     Failed,
@@ -23,6 +25,7 @@ from runtime.messages import (
     decode_events,
     encode,
 )
+from runtime.process import EngineProcess
 from tests.runtime.tiny_model import TINY
 
 DEADLINE_MS = 20_000
@@ -121,6 +124,52 @@ def test_an_adapter_that_cannot_be_read_fails_its_request_with_the_reason_and_no
     assert engine.next(Failed).code == "adapter_failed"
     engine.send(generate("b"))
     assert engine.next(Tokens).request_id == "b"
+
+
+class StumblingRunner:
+    """A model runner whose first forward pass fails."""
+
+    def __init__(self, runner):
+        self._runner, self._stumbled = runner, False
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def forward(self, batch):
+        if not self._stumbled:
+            self._stumbled = True
+            raise RuntimeError("the device stumbled")
+        return self._runner.forward(batch)
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    engine = Engine(EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_bytes=2**22, max_model_len=128))
+    engine.runner = StumblingRunner(engine.runner)
+    ours, theirs = (zmq.Context.instance().socket(zmq.PAIR) for _ in range(2))
+    ours.bind("inproc://stumbling")
+    theirs.connect("inproc://stumbling")
+    for command in (generate("a"), generate("b")):
+        ours.send(encode(command))
+    thread = threading.Thread(target=EngineProcess(engine, theirs).run)
+    thread.start()
+    events = []
+    while not any(isinstance(event, Failed) for event in events):
+        assert ours.poll(DEADLINE_MS)
+        events += decode_events(ours.recv())
+    assert {(event.request_id, event.code) for event in events if isinstance(event, Failed)} >= {("a", "engine_error")}
+    ours.send(encode(generate("c")))
+    while not any(isinstance(event, Tokens) and event.finish_reason for event in events):
+        assert ours.poll(DEADLINE_MS)
+        events += decode_events(ours.recv())
+    ours.send(encode(Shutdown()))
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    engine.check()
+    assert engine.blocks.used == 0
+    engine.close()
+    ours.close()
+    theirs.close()
 
 
 def test_an_engine_that_cannot_start_says_why(peer, tmp_path):
