@@ -141,9 +141,9 @@ def _values(header: Header, data: np.ndarray, name: str) -> np.ndarray:
 
 def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
     if site.embedding:
-        a = extent[site.a].view(site.in_features, site.rank).t()
+        a = extent[site.a].view(site.in_features, site.rank)
     else:
-        a = extent[site.a].view(site.rank, site.in_features)
+        a = extent[site.a].view(site.rank, site.in_features).t()
     parts = []
     for part in site.parts:
         rank = part.ranks.stop - part.ranks.start

@@ -24,7 +24,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     max_running: int = 64
     max_waiting: int = 1024
-    max_batch_tokens: int = 512
+    # What decoding sequences wait for when a long prompt comes in. A prefill step of 256 tokens took 204 ms and one of
+    # 512 took 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter one costs no throughput.
+    max_batch_tokens: int = 256
     adapter_bytes: int = 1024 * MIB
     max_lora_rank: int = 256
     threads: int | None = None

@@ -41,7 +41,7 @@ class HostSite(NamedTuple):
 
 
 class SiteWeights(NamedTuple):
-    """One adapter's weights at one site: `a` is (sum of the parts' ranks, in).
+    """One adapter's weights at one site: `a` is (in, sum of the parts' ranks), Aᵀ, stored rank by rank.
 
     `host` are the same weights again where they are float32 in ordinary memory.
     """
@@ -56,7 +56,7 @@ class SiteWeights(NamedTuple):
         bias = tuple(None if part.bias is None else part.bias.numpy() for part in self.parts)
         gapless = all(left.columns.stop == right.columns.start for left, right in pairwise(self.parts))
         columns = slice(self.parts[0].columns.start, self.parts[-1].columns.stop) if gapless else None
-        return self._replace(host=HostSite(self.a.t().numpy(), b, bias, columns))
+        return self._replace(host=HostSite(self.a.numpy(), b, bias, columns))
 
 
 class Run(NamedTuple):
@@ -82,7 +82,7 @@ def grouped_lora(y: Tensor, x: Tensor, site: int, runs: Sequence[Run]) -> None:
             few.append(_HostRun(start, stop, weights.parts, weights.host))
             continue
         rows, out = (x, y) if stop - start == len(y) else (x[start:stop], y[start:stop])
-        _expand(out, torch.mm(rows.to(weights.a.dtype), weights.a.t()), weights.parts)
+        _expand(out, torch.mm(rows.to(weights.a.dtype), weights.a), weights.parts)
     if few:
         with np.errstate(all="ignore"):  # infinities are the caller's to find, as with torch
             _few_rows(y, x, few)
@@ -91,12 +91,12 @@ def grouped_lora(y: Tensor, x: Tensor, site: int, runs: Sequence[Run]) -> None:
 def embedding_lora(x: Tensor, token_ids: Tensor, site: int, runs: Sequence[Run]) -> None:
     """x[rows] += A[:, token_ids[rows]]ᵀ B, in place: the grouped product whose input is one-hot.
 
-    x is (T, out) in the model's dtype, token_ids is (T,); A is fast when its columns are contiguous.
+    x is (T, out) in the model's dtype, token_ids is (T,); fast where `a` is stored token by token.
     """
     for start, stop, sites in runs:
         weights = sites[site]
         if weights is not None:
-            _expand(x[start:stop], weights.a.t()[token_ids[start:stop]], weights.parts)
+            _expand(x[start:stop], weights.a[token_ids[start:stop]], weights.parts)
 
 
 class _HostRun(NamedTuple):

@@ -41,7 +41,7 @@ def site_weights(widths, inputs, seed, adapted, bias, host):
         offset = torch.randn(widths[index], generator=generator) if bias else None
         parts.append(PartWeights(b, slice(*bounds[index : index + 2]), slice(ranks, ranks + rank), offset))
         ranks += rank
-    weights = SiteWeights(torch.randn(ranks, inputs, generator=generator) / inputs**0.5, tuple(parts))
+    weights = SiteWeights(torch.randn(ranks, inputs, generator=generator).t() / inputs**0.5, tuple(parts))
     return weights.on_host() if host else weights
 
 
@@ -62,7 +62,7 @@ def expected(y, x, popularity, adapters, site):
     for row, adapter in enumerate(popularity):
         weights = None if adapter is None else adapters[adapter][site]
         for part in () if weights is None else weights.parts:
-            t = weights.a[part.ranks].double() @ x[row].double()
+            t = weights.a[:, part.ranks].t().double() @ x[row].double()
             result[row, part.columns] += t @ part.b.double() + (0 if part.bias is None else part.bias.double())
     return result
 

@@ -88,7 +88,7 @@ def resident(digest, path):
 
 
 def delta(weights, part):
-    return part.b.t() @ weights.a[part.ranks]
+    return part.b.t() @ weights.a[:, part.ranks].t()
 
 
 @pytest.mark.filterwarnings("ignore:::peft", "ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -44,7 +44,7 @@ def test_an_adapter_is_resident_after_its_load_and_its_weights_are_scaled(make_p
     tensors = {name: torch.from_numpy(tensor) for name, tensor in lora().items()}
     site = pool.lookup(digest)[0]
     [part] = site.parts
-    assert torch.equal(site.a, tensors[f"base_model.model.{Q}.lora_A.weight"])
+    assert torch.equal(site.a.t(), tensors[f"base_model.model.{Q}.lora_A.weight"])
     assert torch.equal(part.b, 2 * tensors[f"base_model.model.{Q}.lora_B.weight"].t())
     assert part.b.is_contiguous()
     assert (part.columns, part.ranks, part.bias) == (slice(0, 64), slice(0, 4), None)

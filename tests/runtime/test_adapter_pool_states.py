@@ -62,7 +62,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.pool.check()
         for digest in self.held:
             sites = self.pool.lookup(digest)
-            assert sites[0].a.shape[0] == sites[4].parts[0].b.shape[0]
+            assert sites[0].a.shape[1] == sites[4].parts[0].b.shape[0]
         assert set(self.held) <= set(self.pool.resident)
 
     def teardown(self):

@@ -70,7 +70,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         (["--kv-cache-bytes", "2T"], "'2T' is not a number of bytes"),
         (["--kv-cache-bytes", "0"], "kv_cache_bytes must be at least 1"),
         (["--max-model-len", "-1"], "max-model-len"),
-        (["--max-running", "600"], "max_batch_tokens (512) must be at least max_running (600)"),
+        (["--max-running", "600"], "max_batch_tokens (256) must be at least max_running (600)"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--max-body-bytes", "0"], "max_body_bytes must be at least 1"),
         (["--served-name", "a@b"], "must not be empty or contain"),
