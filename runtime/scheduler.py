@@ -79,20 +79,43 @@ class Scheduler:
         Running sequences come first, oldest first; then as many waiting ones as budget and blocks allow.
         """
         chunks: list[Chunk] = []
-        budget = self.max_batch_tokens
-        preemptions = self.preemptions
-        while len(chunks) < len(self.running) and budget > 0:
-            sequence = self.running[len(chunks)]
-            if self._grow(sequence):
-                chunks.append(self._chunk(sequence, budget))
-                budget -= chunks[-1].length
+        prompts = sum(sequence.missing > 1 for sequence in self.running)
+        budget = self.max_batch_tokens - (len(self.running) - prompts)  # every decoding sequence has its one token
+        preemptions, index = self.preemptions, 0
+        while index < len(self.running) and self._grow(sequence := self.running[index]):
+            index += 1
+            if sequence.missing == 1:
+                chunks.append(self._chunk(sequence, 1))
+                continue
+            prompts -= 1
+            length = min(sequence.missing, self._share(budget, prompts))
+            budget -= length
+            if length:
+                chunks.append(self._chunk(sequence, length))
         if self.preemptions > preemptions:
             return chunks, []  # whatever were admitted now would be the next to be preempted
-        return chunks, self._admit(chunks, budget)
+        rejected, budget = self._admit(chunks, budget)
+        self._spend(chunks, budget)
+        return chunks, rejected
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        length = min(len(sequence) - sequence.computed, budget)
+    def _share(self, budget: int, prompts: int) -> int:
+        """What one prompt may take of the budget: half of it while others come after it, which a long one would bar.
+
+        Those are `prompts` under way, and any that wait and may start.
+        """
+        followed = prompts > 0 or (self.waiting and len(self.running) < self.max_running)
+        return -(-budget // 2) if followed else budget
+
+    def _chunk(self, sequence: Sequence, length: int) -> Chunk:
         return Chunk(sequence, sequence.computed, length, sequence.computed + length == len(sequence))
+
+    def _spend(self, chunks: list[Chunk], budget: int) -> None:
+        """Give what nobody was admitted for to the prompts under way, oldest first."""
+        for index, (sequence, _, length, samples) in enumerate(chunks):
+            if budget > 0 and not samples:
+                longer = min(length + budget, sequence.missing)
+                budget -= longer - length
+                chunks[index] = self._chunk(sequence, longer)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; False if that took preempting the sequence itself."""
@@ -111,7 +134,8 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, Exception]]:
+    def _admit(self, chunks: list[Chunk], budget: int) -> tuple[list[tuple[Sequence, Exception]], int]:
+        """Start waiting sequences; returns those whose adapter failed, and what is left of the budget."""
         rejected: list[tuple[Sequence, Exception]] = []
         passed_over: list[Sequence] = []
         hold_back = False  # a sequence has waited too long for adapter memory: no other adapter may start now
@@ -135,10 +159,10 @@ class Scheduler:
                 self.waiting.appendleft(sequence)
                 break
             self.running.append(sequence)
-            chunks.append(self._chunk(sequence, budget))
+            chunks.append(self._chunk(sequence, min(sequence.missing, self._share(budget, 0))))
             budget -= chunks[-1].length
         self.waiting.extendleft(reversed(passed_over))
-        return rejected
+        return rejected, budget
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Blocks for all tokens of a waiting sequence, cached ones first; False leaves everything as it was.

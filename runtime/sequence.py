@@ -42,6 +42,11 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def missing(self) -> int:
+        """Tokens whose K/V is still to be computed: one while it decodes."""
+        return len(self.token_ids) - self.computed
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 

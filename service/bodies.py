@@ -41,11 +41,15 @@ def decode_json(body: bytes, kind: type[T]) -> T:
 def _refuse_type(reason: str) -> NoReturn:
     """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"."""
     complaint, _, place = reason.partition(" - at `$")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", complaint)
     missing = re.fullmatch(r"Object missing required field `(.*)`", complaint)
     path = place.rstrip("`").lstrip(".")
     if missing:
         param = f"{path}.{missing[1]}" if path else missing[1]
         raise ApiError(400, "missing_field", f"{param} is required", param)
+    if unknown:
+        param = f"{path}.{unknown[1]}" if path else unknown[1]
+        raise ApiError(400, "unknown_field", f"{param} is not a field of this request", param)
     complaint = complaint.replace("`", "")
     raise ApiError(400, "invalid_field", f"{path or 'the body'}: {complaint}", path or None)
 

@@ -55,7 +55,8 @@ async def prepare(state: State, body: ChatRequest, identity: str) -> Inputs:
         raise ApiError(400, "empty_prompt", "messages: the chat template makes no tokens of them", "messages")
     check_token_ids(prompt, state.vocab_size, "messages")
     asked = body.max_completion_tokens or body.max_tokens
-    max_tokens = answer_length(asked, None, [prompt], state.max_model_len, "messages")
+    length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    max_tokens = answer_length(asked, None, [prompt], state.max_model_len, "messages", length_param)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, max_tokens, logprobs, state.vocab_size)
     return Inputs(

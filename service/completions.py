@@ -88,28 +88,27 @@ class CompletionShape:
         return Completion(id=self._identity, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _choice(self, deltas: Sequence[Delta]) -> CompletionChoice:
-        entries = [
-            (token_id, entry)
-            for delta in deltas
-            for token_id, entry in zip(delta.token_ids, delta.logprobs or (), strict=False)
-        ]
         return CompletionChoice(
             index=deltas[0].choice,
             text="".join(delta.text for delta in deltas),
-            logprobs=self._logprobs(deltas[0].choice, entries) if self._with_logprobs else None,
+            logprobs=self._logprobs(deltas) if self._with_logprobs else None,
             finish_reason=deltas[-1].finish_reason,
         )
 
-    def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprobs]]) -> CompletionLogprobs:
-        text_of = self._tokenizer.token_text
-        tokens, offsets = [text_of(token_id) for token_id, _ in entries], []
-        offset = self._offsets.get(index, 0)
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[index] = offset
+    def _logprobs(self, deltas: Sequence[Delta]) -> CompletionLogprobs:
+        """Offsets are into the text as it is given out: a token that is part of a character has that character's."""
+        choice, text_of = deltas[0].choice, self._tokenizer.token_text
+        entries: list[tuple[int, TokenLogprobs]] = []
+        offsets: list[int] = []
+        offset = self._offsets.get(choice, 0)
+        for delta in deltas:
+            found = list(zip(delta.token_ids, delta.logprobs or (), strict=False))
+            entries += found
+            offsets += [offset] * len(found)
+            offset += len(delta.text)
+        self._offsets[choice] = offset
         return CompletionLogprobs(
-            tokens=tokens,
+            tokens=[text_of(token_id) for token_id, _ in entries],
             token_logprobs=[entry.logprob for _, entry in entries],
             text_offset=offsets,
             top_logprobs=[

@@ -13,7 +13,7 @@ class MultipartBody:
     def __init__(self, files: BundleFiles, boundary: bytes) -> None:
         self._files = files
         self._field, self._value = bytearray(), bytearray()
-        self._disposition = ""
+        self._disposition = b""
         self._ended = False
         if not boundary:
             raise _invalid("the content type names no boundary")
@@ -46,7 +46,7 @@ class MultipartBody:
         return self._files.bundle()
 
     def _on_part_begin(self) -> None:
-        self._disposition = ""
+        self._disposition = b""
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
@@ -55,10 +55,10 @@ class MultipartBody:
         self._value += data[start:end]
 
     def _on_header_end(self) -> None:
-        field, value = self._field.lower(), self._value.decode("utf-8", "replace")
+        field, value = self._field.lower(), bytes(self._value)
         if field == b"content-disposition":
             self._disposition = value
-        if field == b"content-transfer-encoding" and value.strip().lower() not in ("binary", "7bit", "8bit"):
+        if field == b"content-transfer-encoding" and value.strip().lower() not in (b"binary", b"7bit", b"8bit"):
             raise _invalid(f"the transfer encoding {value!r} is not accepted: expected binary")
         self._field, self._value = bytearray(), bytearray()
 

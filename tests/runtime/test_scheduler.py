@@ -101,6 +101,27 @@ def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_on
     assert long.num_generated == 1
 
 
+def test_a_long_prompt_shares_the_budget_with_those_that_come_after_it():
+    s = scheduler(budget=8)
+    long = sequence(40)
+    s.add(long)
+    assert step(s) == {long: (0, 8)}
+    short, other = sequence(2), sequence([9] * 3)
+    s.add(short)
+    s.add(other)
+    assert step(s) == {long: (8, 4), short: (0, 2), other: (0, 2)}
+    assert step(s) == {long: (12, 6), short: (2, 1), other: (2, 1)}, "each decoding one has its token beside the prompt"
+
+
+def test_what_nobody_could_be_admitted_for_goes_to_the_prompts_under_way():
+    adapters = FakeAdapters()
+    s = scheduler(budget=8, adapters=adapters)
+    s.add(long := sequence(40))
+    step(s)
+    s.add(sequence(4, adapter="slow"))
+    assert step(s) == {long: (8, 8)}
+
+
 def test_a_shared_prefix_is_reused_but_its_last_token_is_computed_again():
     s = scheduler()
     first, again, longer = sequence(12, max_tokens=1), sequence(12), sequence(14)
