@@ -155,9 +155,8 @@ class AdapterTensors:
         ends = {module.rpartition(".")[2] for module in self.scales}
         for module in self.scales:
             own = self._names[next(name for name in self.tensors if name.startswith(f"{module}."))]
-            targets = config.target_modules
-            if targets is not None and not any(module == t or module.endswith(f".{t}") for t in targets):
-                raise InvalidAdapter(own, "is left over: target_modules does not name its module")
+            if not config.target_modules.names(module):
+                raise InvalidAdapter(own, "is left over: target_modules does not name its module, or it is excluded")
             layer = re.match(r"model\.layers\.(\d+)\.", module)
             layers = config.layers_to_transform
             if layers is not None and (layer is None or int(layer[1]) not in layers):

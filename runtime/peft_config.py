@@ -9,6 +9,7 @@ import msgspec
 
 from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.safetensors_header import exact_json_object
+from runtime.target_modules import TargetModules
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_PATTERN_KEYS = 1024  # EVA writes one per module, and the largest dense models have fewer
@@ -37,8 +38,8 @@ REFUSED_FIELDS = {
 MERGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fmt: off
 IGNORED_FIELDS = frozenset({
-    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules",
-    "lora_dropout", "fan_in_fan_out", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
+    "lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
 })
 # fmt: on
@@ -58,7 +59,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     alpha_pattern: dict[str, float] = {}
     lora_bias: bool = False
     alora_invocation_tokens: tuple[int, ...] | None = None
-    target_modules: tuple[str, ...] | None = None
+    target_modules: TargetModules
     layers_to_transform: tuple[int, ...] | None = None
     ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
@@ -109,7 +110,7 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         alpha_pattern={k: _alpha(f"alpha_pattern[{k}]", v) for k, v in _keys(config, "alpha_pattern")},
         lora_bias=_flag(config, "lora_bias"),
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
-        target_modules=_target_modules(config.get("target_modules")),
+        target_modules=TargetModules(config),
         layers_to_transform=_layers(config),
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
         base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
@@ -208,15 +209,6 @@ def _invocation_tokens(value: object, vocab_size: int) -> tuple[int, ...] | None
     return tuple(value)
 
 
-def _target_modules(value: object) -> tuple[str, ...] | None:
-    """The listed names; None for a regular expression or a shorthand, where the tensors alone decide."""
-    if value is None or isinstance(value, str):
-        return None
-    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in value):
-        raise InvalidAdapter("target_modules", f"is {shown(value)}, expected a string or a list of module names")
-    return tuple(value)
-
-
 def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     value = config.get("layers_to_transform")
     layers = [value] if isinstance(value, int) and not isinstance(value, bool) else value
@@ -236,6 +228,6 @@ def _base_model(value: object) -> str | None:
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """PEFT drops fields that it does not know; so do we, saying so when one is set."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
-    known |= {"peft_type", "bias", "init_lora_weights", "invocation_string"}
+    known |= {"peft_type", "bias", "init_lora_weights", "invocation_string", "exclude_modules", "layers_pattern"}
     names = [name for name, value in config.items() if name not in known and value]
     return tuple(f"{shown(name)}: unknown field, ignored" for name in sorted(names))

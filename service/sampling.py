@@ -29,7 +29,8 @@ def answer_length(
 ) -> int:
     """How many tokens may be generated for each prompt within a context of `limit` tokens.
 
-    `default` None means the rest of the context; `param` is the field the prompts came from, `length_param` the one that asked. Raises ApiError 400
+    `default` None means the rest of the context; `param` is the field the prompts came from, `length_param` the one
+    that asked for a length. Raises ApiError 400
     with the numbers.
     """
     longest = max(map(len, prompts))

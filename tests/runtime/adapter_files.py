@@ -67,7 +67,7 @@ def write(directory: Path, content: bytes, name="adapter_model.safetensors") -> 
 def adapter(seed=0, rank=4, modules=(Q, V)):
     """The digest and the canonical file of a small adapter."""
 
-    config = CONFIG | {"r": rank, "target_modules": None}
+    config = CONFIG | {"r": rank, "target_modules": ".*"}
     return canonical_from_tensors(lora(*modules, rank=rank, seed=seed), config, MODEL, max_rank=64)
 
 

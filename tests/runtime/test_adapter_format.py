@@ -36,7 +36,7 @@ def stored(tensors):
 
 def test_the_summary_describes_the_file_and_the_digest_is_its_blake3(tmp_path):
     tensors = lora(Q, "model.layers.1.mlp.down_proj", rank={Q: 4, "model.layers.1.mlp.down_proj": 7})
-    config = CONFIG | {"target_modules": None, "rank_pattern": {"down_proj": 7}}
+    config = CONFIG | {"target_modules": ".*", "rank_pattern": {"down_proj": 7}}
     summary, content = canonical(tmp_path, tensors, config)
     assert summary.digest == blake3(content).hexdigest()
     assert summary.bytes == len(content)
@@ -108,7 +108,7 @@ def test_memory_and_file_give_one_digest(tmp_path):
     tensors = lora() | lora(HEAD, prefix="", dtype=np.float16)
     for name in lora():
         tensors[name] = bfloat16(tensors[name])
-    config = CONFIG | {"target_modules": None}
+    config = CONFIG | {"target_modules": ".*"}
     summary, content = canonical(tmp_path, tensors, config)
     assert canonical_from_tensors(tensors, config, MODEL, max_rank=64) == (summary.digest, content)
 
@@ -164,7 +164,7 @@ def with_base_copies(module, value):
 @pytest.mark.parametrize("module", [EMBED, HEAD])
 def test_a_copy_of_the_bases_own_embedding_is_accepted_and_left_out(tmp_path, module):
     weight = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
-    config = CONFIG | {"target_modules": None}
+    config = CONFIG | {"target_modules": ".*"}
     plain = canonical(tmp_path, lora(module), config)
     base = stored({f"{module}.weight": weight})
     assert canonical(tmp_path, with_base_copies(module, weight), config, base_tensor=base) == plain
@@ -174,7 +174,7 @@ def test_a_copy_in_another_dtype_is_compared_by_value(tmp_path):
     bits = bfloat16(np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32))
     weight = (bits.astype(np.uint32) << 16).view(np.float32)
     base = stored({"lm_head.weight": weight})
-    config = CONFIG | {"target_modules": None}
+    config = CONFIG | {"target_modules": ".*"}
     assert canonical(tmp_path, with_base_copies(HEAD, bits), config, base_tensor=base)[0].targets == ["lm_head"]
 
 
@@ -182,7 +182,7 @@ def test_another_embedding_is_refused_and_so_is_one_that_cannot_be_compared(tmp_
     weight = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
     other = weight.copy()
     other[95, 63] += 1
-    config = CONFIG | {"target_modules": None}
+    config = CONFIG | {"target_modules": ".*"}
     for base in (stored({"lm_head.weight": weight}), None):
         with pytest.raises(InvalidAdapter, match=r"lm_head.base_layer.weight") as refusal:
             canonical(tmp_path, with_base_copies(HEAD, other), config, base_tensor=base)
@@ -191,5 +191,5 @@ def test_another_embedding_is_refused_and_so_is_one_that_cannot_be_compared(tmp_
 
 def test_every_projection_of_the_model_can_be_adapted_alone(tmp_path):
     for module in SHAPES:
-        summary, _ = canonical(tmp_path, lora(module), CONFIG | {"target_modules": None})
+        summary, _ = canonical(tmp_path, lora(module), CONFIG | {"target_modules": ".*"})
         assert summary.targets == [module.rpartition(".")[2]]

@@ -80,6 +80,15 @@ CONFIGS = {
     "a look-ahead": ({"rank_pattern": {"(?=q)": 4}}, "rank_pattern"),
     "a repetition": ({"rank_pattern": {"a{1,9}": 4}}, "rank_pattern"),
     "target_modules a number": ({"target_modules": 3}, "target_modules"),
+    "target_modules null": ({"target_modules": None}, "target_modules"),
+    "target_modules broken": ({"target_modules": "(q_proj"}, "target_modules"),
+    "target_modules that could run away": ({"target_modules": "(.*|.*)*x"}, "target_modules"),
+    "target_modules ambiguous": ({"target_modules": "(a|a)(a|a)x"}, "target_modules"),
+    "target_modules with many runs": ({"target_modules": ".*.*.*.*x"}, "target_modules"),
+    "exclude_modules broken": ({"exclude_modules": "("}, "exclude_modules"),
+    "exclude_modules a number": ({"exclude_modules": [3]}, "exclude_modules"),
+    "layers_pattern": ({"layers_pattern": "blocks"}, "layers_pattern"),
+    "a pattern and layers": ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
     "layers_to_transform a string": ({"layers_to_transform": "0"}, "layers_to_transform"),
     "base name a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
     "alora empty": ({"alora_invocation_tokens": []}, "alora_invocation_tokens"),
@@ -122,7 +131,7 @@ def with_value(name, value, dtype=np.float32):
 A = np.ones((4, 64), np.float32)
 B = np.ones((64, 4), np.float32)
 BIASES = {f"{P}{m}.lora_B.bias": np.ones(n, np.float32) for m, n in ((Q, 64), (V, 32))}
-ANY = CONFIG | {"target_modules": None}
+ANY = CONFIG | {"target_modules": ".*"}
 BF16_NAN, BF16_INFINITY = 0xFFC1, 0x7F80
 
 TENSORS = {
@@ -183,6 +192,10 @@ TENSORS = {
     "an embedding as a linear": ({f"{P}{EMBED}.lora_A.weight": A, f"{P}{EMBED}.lora_B.weight": B}, ANY, EMBED),
     "a linear as an embedding": ({f"{P}{Q}.lora_embedding_A": A, f"{P}{Q}.lora_embedding_B": B}, ANY, Q),
     "a module that target_modules leaves out": (lora(), CONFIG | {"target_modules": ["v_proj"]}, Q),
+    "a module that a pattern leaves out": (lora(), CONFIG | {"target_modules": r".*\.(v_proj|o_proj)"}, Q),
+    "a module that is excluded": (lora(), CONFIG | {"exclude_modules": ["q_proj"]}, Q),
+    "a module that a pattern excludes": (lora(), CONFIG | {"exclude_modules": ".*q_proj"}, Q),
+    "the head, which all-linear leaves out": (lora("lm_head"), CONFIG | {"target_modules": "all-linear"}, "lm_head"),
     "a layer that layers_to_transform leaves out": (lora(), CONFIG | {"layers_to_transform": 0}, V),
     "tied adapters": (lora(EMBED), ANY | {"ensure_weight_tying": True}, "ensure_weight_tying"),
     "lora_bias on the embedding": (lora(EMBED), ANY | {"lora_bias": True}, "lora_bias"),
@@ -280,7 +293,12 @@ def test_a_broken_configuration_is_refused(content, expected):
 
 
 def test_the_first_key_that_matches_decides():
-    config = {"r": 1, "lora_alpha": 8, "rank_pattern": {"_proj": 9, "q_proj": 2, ".*q_proj": 3, "v_proj|k_proj": 5}}
+    config = {
+        "r": 1,
+        "target_modules": ".*",
+        "lora_alpha": 8,
+        "rank_pattern": {"_proj": 9, "q_proj": 2, ".*q_proj": 3, "v_proj|k_proj": 5},
+    }
     parsed = parse_peft_config(config, max_rank=64, vocab_size=96)
     ranks = {module: rank for module, (rank, _) in parsed.scales([Q, V, "model.layers.0.mlp.up_proj"]).items()}
     assert ranks == {Q: 2, V: 5, "model.layers.0.mlp.up_proj": 1}

@@ -132,7 +132,7 @@ def test_without_allowed_roots_no_file_is_read(tmp_path: Path, root: Path) -> No
         ({"name": "base-model"}, 409, "name_is_base_model"),
         ({"name": 5}, 400, "invalid_field"),
         ({"pin": "yes"}, 400, "invalid_field"),
-        ({"tier": "device"}, 400, "invalid_field"),
+        ({"tier": "device"}, 400, "unknown_field"),
         ({"src": None}, 400, "invalid_field"),
     ],
 )

@@ -99,3 +99,10 @@ def test_a_conversation_needs_a_message(server: LiveServer) -> None:
     response = server.post("/v1/chat/completions", model="tiny", messages=[])
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages"
+
+
+def test_a_length_beyond_the_context_is_blamed_on_the_field_that_asked(server: LiveServer) -> None:
+    for field in ("max_tokens", "max_completion_tokens"):
+        error = server.chat("hello", **{field: 1_000_000}).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+        assert f"of {field}" in error["message"]

@@ -158,6 +158,14 @@ def test_log_probabilities_have_openais_shape(server: LiveServer) -> None:
     assert found["top_logprobs"][0]["hello"] == -0.5
 
 
+def test_offsets_of_log_probabilities_are_into_the_text_though_a_character_has_several_tokens(
+    server: LiveServer,
+) -> None:
+    choice = server.complete("€😀a", max_tokens=8, logprobs=0).json()["choices"][0]
+    starts = [choice["text"].index(character) for character in choice["text"]]
+    assert set(choice["logprobs"]["text_offset"]) == set(starts)
+
+
 def test_streamed_log_probabilities_go_on_where_the_last_piece_ended(server: LiveServer) -> None:
     parsed = chunks(server.complete("hello world", max_tokens=3, logprobs=0, stream=True).text)
     assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in parsed] == [[0], [5], [11]]

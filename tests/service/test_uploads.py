@@ -122,6 +122,13 @@ def test_another_content_type_is_refused_and_the_accepted_ones_are_named(service
         assert accepted in response.json()["error"]["message"]
 
 
+def test_a_part_whose_file_has_a_foreign_name_is_known_by_its_field(service: Service) -> None:
+    foreign = {CONFIG: ("конфиг.json", b"{}"), WEIGHTS: ("日本.safetensors", b"x")}
+    assert refused(service, files=foreign)[0] == 422, "the form is taken; what is in it is not"
+    unnamed = {"配置": ("конфиг.json", b"{}")}
+    assert refused(service, files=unnamed) == (400, "unexpected_file", "配置")
+
+
 def test_a_form_with_another_part_is_refused_by_its_name(service: Service) -> None:
     files = [("files", (name, b"x")) for name in (CONFIG, WEIGHTS)]
     extra = [*files, ("note", ("README.md", b"x"))]
