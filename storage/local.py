@@ -1,19 +1,28 @@
 """A store that is a directory."""
 
-import errno
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from storage.files import CHUNK_BYTES, disk_errors, make_directory, sync_directory, temporary_file, write_all
 from storage.scratch import Scratch, locked
-from storage.store import Entry, NotFound, PreconditionFailed, Stored, StoreError, StoreFull, checked_key, is_key
+from storage.store import (
+    MAX_GET_BYTES,
+    Entry,
+    NotFound,
+    ObjectTooLarge,
+    OnProgress,
+    PreconditionFailed,
+    Stored,
+    checked_key,
+    checked_prefix,
+    is_key,
+)
 
-_CHUNK_BYTES = 1 << 20
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # a folder is no object, and an object no folder
 
 
 class LocalStore:
@@ -36,28 +45,46 @@ class LocalStore:
 
     def put(self, key: str, content: bytes | Path, *, if_match: str | None = None, if_none_match: bool = False) -> str:
         target = self.path(key)
-        with _translated(key), _temporary_file(self.scratch.path) as (name, file):
-            etag = _write(file, content)
+        with disk_errors(key), temporary_file(self.scratch.path) as (name, file):
+            etag = _write(file, _chunks(content))
+            os.fsync(file.fileno())
             with locked(self._root):
                 _check_condition(key, target, if_match, if_none_match)
-                _make_directory(target.parent)
+                make_directory(target.parent)
                 os.rename(name, target)
-                _sync_directory(target.parent)
+                sync_directory(target.parent)
         return etag
 
+    def touch(self, key: str) -> bool:
+        with disk_errors(key), locked(self._root):  # not between a delete and its return
+            try:
+                with self._open(key) as file:
+                    os.utime(file.fileno())
+            except NotFound:
+                return False
+        return True
+
     def get(self, key: str) -> Stored:
-        with _translated(key):
-            content = self.path(key).read_bytes()
+        with disk_errors(key), self._open(key) as file:
+            content = file.read(MAX_GET_BYTES + 1)
+        if len(content) > MAX_GET_BYTES:
+            raise ObjectTooLarge(f"{key!r} has more than {MAX_GET_BYTES} bytes: too large to read into memory")
         return Stored(content, hashlib.blake2b(content, digest_size=16).hexdigest())
 
-    def fetch(self, key: str, destination: Path) -> str:
-        with _translated(key), _temporary_file(destination.parent) as (name, file):
-            etag = _write(file, self.path(key))
-            os.rename(name, destination)
+    def fetch(
+        self, key: str, destination: Path, *, max_bytes: int | None = None, on_progress: OnProgress | None = None
+    ) -> str:
+        with disk_errors(key), self._open(key) as source:
+            total = os.fstat(source.fileno()).st_size  # of a file that is never written to: a `put` makes another one
+            if max_bytes is not None and total > max_bytes:
+                raise ObjectTooLarge(f"{key!r} has {total} bytes; at most {max_bytes} are taken")
+            with temporary_file(destination.parent) as (name, file):
+                etag = _write(file, _reported(_read(source), total, on_progress))
+                os.rename(name, destination)
         return etag
 
     def list(self, prefix: str = "") -> list[Entry]:
-        parent = prefix.rpartition("/")[0]
+        parent = checked_prefix(prefix).rpartition("/")[0]
         entries = []
         for directory, subdirectories, names in os.walk(self.path(parent) if parent else self._root):
             subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
@@ -66,57 +93,56 @@ class LocalStore:
                 key = path.relative_to(self._root).as_posix()
                 if key.startswith(prefix) and is_key(key):
                     with suppress(FileNotFoundError):  # deleted since the directory was read
-                        entries.append(Entry(key, path.stat().st_size))
+                        entries.append(_entry(key, path.stat()))
         return sorted(entries)
 
     def delete(self, key: str) -> None:
         target = self.path(key)
-        with _translated(key), locked(self._root), suppress(FileNotFoundError):
+        with disk_errors(key), locked(self._root), suppress(*_ABSENT):
             target.unlink()
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
+
+    def _open(self, key: str) -> BinaryIO:
+        try:
+            return self.path(key).open("rb")
+        except _ABSENT as error:
+            raise NotFound(f"there is no object {key!r}") from error
 
 
-@contextmanager
-def _translated(key: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no object {key!r}") from error
-    except OSError as error:
-        kind = StoreFull if error.errno in _NO_ROOM else StoreError
-        raise kind(f"{key!r}: {error.strerror}") from error
+def _entry(key: str, stat: os.stat_result) -> Entry:
+    # Every put is a new file: its number tells two apart that were written in one tick of the clock.
+    return Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}", stat.st_mtime)
 
 
-@contextmanager
-def _temporary_file(directory: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """A new file, removed in the end unless it was renamed away."""
-    descriptor, name = tempfile.mkstemp(dir=directory)
-    try:
-        with open(descriptor, "wb", buffering=0) as file:
-            yield name, file
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _write(file: BinaryIO, content: bytes | Path) -> str:
-    """Write everything through to the disk and return its etag."""
+def _write(file: BinaryIO, chunks: Iterator[bytes]) -> str:
+    """Write everything and return its etag."""
     digest = hashlib.blake2b(digest_size=16)
-    for chunk in _chunks(content):
+    for chunk in chunks:
         digest.update(chunk)
-        view = memoryview(chunk)
-        while view:
-            view = view[file.write(view) :]
-    os.fsync(file.fileno())
+        write_all(file, chunk)
     return digest.hexdigest()
 
 
 def _chunks(content: bytes | Path) -> Iterator[bytes]:
     if isinstance(content, bytes):
         yield content
-        return
-    with content.open("rb") as source:
-        while chunk := source.read(_CHUNK_BYTES):
-            yield chunk
+    else:
+        with content.open("rb") as source:
+            yield from _read(source)
+
+
+def _read(source: BinaryIO) -> Iterator[bytes]:
+    while chunk := source.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _reported(chunks: Iterator[bytes], total: int, on_progress: OnProgress | None) -> Iterator[bytes]:
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        if on_progress is not None:
+            on_progress(done, total)
 
 
 def _check_condition(key: str, target: Path, if_match: str | None, if_none_match: bool) -> None:
@@ -131,19 +157,3 @@ def _check_condition(key: str, target: Path, if_match: str | None, if_none_match
         digest.update(chunk)
     if digest.hexdigest() != if_match:
         raise PreconditionFailed(f"{key!r} has changed")
-
-
-def _make_directory(directory: Path) -> None:
-    """Make a directory whose own entry survives a loss of power."""
-    if not directory.is_dir():
-        _make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
-        _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

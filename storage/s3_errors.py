@@ -1,0 +1,73 @@
+"""What S3 and the way to it can answer, as errors of the store."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from botocore import exceptions
+
+from storage.store import AccessDenied, NotFound, PreconditionFailed, StoreError, StoreFull, StoreUnavailable
+
+# A body that ends early, stalls or breaks; botocore retries requests, never the reading of an answer.
+BODY_ERRORS = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
+
+_CREDENTIALS = (
+    exceptions.NoCredentialsError,
+    exceptions.PartialCredentialsError,
+    exceptions.CredentialRetrievalError,
+    exceptions.ProfileNotFound,
+    exceptions.TokenRetrievalError,
+    exceptions.SSOError,
+)
+_ABSENT = {"NoSuchKey", "404", "NotFound"}  # an answer to HEAD has no body, and so no name for what is missing
+_DENIED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"}  # some come with a 400
+_UNAVAILABLE = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+_FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
+
+
+@contextmanager
+def s3_errors(where: Mapping[str, str]) -> Iterator[None]:
+    """Raise what boto3 says about an object, named by its Bucket and Key, as errors of the store."""
+    try:
+        yield
+    except exceptions.ClientError as error:
+        raise _answered(error, where) from error
+    except _CREDENTIALS as error:
+        raise AccessDenied(
+            f"{url(where)}: no usable AWS credentials were found ({type(error).__name__}); set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or give the machine a role or a profile"
+        ) from error
+    except BODY_ERRORS as error:
+        raise StoreUnavailable(f"{url(where)}: {error}") from error
+    except exceptions.BotoCoreError as error:
+        raise StoreError(f"{url(where)}: {error}") from error
+
+
+def url(where: Mapping[str, str]) -> str:
+    return f"s3://{where['Bucket']}/{where['Key']}"
+
+
+def is_absent(error: BaseException | None) -> bool:
+    """Whether the server's answer was that there is no such object, in a bucket that exists."""
+    return isinstance(error, exceptions.ClientError) and error.response.get("Error", {}).get("Code") in _ABSENT
+
+
+def _answered(error: exceptions.ClientError, where: Mapping[str, str]) -> StoreError:
+    # Only the code: an answer's text can name accounts and keys.
+    code = error.response.get("Error", {}).get("Code", "")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    said = f"the server answered {status} {code}".rstrip()
+    if code == "NoSuchBucket":
+        return NotFound(f"{url(where)}: there is no bucket {where['Bucket']!r}")
+    if code in _ABSENT:
+        return NotFound(f"there is no object {url(where)}")
+    if status == 404:
+        return NotFound(f"{url(where)}: {said}")
+    if status == 412 or code == "ConditionalRequestConflict":
+        return PreconditionFailed(f"{url(where)} is not, or no longer, what was expected ({code})")
+    if status in (401, 403) or code in _DENIED:
+        return AccessDenied(f"{url(where)}: access denied; {said}")
+    if code in _FULL or status == 507:
+        return StoreFull(f"{url(where)}: no room left; {said}")
+    if status >= 500 or status in (408, 429) or code in _UNAVAILABLE:
+        return StoreUnavailable(f"{url(where)}: {said}, after every retry")
+    return StoreError(f"{url(where)}: {said}")
