@@ -1,14 +1,19 @@
-"""The threads that bring adapters into the arena: all reading, casting and packing happens here."""
+"""The threads that bring adapters from their files into the tiers: reading, packing and copying happen here."""
 
+import os
 import queue
+import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from kernels.reference.grouped_lora import SiteWeights
@@ -19,54 +24,74 @@ from runtime.models.config import ModelConfig
 from runtime.safetensors_header import Header
 
 THREADS = 2
+NICENESS = 10  # of these threads: a step waits for all of its own, so that each one held up holds up all requests
 
 Key = TypeVar("Key")
 Source = Path | bytes
 Sites = list[SiteWeights | None]
 
 
-class Measured(NamedTuple):
-    """An adapter's canonical file after its header was read: what to reserve, and how to pack."""
+class FileWanted(Exception):
+    """An adapter's file is missing, or is not what its digest says; the message says which."""
+
+
+class Content(NamedTuple):
+    """A canonical file in memory: `data` is all of it, in bytes."""
 
     config: AdapterConfig
     header: Header
     layout: AdapterLayout
+    data: np.ndarray
+
+
+class Task(NamedTuple):
+    """What to do for one adapter, in this order: read and verify `source`, or take `content`; pack it; copy.
+
+    `copy` is from where to where. The extents are the loader's until the result has been taken.
+    """
+
+    digest: str
+    source: Source | None = None
+    content: Content | None = None
+    pack: Tensor | None = None
+    copy: tuple[Tensor, Tensor] | None = None
 
 
 class Finished(NamedTuple, Generic[Key]):
-    """A job's end: `measured` after measuring, `sites` after packing; `reason` when it failed.
+    """A task's end: `error` when it failed, the `content` that it read or was given, and the seconds of each stage.
 
     `key` is its caller's.
     """
 
     key: Key
-    measured: Measured | None
-    sites: Sites | None
-    reason: str | None
-    seconds: float
+    content: Content | None
+    error: BaseException | None
+    seconds: dict[str, float]
 
 
 class AdapterLoader(Generic[Key]):
-    """Measures and packs adapters on its own threads; results wait in a queue until they are asked for.
+    """Runs tasks on its own threads, in the order asked for; results wait in a queue until they are asked for.
 
-    `on_change` is called from a loader thread after each result.
+    A task that only copies waits for none that reads: it has a thread to itself. `on_change` is called from a thread
+    after each result. Files of more than `max_file_bytes` are not read.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, max_file_bytes: int) -> None:
         self.on_change: Callable[[], None] | None = None
         self._model = model
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-loader")
+        self._max_file_bytes = max_file_bytes
+        self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", _yield_to_others)
+        self._copier = ThreadPoolExecutor(1, "adapter-copier", _yield_to_others)
         self._finished: queue.SimpleQueue[Finished[Key]] = queue.SimpleQueue()
         self._arrived: list[Finished[Key]] = []
         self._in_flight = 0
 
-    def measure(self, key: Key, source: Source) -> None:
-        """Read and check the header of a canonical file."""
-        self._submit(key, lambda: self._measure(source))
-
-    def pack(self, key: Key, source: Source, measured: Measured, extent: Tensor) -> None:
-        """Fill an extent, which is the loader's until the result has been taken."""
-        self._submit(key, lambda: _pack(source, measured, extent))
+    def submit(self, key: Key, task: Task) -> None:
+        """Start a task; its result comes out of `take`."""
+        self._in_flight += 1
+        threads = self._copier if task.source is None and task.content is None else self._readers
+        seconds: dict[str, float] = {}
+        threads.submit(self._run, task, seconds).add_done_callback(partial(self._finish, key, seconds))
 
     def take(self) -> list[Finished[Key]]:
         """The results since the last call; never blocks."""
@@ -82,7 +107,8 @@ class AdapterLoader(Generic[Key]):
         return bool(self._arrived)
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._copier.shutdown(cancel_futures=True)
 
     def _receive(self, timeout: float | None) -> None:
         try:
@@ -91,38 +117,78 @@ class AdapterLoader(Generic[Key]):
             return
         self._in_flight -= 1
 
-    def _submit(self, key: Key, job: Callable[[], Measured | Sites]) -> None:
-        self._in_flight += 1
-        self._threads.submit(self._run, key, job)
-
-    def _run(self, key: Key, job: Callable[[], Measured | Sites]) -> None:
-        started = time.monotonic()
-        result, reason = None, None
-        try:
-            result = job()
-        except (InvalidAdapter, OSError, MemoryError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        measured, sites = (result, None) if isinstance(result, Measured) else (None, result)
-        self._finished.put(Finished(key, measured, sites, reason, time.monotonic() - started))
+    def _finish(self, key: Key, seconds: dict[str, float], future: "Future[Content | None]") -> None:
+        """Whatever went wrong, the result says so: nobody may wait for it in vain."""
+        if future.cancelled():
+            return
+        error = future.exception()
+        self._finished.put(Finished(key, None if error else future.result(), error, seconds))
         if self.on_change is not None:
             self.on_change()
 
-    def _measure(self, source: Source) -> Measured:
+    def _run(self, task: Task, seconds: dict[str, float]) -> Content | None:
+        started = time.monotonic()
+        content = task.content
+        if task.source is not None:
+            content = self._read(task.source, task.digest)
+            seconds["read"] = (packing := time.monotonic()) - started
+            started = packing
+        if task.pack is not None:
+            assert content is not None
+            _pack(content, task.pack)
+            content = content._replace(data=np.empty(0, np.uint8))
+            seconds["pack"] = (copying := time.monotonic()) - started
+            started = copying
+        if task.copy is not None:
+            _copy(*task.copy)
+            seconds["copy"] = time.monotonic() - started
+        return content
+
+    def _read(self, source: Source, digest: str) -> Content:
+        if isinstance(source, Path):
+            source = _verified(source, digest, self._max_file_bytes)
         config, header, _ = read_canonical(source)
-        return Measured(config, header, layout_adapter(self._model, config, header))
+        layout = layout_adapter(self._model, config, header)
+        return Content(config, header, layout, np.frombuffer(source, np.uint8))
 
 
-def _pack(source: Source, measured: Measured, extent: Tensor) -> Sites:
-    """Read a whole file at once: mapped memory would turn a file that shrinks under us into a dead process."""
-    config, header, layout = measured
-    data = np.fromfile(source, np.uint8) if isinstance(source, Path) else np.frombuffer(source, np.uint8)
-    expected = header.data_offset + max(entry.stop for entry in header.tensors.values())
-    if len(data) != expected:
-        raise InvalidAdapter("weights", f"has {len(data)} bytes, expected {expected} as when it was registered")
-    if extent.dtype == torch.float32 and extent.device.type == "cpu":
+def _yield_to_others() -> None:
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _verified(path: Path, digest: str, max_bytes: int) -> bytes:
+    """A whole file at once: mapped memory would turn a file that shrinks under us into a dead process."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
+            content = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileWanted("its file is missing") from None
+    found = blake3(content).hexdigest()
+    if found != digest:
+        raise FileWanted(f"its file is corrupt: {len(content)} bytes with the BLAKE3 digest {found}")
+    return content
+
+
+def _pack(content: Content, extent: Tensor) -> None:
+    config, header, layout, data = content
+    if extent.dtype == torch.float32:
         layout.pack(config, header, data, extent.numpy())
-    else:
-        packed = np.empty(layout.elements, np.float32)
-        layout.pack(config, header, data, packed)
-        extent.copy_(torch.from_numpy(packed))
-    return layout.views(extent)
+        return
+    packed = np.empty(layout.elements, np.float32)
+    layout.pack(config, header, data, packed)
+    extent.copy_(torch.from_numpy(packed))
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """One copy of all bytes. In numpy between ordinary memory: torch would enlist the threads that compute the step."""
+    if source.device.type == target.device.type == "cpu":
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+        return
+    stream = torch.cuda.Stream(source.device if source.is_cuda else target.device)
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        stream.synchronize()  # by this thread, never by a step

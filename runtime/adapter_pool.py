@@ -1,189 +1,245 @@
-"""Which adapters are resident, in an arena of bytes: one contiguous extent each, packed at its own ranks."""
+"""Which adapters are resident, in host and in device memory: one contiguous extent each, packed at its own ranks."""
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from kernels.reference.grouped_lora import SiteWeights
-from runtime.adapter_loader import AdapterLoader, Finished, Measured, Source
-from runtime.arena import Arena
-from runtime.messages import AdapterState
+from runtime.adapter_loader import Source
+from runtime.adapter_loads import AdapterLoads
+from runtime.adapter_pins import AdapterPins
+from runtime.adapter_reports import AdapterReports
+from runtime.adapter_tier import AdapterTier, Claim
+from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
+from runtime.messages import AdapterState, Answer, Tier
 from runtime.models.config import ModelConfig
 from runtime.registered_adapter import FIRST_RETRY_SECONDS, RegisteredAdapter
 
-LONGEST_RETRY_SECONDS = 60.0
-GRACE_POLLS = 4  # steps that a newcomer is safe from eviction, so that whoever waited for it gets to use it
-
-
-class AdapterUnavailable(Exception):
-    """An adapter cannot be used; the message says why."""
-
-
-class UnknownAdapter(AdapterUnavailable):
-    """The digest was never registered, or has been retired."""
-
-
-class AdapterFailed(AdapterUnavailable):
-    """The adapter could not be loaded."""
-
 
 class AdapterPool:
-    """Owns the arena and every adapter's residency; loads on other threads, evicts the least recently used.
+    """Owns two tiers and every adapter's residency in them; loads on other threads, evicts the least recently used.
 
-    All methods are for the engine's thread and none of them waits, but for `wait`. An adapter that is
-    referenced is never evicted. `dtype` is the arena's: float32 on a CPU whatever the model's dtype, for its
-    small products are twice as fast in it as in bfloat16. `clock` is in seconds.
+    All methods are for the engine's thread and none of them waits, but for `wait`; what becomes of a call comes out of
+    `poll`. An adapter that is referenced or pinned is never evicted. `dtype` is the tiers': float32 on a CPU whatever
+    the model's dtype, for its small products are twice as fast in it as in bfloat16. `clock` is in seconds.
     """
 
     def __init__(
         self,
         model: ModelConfig,
-        capacity_bytes: int,
+        device_bytes: int,
+        host_bytes: int,
         dtype: torch.dtype,
         device: torch.device | str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.loads = self.evictions = self.hits = self.misses = 0
-        self._arena = Arena(capacity_bytes)
-        self._memory = torch.empty(self._arena.capacity // dtype.itemsize, dtype=dtype, device=device)
-        self._loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model)
+        page_locked = torch.device(device).type == "cuda"
+        self.host = AdapterTier("host", host_bytes, dtype, "cpu", page_locked=page_locked)
+        self.device = AdapterTier("device", device_bytes, dtype, device, page_locked=False)
+        self._tiers = (self.host, self.device)
+        self._loads = AdapterLoads(model, self.host, self.device, clock)
+        self._pins = AdapterPins(self._loads)
         self._adapters: dict[str, RegisteredAdapter] = {}
-        self._states: list[AdapterState] = []
-        self._uses = itertools.count(1)
-        self._polls = 0
+        self._reports = AdapterReports((self.device, self.host), self._pins.tier)
         self._clock = clock
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._arena.capacity
-
-    @property
-    def bytes_used(self) -> int:
-        return self._arena.used
-
-    @property
-    def resident(self) -> list[str]:
-        """The digests of the adapters that are resident, retired ones that are still in use among them."""
-        return [adapter.digest for adapter in self._adapters.values() if adapter.state == "resident"]
+        self.host.on_evict = self.device.on_evict = self._evicted
 
     @property
     def on_change(self) -> Callable[[], None] | None:
         """Called from a loader thread when `poll` has something to do."""
-        return self._loader.on_change
+        return self._loads.loader.on_change
 
     @on_change.setter
     def on_change(self, callback: Callable[[], None] | None) -> None:
-        self._loader.on_change = callback
+        self._loads.loader.on_change = callback
+
+    @property
+    def digests(self) -> list[str]:
+        """All that are known, or are retired and still in use."""
+        return list(self._adapters)
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The adapters that wait for their file, and what is wrong with it."""
+        return {digest: adapter.reason for digest, adapter in self._adapters.items() if adapter.wanted}
 
     # ------------------------------------------------------------------ known adapters
 
     def register(self, digest: str, source: Source) -> None:
-        """Make a canonical file known. Again for a known digest: a retired or failed one gets a new start."""
+        """Make a canonical file known, to be read when it is needed.
+
+        Again for a known digest: its file has been brought, a retired or failed one gets a new start.
+        """
         adapter = self._adapters.get(digest)
         if adapter is None:
             adapter = self._adapters[digest] = RegisteredAdapter(digest=digest, source=source)
-            self._measure(adapter)
-            return
-        adapter.source, adapter.retired = source, False
-        if adapter.state == "failed":
-            adapter.retry_seconds = FIRST_RETRY_SECONDS
-            self._measure(adapter)
+        else:
+            adapter.source, adapter.retired = source, False
+            adapter.registrations += 1
+            if adapter.failed:
+                adapter.start_anew()
+                adapter.retry_seconds = FIRST_RETRY_SECONDS
+                self._pins.load(adapter)
+            if adapter.wanted:
+                adapter.wanted, adapter.brought, adapter.reason = False, True, ""
+                self._loads.enqueue(adapter)
+        self._reports.touch(adapter)
 
     def retire(self, digest: str) -> None:
         """Forget a digest at once, and free its memory when its last reference is released."""
         adapter = self._adapters.get(digest)
         if adapter is not None and not adapter.retired:
             adapter.retired = True
+            self._pins.end(adapter, "unknown_adapter", f"adapter {digest} has been retired")
+            self._loads.drop(adapter)
+            self._reports.touch(adapter)
             self._drop_if_unused(adapter)
+
+    def fail(self, digest: str, reason: str) -> None:
+        """The file of an adapter that is wanted cannot be had: whoever waits for it need not wait any more."""
+        adapter = self._adapters.get(digest)
+        if adapter is not None and adapter.wanted:
+            self._loads.fail(adapter, reason)
+            self._settle(adapter)
 
     # ------------------------------------------------------------------ use
 
     def prefetch(self, digest: str) -> None:
-        """Start loading an adapter if there is room. Raises UnknownAdapter, AdapterFailed."""
+        """Start loading an adapter that a request will use. Raises UnknownAdapter, AdapterFailed."""
         adapter = self._known(digest)
-        if adapter.state == "registered":
-            self._start(adapter)
+        if not self.device.holds(digest):
+            adapter.expected = True
+            self._loads.ask(adapter, "device", Claim.EXPECTED)
+            self._reports.touch(adapter)
 
     def acquire(self, digest: str) -> bool:
-        """Reference an adapter if it is resident; otherwise see to it that it will be, and return False.
+        """Reference an adapter if it is on the device; otherwise see to it that it will be, and return False.
 
-        False means that a load is on its way or that memory is held by adapters in use: ask again after a
-        later `poll`. Raises UnknownAdapter, AdapterFailed.
+        False means that a load is on its way, that its file is wanted or that memory is held by adapters in use: ask
+        again after a later `poll`. Raises UnknownAdapter, AdapterFailed.
         """
         adapter = self._known(digest)
-        if adapter.state != "resident":
-            self.misses += not adapter.missed
-            adapter.missed = True
-            if adapter.state == "registered":
-                self._start(adapter)
+        if not self.device.holds(digest):
+            self.device.misses += not adapter.missed
+            adapter.missed = adapter.expected = True
+            self._loads.ask(adapter, "device", Claim.AWAITED, at_turn=True)
+            self._reports.touch(adapter)
             return False
-        self.hits += not adapter.missed
-        adapter.missed = False
-        adapter.references += 1
-        adapter.last_use = next(self._uses)
+        self.device.hits += not adapter.missed
+        adapter.missed = adapter.expected = False
+        self.device.claim(digest, Claim.NONE)
+        self.device.acquire(digest)
         return True
 
     def release(self, digest: str) -> None:
         """Give back one reference that `acquire` took."""
         adapter = self._adapters[digest]
-        assert adapter.references > 0, f"{digest} is released more often than it was acquired"
-        adapter.references -= 1
+        self.device.release(digest)
         if adapter.retired:
             self._drop_if_unused(adapter)
 
     def lookup(self, digest: str) -> Sequence[SiteWeights | None]:
-        """The weights of a referenced adapter, by site index."""
-        sites = self._adapters[digest].sites
-        assert sites is not None, f"{digest} is not resident"
-        return sites
+        """The weights of a referenced adapter, by site index; good until the next `poll`."""
+        adapter = self._adapters[digest]
+        assert self.device.references(digest), f"{digest} is not referenced"
+        if adapter.sites is None:
+            assert adapter.layout is not None
+            adapter.sites = adapter.layout.views(self.device.extent(digest))
+        return adapter.sites
 
-    def lacks_room(self, digest: str) -> bool:
-        """Whether an adapter is kept from loading by what others in use hold."""
+    def lacks_room(self, digest: str, leaving: Collection[str] = ()) -> bool:
+        """Whether an adapter is kept from the device by what others in use hold, but for those that are `leaving`."""
         adapter = self._adapters.get(digest)
-        if adapter is None or adapter.state != "registered" or adapter.measured is None:
+        if adapter is None or adapter.failed or adapter.busy or adapter.size is None or self.device.holds(digest):
             return False
-        return not self._arena.would_fit(self._size(adapter.measured), self._evictable())
+        return self.device.lacks_room(adapter.size, Claim.AWAITED, leaving)
+
+    # ------------------------------------------------------------------ commands
+
+    def load(self, digest: str, tier: Tier) -> None:
+        """Start to bring an adapter into a tier; its states tell how that goes, at once if it is unknown or failed."""
+        adapter = self._adapters.get(digest)
+        if adapter is None or adapter.retired:
+            adapter = RegisteredAdapter(digest=digest, source=b"", dropped=True)  # of which a report is all there is
+        elif self._may_use(adapter):
+            self._loads.ask(adapter, tier, Claim.AWAITED)
+        if adapter.failed:
+            adapter.reported = None
+        self._reports.touch(adapter)
+
+    def unload(self, request_id: str, digest: str, tier: Tier) -> None:
+        """Give back the memory of an adapter on the device, or in both tiers; answered by `poll`.
+
+        Refused as "adapter_in_use", "adapter_pinned" or "unknown_adapter". A load under way is dropped when it ends.
+        """
+        adapter = self._adapters.get(digest)
+        if adapter is None or adapter.retired:
+            self._pins.answer(request_id, "unknown_adapter", f"adapter {digest} is not registered")
+        elif (pinned := self._pins.tier(adapter)) in {tier, "device"}:
+            self._pins.answer(request_id, "adapter_pinned", f"adapter {digest} is pinned in {pinned} memory")
+        elif self.device.references(digest):
+            self._pins.answer(request_id, "adapter_in_use", f"adapter {digest} is in use")
+        else:
+            self._loads.drop(adapter)
+            adapter.unload = tier
+            self._settle(adapter)
+            self._pins.answer(request_id)
+
+    def pin(self, request_id: str, digest: str, tier: Tier | None) -> None:
+        """Load an adapter into a tier and never evict it from there; None ends that. Answered by `poll`, once decided.
+
+        Refused as "pins_full", "adapter_failed" or "unknown_adapter".
+        """
+        adapter = self._adapters.get(digest)
+        if adapter is None or adapter.retired:
+            self._pins.answer(request_id, "unknown_adapter", f"adapter {digest} is not registered")
+        elif tier is None:
+            self._pins.end(adapter, "superseded", "the adapter was unpinned before the pin was decided on")
+            self._pins.answer(request_id)
+        else:
+            self._may_use(adapter)
+            self._pins.ask(request_id, adapter, tier)
+        if adapter is not None:
+            self._reports.touch(adapter)
 
     # ------------------------------------------------------------------ once a step
 
-    def poll(self) -> list[AdapterState]:
-        """Publish the loads that have finished; returns every change of residency since the last call."""
-        self._polls += 1
-        for result in self._loader.take():
-            adapter = result.key
-            adapter.busy = False
-            if result.reason is not None:
-                self._fail(adapter, result.reason)
-            elif result.measured is not None:
-                self._take_measures(adapter, result.measured)
-            else:
-                self._publish(adapter, result)
-            if adapter.retired:
-                self._drop_if_unused(adapter)
-        states, self._states = self._states, []
-        return states
+    def poll(self) -> list[AdapterState | Answer]:
+        """Take in what the loader has finished and start what is next; all changes and answers since the last call."""
+        for tier in self._tiers:
+            tier.tick()
+        for adapter in self._loads.take():
+            self._settle(adapter)
+        for adapter in self._loads.advance():
+            self._reports.touch(adapter)
+        self._pins.rearrange()
+        return [*self._reports.take(), *self._pins.take_answers()]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until a job of the loader has finished, for an engine that has nothing else to do.
 
         Returns at once when none is under way; False when `poll` has nothing new.
         """
-        return self._loader.wait(timeout)
+        return self._loads.loader.wait(timeout)
 
     def close(self) -> None:
         """Stop the loader's threads, after the job that each of them is at."""
-        self._loader.close()
+        self._loads.loader.close()
 
     def check(self) -> None:
         """Recount the invariants between adapters, their extents and the jobs under way."""
-        self._arena.check()
-        held = [adapter.offset for adapter in self._adapters.values() if adapter.offset is not None]
-        assert len(set(held)) == len(held), "two adapters have one extent"
-        assert self._arena.would_fit(self._arena.capacity, held), "an extent belongs to no adapter"
+        for tier in self._tiers:
+            tier.check()
+            for digest in tier.digests:
+                adapter = self._adapters[digest]
+                assert adapter.size is not None
+                assert tier.holds(digest) or tier.name in adapter.filling
+        self._loads.check()
+        self._pins.check()
         for adapter in self._adapters.values():
             adapter.check()
+            assert not adapter.retired or adapter.busy or self.device.references(adapter.digest)
 
     # ------------------------------------------------------------------ inside
 
@@ -191,106 +247,54 @@ class AdapterPool:
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.retired:
             raise UnknownAdapter(f"adapter {digest} is not registered")
-        if adapter.state == "failed":
-            if self._clock() < adapter.retry_at:
-                raise AdapterFailed(f"adapter {digest} failed to load: {adapter.reason}")
-            self._measure(adapter)
+        if not self.device.holds(digest) and not self._may_use(adapter):
+            raise AdapterFailed(f"adapter {digest} failed to load: {adapter.reason}")
         return adapter
 
-    def _measure(self, adapter: RegisteredAdapter) -> None:
-        adapter.state, adapter.busy = "registered", True
-        self._loader.measure(adapter, adapter.source)
+    def _may_use(self, adapter: RegisteredAdapter) -> bool:
+        """Whether no failure stands against an adapter, one that is old enough to try again aside."""
+        if adapter.failed and self._clock() >= adapter.retry_at:
+            adapter.start_anew()
+        return not adapter.failed
 
-    def _take_measures(self, adapter: RegisteredAdapter, measured: Measured) -> None:
-        adapter.measured = measured
-        size = self._size(measured)
-        if size > self._arena.capacity:
-            self._fail(adapter, f"it takes {size} bytes, and adapter memory has {self._arena.capacity}")
-        elif adapter.wanted and not adapter.retired:
-            self._start(adapter)
-        adapter.wanted = False
-
-    def _size(self, measured: Measured) -> int:
-        return measured.layout.elements * self._memory.itemsize
-
-    def _start(self, adapter: RegisteredAdapter) -> None:
-        """Start to load a registered adapter, if it has been measured and if there is room."""
-        if adapter.measured is None:
-            adapter.wanted = True
+    def _settle(self, adapter: RegisteredAdapter) -> None:
+        """A stage has ended, or a load: do what waits for that."""
+        self._reports.touch(adapter)
+        if adapter.retired:
+            self._drop_if_unused(adapter)
             return
-        offset = self._reserve(self._size(adapter.measured))
-        if offset is None:
-            return
-        adapter.state, adapter.offset, adapter.busy = "loading", offset, True
-        self._states.append(AdapterState(digest=adapter.digest, state="loading"))
-        self._loader.pack(adapter, adapter.source, adapter.measured, self._extent(adapter))
+        if adapter.unload is not None and not adapter.busy:
+            tiers, adapter.unload = self._tiers if adapter.unload == "host" else (self.device,), None
+            for tier in tiers:
+                if (
+                    tier.holds(adapter.digest)
+                    and not tier.references(adapter.digest)
+                    and not tier.pinned(adapter.digest)
+                ):
+                    self._drop_from(adapter, tier)
+        self._pins.decide(adapter)
 
-    def _reserve(self, size: int) -> int | None:
-        """An extent, evicting as many as it takes but nobody in vain."""
-        offset = self._arena.allocate(size)
-        if offset is None and self._arena.would_fit(size, evictable := self._evictable()):
-            for adapter in sorted(evictable.values(), key=lambda adapter: adapter.last_use):
-                self._evict(adapter)
-                offset = self._arena.allocate(size)
-                if offset is not None:
-                    break
-        return offset
+    def _evicted(self, digest: str) -> None:
+        adapter = self._adapters[digest]
+        self._forget_views(adapter)
+        self._reports.touch(adapter)
 
-    def _evictable(self) -> dict[int, RegisteredAdapter]:
-        """Resident adapters that nobody references, by offset.
+    def _drop_from(self, adapter: RegisteredAdapter, tier: AdapterTier) -> None:
+        tier.drop(adapter.digest)
+        self._forget_views(adapter)
 
-        Newcomers are spared, unless nothing is loading or in use: then no later event would make room.
-        """
-        idle = {
-            adapter.offset: adapter
-            for adapter in self._adapters.values()
-            if adapter.idle and adapter.offset is not None
-        }
-        if any(adapter.state == "loading" or adapter.references for adapter in self._adapters.values()):
-            return {offset: adapter for offset, adapter in idle.items() if adapter.safe_until < self._polls}
-        return idle
-
-    def _extent(self, adapter: RegisteredAdapter) -> torch.Tensor:
-        assert adapter.offset is not None
-        assert adapter.measured is not None
-        start = adapter.offset // self._memory.itemsize
-        return self._memory[start : start + adapter.measured.layout.elements]
-
-    def _publish(self, adapter: RegisteredAdapter, result: Finished[RegisteredAdapter]) -> None:
-        assert adapter.measured is not None
-        adapter.state, adapter.retry_seconds = "resident", FIRST_RETRY_SECONDS
-        adapter.sites = result.sites
-        adapter.last_use = next(self._uses)
-        adapter.safe_until = self._polls + GRACE_POLLS
-        self.loads += 1
-        size = self._size(adapter.measured)
-        self._states.append(
-            AdapterState(digest=adapter.digest, state="resident", bytes=size, load_seconds=result.seconds)
-        )
-
-    def _fail(self, adapter: RegisteredAdapter, reason: str) -> None:
-        self._give_back(adapter)
-        adapter.state, adapter.reason = "failed", reason
-        adapter.measured = None
-        adapter.missed = adapter.wanted = False
-        adapter.retry_at = self._clock() + adapter.retry_seconds
-        adapter.retry_seconds = min(2 * adapter.retry_seconds, LONGEST_RETRY_SECONDS)
-        self._states.append(AdapterState(digest=adapter.digest, state="failed", reason=reason))
-
-    def _evict(self, adapter: RegisteredAdapter) -> None:
-        self._give_back(adapter)
-        adapter.state = "registered"
-        self.evictions += 1
-        self._states.append(AdapterState(digest=adapter.digest, state="registered"))
-
-    def _give_back(self, adapter: RegisteredAdapter) -> None:
-        if adapter.offset is not None:
-            self._arena.free(adapter.offset)
-        adapter.offset = adapter.sites = None
+    def _forget_views(self, adapter: RegisteredAdapter) -> None:
+        if not self.device.holds(adapter.digest):
+            adapter.sites = None
+            if not self.host.holds(adapter.digest) and not adapter.busy:
+                adapter.layout = None
 
     def _drop_if_unused(self, adapter: RegisteredAdapter) -> None:
-        if adapter.references or adapter.busy:
+        if self.device.references(adapter.digest) or adapter.busy:
             return
-        self._give_back(adapter)
+        for tier in self._tiers:
+            if tier.holds(adapter.digest):
+                self._drop_from(adapter, tier)
         del self._adapters[adapter.digest]
-        self._states.append(AdapterState(digest=adapter.digest, state="retired"))
+        adapter.dropped = True
+        self._reports.touch(adapter)

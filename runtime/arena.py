@@ -1,14 +1,26 @@
-"""Extents of a byte range: first fit, with neighbouring free extents joined."""
+"""Extents of a byte range: from the bottom first fit, from the top last fit, with neighbouring free extents joined."""
 
 from bisect import bisect_left, insort
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import NamedTuple
 
 ALIGNMENT = 256  # bytes; a vector load anywhere, and what device copies like best
 
 
+class Window(NamedTuple):
+    """Contiguous bytes that are free once the extents at the offsets `victims` are; it ends at `stop`."""
+
+    stop: int
+    victims: list[int]
+
+
 class Arena:
-    """Hands out contiguous extents of `capacity` bytes; it knows offsets only, the memory is its owner's."""
+    """Hands out contiguous extents of `capacity` bytes; it knows offsets only, the memory is its owner's.
+
+    What stays for long is allocated `high`, from the top end, so that it does not lie between what comes and goes.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity // ALIGNMENT * ALIGNMENT
@@ -16,15 +28,20 @@ class Arena:
         self._free: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []  # (offset, size), by offset
         self._allocated: dict[int, int] = {}
 
-    def allocate(self, size: int) -> int | None:
-        """The offset of the first free extent that holds `size` bytes, None when there is none."""
-        size = _aligned(size)
-        for index, (offset, available) in enumerate(self._free):
-            if available >= size:
-                self._free[index : index + 1] = [(offset + size, available - size)] if available > size else []
-                self._allocated[offset] = size
-                self.used += size
-                return offset
+    def allocate(self, size: int, *, high: bool = False) -> int | None:
+        """The offset of `size` bytes: at the start of the first free extent that holds them, or the end of the last."""
+        size = aligned(size)
+        indices = range(len(self._free))
+        for index in reversed(indices) if high else indices:
+            offset, available = self._free[index]
+            if available < size:
+                continue
+            rest = (offset, available - size) if high else (offset + size, available - size)
+            self._free[index : index + 1] = [rest] if available > size else []
+            taken = offset + available - size if high else offset
+            self._allocated[taken] = size
+            self.used += size
+            return taken
         return None
 
     def free(self, offset: int) -> None:
@@ -39,11 +56,34 @@ class Arena:
             size += before
         insort(self._free, (offset, size))
 
-    def would_fit(self, size: int, freed: Collection[int]) -> bool:
-        """Whether `size` bytes would be contiguous if the extents at the offsets `freed` were free."""
-        fixed = [(offset, size) for offset, size in self._allocated.items() if offset not in freed]
-        bounds = [(0, 0), *sorted(fixed), (self.capacity, 0)]
-        return any(after[0] - sum(before) >= _aligned(size) for before, after in pairwise(bounds))
+    def window(self, size: int, evictable: Mapping[int, int], *, high: bool = False) -> Window | None:
+        """Where `size` bytes would be contiguous if some extents were freed, of those at the offsets `evictable`.
+
+        Their values say when each was last used. The window whose latest used extent is the oldest is chosen, of those
+        the one that frees the fewest bytes: so none is freed in vain. `high` takes the last window there is. None: even
+        all of them would not make room.
+        """
+        size = aligned(size)
+        best: tuple[tuple[int, int], Window] | None = None
+        run: deque[tuple[int, int, int]] = deque()  # offset, size and last use, -1 for a free extent
+        total = 0
+        free = dict(self._free)
+        for offset, extent in sorted([*self._allocated.items(), *self._free]):
+            use = -1 if offset in free else evictable.get(offset)
+            if use is None:
+                run.clear()
+                total = 0
+                continue
+            run.append((offset, extent, use))
+            total += extent
+            while total - run[0][1] >= size:
+                total -= run.popleft()[1]
+            if total >= size:
+                lost = sum(part for _, part, use in run if use >= 0)
+                key = (-offset, 0) if high else (max(use for _, _, use in run), lost)
+                if best is None or key < best[0]:
+                    best = key, Window(offset + extent, [start for start, _, use in run if use >= 0])
+        return None if best is None else best[1]
 
     def check(self) -> None:
         """Recount: free and allocated extents tile the range, and no two free ones touch."""
@@ -55,6 +95,12 @@ class Arena:
         assert self._free == sorted(self._free)
         assert all(sum(before) < after[0] for before, after in pairwise(self._free))
 
+    @property
+    def offsets(self) -> set[int]:
+        """Where the allocated extents begin."""
+        return set(self._allocated)
 
-def _aligned(size: int) -> int:
+
+def aligned(size: int) -> int:
+    """The bytes that an extent of `size` bytes takes."""
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT

@@ -21,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_bytes: int = 512 * MIB
+    host_kv_bytes: int = 0  # for blocks that are evicted from the cache; 0 keeps none
     prefix_cache: bool = True
     max_running: int = 64
     max_waiting: int = 1024
@@ -28,16 +29,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     # 512 took 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter one costs no throughput.
     max_batch_tokens: int = 256
     adapter_bytes: int = 1024 * MIB
+    host_adapter_bytes: int = 2048 * MIB
     max_lora_rank: int = 256
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("block_size", "kv_cache_bytes", "max_running", "max_batch_tokens", "adapter_bytes", "max_lora_rank")
+        positive = (
+            "block_size",
+            "kv_cache_bytes",
+            "max_running",
+            "max_batch_tokens",
+            "adapter_bytes",
+            "host_adapter_bytes",
+            "max_lora_rank",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_waiting < 0:
-            raise ValueError(f"max_waiting must be 0 or more, not {self.max_waiting}")
+        for name in ("max_waiting", "host_kv_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.max_batch_tokens < self.max_running:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): "

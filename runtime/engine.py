@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from runtime.adapter_format import canonical_from_tensors
-from runtime.adapter_pool import AdapterPool, AdapterUnavailable
+from runtime.adapter_pool import AdapterPool
+from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.admission import RequestRefused, check_request
 from runtime.batch import build_batch
 from runtime.block_pool import BlockPool
@@ -51,7 +52,9 @@ class Engine:
             torch.set_num_threads(config.threads)
         self.config = config
         self.runner = ModelRunner(config)
-        self.adapters = AdapterPool(self.runner.model, config.adapter_bytes, torch.float32, self.runner.device)
+        self.adapters = AdapterPool(
+            self.runner.model, config.adapter_bytes, config.host_adapter_bytes, torch.float32, self.runner.device
+        )
         self.blocks = BlockPool(self.runner.num_blocks, config.prefix_cache)
         self.scheduler = Scheduler(
             self.blocks,
@@ -100,11 +103,9 @@ class Engine:
         self.register_adapter(digest, file)
         return digest
 
-    def register_adapter(self, digest: str, source: Path | bytes, load: bool = False) -> None:
-        """Make a canonical adapter file known under its digest; `load` also starts making it resident."""
+    def register_adapter(self, digest: str, source: Path | bytes) -> None:
+        """Make a canonical adapter file known under its digest; again, if it was wanted: it has been brought."""
         self.adapters.register(digest, source)
-        if load:
-            self.adapters.prefetch(digest)
 
     def retire_adapter(self, digest: str) -> None:
         """Forget an adapter: what runs on it finishes, then its memory goes. Its cached blocks go now."""
@@ -228,6 +229,8 @@ class Engine:
                 output.finish_reason, output.stop_token = event.finish_reason, event.stop_token
                 output.cached_tokens += event.cached_tokens or 0
         if self.steps == steps:
+            for digest, reason in self.adapters.wanted.items():
+                self.adapters.fail(digest, reason)  # whoever could bring the file is waiting for us to return
             self.adapters.wait(timeout=1.0)
 
     # ------------------------------------------------------------------ looking in
@@ -242,7 +245,7 @@ class Engine:
             num_blocks=self.runner.num_blocks,
             max_batch_tokens=self.config.max_batch_tokens,
             dtype=str(self.runner.dtype).removeprefix("torch."),
-            adapter_bytes=self.adapters.capacity_bytes,
+            adapter_bytes=self.adapters.device.capacity_bytes,
         )
 
     def stats(self) -> Stats:
@@ -258,13 +261,8 @@ class Engine:
             generated_tokens=self.generated_tokens,
             preemptions=self.scheduler.preemptions,
             steps=self.steps,
-            adapter_bytes_total=self.adapters.capacity_bytes,
-            adapter_bytes_used=self.adapters.bytes_used,
-            adapter_loads=self.adapters.loads,
-            adapter_evictions=self.adapters.evictions,
-            adapter_hits=self.adapters.hits,
-            adapter_misses=self.adapters.misses,
-            resident_adapters=self.adapters.resident,
+            device=self.adapters.device.stats(),
+            host=self.adapters.host.stats(),
             running_adapters=sorted({s.adapter for s in self.scheduler.running if s.adapter}),
             waiting_adapters=sorted({s.adapter for s in self.scheduler.waiting if s.adapter}),
         )

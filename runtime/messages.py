@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+Tier = Literal["device", "host"]  # where an adapter's weights are ready: device memory, or host memory to copy from
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one request are chosen.
@@ -34,13 +36,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """Run one sequence. `activation` is the index of the first prompt token the adapter applies to."""
+    """Run one sequence. `activation` is the index of the first prompt token the adapter applies to.
+
+    `shares_kv` says that the adapter leaves every K and V as the base's, so that its blocks are the base's.
+    """
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
     adapter: str | None = None
     activation: int = 0
+    shares_kv: bool = False
     cache_salt: str = ""
 
 
@@ -49,17 +55,75 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 
 
 class RegisterAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="register_adapter"):
-    """Make the canonical adapter file at `path` known under its digest; `load` also makes it resident."""
+    """Make an adapter known by its digest, and its canonical file where it is, or will be when it is wanted.
+
+    Again for a known digest: the file has been brought, and whatever waits for it goes on.
+    """
 
     digest: str
     path: str
-    load: bool = False
+
+
+class FailAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="fail_adapter"):
+    """The file of an adapter that is wanted cannot be had: what waits for it fails with the reason."""
+
+    digest: str
+    reason: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="load_adapter"):
+    """Start to bring an adapter into a tier; its states tell how that goes."""
+
+    digest: str
+    tier: Tier = "device"
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="unload_adapter"):
+    """Give back the memory of an adapter in a tier and above it; answered, and refused while it is in use or pinned."""
+
+    request_id: str
+    digest: str
+    tier: Tier = "device"
+
+
+class PinAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="pin_adapter"):
+    """Load an adapter into a tier and never evict it from there; None ends that. Answered once decided."""
+
+    request_id: str
+    digest: str
+    tier: Tier | None
 
 
 class RetireAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="retire_adapter"):
     """Forget a digest: running sequences finish on it, then its memory and its cached blocks go."""
 
     digest: str
+
+
+class HoldPrefix(msgspec.Struct, frozen=True, kw_only=True, tag="hold_prefix"):
+    """Compute a prefix's K/V, as `Generate` would, and hold its blocks for a time; answered by PrefixHeld or Failed."""
+
+    request_id: str
+    prefix_id: str
+    token_ids: list[int]
+    ttl_seconds: float
+    adapter: str | None = None
+    activation: int = 0
+    shares_kv: bool = False
+    cache_salt: str = ""
+
+
+class ReleasePrefix(msgspec.Struct, frozen=True, kw_only=True, tag="release_prefix"):
+    """Hold a prefix no longer, or stop computing it."""
+
+    prefix_id: str
+
+
+class DropNamespace(msgspec.Struct, frozen=True, kw_only=True, tag="drop_namespace"):
+    """Make the K/V of an adapter, or of the base (None), unfindable and end the prefixes held of it; answered."""
+
+    request_id: str
+    namespace: str | None
 
 
 class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag="get_stats"):
@@ -70,7 +134,21 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     pass
 
 
-Command = Generate | Abort | RegisterAdapter | RetireAdapter | GetStats | Shutdown
+Command = (
+    Generate
+    | Abort
+    | RegisterAdapter
+    | FailAdapter
+    | LoadAdapter
+    | UnloadAdapter
+    | PinAdapter
+    | RetireAdapter
+    | HoldPrefix
+    | ReleasePrefix
+    | DropNamespace
+    | GetStats
+    | Shutdown
+)
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -119,13 +197,77 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True, tag="adapter_state"):
-    """An adapter's residency changed. `bytes` is what it occupies on the device, 0 when not resident."""
+    """What an adapter's residency has become.
+
+    `tier` is the highest one that holds it whole. `state` is "wanted" while its file is missing or not what its digest
+    says, "failed" with a `reason` until it is asked for again after a while. `seconds` has the stages of a load
+    that has just ended: "read" (and verify), "pack" into host memory, "copy" to the device.
+    """
 
     digest: str
-    state: Literal["registered", "loading", "resident", "failed", "retired"]
-    bytes: int = 0
-    load_seconds: float = 0.0
+    state: Literal["idle", "wanted", "loading", "failed", "retired"]
+    tier: Tier | None = None
+    pinned: Tier | None = None
     reason: str = ""
+    seconds: dict[str, float] = {}
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    """What became of a command that has a request_id: done, or refused with a `code` (a stable snake_case word)."""
+
+    request_id: str
+    code: str | None = None
+    message: str = ""
+
+
+class PrefixHeld(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_held"):
+    """A prefix is computed, and its blocks are held; `cached_tokens` of its tokens had been computed before."""
+
+    request_id: str
+    prefix_id: str
+    tokens: int
+    blocks: int
+    cached_tokens: int
+
+
+class PrefixEnded(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_ended"):
+    """A prefix is held no longer, without having been released."""
+
+    prefix_id: str
+    reason: Literal["expired", "dropped", "adapter_retired"]
+
+
+class KvNamespace(msgspec.Struct, frozen=True, kw_only=True):
+    """The K/V of the base or of one adapter: its findable blocks, and prompt tokens looked up and found since start."""
+
+    blocks_used: int
+    blocks_cached: int
+    query_tokens: int
+    hit_tokens: int
+
+
+class HostKvStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks that were evicted to host memory; counters since start."""
+
+    bytes_total: int = 0
+    bytes_used: int = 0
+    blocks: int = 0
+    stores: int = 0
+    loads: int = 0
+    evictions: int = 0
+
+
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One tier of adapter memory; counters since start. `adapters` are the digests that it holds whole."""
+
+    bytes_total: int
+    bytes_used: int
+    bytes_pinned: int
+    adapters: list[str]
+    loads: int
+    evictions: int
+    hits: int
+    misses: int
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
@@ -141,18 +283,16 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     generated_tokens: int
     preemptions: int
     steps: int
-    adapter_bytes_total: int
-    adapter_bytes_used: int
-    adapter_loads: int
-    adapter_evictions: int
-    adapter_hits: int
-    adapter_misses: int
-    resident_adapters: list[str]
+    device: TierStats
+    host: TierStats
     running_adapters: list[str]
     waiting_adapters: list[str]
+    blocks_held: int = 0
+    namespaces: dict[str, KvNamespace] = {}  # by digest, "" is the base
+    host_kv: HostKvStats = HostKvStats()
 
 
-Event = Ready | Tokens | Failed | AdapterState | Stats
+Event = Ready | Tokens | Failed | AdapterState | Answer | PrefixHeld | PrefixEnded | Stats
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

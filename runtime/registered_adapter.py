@@ -1,48 +1,92 @@
 """One adapter as the pool keeps it, from registration to retirement."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from runtime.adapter_loader import Measured, Sites, Source
+from runtime.adapter_layout import AdapterLayout
+from runtime.adapter_loader import Content, Sites, Source
+from runtime.adapter_tier import Claim
+from runtime.messages import AdapterState, Tier
 
 FIRST_RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 60.0
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class RegisteredAdapter:
-    """An adapter's residency; `offset` is its extent's, in bytes, from the start of a load until eviction.
+    """What is known of an adapter, and how far the load is that is under way; where it is resident, the tiers know.
 
-    `busy` while a job of the loader works for it, `wanted` if it is to be loaded as soon as it has been
-    measured, `missed` if its next use comes after a wait. `safe_until` is the poll up to which it is spared
-    from eviction, `retry_at` the clock's time before which a failure stands.
+    `size` is what it takes in a tier, in bytes, known once its file has been read. `goal` is the tier that a load is to
+    reach, `claim` how much that is waited for. `busy` while a job of the loader works for it: `filling` are the
+    tiers it writes to, `reading` the one it reads from, `moving` the one in which it moves it, `started_with` how often
+    the adapter had been registered when it began. `content` is the file between two jobs, `unload` the tier to give
+    back when the job has ended. `wanted` if the file is not where it should be, `brought` once it has been registered
+    again after that. `missed` if the next use comes after a wait, `expected` while a request has asked for the adapter
+    and not got it; `awaited_poll` is when one at its turn last did. `retry_at` is the clock's time before which a
+    failure stands. `stages` are the seconds of a load under way, `seconds` those to report.
     """
 
     digest: str
     source: Source
-    state: Literal["registered", "loading", "resident", "failed"] = "registered"
-    measured: Measured | None = None
-    offset: int | None = None
+    registrations: int = 1
+    started_with: int = 0
+    size: int | None = None
+    layout: AdapterLayout | None = None
+    content: Content | None = None
     sites: Sites | None = None
-    references: int = 0
-    retired: bool = False
+    goal: Tier | None = None
+    claim: Claim = Claim.NONE
+    asked_at: float = 0.0
+    awaited_poll: int = -1
     busy: bool = False
+    filling: tuple[Tier, ...] = ()
+    reading: Tier | None = None
+    moving: Tier | None = None
+    unload: Tier | None = None
+    pins: list[tuple[str, Tier]] = field(default_factory=list)  # asked for, by request id, and not decided yet
+    retired: bool = False
+    dropped: bool = False
     wanted: bool = False
+    brought: bool = False
     missed: bool = False
-    last_use: int = 0
-    safe_until: int = 0
+    expected: bool = False
+    failed: bool = False
     reason: str = ""
     retry_at: float = 0.0
     retry_seconds: float = FIRST_RETRY_SECONDS
+    stages: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reported: AdapterState | None = None
 
     @property
-    def idle(self) -> bool:
-        return self.state == "resident" and self.references == 0
+    def state(self) -> Literal["idle", "wanted", "loading", "failed", "retired"]:
+        if self.dropped:
+            return "retired"
+        if self.failed:
+            return "failed"
+        if self.wanted:
+            return "wanted"
+        return "idle" if self.goal is None and not (self.pins and self.size is None) else "loading"
+
+    def fail(self, reason: str, now: float) -> None:
+        """Its load has ended; for a while, longer each time, nothing tries it again."""
+        self.failed, self.reason = True, reason
+        self.retry_at = now + self.retry_seconds
+        self.retry_seconds = min(2 * self.retry_seconds, LONGEST_RETRY_SECONDS)
+        self.forget_load()
+
+    def start_anew(self) -> None:
+        """Forget a failure, to try again."""
+        self.failed, self.reason = False, ""
+
+    def forget_load(self) -> None:
+        """Nothing is to be loaded any more."""
+        self.goal, self.claim, self.content = None, Claim.NONE, None
+        self.wanted = self.brought = self.missed = self.expected = False
+        self.stages = {}
 
     def check(self) -> None:
-        assert self.references >= 0
-        assert self.references == 0 or self.state == "resident"
-        assert (self.sites is not None) == (self.state == "resident")
-        assert (self.offset is not None) == (self.state in ("loading", "resident"))
-        assert self.measured is not None or self.state in ("registered", "failed")
-        assert self.busy == (self.state == "loading" or (self.state == "registered" and self.measured is None))
-        assert not self.retired or self.references or self.busy
+        assert self.busy or not (self.filling or self.reading or self.moving or self.unload)
+        assert not (self.failed and (self.wanted or self.goal)), "a failed adapter is loading"
+        assert not self.wanted or not self.busy
+        assert not self.retired or not self.pins

@@ -1,11 +1,12 @@
 """Which tokens the next step computes: continuous batching with chunked prefill under a token budget."""
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
-from runtime.adapter_pool import AdapterUnavailable
+from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.block_pool import BlockPool
 from runtime.sequence import FinishReason, Sequence
 
@@ -23,7 +24,7 @@ class Adapters(Protocol):
     def prefetch(self, digest: str) -> None: ...
     def acquire(self, digest: str) -> bool: ...
     def release(self, digest: str) -> None: ...
-    def lacks_room(self, digest: str) -> bool: ...
+    def lacks_room(self, digest: str, leaving: Collection[str] = ()) -> bool: ...
 
 
 class Chunk(NamedTuple):
@@ -138,20 +139,21 @@ class Scheduler:
         """Start waiting sequences; returns those whose adapter failed, and what is left of the budget."""
         rejected: list[tuple[Sequence, Exception]] = []
         passed_over: list[Sequence] = []
-        hold_back = False  # a sequence has waited too long for adapter memory: no other adapter may start now
+        open_to: set[str] | None = None  # the adapters that may start while one has waited too long for memory
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting.popleft()
             adapter = sequence.adapter
             if adapter is not None:
                 try:
-                    ready = not hold_back and self.adapters.acquire(adapter)
+                    ready = (open_to is None or adapter in open_to) and self.adapters.acquire(adapter)
                 except AdapterUnavailable as error:
                     rejected.append((sequence, error))
                     continue
                 if not ready:
                     passed_over.append(sequence)
                     patient = self.clock() - sequence.enqueued_at < ADAPTER_PATIENCE_SECONDS
-                    hold_back |= not patient and self.adapters.lacks_room(adapter)
+                    if open_to is None and not patient and self.adapters.lacks_room(adapter):
+                        open_to = self._staying(adapter)
                     continue
             if not self._reserve(sequence):
                 if adapter is not None:
@@ -163,6 +165,17 @@ class Scheduler:
             budget -= chunks[-1].length
         self.waiting.extendleft(reversed(passed_over))
         return rejected, budget
+
+    def _staying(self, adapter: str) -> set[str]:
+        """The adapters in use that need not leave for one that lacks room: those that leave soonest make its room."""
+        left: dict[str, int] = {}
+        for sequence in self.running:
+            if sequence.adapter is not None:
+                left[sequence.adapter] = max(left.get(sequence.adapter, 0), sequence.max_tokens - len(sequence))
+        soonest = sorted(left, key=lambda other: left[other])
+        enough = range(len(soonest) + 1)
+        leaving = bisect_left(enough, True, key=lambda n: not self.adapters.lacks_room(adapter, soonest[:n]))
+        return set(soonest[leaving:])
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Blocks for all tokens of a waiting sequence, cached ones first; False leaves everything as it was.

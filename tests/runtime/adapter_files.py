@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.adapter_format import canonical_from_tensors
+from runtime.messages import AdapterState
 from runtime.models.config import ModelConfig, RopeConfig
 from runtime.safetensors_header import write_header
 
@@ -85,9 +86,15 @@ class Clock:
 
 
 def settle(pool):
-    """Poll until no job is under way; the states that were reported on the way."""
-    states = pool.poll()
+    """Poll until no job is under way; the states that were reported on the way, each with the tier reached."""
+    return [(event.digest, event.state, event.tier) for event in settled(pool) if isinstance(event, AdapterState)]
+
+
+def settled(pool):
+    """Poll until no job is under way; all events on the way."""
+    events = pool.poll()
+    pool.check()
     while pool.wait(DEADLINE_SECONDS):
-        states += pool.poll()
+        events += pool.poll()
         pool.check()
-    return [(state.digest, state.state) for state in states]
+    return events

@@ -77,7 +77,7 @@ def saved(tmp_path, options):
 
 
 def resident(digest, path):
-    pool = AdapterPool(MODEL, 8 << 20, torch.float32, "cpu")
+    pool = AdapterPool(MODEL, 8 << 20, 8 << 20, torch.float32, "cpu")
     pool.register(digest, path)
     while not pool.acquire(digest):
         pool.wait()

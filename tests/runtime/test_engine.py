@@ -1,74 +1,19 @@
 """The engine as a library, on a tiny model with random weights."""
 
-import json
 import math
 
 import pytest
-import torch
 
 from runtime.adapter_format import InvalidAdapter
 from runtime.admission import RequestRefused
-from runtime.config import MIB, EngineConfig
-from runtime.engine import Engine
-from runtime.messages import Failed, Generate, SamplingParams, Tokens
-from tests.runtime.tiny_model import TINY
-
-BLOCK_BYTES = 2 * 16 * 2 * 2 * 8 * 4  # layers, tokens, K and V, heads, head_dim, float32
-GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+from runtime.messages import Generate, SamplingParams, Tokens
+from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts engines on the tiny model, and checks each at the end of the test: nothing may be left held."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    engines = []
-
-    def make(blocks=200, **options):
-        options = {"kv_cache_bytes": blocks * BLOCK_BYTES, "adapter_bytes": MIB, "max_model_len": 128} | options
-        engines.append(Engine(EngineConfig(model=str(tmp_path), load_format="dummy", **options)))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.check()
-        assert engine.blocks.used == 0
-        engine.close()
-
-
-def adapter_tensors(seed=0, scale=0.3, modules=("self_attn.q_proj", "self_attn.v_proj")):
-    shapes = {"q_proj": (32, 32), "v_proj": (32, 16), "down_proj": (64, 32)}
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(2):
-        for module in modules:
-            inner, outer = shapes[module.split(".")[-1]]
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, inner, generator=generator) * scale
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(outer, 4, generator=generator) * scale
-    return tensors
-
-
-ADAPTER_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
-
-
-def prompt(length, seed=0):
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def run(engine, *requests):
-    """Step until the requests have ended; {request id: (tokens, how it ended)}."""
-    for request in requests:
-        engine.add_request(request)
-    outputs = {request_id: ([], None) for request_id in engine.sequences}
-    while engine.busy:
-        for event in engine.step():
-            if isinstance(event, Tokens):
-                tokens, _ = outputs[event.request_id]
-                outputs[event.request_id] = (tokens + event.token_ids, event.finish_reason)
-            elif isinstance(event, Failed):
-                outputs[event.request_id] = (outputs[event.request_id][0], event.code)
-        engine.check()
-    return outputs
+    with engines(tmp_path) as start:
+        yield start
 
 
 def test_output_is_the_same_whatever_the_chunks_the_batch_and_the_cache(start):
@@ -201,19 +146,6 @@ def test_the_same_tensors_are_the_same_adapter_and_their_cached_blocks_are_found
     assert base.cached_tokens == 0
 
 
-def test_more_adapters_than_memory_holds_take_turns(start):
-    one = start()
-    digest = one.add_adapter(adapter_tensors(), ADAPTER_CONFIG)
-    one.generate([[5]], GREEDY, digest)
-    engine = start(adapter_bytes=int(one.adapters.bytes_used * 2.5))
-    digests = [engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(8)]
-    together = engine.generate([prompt(20)] * 8, GREEDY, digests)
-    for digest, completion in zip(digests, together, strict=True):
-        assert one.add_adapter(adapter_tensors(digests.index(digest)), ADAPTER_CONFIG) == digest
-        assert one.generate([prompt(20)], GREEDY, digest)[0].token_ids == completion.token_ids
-    assert engine.adapters.evictions > 0
-
-
 def test_a_retired_adapter_finishes_what_runs_and_is_then_unknown(start):
     engine = start()
     digest = engine.add_adapter(adapter_tensors(), ADAPTER_CONFIG)
@@ -229,7 +161,7 @@ def test_a_retired_adapter_finishes_what_runs_and_is_then_unknown(start):
     assert expected.token_ids[-len(outputs["r"]) :] == outputs["r"]
     with pytest.raises(RequestRefused, match=digest):
         engine.generate([prompt(20)], GREEDY, digest)
-    assert engine.adapters.bytes_used == 0
+    assert engine.adapters.device.bytes_used == 0
 
 
 def test_an_adapter_that_overflows_fails_its_own_requests_and_poisons_nobody(start):
@@ -253,7 +185,7 @@ def test_a_broken_adapter_is_refused_and_changes_nothing(start):
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = math.nan
     with pytest.raises(InvalidAdapter, match="q_proj"):
         engine.add_adapter(tensors, ADAPTER_CONFIG)
-    assert engine.adapters.bytes_used == 0
+    assert engine.adapters.device.bytes_used == 0
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_the_figures(start):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 
-import msgspec
 import pytest
 import zmq
 
@@ -14,11 +13,8 @@ from runtime.engine import Engine
 from runtime.messages import (
     Abort,
     Failed,
-    Generate,
     GetStats,
     Ready,
-    RegisterAdapter,
-    SamplingParams,
     Shutdown,
     Stats,
     Tokens,
@@ -26,48 +22,8 @@ from runtime.messages import (
     encode,
 )
 from runtime.process import EngineProcess
+from tests.runtime.engine_peer import DEADLINE_MS, Peer, generate
 from tests.runtime.tiny_model import TINY
-
-DEADLINE_MS = 20_000
-
-
-class Peer:
-    """The service's end of the socket."""
-
-    def __init__(self, directory, **options):
-        self.socket = zmq.Context.instance().socket(zmq.PAIR)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        endpoint = f"ipc://{directory}/engine.sock"
-        self.socket.bind(endpoint)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.process", endpoint], stderr=subprocess.PIPE, text=True
-        )
-        config = EngineConfig(
-            model=str(directory),
-            load_format="dummy",
-            threads=1,
-            **{"kv_cache_bytes": 2**22, "max_model_len": 128} | options,
-        )
-        self.socket.send(msgspec.msgpack.encode(config))
-        self.events = []
-
-    def send(self, command):
-        self.socket.send(encode(command))
-
-    def next(self, kind):
-        """The next event of a kind; others are dropped."""
-        while True:
-            while self.events:
-                event = self.events.pop(0)
-                if isinstance(event, kind):
-                    return event
-            assert self.socket.poll(DEADLINE_MS), f"no {kind} within the deadline"
-            self.events += decode_events(self.socket.recv())
-
-    def close(self):
-        self.process.kill()
-        self.process.communicate()
-        self.socket.close()
 
 
 @pytest.fixture
@@ -82,11 +38,6 @@ def peer(tmp_path):
     yield start
     for started in peers:
         started.close()
-
-
-def generate(name, max_tokens=5, **fields):
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    return Generate(request_id=name, token_ids=fields.pop("token_ids", [5, 6, 7]), params=params, **fields)
 
 
 def test_commands_in_events_out_until_shutdown(peer):
@@ -113,17 +64,6 @@ def test_an_abort_frees_the_blocks_of_a_running_request(peer):
     engine.send(GetStats())
     stats = engine.next(Stats)
     assert (stats.running, stats.blocks_used) == (0, 0)
-
-
-def test_an_adapter_that_cannot_be_read_fails_its_request_with_the_reason_and_nothing_else(peer, tmp_path):
-    engine = peer()
-    engine.next(Ready)
-    (tmp_path / "broken.safetensors").write_bytes(b"not an adapter")
-    engine.send(RegisterAdapter(digest="d1", path=str(tmp_path / "broken.safetensors")))
-    engine.send(generate("a", adapter="d1"))
-    assert engine.next(Failed).code == "adapter_failed"
-    engine.send(generate("b"))
-    assert engine.next(Tokens).request_id == "b"
 
 
 class StumblingRunner:
@@ -196,7 +136,8 @@ import pathlib
 import signal
 import sys
 
-from tests.runtime.test_process import Peer, Ready
+from runtime.messages import Ready
+from tests.runtime.engine_peer import Peer
 peer = Peer(pathlib.Path(sys.argv[1]))
 print(peer.process.pid, flush=True)
 peer.next(Ready)

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.adapter_pool import AdapterUnavailable
+from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.block_pool import BlockPool
 from runtime.messages import Generate, SamplingParams
 from runtime.scheduler import ADAPTER_PATIENCE_SECONDS, QueueFull, Scheduler
@@ -21,6 +21,7 @@ class FakeAdapters:
         self.resident = {"a", "b"}
         self.broken = set()
         self.roomless = set()
+        self.enough = set()  # any of which makes room when it leaves
         self.references = {}
         self.prefetched = []
 
@@ -39,8 +40,8 @@ class FakeAdapters:
         self.references[digest] -= 1
         assert self.references[digest] >= 0
 
-    def lacks_room(self, digest):
-        return digest in self.roomless
+    def lacks_room(self, digest, leaving=()):
+        return digest in self.roomless and not self.enough & set(leaving)
 
 
 class Clock:
@@ -174,6 +175,24 @@ def test_one_that_waits_too_long_for_adapter_memory_holds_back_other_adapters_bu
     adapters.roomless.clear()
     adapters.resident.add("big")
     assert late in step(s)
+
+
+def test_only_who_leaves_soonest_makes_room_and_the_others_in_use_go_on_being_used():
+    adapters, clock = FakeAdapters(), Clock()
+    s = scheduler(adapters=adapters, clock=clock)
+    s.add(sequence(4, adapter="a", max_tokens=6))
+    s.add(sequence([9] * 4, adapter="b", max_tokens=12))
+    step(s)
+    adapters.roomless.add("big")
+    adapters.enough = {"a", "b"}
+    s.add(sequence(4, adapter="big"))
+    clock.now = ADAPTER_PATIENCE_SECONDS + 1
+    a, b = sequence([5] * 4, adapter="a"), sequence([6] * 4, adapter="b")
+    s.add(a)
+    s.add(b)
+    chunks = step(s)
+    assert b in chunks
+    assert a not in chunks
 
 
 def test_a_sequence_whose_adapter_failed_is_handed_back_with_the_reason():

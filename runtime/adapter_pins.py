@@ -1,0 +1,121 @@
+"""Which adapters are pinned, and what has been answered to those who asked for it."""
+
+from runtime.adapter_loads import AdapterLoads
+from runtime.adapter_tier import PINNED_SHARE, Claim
+from runtime.messages import Answer, Tier
+from runtime.registered_adapter import RegisteredAdapter
+
+
+class AdapterPins:
+    """Decides on pins, once an adapter's size is known, and keeps the pinned towards the top end of their tier.
+
+    A pin stands until it is ended or the adapter is retired; if the adapter fails, its bytes stay promised.
+    """
+
+    def __init__(self, loads: AdapterLoads) -> None:
+        self.answers: list[Answer] = []
+        self._loads = loads
+        self._pinned: dict[RegisteredAdapter, Tier] = {}
+        self._to_raise: dict[RegisteredAdapter, Tier] = {}
+
+    def tier(self, adapter: RegisteredAdapter) -> Tier | None:
+        """Where an adapter is pinned."""
+        return self._pinned.get(adapter)
+
+    def answer(self, request_id: str, code: str | None = None, message: str = "") -> None:
+        self.answers.append(Answer(request_id=request_id, code=code, message=message))
+
+    def take_answers(self) -> list[Answer]:
+        answers, self.answers = self.answers, []
+        return answers
+
+    def ask(self, request_id: str, adapter: RegisteredAdapter, tier: Tier) -> None:
+        """Pin an adapter, which is read for its size first if that is not known."""
+        adapter.pins.append((request_id, tier))
+        self.decide(adapter)
+
+    def end(self, adapter: RegisteredAdapter, code: str, message: str) -> None:
+        """Unpin an adapter; who has asked for a pin and has no answer yet gets this one."""
+        self._unpin(adapter)
+        self.refuse(adapter, code, message)
+
+    def refuse(self, adapter: RegisteredAdapter, code: str, message: str) -> None:
+        for request_id, _ in adapter.pins:
+            self.answer(request_id, code, message)
+        adapter.pins = []
+
+    def decide(self, adapter: RegisteredAdapter) -> None:
+        """Answer the pins that wait for the adapter's size, if it is known now or has turned out not to be had."""
+        if adapter.pins and adapter.size is None and not adapter.failed:
+            self._loads.enqueue(adapter)
+            return
+        pins, adapter.pins = adapter.pins, []
+        for request_id, tier in pins:
+            refusal = None if adapter.size is None or adapter.failed else self._pin(adapter, tier, adapter.size)
+            if refusal is not None:
+                self.answer(request_id, "pins_full", refusal)
+            elif adapter.failed:
+                self._unpin(adapter)
+                self.answer(request_id, "adapter_failed", f"adapter {adapter.digest} failed to load: {adapter.reason}")
+            else:
+                self.answer(request_id)
+
+    def load(self, adapter: RegisteredAdapter) -> None:
+        """Load a pinned adapter if it is not where it is pinned."""
+        tier = self._pinned.get(adapter)
+        if tier is not None:
+            self._loads.ask(adapter, tier, Claim.AWAITED)
+
+    def rearrange(self) -> None:
+        """Move up what has been pinned low, and if a load lacks room, whatever can go higher: it may join its room."""
+        for adapter, tier in list(self._to_raise.items()):
+            if not adapter.busy:
+                del self._to_raise[adapter]
+                self._loads.raise_pinned(adapter, tier)
+        for name, size in self._loads.lacking_room().items():
+            pinned = [adapter for adapter, tier in self._pinned.items() if tier == name and not adapter.busy]
+            if not any(self._loads.raise_pinned(adapter, name) for adapter in pinned):
+                self._put_in_again(name, size, pinned)
+
+    def _put_in_again(self, name: Tier, size: int, pinned: list[RegisteredAdapter]) -> None:
+        """Where the pinned bar a load and no hole among them holds one of them, move one up through the other tier.
+
+        For the time of a copy it cannot be used; what it holds is never lost.
+        """
+        tiers = self._loads.tiers
+        other: Tier = "host" if name == "device" else "device"
+        for adapter in pinned if tiers[name].walled_off(size) else []:
+            if adapter.failed or not tiers[name].would_rise(adapter.digest):
+                continue
+            if tiers[other].holds(adapter.digest):
+                tiers[name].drop(adapter.digest)
+                adapter.sites = None
+                self._loads.ask(adapter, name, Claim.AWAITED)
+            else:
+                self._loads.ask(adapter, other, Claim.AWAITED)
+            return
+
+    def check(self) -> None:
+        for adapter, tier in self._pinned.items():
+            assert self._loads.tiers[tier].pinned(adapter.digest)
+            assert not adapter.retired
+        assert self._to_raise.keys() <= self._pinned.keys()
+
+    def _pin(self, adapter: RegisteredAdapter, name: Tier, size: int) -> str | None:
+        """Why an adapter cannot be pinned, None if it is."""
+        if self._pinned.get(adapter) == name:
+            return None
+        tier = self._loads.tiers[name]
+        if not tier.pin(adapter.digest, size):
+            most = tier.capacity_bytes // PINNED_SHARE
+            return f"it takes {size} bytes; {tier.bytes_pinned} of the {most} that pins may take in {name} memory are"
+        self._unpin(adapter)
+        self._pinned[adapter] = self._to_raise[adapter] = name
+        self._loads.ask(adapter, name, Claim.AWAITED)
+        return None
+
+    def _unpin(self, adapter: RegisteredAdapter) -> None:
+        tier = self._pinned.pop(adapter, None)
+        self._to_raise.pop(adapter, None)
+        if tier is not None:
+            self._loads.tiers[tier].unpin(adapter.digest)
