@@ -12,12 +12,11 @@ from typing import Any
 import msgspec
 from starlette.routing import Route
 
-from openapi.operations import JSON, OPEN, OPERATIONS, Operation
-from service import adapters, schemas
+from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
+from service import adapter_resource, adapters, dialects, schemas
 from service.app import routes
 
 CONTRACT = Path(__file__).with_name("openapi.json")
-REFERENCE = "#/components/schemas/{name}"
 ERROR = {
     "type": "object",
     "description": "Every error. `code` is a stable word, `param` the field that it is about.",
@@ -41,7 +40,7 @@ def structs() -> list[type]:
     """Every Struct of the HTTP bodies; those of a query string are spelled out as parameters instead."""
     found = [
         member
-        for module in (schemas, adapters)
+        for module in (schemas, adapters, adapter_resource, dialects)
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]

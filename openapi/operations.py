@@ -2,11 +2,16 @@
 
 from typing import Any, NamedTuple
 
-from service.adapters import Adapter, AdapterList, AdapterSource, DeleteQuery, PutQuery
+from service.adapter_queries import DeleteQuery, PutQuery, WaitQuery
+from service.adapter_resource import Adapter, AdapterList
+from service.adapters import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
+from service.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
+from service.invocations import ADAPTER_HEADER
 from service.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, ModelCard, ModelList
 
 JSON, TEXT = "application/json", "text/plain"
 OPEN = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # answered without an API key
+REFERENCE = "#/components/schemas/{name}"
 BINARY = {"type": "string", "contentMediaType": "application/octet-stream"}
 BUNDLE = {
     "multipart/form-data": {
@@ -35,12 +40,18 @@ def word(field: str) -> dict[str, Any]:
     return {"type": "object", "required": [field], "properties": {field: {"type": "string"}}}
 
 
+def either(*structs: type) -> dict[str, Any]:
+    return {"anyOf": [{"$ref": REFERENCE.format(name=struct.__name__)} for struct in structs]}
+
+
 OPERATIONS = {
     ("GET", "/adapters"): Operation("List the adapters.", {200: AdapterList}),
     ("POST", "/adapters"): Operation(
-        "Take an adapter in from where the server finds it; `file://` under an allowed root.",
-        {201: Adapter, 200: Adapter},
+        "Import an adapter from an allowed source. With `wait` false the answer comes at once, 202, and GET "
+        "/adapters/{name} tells how far it has come.",
+        {201: Adapter, 200: Adapter, 202: Adapter},
         body=AdapterSource,
+        query=WaitQuery,
         headers=("If-Match", "If-None-Match"),
     ),
     ("PUT", "/adapters/{name}"): Operation(
@@ -53,10 +64,41 @@ OPERATIONS = {
     ),
     ("GET", "/adapters/{name}"): Operation("Look at one adapter; the ETag is its digest.", {200: Adapter}),
     ("DELETE", "/adapters/{name}"): Operation(
-        "Take an adapter away: new requests get 404 at once, running ones finish unless `force`.",
+        "Take an adapter away: new requests get 404 at once, running ones finish unless `force`; an import of it ends.",
         {204: None},
         query=DeleteQuery,
         headers=("If-Match",),
+    ),
+    ("PATCH", "/adapters/{name}"): Operation(
+        "Pin an adapter to the device, or unpin it.", {200: Adapter}, body=AdapterChange, headers=("If-Match",)
+    ),
+    ("POST", "/adapters/{name}/load"): Operation(
+        "Bring an adapter into a tier of memory before it is asked for; with `wait` false 202 at once.",
+        {200: Adapter, 202: Adapter},
+        body=AdapterLoad,
+        query=WaitQuery,
+    ),
+    ("POST", "/adapters/{name}/unload"): Operation(
+        "Give an adapter's memory back, in a tier and above it; its name stays.", {200: Adapter}, body=AdapterUnload
+    ),
+    ("POST", "/v1/load_lora_adapter"): Operation(
+        "Import an adapter, as vLLM words it.", {200: {"type": "string"}}, body=VllmLoad, media=TEXT
+    ),
+    ("POST", "/v1/unload_lora_adapter"): Operation(
+        "Take an adapter away, as vLLM words it.", {200: {"type": "string"}}, body=VllmUnload, media=TEXT
+    ),
+    ("POST", "/load_lora_adapter"): Operation(
+        "Import an adapter, as SGLang words it.", {200: SglangAnswer, 400: SglangAnswer}, body=SglangLoad
+    ),
+    ("POST", "/unload_lora_adapter"): Operation(
+        "Take an adapter away, as SGLang words it.", {200: SglangAnswer, 400: SglangAnswer}, body=SglangUnload
+    ),
+    ("POST", "/invocations"): Operation(
+        "A chat or a completion, by which of `messages` and `prompt` there is, as SageMaker calls it; `model` may be "
+        "left out.",
+        {200: either(ChatCompletion, Completion)},
+        body={JSON: either(ChatRequest, CompletionRequest)},
+        headers=(ADAPTER_HEADER,),
     ),
     ("POST", "/v1/completions"): Operation(
         "Complete a prompt: text, texts or token ids.",

@@ -21,6 +21,7 @@ from service.default_model import DefaultModelMissing, ensure_default_model
 from service.engine_process import EngineStartFailed
 from service.settings import Arguments, Settings, read
 from service.tokenizer import TokenizerMissing
+from storage.store import StoreError
 
 BAD_VALUE, CANNOT_START = 2, 1
 GRACE_SECONDS = 2  # for open connections to take their last words, once their requests have been ended
@@ -59,7 +60,7 @@ class Server(uvicorn.Server):
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Serve until a signal; a bad value, or an engine that does not start, ends it with a sentence and a status."""
+    """Serve until a signal; a bad value, or an engine or a store that does not answer, ends it with a sentence."""
     try:
         settings = configure(read(argv, environment))
     except (ValueError, DefaultModelMissing) as error:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
             runner.run(serve(settings, listener))
     except (UnsupportedModel, TokenizerMissing) as error:
         refuse(str(error), BAD_VALUE)
-    except EngineStartFailed as error:
+    except (EngineStartFailed, StoreError) as error:
         refuse(str(error), CANNOT_START)
 
 

@@ -7,12 +7,16 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from runtime.adapter_format import AdapterSummary
+from runtime.messages import Tier
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
 
 
 class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a name points at, as the store keeps it; `base` is the digest of the base's shape it was checked against."""
+    """What a name points at, as the store keeps it.
+
+    `base` is the digest of the base's shape it was checked against; `pin_tier` counts only while it is `pinned`.
+    """
 
     name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
     digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -26,15 +30,20 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
     warnings: list[str]
     base: str
+    pin_tier: Tier = "device"
+
+    @property
+    def pin(self) -> Tier | None:
+        return self.pin_tier if self.pinned else None
 
 
 class AdapterVersion:
     """One content under one name, for as long as the name points at it or requests run on it."""
 
-    __slots__ = ("__weakref__", "ephemeral", "last_used_at", "path", "record", "requests")
+    __slots__ = ("__weakref__", "ephemeral", "last_used_at", "record", "requests")
 
-    def __init__(self, record: AdapterRecord, path: Path, ephemeral: bool) -> None:
-        self.record, self.path, self.ephemeral = record, path, ephemeral
+    def __init__(self, record: AdapterRecord, ephemeral: bool) -> None:
+        self.record, self.ephemeral = record, ephemeral
         self.requests = 0
         self.last_used_at: float | None = None
 
@@ -66,15 +75,18 @@ class Upload(NamedTuple):
     source: str
     ephemeral: bool = False
     preload: bool = False
-    pin: bool | None = None  # None keeps what the name has
+    pin: bool | None = None  # on the device; None keeps what the name has
 
 
 def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -> AdapterRecord:
     """What a name that now has the record `old` points at after an upload: only other bytes are a new generation."""
     summary = upload.summary
-    pinned = upload.pin if upload.pin is not None else old is not None and old.pinned
+    pin = None if old is None else old.pin
+    if upload.pin is not None:
+        pin = "device" if upload.pin else None
+    pinned, pin_tier = pin is not None, pin or "device"
     if old is not None and old.digest == summary.digest:
-        return msgspec.structs.replace(old, pinned=pinned, base=base)
+        return msgspec.structs.replace(old, pinned=pinned, pin_tier=pin_tier, base=base)
     return AdapterRecord(
         name=name,
         digest=summary.digest,
@@ -86,6 +98,7 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         source=upload.source,
         created_at=time.time(),
         pinned=pinned,
+        pin_tier=pin_tier,
         warnings=list(summary.warnings),
         base=base,
     )

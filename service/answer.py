@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from runtime.messages import SamplingParams
-from service.engine_client import RequestFailed
+from service.engine_adapters import RequestFailed
 from service.generation import Delta, Generation, Plan
 from service.models import resolve
 from service.responses import ApiError, encode_json, error_body, json_response

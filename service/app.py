@@ -7,24 +7,30 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from runtime.models.config import ModelConfig
-from service import adapters
+from service import adapters, dialects
 from service.access import RequestId, RequireKey
+from service.adapter_storage import AdapterStorage, open_storage
 from service.catalog import Catalog
 from service.chat import chat_completions
 from service.completions import completions
 from service.engine_client import EngineClient
 from service.health import health, metrics, openapi, ready, version
+from service.imports import Imports
+from service.invocations import invocations
 from service.metrics import Metrics
 from service.models import get_model, list_models
 from service.responses import ApiError, on_api_error, on_client_disconnect, on_http_exception, on_unhandled
 from service.settings import Settings
+from service.sources import Sources
 from service.tokenizer import Tokenizer
+from storage.store import StoreError
 
 routes = [
     Route("/v1/completions", completions, methods=["POST"]),
@@ -32,6 +38,8 @@ routes = [
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),
     *adapters.routes,
+    *dialects.routes,
+    Route("/invocations", invocations, methods=["POST"]),
     Route("/health", health),
     Route("/health/ready", ready),
     Route("/ping", ready),
@@ -62,23 +70,48 @@ def create_app(settings: Settings) -> Starlette:
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Fill `app.state`. Raises UnsupportedModel, TokenizerMissing or EngineStartFailed with a sentence."""
+    """Fill `app.state`. Raises UnsupportedModel, TokenizerMissing, StoreError or EngineStartFailed with a sentence."""
     state, settings = app.state, app.state.settings
     directory = Path(settings.engine.model)
     state.started_at = time.time()
     state.model_config = ModelConfig.from_directory(directory)
     state.metrics = Metrics()
+    state.sources = Sources(settings.allowed_sources, settings.max_upload_bytes)
+    state.imports = Imports(settings.max_uploads)
     state.engine = EngineClient(settings.engine, settings.engine_command)
+    state.engine.on_load = state.metrics.loaded
     async with AsyncExitStack() as stack:
         stack.push_async_callback(state.engine.close)
         starting = asyncio.create_task(state.engine.start())
         stack.callback(starting.cancel)
         state.tokenizer = await asyncio.to_thread(Tokenizer, directory)
-        state.catalog = await Catalog.open(
-            settings.data_directory, state.engine, state.model_config, settings.engine.max_lora_rank
-        )
+        state.catalog = await open_catalog(state)
         stack.push_async_callback(state.catalog.close)
+        stack.push_async_callback(state.imports.close)
         await starting
         state.max_model_len = state.engine.ready.max_model_len
         state.vocab_size = state.engine.ready.vocab_size
         yield
+
+
+async def open_catalog(state: State) -> Catalog:
+    """The catalog of the store that the settings name. Raises StoreError with a sentence."""
+    settings: Settings = state.settings
+    storage = await asyncio.to_thread(opened_storage, settings)
+    catalog = await Catalog.open(
+        storage,
+        state.engine,
+        state.model_config,
+        settings.engine.max_lora_rank,
+        settings.refresh_seconds,
+        settings.collect_after_seconds,
+    )
+    catalog.on_download = state.metrics.downloaded
+    return catalog
+
+
+def opened_storage(settings: Settings) -> AdapterStorage:
+    try:
+        return open_storage(settings)
+    except OSError as error:
+        raise StoreError(f"cannot keep adapters at {error.filename}: {error.strerror}") from error

@@ -34,7 +34,13 @@ from service.tokenizer import InvalidChat, Tokenizer
 
 async def chat_completions(request: Request) -> Response:
     arrived = time.perf_counter()
-    body = await read_json(request, ChatRequest, request.app.state.settings.max_body_bytes)
+    return await chat(
+        request, await read_json(request, ChatRequest, request.app.state.settings.max_body_bytes), arrived
+    )
+
+
+async def chat(request: Request, body: ChatRequest, arrived: float) -> Response:
+    """The answer to a decoded request."""
     return await answer(request, body, "chatcmpl", partial(prepare, request.app.state, body), arrived)
 
 

@@ -24,7 +24,13 @@ MAX_SEQUENCES = 1024  # prompts times choices of one request
 
 async def completions(request: Request) -> Response:
     arrived = time.perf_counter()
-    body = await read_json(request, CompletionRequest, request.app.state.settings.max_body_bytes)
+    return await complete(
+        request, await read_json(request, CompletionRequest, request.app.state.settings.max_body_bytes), arrived
+    )
+
+
+async def complete(request: Request, body: CompletionRequest, arrived: float) -> Response:
+    """The answer to a decoded request."""
     return await answer(request, body, "cmpl", partial(prepare, request.app.state, body), arrived)
 
 

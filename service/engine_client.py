@@ -4,37 +4,29 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from runtime.config import EngineConfig
 from runtime.messages import (
     Abort,
     AdapterState,
+    Answer,
+    Command,
     Event,
     Failed,
     Generate,
     GetStats,
     Ready,
-    RegisterAdapter,
-    RetireAdapter,
     Stats,
     Tokens,
 )
+from service.engine_adapters import EngineAdapters, RequestFailed
 from service.engine_process import EngineProcess, EngineStartFailed
 
 log = logging.getLogger("rootstock.service")
 
 RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # before each attempt in a row; the last repeats
 STEADY_SECONDS = 60.0  # an engine that lived this long starts the row anew
-
-
-class RequestFailed(Exception):
-    """The engine ended a request without a result; `code` is the stable word for why."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code, self.message = code, message
 
 
 class Stream(NamedTuple):
@@ -44,20 +36,16 @@ class Stream(NamedTuple):
     events: asyncio.Queue[Tokens | Failed]
 
 
-class EngineClient:
-    """Generates through an engine process, and restarts it when it dies.
-
-    Owns the open token streams and remembers the registered adapters, which a new engine is told of again.
-    """
+class EngineClient(EngineAdapters):
+    """Generates through an engine process, and restarts it when it dies; owns the open token streams."""
 
     def __init__(self, config: EngineConfig, command: Sequence[str]):
+        super().__init__()
         self.ready: Ready | None = None  # None while there is no engine to serve
-        self.adapter_states: dict[str, AdapterState] = {}
         self._config, self._command = config, command
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}
-        self._adapters: dict[str, RegisterAdapter] = {}
         self.last_stats: Stats | None = None
         self._stats: asyncio.Future[Stats] | None = None
 
@@ -84,8 +72,7 @@ class EngineClient:
         except BaseException:
             await self._process.close()
             raise
-        for registration in self._adapters.values():
-            self._process.send(registration)
+        self._tell_all()
 
     async def _supervise(self) -> None:
         """Wait for the engine to die, fail what ran on it, and start another, for ever."""
@@ -96,7 +83,7 @@ class EngineClient:
             assert self._process is not None
             status = await self._process.died()
             self.ready = None
-            self.adapter_states.clear()
+            self._forget_engine(f"the engine died ({status}); it is being restarted")
             log.error("the engine died (%s) with %d requests running; restarting it", status, len(self._streams))
             self.end_requests("engine_died", f"the engine died ({status}); it is being restarted")
             self._answer_stats(RequestFailed("engine_died", f"the engine died ({status})"))
@@ -128,7 +115,7 @@ class EngineClient:
 
         Raises RequestFailed when the engine refuses it, fails at it, or dies.
         """
-        process = self._serving()
+        process = self._serving_process()
         stream = self._streams[command.request_id] = Stream(command.adapter, asyncio.Queue())
         ended = False
         try:
@@ -148,24 +135,8 @@ class EngineClient:
         """Fail every running request, or those on one adapter."""
         for request_id, stream in self._streams.items():
             if digest is None or stream.adapter == digest:
-                if self.ready is not None and self._process is not None:
-                    self._process.send(Abort(request_id=request_id))
+                self._send(Abort(request_id=request_id))
                 stream.events.put_nowait(Failed(request_id=request_id, code=code, message=message))
-
-    # ------------------------------------------------------------------ adapters
-
-    def register_adapter(self, digest: str, path: Path, load: bool = False) -> None:
-        """Tell the engine, and every later one, of an adapter's canonical file; `load` also makes it resident."""
-        self._adapters[digest] = RegisterAdapter(digest=digest, path=str(path), load=load)
-        if self.ready is not None and self._process is not None:
-            self._process.send(self._adapters[digest])
-
-    def retire_adapter(self, digest: str) -> None:
-        """Forget an adapter; what runs on it finishes."""
-        self._adapters.pop(digest, None)
-        self.adapter_states.pop(digest, None)
-        if self.ready is not None and self._process is not None:
-            self._process.send(RetireAdapter(digest=digest))
 
     # ------------------------------------------------------------------ looking in
 
@@ -174,15 +145,23 @@ class EngineClient:
 
         Raises RequestFailed when there is no engine.
         """
-        process = self._serving()
+        process = self._serving_process()
         if self._stats is None:
             self._stats = asyncio.get_running_loop().create_future()
             process.send(GetStats())
         return await asyncio.shield(self._stats)
 
-    def _serving(self) -> EngineProcess:
-        if self.ready is None or self._process is None:
-            raise RequestFailed("engine_unavailable", "the engine is not running; it is being restarted")
+    @property
+    def serving(self) -> bool:
+        return self.ready is not None and self._process is not None
+
+    def _send(self, command: Command) -> None:
+        if self.ready is not None and self._process is not None:
+            self._process.send(command)
+
+    def _serving_process(self) -> EngineProcess:
+        self._require_engine()
+        assert self._process is not None
         return self._process
 
     def _on_event(self, event: Event) -> None:
@@ -191,7 +170,9 @@ class EngineClient:
             if stream is not None:  # what was aborted may have had a token on its way
                 stream.events.put_nowait(event)
         elif isinstance(event, AdapterState):
-            self._note(event)
+            self._on_state(event)
+        elif isinstance(event, Answer):
+            self._on_answer(event)
         elif isinstance(event, Stats):
             self.last_stats = event
             self._answer_stats(event)
@@ -205,12 +186,6 @@ class EngineClient:
         else:
             waiting.set_exception(answer)
             waiting.exception()  # its caller may have given up: then nobody is left to see it
-
-    def _note(self, event: AdapterState) -> None:
-        if event.state == "retired" or event.digest not in self._adapters:
-            self.adapter_states.pop(event.digest, None)
-        else:
-            self.adapter_states[event.digest] = event
 
 
 def _delays() -> "itertools.chain[float]":

@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.messages import Stats
-from service.engine_client import RequestFailed
-from service.metrics import CONTENT_TYPE, EngineMetrics
+from service.engine_adapters import RequestFailed
+from service.engine_metrics import EngineMetrics
+from service.metrics import CONTENT_TYPE
 from service.responses import ApiError, json_response
 
 STATS_SECONDS = 0.8  # the engine answers between steps; a scrape takes the last snapshot rather than wait longer
@@ -43,11 +44,11 @@ async def openapi(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     state = request.app.state
-    names: dict[str, list[str]] = {}
-    for adapter in state.catalog.list():
-        names.setdefault(adapter.digest, []).append(adapter.name)
     stats, engine = await _stats(request), state.engine.ready
-    snapshot = EngineMetrics(stats, engine, names) if stats is not None and engine is not None else None
+    snapshot = None
+    if stats is not None and engine is not None:
+        catalog = state.catalog
+        snapshot = EngineMetrics(stats, engine, state.settings.served_name, catalog.list(), catalog.disk)
     return Response(state.metrics.render(snapshot), headers={"content-type": CONTENT_TYPE})
 
 

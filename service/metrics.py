@@ -1,18 +1,17 @@
 """What routers and people read of the service, in Prometheus' format."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.registry import Collector
 
-from runtime.messages import Ready, Stats
+from service.engine_metrics import EngineMetrics
 
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 MAX_SERIES = 100  # adapters with series of their own; what comes later shares one
 BASE, OTHERS = "_base", "_others"  # no adapter can have these names
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0)
+LOAD_SECONDS = (0.0005, 0.001, 0.002, *SECONDS)
 
 
 class Series:
@@ -54,6 +53,23 @@ class Metrics:
         self.cached_tokens = self._counter("cached_prompt_tokens", "Tokens of prompts whose K/V were reused.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         self._series: dict[str, Series] = {}
+        text = "Of one adapter, by stage: download from a remote store, read and verify, pack, copy to the device."
+        self._stages = self._load_histogram("rootstock_adapter_load_seconds", text, "stage")
+        text = "Of one adapter, by transition: load into host memory, activate on the device."
+        self._transitions = self._load_histogram("vllm:lora_adapter_load_seconds", text, "transition")
+
+    def loaded(self, seconds: Mapping[str, float]) -> None:
+        """Count a load that has ended in the engine, by the stages it had."""
+        for stage, spent in seconds.items():
+            self._stages.labels(stage).observe(spent)
+        if "copy" in seconds:
+            self._transitions.labels("activate").observe(seconds["copy"])
+        if "pack" in seconds:
+            self._transitions.labels("load").observe(seconds.get("read", 0.0) + seconds["pack"])
+
+    def downloaded(self, seconds: float) -> None:
+        """Count a fetch of an adapter's file from a remote store."""
+        self._stages.labels("download").observe(seconds)
 
     def series(self, adapter: str | None) -> Series:
         """Where to count a request on an adapter, by name; None is the base."""
@@ -64,7 +80,7 @@ class Metrics:
             self._series[label] = Series(self, label)
         return self._series[label]
 
-    def render(self, engine: "EngineMetrics | None") -> bytes:
+    def render(self, engine: EngineMetrics | None) -> bytes:
         """Everything in the text format, with the engine's metrics if there is a snapshot."""
         own = generate_latest(self.registry)
         if engine is None:
@@ -76,61 +92,8 @@ class Metrics:
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"rootstock_{name}", text, ["adapter"], buckets=SECONDS, registry=self.registry)
 
+    def _load_histogram(self, name: str, text: str, label: str) -> Histogram:
+        return Histogram(name, text, [label], buckets=LOAD_SECONDS, registry=self.registry)
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"rootstock_{name}", text, ["adapter", *labels], registry=self.registry)
-
-
-class EngineMetrics(Collector):
-    """A snapshot of the engine, under the names that routers look for; `names` are what each digest is called."""
-
-    def __init__(self, stats: Stats, ready: Ready, names: Mapping[str, list[str]]):
-        self._stats, self._ready, self._names = stats, ready, names
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats
-        used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
-        yield GaugeMetricFamily("vllm:num_requests_running", "Sequences in the batch.", stats.running)
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Sequences queued.", stats.waiting)
-        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV blocks in use, 1 is all.", used)
-        shape = {"block_size": str(self._ready.block_size), "num_gpu_blocks": str(self._ready.num_blocks)}
-        yield InfoMetricFamily("vllm:cache_config", "The shape of the KV cache.", shape)
-        yield self._lora_requests()
-        resident = len(stats.resident_adapters)
-        yield GaugeMetricFamily("vllm:num_gpu_loaded_lora_adapters", "Adapters resident on the device.", resident)
-        yield GaugeMetricFamily("rootstock_adapter_bytes_used", "Device memory of adapters.", stats.adapter_bytes_used)
-        yield GaugeMetricFamily("rootstock_adapter_bytes_total", "Its limit.", stats.adapter_bytes_total)
-        yield GaugeMetricFamily("rootstock_blocks_cached", "Free KV blocks that can be hit.", stats.blocks_cached)
-        for name, text, value in (
-            ("steps", "Batches computed.", stats.steps),
-            ("preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
-            ("adapter_loads", "Adapters made resident.", stats.adapter_loads),
-            ("adapter_evictions", "Adapters that gave way to others.", stats.adapter_evictions),
-            ("adapter_hits", "Requests whose adapter was resident.", stats.adapter_hits),
-            ("adapter_misses", "Requests whose adapter was not.", stats.adapter_misses),
-        ):
-            yield CounterMetricFamily(f"rootstock_{name}", text, value)
-
-    def _lora_requests(self) -> GaugeMetricFamily:
-        """ONE series: routers take running (resident here, so that no load is paid) and waiting from its labels."""
-        stats = self._stats
-        labels = {
-            "max_lora": str(self._capacity()),
-            "running_lora_adapters": self._join(stats.resident_adapters),
-            "waiting_lora_adapters": self._join(stats.waiting_adapters),
-        }
-        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters on this server.", labels=list(labels))
-        family.add_metric(list(labels.values()), time.time())
-        return family
-
-    def _capacity(self) -> int:
-        """How many adapters of the present mean size fit: the device holds bytes, not slots."""
-        resident, used = len(self._stats.resident_adapters), self._stats.adapter_bytes_used
-        if not resident or not used:
-            return max(1, len(self._names))
-        return max(resident, self._stats.adapter_bytes_total * resident // used)
-
-    def _join(self, digests: list[str]) -> str:
-        return ",".join(sorted({name for digest in digests for name in self._names.get(digest, [])}))
-
-
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4

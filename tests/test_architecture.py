@@ -39,10 +39,26 @@ LIBRARIES = {
         "prometheus_client",
     },
     "openapi": {"msgspec", "starlette"},
-    "loadtests": {"httpx", "locust", "gevent"},
+    "loadtests": {
+        "httpx",
+        "locust",
+        "gevent",
+        "numpy",
+        "boto3",
+        "botocore",
+        "torch",
+        "transformers",
+        "peft",
+        "safetensors",
+    },
 }
-# Settings read the command line and the environment; the two programs hand the environment to them.
-ENVIRONMENT_READERS = {"service/settings.py", "service/__main__.py", "service/default_model.py"}
+# Settings read the command line and the environment; the programs hand the environment to them.
+ENVIRONMENT_READERS = {
+    "service/settings.py",
+    "service/__main__.py",
+    "service/collect.py",
+    "service/default_model.py",
+}
 
 
 def sources(*rooms: str) -> list[Path]:

@@ -12,6 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
+from service.settings import read
+
 ROOT = Path(__file__).parent.parent
 
 # The parts of the Compose specification that we use; a key that is not here is a misspelling or needs a line here.
@@ -43,6 +45,7 @@ SERVICE = {
         "build": {"type": "string"},
         "image": {"type": "string", "pattern": r"^[a-z0-9./_-]+:[A-Za-z0-9._-]+$"},
         "command": {"type": "string"},
+        "entrypoint": {"type": "string"},
         "restart": {"type": "string", "pattern": r"^(no|always|unless-stopped|on-failure(:[0-9]+)?)$"},
         "depends_on": {"type": "object", "additionalProperties": DEPENDENCY},
         "ports": {**STRINGS, "uniqueItems": True},
@@ -99,7 +102,8 @@ def test_every_service_and_volume_that_is_named_exists(compose: dict[str, Any]) 
 
 
 def test_ports_are_open_to_this_machine_only(compose: dict[str, Any]) -> None:
-    ports = [port for service in compose["services"].values() for port in service["ports"]]
+    ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
+    assert ports
     assert all(re.fullmatch(r"127\.0\.0\.1:(\d+|\$\{[A-Z]+:-\d+\}):\d+", port) for port in ports)
 
 
@@ -119,6 +123,30 @@ def test_the_service_is_told_where_the_store_listens(compose: dict[str, Any]) ->
     endpoint = compose["services"]["rootstock"]["environment"]["AWS_ENDPOINT_URL_S3"]
     name, port = re.fullmatch(r"http://(\w+):(\d+)", endpoint).groups()
     assert any(mapping.endswith(f":{port}") for mapping in compose["services"][name]["ports"])
+
+
+def test_the_service_is_started_with_settings_that_it_accepts(compose: dict[str, Any]) -> None:
+    service = compose["services"]["rootstock"]
+    program, flag, module, *options = shlex.split(service["command"])
+    assert (program, flag, module) == ("python", "-m", "service")
+    environment = {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for name, value in service["environment"].items()}
+    settings = read(options, environment).settings(Path("/models/mine"), "mine")
+    assert settings.store is not None
+    assert settings.allowed_sources
+
+
+def test_every_bucket_that_the_service_uses_is_made_before_it_starts(compose: dict[str, Any]) -> None:
+    service, job = compose["services"]["rootstock"], compose["services"]["buckets"]
+    assert service["depends_on"]["buckets"]["condition"] == "service_completed_successfully"
+    verb, flag, *made = shlex.split(job["command"])
+    assert (job["entrypoint"], verb, flag) == ("mc", "mb", "--ignore-existing")
+    used = {service["environment"]["ROOTSTOCK_STORE"], *re.findall(r"s3://\S+", service["command"])}
+    assert {f"s3://{bucket.removeprefix('store/')}" for bucket in made} == used
+    store = compose["services"]["minio"]
+    user, password = store["environment"]["MINIO_ROOT_USER"], store["environment"]["MINIO_ROOT_PASSWORD"]
+    host = service["environment"]["AWS_ENDPOINT_URL_S3"].removeprefix("http://")
+    assert job["environment"]["MC_HOST_store"] == f"http://{user}:{password}@{host}"
+    assert job["image"] == store["image"], "it has the client, too"
 
 
 def test_what_the_image_copies_exists_and_is_not_ignored(dockerfile: list[tuple[str, str]]) -> None:

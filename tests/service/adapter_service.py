@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,11 +19,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from runtime.config import EngineConfig
-from runtime.messages import AdapterState
 from runtime.models.config import ModelConfig, RopeConfig
-from service.adapters import routes
+from service import adapters, dialects
+from service.adapter_storage import open_storage
 from service.catalog import Catalog
+from service.imports import Imports
 from service.responses import ApiError, json_response, on_api_error, on_client_disconnect
+from service.settings import Settings
+from service.sources import Sources
+from tests.service.adapter_engine import AdapterEngine
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -43,30 +46,6 @@ TINY = ModelConfig(
 MAX_UPLOAD_BYTES = 200_000
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Files = dict[str, tuple[str, bytes]]
-
-
-class FakeEngine:
-    """Remembers what it was told, as the engine's client does."""
-
-    def __init__(self) -> None:
-        self.registered: dict[str, Path] = {}
-        self.loads: list[str] = []
-        self.retired: list[str] = []
-        self.ended: list[str | None] = []
-        self.adapter_states: dict[str, AdapterState] = {}
-
-    def register_adapter(self, digest: str, path: Path, load: bool = False) -> None:
-        assert path.exists()
-        self.registered[digest] = path
-        if load:
-            self.loads.append(digest)
-
-    def retire_adapter(self, digest: str) -> None:
-        del self.registered[digest]
-        self.retired.append(digest)
-
-    def end_requests(self, code: str, message: str, digest: str | None = None) -> None:
-        self.ended.append(digest)
 
 
 def tensors(seed: int = 0, rank: int = 2, module: str = "q_proj", out: int = 16) -> dict[str, np.ndarray]:
@@ -95,33 +74,53 @@ def multipart(config_file: bytes, weights: bytes) -> Files:
 
 
 class Service:
-    """A running server over a data directory; `client` talks to it, `base` is the directory of the base's weights."""
+    """A running server over a data directory; `client` talks to it, `settings` are fields of `Settings`.
 
-    def __init__(self, directory: Path, roots: tuple[Path, ...] = (), max_rank: int = 8, base: Path | None = None):
-        self.directory, self.engine = directory, FakeEngine()
-        self._catalog_arguments = (directory, self.engine, TINY, max_rank)
+    `base` is the directory of the base's weights, `sources` stands for the fetching of sources.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        max_rank: int = 8,
+        base: Path | None = None,
+        sources: Callable[[Settings], Sources] | None = None,
+        **settings: Any,
+    ):
+        self.directory, self.engine = directory, AdapterEngine()
         self._release = asyncio.Event()
         app = Starlette(
-            routes=[*routes, Route("/use/{name}", self._use), Route("/release", self._on_release, methods=["POST"])],
+            routes=[
+                *adapters.routes,
+                *dialects.routes,
+                Route("/use/{name}", self._use),
+                Route("/release", self._on_release, methods=["POST"]),
+                Route("/collect", self._on_collect, methods=["POST"]),
+            ],
             exception_handlers={ApiError: on_api_error, ClientDisconnect: on_client_disconnect},
             lifespan=self._lifespan,
         )
         app.state.model_config = TINY
         app.state.engine = self.engine
-        app.state.settings = SimpleNamespace(
-            served_name="base-model",
-            file_roots=roots,
-            max_upload_bytes=MAX_UPLOAD_BYTES,
-            max_body_bytes=10_000,
-            engine=EngineConfig(
-                model=str(base or "/nowhere/tiny-model"),
-                load_format="safetensors" if base else "dummy",
-                max_lora_rank=max_rank,
-            ),
+        app.state.settings = self.settings = Settings(
+            **{
+                "served_name": "base-model",
+                "data_directory": directory,
+                "cache_directory": directory / "cache",
+                "max_upload_bytes": MAX_UPLOAD_BYTES,
+                "max_body_bytes": 10_000,
+                "engine": EngineConfig(
+                    model=str(base or "/nowhere/tiny-model"),
+                    load_format="safetensors" if base else "dummy",
+                    max_lora_rank=max_rank,
+                ),
+                **settings,
+            }
         )
+        app.state.sources = self.sources = (sources or _sources)(self.settings)
         listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = listener.getsockname()
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
         self._thread.start()
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.address[1]}", timeout=30)
@@ -133,9 +132,14 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self.catalog = app.state.catalog = await Catalog.open(*self._catalog_arguments)
+        settings, state = self.settings, app.state
+        storage = await asyncio.to_thread(open_storage, settings)
+        self.catalog = state.catalog = await Catalog.open(storage, self.engine, TINY, settings.engine.max_lora_rank)
+        self.imports = state.imports = Imports(settings.max_uploads)
         yield
         self._release.set()
+        await self.imports.close()
+        await self.catalog.settle()
         self.catalog.check()
         await self.catalog.close()
 
@@ -148,6 +152,11 @@ class Service:
             await self._release.wait()
             assert self.engine.registered[version.digest].exists()
             return json_response({"digest": version.digest, "generation": version.generation})
+
+    async def _on_collect(self, request: Request) -> Response:
+        await self.catalog.settle()
+        await self.catalog.collect(0)
+        return Response()
 
     async def _on_release(self, request: Request) -> Response:
         self._release.set()
@@ -162,23 +171,41 @@ class Service:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def adapters(self) -> list[dict[str, Any]]:
+        return self.client.get("/adapters").json()["adapters"]
+
     def names(self) -> list[str]:
-        return [adapter["name"] for adapter in self.client.get("/adapters").json()["adapters"]]
+        return [adapter["name"] for adapter in self.adapters()]
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
 
     def files(self) -> list[str]:
-        """Every file that the service keeps, on disk and in memory, without the random part of temporary names."""
+        """Every file that the service keeps, on disk and in memory; a deleted name leaves an empty one, not counted."""
         memory = self.catalog.memory
-        kept = [path.relative_to(self.directory) for path in self.directory.rglob("*") if path.is_file()]
-        return sorted([*map(str, kept), *(f"memory/{path.relative_to(memory)}" for path in memory.rglob("*"))])
+        kept = [path for path in self.directory.rglob("*") if path.is_file() and path.stat().st_size]
+        names = [str(path.relative_to(self.directory)) for path in kept]
+        return sorted([*names, *(f"memory/{path.relative_to(memory)}" for path in memory.rglob("*"))])
+
+    def collect(self) -> list[str]:
+        """What is left once everything that no name points at has been collected."""
+        assert self.client.post("/collect").status_code == 200
+        return self.files()
 
     def eventually(self, holds: Callable[[], bool]) -> None:
         """Ask until it holds; a service that never gets there is stopped by the deadline."""
         deadline = threading.Event()
         timer = threading.Timer(20, deadline.set)
         timer.start()
-        while not holds():
-            assert not deadline.is_set(), "it did not happen within 20 seconds"
-        timer.cancel()
+        try:
+            while not holds():
+                assert not deadline.wait(0.005), "it did not happen within 20 seconds"
+        finally:
+            timer.cancel()
+
+
+def _sources(settings: Settings) -> Sources:
+    return Sources(settings.allowed_sources, settings.max_upload_bytes)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """An engine process without a model: it speaks runtime.messages, and its answers are the prompt over again.
 
 A request's `cache_salt` scripts it: "die" ends the process, "hold" gives one token and then nothing, "silent" gives
-nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round. Command line:
+nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round. A load is done at
+once if the file is there, else the file is wanted; of pins there is room for one. Command line:
 python -m tests.service.fake_engine [--cannot-start] ENDPOINT.
 """
 
@@ -17,17 +18,24 @@ from runtime.config import EngineConfig
 from runtime.messages import (
     Abort,
     AdapterState,
+    Answer,
     Event,
+    FailAdapter,
     Failed,
     Generate,
     GetStats,
+    LoadAdapter,
+    PinAdapter,
     Ready,
     RegisterAdapter,
     RetireAdapter,
     Shutdown,
     Stats,
+    Tier,
+    TierStats,
     TokenLogprobs,
     Tokens,
+    UnloadAdapter,
     decode_command,
     encode,
 )
@@ -76,7 +84,10 @@ class FakeEngine:
         self.max_waiting = config.max_waiting
         self.running: dict[str, Sequence] = {}
         self.computed: set[tuple[int, ...]] = set()  # prompts that the prefix cache would have
-        self.adapters: dict[str, str] = {}
+        self.adapters: dict[str, Path] = {}
+        self.wanted: dict[str, Tier] = {}
+        self.tiers: dict[str, Tier] = {}
+        self.pins: dict[str, Tier] = {}
         self.steps = self.generated_tokens = 0
 
     def ready(self) -> Ready:
@@ -96,11 +107,19 @@ class FakeEngine:
                 return self.add(command)
             case Abort(request_id=request_id):
                 self.running.pop(request_id, None)
-            case RegisterAdapter(digest=digest, path=path, load=load):
-                self.adapters[digest] = path
-                return [AdapterState(digest=digest, state="resident" if load else "registered", bytes=100 * load)]
+            case RegisterAdapter(digest=digest, path=path):
+                self.adapters[digest] = Path(path)
+                return self.load(digest, self.wanted.pop(digest)) if digest in self.wanted else [self.state(digest)]
+            case FailAdapter(digest=digest, reason=reason):
+                self.wanted.pop(digest, None)
+                return [AdapterState(digest=digest, state="failed", reason=reason)]
+            case LoadAdapter(digest=digest, tier=tier):
+                return self.load(digest, tier)
+            case PinAdapter() | UnloadAdapter():
+                return self.move(command)
             case RetireAdapter(digest=digest):
-                self.adapters.pop(digest, None)
+                for known in (self.adapters, self.wanted, self.tiers, self.pins):
+                    known.pop(digest, None)
                 return [AdapterState(digest=digest, state="retired")]
             case GetStats():
                 return [self.stats()]
@@ -126,6 +145,49 @@ class FakeEngine:
         cached = (len(prompt) - 1) // BLOCK * BLOCK if prompt in self.computed else 0
         self.running[command.request_id] = Sequence(command, cached)
         return []
+
+    def load(self, digest: str, tier: Tier) -> list[Event]:
+        if not self.adapters[digest].exists():
+            self.wanted[digest] = tier
+            return [AdapterState(digest=digest, state="wanted")]
+        self.tiers[digest] = tier
+        return [self.state(digest, read=0.01, pack=0.02, **({"copy": 0.04} if tier == "device" else {}))]
+
+    def move(self, command: PinAdapter | UnloadAdapter) -> list[Event]:
+        request_id, digest, tier = command.request_id, command.digest, command.tier
+        if isinstance(command, PinAdapter):
+            if tier is None:
+                self.pins.pop(digest, None)
+            elif self.pins.keys() - {digest}:
+                return [Answer(request_id=request_id, code="pins_full", message="there is room for one")]
+            else:
+                self.pins[digest] = tier
+                return [*self.load(digest, tier), Answer(request_id=request_id)]
+        elif digest in self.pins:
+            return [Answer(request_id=request_id, code="adapter_pinned", message="it is pinned")]
+        elif any(sequence.command.adapter == digest for sequence in self.running.values()):
+            return [Answer(request_id=request_id, code="adapter_in_use", message="it is in use")]
+        elif self.tiers.pop(digest, None) == "device" and tier == "device":
+            self.tiers[digest] = "host"
+        return [self.state(digest), Answer(request_id=request_id)]
+
+    def state(self, digest: str, **seconds: float) -> AdapterState:
+        tier, pinned = self.tiers.get(digest), self.pins.get(digest)
+        return AdapterState(digest=digest, state="idle", tier=tier, pinned=pinned, seconds=seconds)
+
+    def tier_stats(self, *tiers: Tier) -> TierStats:
+        held = sorted(digest for digest, tier in self.tiers.items() if tier in tiers)
+        pinned = [digest for digest in held if self.pins.get(digest) in tiers]
+        return TierStats(
+            bytes_total=1000,
+            bytes_used=100 * len(held),
+            bytes_pinned=100 * len(pinned),
+            adapters=held,
+            loads=len(held),
+            evictions=3,
+            hits=2,
+            misses=1,
+        )
 
     def step(self) -> list[Event]:
         events = []
@@ -154,13 +216,8 @@ class FakeEngine:
             generated_tokens=self.generated_tokens,
             preemptions=0,
             steps=self.steps,
-            adapter_bytes_total=1000,
-            adapter_bytes_used=100 * len(self.adapters),
-            adapter_loads=0,
-            adapter_evictions=0,
-            adapter_hits=0,
-            adapter_misses=0,
-            resident_adapters=sorted(self.adapters),
+            device=self.tier_stats("device"),
+            host=self.tier_stats("device", "host"),
             running_adapters=on,
             waiting_adapters=[],
         )

@@ -43,7 +43,8 @@ class LiveServer:
 def fake_settings(model: Path, data: Path, **changes: object) -> Settings:
     """Settings of a service on the fake engine; `changes` are fields of Settings or of EngineConfig."""
     engine = {field: changes.pop(field) for field in list(changes) if field in EngineConfig.__struct_fields__}
-    given = {"engine_command": fake_engine.COMMAND, "served_name": NAME, "data_directory": data, **changes}
+    given = {"engine_command": fake_engine.COMMAND, "served_name": NAME, "data_directory": data}
+    given |= {"cache_directory": data / "cache", **changes}
     return Settings(engine=EngineConfig(model=str(model), **engine), **given)
 
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -51,7 +52,7 @@ def test_an_upload_survives_a_restart(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as service:
         assert service.get("poet") == adapter
         assert list(service.engine.registered) == [adapter["digest"]]
-        assert service.engine.loads == [adapter["digest"]]  # it is pinned
+        service.eventually(lambda: service.engine.pins == {adapter["digest"]: "device"})
         assert service.files() == files
 
 
@@ -79,7 +80,7 @@ def test_two_names_of_the_same_bytes_share_one_file(service: Service) -> None:
     assert service.names() == ["bard"]
     assert service.engine.retired == []
     service.client.delete("/adapters/bard")
-    service.eventually(lambda: service.files() == [])
+    assert service.collect() == []
     assert service.engine.registered == {}
 
 
@@ -95,7 +96,7 @@ def test_preload_decides_whether_the_engine_loads_it_now(service: Service) -> No
     service.put("lazy", seed=1, preload="false")
     assert service.engine.loads == []
     digest = service.put("eager", seed=2).json()["digest"]
-    assert service.engine.loads == [digest]
+    assert service.engine.loads == [(digest, "device")]
 
 
 def test_a_deleted_name_is_gone_with_its_bytes_and_stays_so(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_deleted_name_is_gone_with_its_bytes_and_stays_so(tmp_path: Path) -> N
         assert service.client.delete("/adapters/poet").status_code == 204
         assert error(service.client.get("/adapters/poet")) == (404, "adapter_not_found", "name")
         assert error(service.client.delete("/adapters/poet")) == (404, "adapter_not_found", "name")
-        service.eventually(lambda: service.files() == [])
+        assert service.collect() == []
         assert service.engine.retired == [digest]
     with serving(tmp_path / "data") as service:
         assert service.names() == []
@@ -126,7 +127,7 @@ def test_a_request_finishes_on_the_version_that_it_resolved(service: Service) ->
         assert running.result().json() == {"digest": first["digest"], "generation": 1}
         assert later.result().json() == {"digest": second["digest"], "generation": 2}
     service.eventually(lambda: service.engine.retired == [first["digest"]])
-    service.eventually(lambda: service.files() == [f"blobs/{second['digest']}.safetensors", "names/poet.json"])
+    assert service.collect() == [f"blobs/{second['digest']}.safetensors", "names/poet.json"]
 
 
 def test_a_deleted_adapter_drains_while_requests_run_on_it(service: Service) -> None:
@@ -143,7 +144,7 @@ def test_a_deleted_adapter_drains_while_requests_run_on_it(service: Service) -> 
         assert service.engine.retired == []
         service.client.post("/release")
         assert running.result().json()["digest"] == digest
-    service.eventually(lambda: service.files() == [])
+    assert service.collect() == []
     assert service.client.get("/adapters/poet").status_code == 404
     assert service.engine.retired == [digest]
 
@@ -194,7 +195,7 @@ def test_of_concurrent_uploads_that_demand_a_new_name_one_wins(service: Service)
         statuses = sorted(threads.map(put, range(6)))
     assert statuses == [201, 412, 412, 412, 412, 412]
     assert service.get("poet")["generation"] == 1
-    assert len(service.files()) == 2
+    assert len(service.collect()) == 2
 
 
 def test_concurrent_uploads_to_one_name_happen_one_after_another(service: Service) -> None:
@@ -208,7 +209,7 @@ def test_concurrent_uploads_to_one_name_happen_one_after_another(service: Servic
     with ThreadPoolExecutor(6) as threads:
         assert sorted(threads.map(put, range(6))) == [1, 2, 3, 4, 5, 6]
     digest = service.get("poet")["digest"]
-    service.eventually(lambda: service.files() == [f"blobs/{digest}.safetensors", "names/poet.json"])
+    assert service.collect() == [f"blobs/{digest}.safetensors", "names/poet.json"]
     assert list(service.engine.registered) == [digest]
 
 
@@ -239,17 +240,21 @@ def test_an_ephemeral_adapter_becomes_durable_when_it_is_uploaded_as_such(tmp_pa
 
 
 def test_the_state_is_what_the_engine_says_of_the_digest(service: Service) -> None:
-    digest = service.put("poet").json()["digest"]
+    adapter = service.put("poet").json()
+    digest, loading = adapter["digest"], {"stage": "load", "bytes": 0, "total_bytes": adapter["bytes"]}
 
-    def shown(state: AdapterState) -> tuple[str, str, str | None]:
-        service.engine.adapter_states[digest] = state
+    def shown(**state: Any) -> tuple[str, str, str | None, dict[str, Any] | None]:
+        service.engine.adapter_states[digest] = AdapterState(digest=digest, **state)
         adapter = service.get("poet")
-        return adapter["state"], adapter["tier"], adapter["reason"]
+        return adapter["state"], adapter["tier"], adapter["reason"], adapter["progress"]
 
-    assert shown(AdapterState(digest=digest, state="registered")) == ("ready", "disk", None)
-    assert shown(AdapterState(digest=digest, state="loading")) == ("loading", "disk", None)
-    assert shown(AdapterState(digest=digest, state="resident")) == ("ready", "device", None)
-    assert shown(AdapterState(digest=digest, state="failed", reason="no room")) == ("failed", "disk", "no room")
+    assert shown(state="idle") == ("ready", "disk", None, None)
+    assert shown(state="wanted") == ("loading", "disk", None, {**loading, "stage": "download"})
+    assert shown(state="loading") == ("loading", "disk", None, loading)
+    assert shown(state="idle", tier="host") == ("ready", "host", None, None)
+    assert shown(state="loading", tier="host") == ("loading", "host", None, loading)
+    assert shown(state="idle", tier="device") == ("ready", "device", None, None)
+    assert shown(state="failed", reason="no room") == ("failed", "disk", "no room", None)
 
 
 def test_an_upload_warns_of_another_base_model(service: Service) -> None:
@@ -282,7 +287,11 @@ def test_the_name_of_the_base_is_taken(service: Service) -> None:
         ("DELETE", "/adapters/poet?force=2", "force"),
         ("GET", "/adapters?limit=2", "limit"),
         ("GET", "/adapters/poet?x=1", "x"),
-        ("POST", "/adapters?wait=false", "wait"),
+        ("POST", "/adapters?wait=never", "wait"),
+        ("POST", "/adapters?preload=true", "preload"),
+        ("POST", "/adapters/poet/load?tier=device", "tier"),
+        ("POST", "/adapters/poet/unload?wait=false", "wait"),
+        ("PATCH", "/adapters/poet?pinned=true", "pinned"),
     ],
 )
 def test_a_query_that_is_not_understood_is_refused_by_name(

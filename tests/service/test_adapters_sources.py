@@ -1,4 +1,4 @@
-"""POST /adapters: bundles that lie where the server can read them, and nowhere else."""
+"""POST /adapters: bundles in directories of the server, below those that are allowed, and nowhere else."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def service(tmp_path: Path, root: Path) -> Iterator[Service]:
-    with serving(tmp_path / "data", roots=(root,)) as running:
+    with serving(tmp_path / "data", allowed_sources=(f"file://{root}",)) as running:
         yield running
 
 
@@ -37,11 +37,11 @@ def test_a_directory_under_an_allowed_root_is_taken(service: Service, root: Path
     assert response.status_code == 201
     adapter = response.json()
     assert (adapter["source"], adapter["pinned"]) == (f"file://{root}/poet", True)
-    assert service.engine.loads == [adapter["digest"]]  # preload is the default
+    assert service.engine.loads == [(adapter["digest"], "device")]  # preload is the default
     assert service.put("uploaded").json()["digest"] == adapter["digest"]
 
-    again = post(service, f"file://localhost{root}/poet/", preload=False)
-    assert (again.status_code, again.json()["generation"]) == (200, 1)
+    again = post(service, f"{root}/poet/", preload=False)
+    assert (again.status_code, again.json()["generation"], again.json()["source"]) == (200, 1, adapter["source"])
 
 
 def test_what_was_taken_needs_its_source_no_more(service: Service, root: Path) -> None:
@@ -56,9 +56,20 @@ def test_what_was_taken_needs_its_source_no_more(service: Service, root: Path) -
 def test_nothing_outside_the_roots_is_read(service: Service, root: Path) -> None:
     secret = root.parent / "secret"
     (root / "link").symlink_to(secret)
-    for path in (secret, f"{root}/../secret", f"{root}/%2e%2e/secret", f"{root}/link", "/", "/etc", f"{root}-not"):
-        assert error(post(service, f"file://{path}")) == (403, "source_not_allowed", "src")
+    (root / "poet" / "up").symlink_to("..")
+    for path in (secret, "/", "/etc", f"{root}-not", f"{root}/link", f"{root}/link/x", f"{root}/poet/up/poet"):
+        for src in (f"file://{path}", str(path)):
+            assert error(post(service, src)) == (403, "source_not_allowed", "src"), src
+    for path in (f"{root}/../secret", f"{root}/%2e%2e/secret", f"{root}/x/%2E./../../secret", f"{root}%2f..%2fsecret"):
+        assert error(post(service, f"file://{path}")) == (400, "unsupported_source", "src")
     assert service.files() == []
+
+
+def test_a_root_may_itself_be_behind_a_link(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "current").symlink_to(root)
+    with serving(tmp_path / "data", allowed_sources=(f"file://{tmp_path}/current",)) as service:
+        assert post(service, f"file://{tmp_path}/current/poet").status_code == 201
+        assert error(post(service, f"file://{root}/poet")) == (403, "source_not_allowed", "src")
 
 
 def test_links_and_other_odd_files_in_a_bundle_are_refused(service: Service, root: Path) -> None:
@@ -80,8 +91,9 @@ def test_links_and_other_odd_files_in_a_bundle_are_refused(service: Service, roo
 def test_what_is_not_there_is_not_found(service: Service, root: Path) -> None:
     (root / "half").mkdir()
     (root / "half" / CONFIG).write_bytes(b"{}")
-    for path in (root / "nothing", root / "half", root / "poet" / CONFIG):
+    for path in (root / "nothing", root / "half"):
         assert error(post(service, f"file://{path}")) == (404, "source_not_found", "src")
+    assert error(post(service, f"file://{root}/poet/{CONFIG}")) == (403, "source_not_allowed", "src")
     assert service.files() == []
 
 
@@ -99,24 +111,14 @@ def test_a_source_is_checked_like_an_upload(service: Service, root: Path) -> Non
     assert service.files() == []
 
 
-@pytest.mark.parametrize(
-    "src",
-    [
-        "s3://bucket/prefix",
-        "hf://org/repo",
-        "https://example.com/x",
-        "file://elsewhere/path",
-        "file:///path?query",
-        "file:///path#fragment",
-        "file:///a%00b",
-        "/path",
-        "path",
-        "",
-        "file://[",
-    ],
-)
-def test_other_sources_are_refused_by_name(service: Service, src: str) -> None:
+@pytest.mark.parametrize("src", ["https://example.com/x", "file://host/path", "file:///a%00b", "org/repo", "poet", ""])
+def test_what_is_no_source_is_refused_by_name(service: Service, src: str) -> None:
     assert error(post(service, src)) == (400, "unsupported_source", "src")
+
+
+@pytest.mark.parametrize("src", ["s3://bucket/prefix", "hf://org/repo"])
+def test_a_store_that_is_not_allowed_is_not_asked(service: Service, src: str) -> None:
+    assert error(post(service, src)) == (403, "source_not_allowed", "src")
 
 
 def test_without_allowed_roots_no_file_is_read(tmp_path: Path, root: Path) -> None:
@@ -128,6 +130,7 @@ def test_without_allowed_roots_no_file_is_read(tmp_path: Path, root: Path) -> No
     ("fields", "status", "code"),
     [
         ({"revision": "main"}, 400, "unsupported_revision"),
+        ({"revision": 5}, 400, "invalid_field"),
         ({"name": "../x"}, 400, "invalid_name"),
         ({"name": "base-model"}, 409, "name_is_base_model"),
         ({"name": 5}, 400, "invalid_field"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.messages import AdapterState, Generate, SamplingParams, Tokens
-from service.engine_client import EngineClient, RequestFailed
+from runtime.messages import Generate, SamplingParams, Tokens
+from service.engine_adapters import RequestFailed
+from service.engine_client import EngineClient
 from service.engine_process import EngineStartFailed
 from tests.service import fake_engine
 from tests.service.live_server import wait_until
@@ -129,21 +130,3 @@ def test_snapshots_asked_for_together_are_one(config: EngineConfig) -> None:
         await client.close()
 
     asyncio.run(run())
-
-
-def test_the_state_of_an_adapter_is_known_until_it_is_retired(config: EngineConfig) -> None:
-    async def run() -> tuple[dict[str, AdapterState], dict[str, AdapterState]]:
-        client = EngineClient(config, fake_engine.COMMAND)
-        await client.start()
-        client.register_adapter("d1", Path("/somewhere"), load=True)
-        await client.stats()  # answered after what was sent before it
-        registered = dict(client.adapter_states)
-        client.retire_adapter("d1")
-        await client.stats()
-        retired = dict(client.adapter_states)
-        await client.close()
-        return registered, retired
-
-    registered, retired = asyncio.run(run())
-    assert registered["d1"].state == "resident"
-    assert retired == {}

@@ -97,7 +97,8 @@ def test_the_metrics_that_routers_read_are_there(grafted: LiveServer) -> None:
     assert found["vllm:num_requests_waiting"] == [({}, 0.0)]
     assert found["vllm:kv_cache_usage_perc"] == [({}, 0.0)]
     assert found["vllm:cache_config_info"] == [({"block_size": "16", "num_gpu_blocks": "64"}, 1.0)]
-    assert found["vllm:num_gpu_loaded_lora_adapters"] == [({}, 2.0)]
+    assert found["vllm:num_gpu_loaded_lora_adapters"] == [({"model_name": "tiny"}, 2.0)]
+    assert found["vllm:num_cpu_loaded_lora_adapters"] == [({"model_name": "tiny"}, 2.0)]
     [(labels, when)] = found["vllm:lora_requests_info"]
     assert labels == {"max_lora": "10", "running_lora_adapters": "first,second", "waiting_lora_adapters": ""}
     assert when > 1_600_000_000
@@ -128,6 +129,8 @@ def test_with_a_key_everything_but_health_and_metrics_needs_it(tiny_model: Path,
         for path in ("/health", "/health/ready", "/ping", "/metrics"):
             assert live.client.get(path).status_code == 200
         guarded = [("GET", "/v1/models"), ("GET", "/adapters"), ("PUT", "/adapters/x"), ("DELETE", "/adapters/x")]
+        guarded += [("POST", "/adapters"), ("PATCH", "/adapters/x"), ("POST", "/adapters/x/load")]
+        guarded += [("POST", "/v1/load_lora_adapter"), ("POST", "/load_lora_adapter"), ("POST", "/invocations")]
         guarded += [("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/version")]
         for method, path in guarded:
             for key in (None, "Bearer wrong", "secret", "Bearer sécret", "Bearer secret2"):

@@ -1,5 +1,6 @@
 """`python -m service` as a program, with the real engine on made-up weights: it starts, says so, and ends."""
 
+import os
 import re
 import signal
 import subprocess
@@ -9,15 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.service.live_server import wait_until
 
 
 @contextmanager
-def service(model: Path, data: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def service(model: Path, data: Path, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "service", "--model", str(model), "--port", "0", "--data-directory", str(data)]
     command += ["--kv-cache-bytes", "1M", "--adapter-bytes", "1M", "--threads", "1", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, **environment}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             yield process
         finally:
@@ -82,6 +85,28 @@ def test_an_engine_that_cannot_start_ends_the_service_with_its_reason(tiny_model
     with service(tiny_model, tmp_path) as process:
         assert "model.safetensors" in said(process, "^rootstock: (.*)$")
         assert process.wait(timeout=10) == 1
+
+
+def test_a_store_that_cannot_be_reached_ends_the_service_with_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    environment = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_DEFAULT_REGION": "us-east-1"}
+    environment |= {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-secret"}
+    options = ("--load-format", "dummy", "--store", "s3://bucket", "--cache-directory", str(tmp_path / "cache"))
+    with service(tiny_model, tmp_path, *options, **environment) as process:
+        sentence = said(process, "^rootstock: (.*)$")
+        assert process.wait(timeout=30) == 1
+    assert "s3://bucket" in sentence
+    assert "a-secret" not in sentence
+
+
+@pytest.mark.parametrize("option", ["--data-directory", "--cache-directory"])
+def test_a_directory_that_cannot_be_written_ends_the_service_with_a_sentence(
+    tiny_model: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    options = ("--load-format", "dummy", "--store", "s3://bucket") if option == "--cache-directory" else ()
+    with service(tiny_model, tmp_path, *options, option, str(tmp_path / "file" / "below")) as process:
+        assert "below" in said(process, "^rootstock: (.*)$")
+        assert process.wait(timeout=30) == 1
 
 
 def test_an_engine_does_not_outlive_a_service_that_was_killed(tiny_model: Path, tmp_path: Path) -> None:

@@ -25,12 +25,16 @@ def test_the_defaults_are_loopback_and_the_embedded_model() -> None:
     assert found.served_name == "mine"
     assert found.engine == EngineConfig(model="/models/mine")
     assert found.api_key is None
-    assert found.file_roots == ()
+    assert (found.store, found.allowed_sources, found.max_uploads) == (None, (), 8)
+    assert (found.disk_cache_bytes, found.refresh_seconds, found.collect_after_seconds) == (8192 * MIB, 2.0, 900.0)
 
 
 def test_the_environment_gives_defaults_and_the_command_line_wins() -> None:
     environment = {"HOST": "0.0.0.0", "PORT": "9000", "MODEL": "org/name", "XDG_DATA_HOME": "/data"}
+    environment |= {"ROOTSTOCK_STORE": "s3://bucket/rootstock/", "XDG_CACHE_HOME": "/cache"}
     found = settings(**environment)
+    assert (found.store, found.cache_directory) == ("s3://bucket/rootstock", Path("/cache/rootstock/adapters"))
+    assert settings("--store", "s3://other", **environment).store == "s3://other"
     assert (found.host, found.port, found.data_directory) == ("0.0.0.0", 9000, Path("/data/rootstock"))
     assert read([], environment).model == "org/name"
     assert settings("--port", "1", "--host", "::1", **environment).port == 1
@@ -40,7 +44,10 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
     found = settings(
         *("--dtype", "float32", "--kv-cache-bytes", "64M", "--max-model-len", "512", "--max-running", "8"),
         *("--max-batch-tokens", "128", "--adapter-bytes", "1G", "--threads", "2", "--load-format", "dummy"),
-        *("--max-waiting", "0", "--no-prefix-cache", "--max-lora-rank", "64", "--file-root", str(tmp_path)),
+        *("--max-waiting", "0", "--no-prefix-cache", "--max-lora-rank", "64", "--host-adapter-bytes", "3G"),
+        *("--allow-source", f"file://{tmp_path}", "--allow-source", "s3://bucket/team-a", "--max-uploads", "3"),
+        *("--cache-directory", str(tmp_path), "--disk-cache-bytes", "5M", "--refresh-seconds", "0.5"),
+        *("--collect-after-seconds", "60"),
         *("--max-upload-bytes", "10M", "--max-body-bytes", "1000", "--served-name", "base", "--api-key", "secret"),
     )
     assert found.engine == EngineConfig(
@@ -56,8 +63,11 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         max_waiting=0,
         prefix_cache=False,
         max_lora_rank=64,
+        host_adapter_bytes=3072 * MIB,
     )
-    assert found.file_roots == (tmp_path,)
+    assert found.allowed_sources == (f"file://{tmp_path}", "s3://bucket/team-a")
+    assert (found.cache_directory, found.disk_cache_bytes, found.max_uploads) == (tmp_path, 5 * MIB, 3)
+    assert (found.refresh_seconds, found.collect_after_seconds) == (0.5, 60.0)
     assert (found.max_upload_bytes, found.max_body_bytes) == (10 * MIB, 1000)
     assert (found.served_name, found.api_key) == ("base", "secret")
 
@@ -74,7 +84,18 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--max-body-bytes", "0"], "max_body_bytes must be at least 1"),
         (["--served-name", "a@b"], "must not be empty or contain"),
-        (["--file-root", "/nowhere/at/all"], "/nowhere/at/all is not a directory"),
+        (["--allow-source", "file:///nowhere/at/all"], "'file:///nowhere/at/all' is not a directory"),
+        (["--allow-source", "https://example.com"], "the allowed source 'https://example.com' is not accepted"),
+        (["--allow-source", "s3://bucket", "--allow-source", "s3://A"], "'A' is not the name of a bucket"),
+        (["--store", "/srv/adapters"], "argument --store: '/srv/adapters': expected s3://"),
+        (["--store", "hf://org/repo"], "a store is s3://bucket"),
+        (["--store", "s3://key:secret@bucket"], "is not the name of a bucket"),
+        (["--disk-cache-bytes", "0"], "disk_cache_bytes must be at least 1"),
+        (["--host-adapter-bytes", "0"], "host_adapter_bytes must be at least 1"),
+        (["--max-uploads", "0"], "max_uploads must be at least 1"),
+        (["--refresh-seconds", "0"], "refresh_seconds must be more than 0"),
+        (["--refresh-seconds", "-1"], "refresh-seconds"),
+        (["--collect-after-seconds", "soon"], "'soon' is not a number of seconds"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["--model", "nobody/nothing"], "nobody/nothing is no directory, and cannot be fetched from the hub"),
         (["--host", "no such host"], "cannot listen on no such host"),
@@ -91,7 +112,7 @@ def test_a_bad_value_ends_the_program_with_a_sentence(
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("MODEL", "./nowhere")])
+@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("MODEL", "./nowhere"), ("ROOTSTOCK_STORE", "bucket")])
 def test_a_bad_value_in_the_environment_is_refused_as_well(
     name: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

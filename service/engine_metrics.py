@@ -1,0 +1,150 @@
+"""A snapshot of the engine and of the tiers of adapters, as metrics."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runtime.messages import Ready, Stats
+from service.adapter_version import AdapterVersion
+from storage.cache import DiskCache
+
+MAX_LOADED = 100  # adapters with a series that says where they are
+
+
+class Tier(NamedTuple):
+    """What is counted of each tier, whoever owns it."""
+
+    bytes_used: int
+    bytes_total: int
+    bytes_pinned: int
+    adapters: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class EngineMetrics(Collector):
+    """A snapshot under the names that routers look for.
+
+    `versions` are the named adapters, `model` is the base's name, `disk` the cache of a remote store.
+    """
+
+    def __init__(
+        self, stats: Stats, ready: Ready, model: str, versions: Sequence[AdapterVersion], disk: DiskCache | None
+    ):
+        self._stats, self._ready, self._model, self._disk = stats, ready, model, disk
+        self._named: dict[str, list[AdapterVersion]] = {}
+        for version in versions:
+            self._named.setdefault(version.digest, []).append(version)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+        yield GaugeMetricFamily("vllm:num_requests_running", "Sequences in the batch.", stats.running)
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Sequences queued.", stats.waiting)
+        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV blocks in use, 1 is all.", used)
+        shape = {"block_size": str(self._ready.block_size), "num_gpu_blocks": str(self._ready.num_blocks)}
+        yield InfoMetricFamily("vllm:cache_config", "The shape of the KV cache.", shape)
+        yield GaugeMetricFamily("rootstock_blocks_cached", "Free KV blocks that can be hit.", stats.blocks_cached)
+        for name, text, value in (
+            ("steps", "Batches computed.", stats.steps),
+            ("preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
+            ("adapter_loads", "Adapters made resident on the device.", stats.device.loads),
+        ):
+            yield CounterMetricFamily(f"rootstock_{name}", text, value)
+        yield from self._adapters()
+        yield from self._tiers()
+
+    def _adapters(self) -> Iterator[Metric]:
+        yield self._lora_requests()
+        yield self._loaded()
+        for level, held in (("gpu", self._stats.device), ("cpu", self._stats.host)):
+            text = f"Adapters resident at the level {level}."
+            family = GaugeMetricFamily(f"vllm:num_{level}_loaded_lora_adapters", text, labels=["model_name"])
+            family.add_metric([self._model], len(held.adapters))
+            yield family
+
+    def _lora_requests(self) -> GaugeMetricFamily:
+        """ONE series: routers take running (resident here, so that no load is paid) and waiting from its labels."""
+        labels = {
+            "max_lora": str(self._capacity()),
+            "running_lora_adapters": self._join(self._stats.device.adapters),
+            "waiting_lora_adapters": self._join(self._stats.waiting_adapters),
+        }
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters on this server.", labels=list(labels))
+        family.add_metric(list(labels.values()), time.time())
+        return family
+
+    def _loaded(self) -> GaugeMetricFamily:
+        """The level at which each name would be found: `cpu` only where it is not on the device as well."""
+        labels = ["adapter_name", "level", "pinned", "rank"]
+        family = GaugeMetricFamily("vllm:lora_adapter_loaded", "1 for each adapter in memory.", labels=labels)
+        on_device = set(self._stats.device.adapters)
+        only_host = [digest for digest in self._stats.host.adapters if digest not in on_device]
+        held = [(digest, "gpu") for digest in self._stats.device.adapters] + [(digest, "cpu") for digest in only_host]
+        found = [(version, level) for digest, level in held for version in self._named.get(digest, ())]
+        for version, level in found[:MAX_LOADED]:
+            record = version.record
+            family.add_metric([record.name, level, str(record.pinned).lower(), str(record.rank)], 1)
+        return family
+
+    def _tiers(self) -> Iterator[Metric]:
+        tiers = self._counted()
+        for name, text in (
+            ("bytes_used", "Bytes that adapters take in a tier."),
+            ("bytes_total", "What they may take."),
+            ("bytes_pinned", "What of it is never evicted."),
+            ("adapters", "Adapters that a tier holds whole."),
+        ):
+            gauge = GaugeMetricFamily(f"rootstock_tier_{name}", text, labels=["tier"])
+            for tier, counted in tiers.items():
+                gauge.add_metric([tier], getattr(counted, name))
+            yield gauge
+        for name, text in (
+            ("hits", "Adapters that were there when they were needed."),
+            ("misses", "Adapters that were not."),
+            ("evictions", "Adapters that gave way to others."),
+        ):
+            counter = CounterMetricFamily(f"rootstock_tier_{name}", text, labels=["tier"])
+            for tier, counted in tiers.items():
+                counter.add_metric([tier], getattr(counted, name))
+            yield counter
+
+    def _counted(self) -> Mapping[str, Tier]:
+        tiers = {
+            name: Tier(
+                bytes_used=held.bytes_used,
+                bytes_total=held.bytes_total,
+                bytes_pinned=held.bytes_pinned,
+                adapters=len(held.adapters),
+                hits=held.hits,
+                misses=held.misses,
+                evictions=held.evictions,
+            )
+            for name, held in (("device", self._stats.device), ("host", self._stats.host))
+        }
+        if (disk := self._disk) is not None:
+            tiers["disk"] = Tier(
+                bytes_used=disk.bytes_used,
+                bytes_total=disk.capacity_bytes,
+                bytes_pinned=disk.held_bytes,
+                adapters=disk.files,
+                hits=disk.hits,
+                misses=disk.misses,
+                evictions=disk.evictions,
+            )
+        return tiers
+
+    def _capacity(self) -> int:
+        """How many adapters of the present mean size fit: the device holds bytes, not slots."""
+        device = self._stats.device
+        resident = len(device.adapters)
+        if not resident or not device.bytes_used:
+            return max(1, len(self._named))
+        return max(resident, device.bytes_total * resident // device.bytes_used)
+
+    def _join(self, digests: Sequence[str]) -> str:
+        return ",".join(sorted({version.name for digest in digests for version in self._named.get(digest, ())}))

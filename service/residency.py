@@ -1,0 +1,151 @@
+"""In which tier of adapter memory the named adapters are kept: pins, loads and unloads."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+from weakref import WeakValueDictionary
+
+from runtime.messages import Tier
+from service.adapter_storage import AdapterStorage
+from service.blobs import Engine
+from service.engine_adapters import RequestFailed
+from service.responses import ApiError
+
+_log = logging.getLogger(__name__)
+_PIN_SHARE = 0.5  # of the disk cache, as of each tier of memory: what is pinned must leave room for the rest
+
+# What the engine may refuse, and the status that tells the client so
+_STATUS = {
+    "pins_full": 409,
+    "adapter_in_use": 409,
+    "adapter_pinned": 409,
+    "unknown_adapter": 404,
+    "adapter_failed": 503,
+    "engine_died": 503,
+    "engine_unavailable": 503,
+}
+
+
+class Residency:
+    """Owns which name pins which digest; a digest is pinned in the highest tier that any of its names asks for."""
+
+    def __init__(self, storage: AdapterStorage, engine: Engine) -> None:
+        self._files, self._disk, self._engine = storage.files, storage.disk, engine
+        self._pins: dict[str, tuple[str, Tier, int]] = {}  # by name: digest, tier, bytes of the file
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
+        """Make a name pin a digest (of `size` bytes) in a tier, instead of what it pinned before, or nothing.
+
+        Raises ApiError when there is no room to pin it in, and leaves everything as it was.
+        """
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            before = self._pins.get(name)
+            after = None if tier is None else (digest, tier, size)
+            if before == after:
+                return
+            if before is not None and before[0] != digest:
+                await self._change(name, None)  # its room may be what the new one needs
+            try:
+                await self._change(name, after)
+            except RequestFailed as error:
+                if before is not None:
+                    await self._change(name, before)
+                raise refused(error, "pin") from error
+
+    def pin_later(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
+        """`pin`, without waiting; a refusal goes to the log."""
+        self._start(self._try_pin(name, digest, tier, size))
+
+    async def load(self, digest: str, tier: Tier, *, wait: bool) -> None:
+        """Start to bring a digest into a tier and, if asked, wait until it is there. Raises ApiError."""
+        self._engine.load_adapter(digest, tier)
+        if wait:
+            try:
+                await self._engine.wait_adapter(digest, tier)
+            except RequestFailed as error:
+                raise refused(error, "name") from error
+
+    async def unload(self, digest: str, tier: Tier) -> None:
+        """Give back a digest's memory in a tier and above. Raises ApiError when it is in use or pinned."""
+        try:
+            await self._engine.unload_adapter(digest, tier)
+        except RequestFailed as error:
+            raise refused(error, "name") from error
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def settle(self) -> None:
+        """Wait until no change is under way."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    # ------------------------------------------------------------------ inside
+
+    async def _change(self, name: str, pin: tuple[str, Tier, int] | None) -> None:
+        before = self._pins.get(name)
+        digests = {entry[0] for entry in (before, pin) if entry is not None}
+        was = {digest: self._tier(digest) for digest in digests}
+        if pin is None:
+            self._pins.pop(name, None)
+        else:
+            self._pins[name] = pin
+        try:
+            for digest in digests:
+                await self._apply(digest, was[digest], self._tier(digest))
+        except BaseException:
+            if before is None:
+                self._pins.pop(name, None)
+            else:
+                self._pins[name] = before
+            raise
+
+    async def _apply(self, digest: str, was: Tier | None, now: Tier | None) -> None:
+        if now is not None and was is None:
+            self._require_disk()
+        if now is None and was is not None:
+            with suppress(RequestFailed):  # the engine has forgotten it, or is no more: either way it is not pinned
+                await self._engine.pin_adapter(digest, None)
+            self._files.release(digest)
+        elif now != was:
+            await self._engine.pin_adapter(digest, now)
+            if was is None:
+                self._files.hold(digest)
+
+    def _tier(self, digest: str) -> Tier | None:
+        tiers = {tier for pinned, tier, _ in self._pins.values() if pinned == digest}
+        return "device" if "device" in tiers else "host" if tiers else None
+
+    def _require_disk(self) -> None:
+        if self._disk is None:
+            return
+        pinned = sum({digest: size for digest, _, size in self._pins.values()}.values())
+        if pinned > _PIN_SHARE * self._disk.capacity_bytes:
+            message = (
+                f"pinned adapters would take {pinned} bytes, and at most half of the disk cache's "
+                f"{self._disk.capacity_bytes} may be pinned"
+            )
+            raise RequestFailed("pins_full", message)
+
+    async def _try_pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
+        try:
+            await self.pin(name, digest, tier, size)
+        except ApiError as error:
+            _log.error("adapter %s is not pinned: %s", name, error)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def refused(error: RequestFailed, param: str) -> ApiError:
+    """What the engine's refusal is to the client."""
+    status = _STATUS.get(error.code, 500)
+    return ApiError(status, error.code, error.message, param, {"retry-after": "1"} if status == 503 else None)
