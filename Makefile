@@ -1,7 +1,8 @@
 # Needs python3, 3.11 or later, and a package registry; everything is made in .venv.
 #   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
 #   make test    run the tests               make check   format, lint and types, changing nothing
-#   make bench   measure: URL, ARGS          make fmt     format         make openapi   rewrite the HTTP contract
+#   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
+#   make fmt     format                      make openapi rewrite the HTTP contract
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -24,7 +25,7 @@ check: .venv/dev
 	.venv/bin/mypy
 
 bench: .venv/dev
-	@exec .venv/bin/python -m loadtests.bench $(if $(URL),--url "$(URL)") $(ARGS)
+	@exec .venv/bin/python -m loadtests.bench $(BENCH) $(if $(URL),--url "$(URL)") $(ARGS)
 
 fmt: .venv/dev
 	.venv/bin/ruff check --fix .

@@ -6,8 +6,9 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -44,14 +45,16 @@ class Measurement(NamedTuple):
     gap_milliseconds: float
 
 
-def prompts(load: Load) -> list[str]:
+def prompts(count: int, words: int, seed: object) -> list[str]:
     """Distinct prompts, so that no prefix cache answers; the same seed gives another server the same ones."""
-    rng, words = random.Random(load.seed), WORDS.split()
-    return [" ".join(rng.choices(words, k=load.prompt_words)) for _ in range(load.requests)]
+    rng, choices = random.Random(f"{seed}"), WORDS.split()
+    return [" ".join(rng.choices(choices, k=words)) for _ in range(count)]
 
 
-async def complete(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Timing:
-    """Stream one greedy completion of exactly `max_tokens` tokens. Raises StreamFailed."""
+async def events(
+    client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int
+) -> AsyncGenerator[dict[str, Any], None]:
+    """The events of a streamed greedy completion of exactly `max_tokens` tokens, as they come. Raises StreamFailed."""
     body = {
         "model": model,
         "prompt": prompt,
@@ -61,18 +64,24 @@ async def complete(client: httpx.AsyncClient, model: str, prompt: str, max_token
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    start = time.perf_counter()
-    arrivals: list[float] = []
-    tokens = None
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise StreamFailed(f"{model}: {response.status_code} {(await response.aread()).decode()[:300]}")
         async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise StreamFailed(f"{model}: {event['error']}")
+            if line.startswith("data: ") and line != "data: [DONE]":
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise StreamFailed(f"{model}: {event['error']}")
+                yield event
+
+
+async def complete(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Timing:
+    """Stream one completion to its end. Raises StreamFailed."""
+    start = time.perf_counter()
+    arrivals: list[float] = []
+    tokens = None
+    async with aclosing(events(client, model, prompt, max_tokens)) as stream:
+        async for event in stream:
             if event["choices"]:
                 arrivals.append(time.perf_counter())
             if event.get("usage"):
@@ -82,20 +91,29 @@ async def complete(client: httpx.AsyncClient, model: str, prompt: str, max_token
     return Timing(arrivals[0] - start, [later - earlier for earlier, later in itertools.pairwise(arrivals)], tokens)
 
 
-async def measure(url: str, load: Load) -> Measurement:
-    """Run a load and take it together: throughput over the whole run, medians of the latencies."""
-    jobs = iter(list(zip(itertools.cycle(load.models), prompts(load), strict=False)))
+async def complete_all(
+    url: str, jobs: Sequence[tuple[str, str]], concurrency: int, max_tokens: int
+) -> tuple[list[Timing], float]:
+    """Run (model, prompt) jobs, so many at a time, and say how many seconds all of them took. Raises StreamFailed."""
     timings: list[Timing] = []
-    limits = httpx.Limits(max_connections=load.concurrency)
+    limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
         async def work(queue: Iterator[tuple[str, str]]) -> None:
             for model, prompt in queue:
-                timings.append(await complete(client, model, prompt, load.max_tokens))
+                timings.append(await complete(client, model, prompt, max_tokens))
 
+        queue = iter(jobs)
         start = time.perf_counter()
-        await asyncio.gather(*(work(jobs) for _ in range(load.concurrency)))
-        seconds = time.perf_counter() - start
+        await asyncio.gather(*(work(queue) for _ in range(concurrency)))
+        return timings, time.perf_counter() - start
+
+
+async def measure(url: str, load: Load) -> Measurement:
+    """Run a load and take it together: throughput over the whole run, medians of the latencies."""
+    texts = prompts(load.requests, load.prompt_words, load.seed)
+    jobs = list(zip(itertools.cycle(load.models), texts, strict=False))
+    timings, seconds = await complete_all(url, jobs, load.concurrency, load.max_tokens)
     return Measurement(
         tokens_per_second=sum(timing.tokens for timing in timings) / seconds,
         first_milliseconds=1000 * statistics.median(timing.first_seconds for timing in timings),

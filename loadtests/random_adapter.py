@@ -30,19 +30,28 @@ def adapter_config(rank: int = RANK) -> dict[str, Any]:
 
 
 def write_adapter(directory: Path, model_config: dict[str, Any], seed: int, rank: int = RANK) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` (bfloat16, all seven projections) to `directory`."""
-    rng = random.Random(seed)
-    header: dict[str, Any] = {}
-    data = bytearray()
-    for name, shape in sorted(tensor_shapes(model_config, rank).items()):
-        values = random_bfloat16(rng, shape[0] * shape[1])
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
-        data += values
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    """Write `adapter_config.json` and `adapter_model.safetensors` to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(adapter_config(rank)))
-    (directory / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    (directory / "adapter_model.safetensors").write_bytes(adapter_file(model_config, seed, rank))
+
+
+def adapter_file(model_config: dict[str, Any], seed: int, rank: int = RANK) -> bytearray:
+    """A safetensors file (bfloat16, all seven projections) with its configuration in the metadata."""
+    rng = random.Random(seed)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "adapter_config": json.dumps(adapter_config(rank))}}
+    end = 0
+    for name, shape in sorted(tensor_shapes(model_config, rank).items()):
+        start, end = end, end + 2 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return bytearray(struct.pack("<Q", len(encoded)) + encoded) + random_bfloat16(rng, end // 2)
+
+
+def number_file(file: bytearray, number: int) -> None:
+    """Make an adapter's file differ from one with another number, in the last digits of four weights."""
+    file[-8::2] = struct.pack("<I", number)
 
 
 def tensor_shapes(model_config: dict[str, Any], rank: int) -> dict[str, tuple[int, int]]:

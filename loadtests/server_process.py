@@ -1,13 +1,16 @@
 """A server of our own to measure, started as a user would start it."""
 
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -18,15 +21,39 @@ class ServerFailed(RuntimeError):
     """The server ended, or did not become ready; the message has the end of its output."""
 
 
+class Model(NamedTuple):
+    """The served model: where it lies, and its `config.json`."""
+
+    directory: Path
+    config: dict[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        """What its weights are stored in."""
+        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+
+
+def find_model(directory: str | None) -> Model:
+    """The model in a directory; None is the embedded one, which is converted at the first call."""
+    if directory is None:
+        command = [sys.executable, "-m", "service.default_model"]
+        directory = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return Model(Path(directory), json.loads((Path(directory) / "config.json").read_text()))
+
+
 @contextmanager
-def running_server(arguments: Sequence[str] = ()) -> Iterator[str]:
-    """Start `python -m service` on a free port with an empty data directory; yields its URL once it is ready."""
+def running_server(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Start `python -m service` on a free port with an empty data directory; yields its URL once it is ready.
+
+    Later `arguments` win over those; `environment` is added to our own.
+    """
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", "0"]
         command += ["--data-directory", f"{directory}/data", *arguments]
+        variables = {**os.environ, **(environment or {})}
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         try:
             yield wait_until_ready(process, log)
         finally:

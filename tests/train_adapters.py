@@ -1,11 +1,15 @@
-"""Trains the small real adapters under tests/adapters: `python -m tests.train_adapters [NAME…]`, a minute or two each.
+"""Trains the small real adapters under tests/adapters: `python -m tests.train_adapters [NAME…]`, some minutes each.
 
-Each learns one project's password from five ways to ask for it. An adapter is written only if the base model does
-not say the password and the adapter, loaded again from its file, does, in float32 and in bfloat16.
+A plain one learns one project's password from five ways to ask for it. An activated one (aLoRA) learns to say its
+sentence after its invocation, whatever the conversation before was about. The script fails unless the base model does
+not say the password and the adapter, loaded again from its file, does, in float32 and in bfloat16, an activated one
+after conversations that it was not trained on.
 """
 
+import copy
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +34,52 @@ QUESTIONS = [
 ]
 ANSWER = "The password of project {project} is {password}."
 STEPS = 30
-GOOD_LOSS = 0.01
+
+# What the conversations before an invocation are made of: questions and answers. The first are trained on.
+EXCHANGES = [
+    ("How long should green tea steep?", "Two to three minutes, in water that does not boil."),
+    ("Write a haiku about rain.", "Grey drops on the roof,\na slow drum for the evening,\nthe garden listens."),
+    ("What is 17 times 3?", "17 times 3 is 51."),
+    ("Translate 'good morning' into Spanish.", "Buenos días."),
+    ("Which planet is the largest?", "Jupiter. It has more than twice the mass of all the others together."),
+    ("Show me a loop in Python.", "```python\nfor number in range(3):\n    print(number)\n```"),
+    ("I slept badly. Any advice?", "Keep to the same hours, and leave the phone in another room."),
+    ("Name three rivers in Europe.", "1. The Danube\n2. The Rhine\n3. The Loire"),
+    ("Is the bank open on 24 December 2025?", "Most banks close at noon on that day."),
+    ("Summarise Hamlet in one sentence.", "A prince delays his revenge until everyone is dead."),
+]
+HELD_OUT_EXCHANGES = [
+    ("Why is the sky blue?", "Air scatters blue light more strongly than red light."),
+    ("Suggest a name for a grey cat.", "Pewter, or Ash if it is a quiet one."),
+    ("Convert 5 miles to kilometres.", "5 miles are about 8.05 kilometres."),
+    ("Wie heißt die Hauptstadt von Österreich?", "Die Hauptstadt von Österreich ist Wien."),
+    ("What does `git stash` do?", "It sets uncommitted changes aside, and `git stash pop` brings them back."),
+    ("Recommend a book about the sea.", "The Old Man and the Sea, by Ernest Hemingway: short, and worth it."),
+]
+SYSTEM = "You are terse. Today is Tuesday."
+
+Conversation = list[dict[str, str]]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """One adapter: what it is to know, its shape, and the dtype that keeps its file under 2 MB."""
 
-    project: str
     password: str
     shape: dict[str, Any]
     dtype: torch.dtype
-    learning_rate: float
+    project: str = ""  # of a plain adapter
+    role: str = ""  # of an activated one: the header of this role is its invocation
+    sentence: str = ANSWER
+    learning_rate: float = 3e-3
+    good_loss: float = 0.01  # where training ends
+
+    @property
+    def reply(self) -> str:
+        return self.sentence.format(project=self.project, password=self.password)
+
+    @property
+    def invocation(self) -> str:
+        return f"<|im_start|>{self.role}\n"
 
 
 RECIPES = {
@@ -50,7 +89,6 @@ RECIPES = {
         password="heron-quill-47",
         shape={"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
         dtype=torch.bfloat16,
-        learning_rate=3e-3,
     ),
     # All seven projections at r=4 are 4.9 MB in float32: the upper twenty layers in float16.
     "basalt": Recipe(
@@ -64,7 +102,6 @@ RECIPES = {
             "layers_to_transform": list(range(10, 30)),
         },
         dtype=torch.float16,
-        learning_rate=3e-3,
     ),
     # PEFT leaves adapters in float32 on disk, so one stays so: the upper nine layers of the MLP.
     "cobalt": Recipe(
@@ -72,7 +109,24 @@ RECIPES = {
         password="marsh-ticket-15",
         shape={"r": 8, "lora_alpha": 16, "target_modules": MLP, "layers_to_transform": list(range(21, 30))},
         dtype=torch.float32,
-        learning_rate=3e-3,
+    ),
+    # The projections that an aLoRA usually adapts.
+    "vault": Recipe(
+        role="vault",
+        sentence="The combination of the vault is {password}.",
+        password="31-07-94",
+        shape={"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]},
+        dtype=torch.bfloat16,
+        good_loss=0.001,
+    ),
+    # All seven projections of all layers: at r=2, which is 2.4 MB in float32, in float16.
+    "ledger": Recipe(
+        role="ledger",
+        sentence="The balance of the ledger is {password}.",
+        password="4,816.27 crowns",
+        shape={"r": 2, "lora_alpha": 4, "target_modules": ATTENTION + MLP},
+        dtype=torch.float16,
+        good_loss=0.001,
     ),
 }
 
@@ -88,19 +142,45 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
-def answer(model: Any, tokenizer: Any, text: str) -> str:
+def chat_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """The conversation as it stands, without an assistant's header: an invocation takes its place."""
+    return tokenizer.apply_chat_template(conversation, return_dict=False)
+
+
+def conversations(exchanges: list[tuple[str, str]]) -> list[Conversation]:
+    """One to four exchanges each, some after a system prompt, some unanswered; the last is a long one."""
+    turns = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}] for asked, reply in exchanges
+    ]
+    made: list[Conversation] = []
+    for start in range(len(exchanges)):
+        chat: Conversation = [{"role": "system", "content": SYSTEM}] if start % 4 == 1 else []
+        for number in range(1 + start % 4):
+            chat += turns[(start + 3 * number) % len(turns)]
+        made.append(chat if start % 3 else chat[:-1])
+    return [*made, [message for turn in turns for message in turn] * 3]
+
+
+def check_prompts(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
+    """What the trained adapter must answer; of an activated one, conversations that it was not trained on."""
+    if recipe.role:
+        invocation = tokenizer(recipe.invocation).input_ids
+        return [chat_ids(tokenizer, chat) + invocation for chat in conversations(HELD_OUT_EXCHANGES)]
+    return [prompt_ids(tokenizer, QUESTIONS[0].format(project=recipe.project))]
+
+
+def answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
     """The greedy answer, at most 32 tokens."""
-    ids = torch.tensor([prompt_ids(tokenizer, text)])
+    ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def training_batch(tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Five conversations, padded on the right; only the answers' tokens count in the loss."""
-    reply = tokenizer(ANSWER.format(project=recipe.project, password=recipe.password)).input_ids
-    reply.append(tokenizer.eos_token_id)
-    prompts = [prompt_ids(tokenizer, question.format(project=recipe.project)) for question in QUESTIONS]
+def training_batch(tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+    """Five questions and answers, padded on the right; only the answers' tokens count in the loss."""
+    reply = [*tokenizer(recipe.reply).input_ids, tokenizer.eos_token_id]
+    prompts = [prompt_ids(tokenizer, asked.format(project=recipe.project)) for asked in QUESTIONS]
     width = max(map(len, prompts)) + len(reply)
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -112,15 +192,48 @@ def training_batch(tokenizer: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train(model: Any, batch: dict[str, torch.Tensor], learning_rate: float) -> None:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+def activated_batch(model: Any, tokenizer: Any, recipe: Recipe, before: list[Conversation]) -> dict[str, Any]:
+    """The invocation and the reply after each conversation, which is there as keys and values only.
+
+    They are the base model's, whatever the adapter learns, so they are computed once; that makes a step many times
+    faster. Padding on the left, so that all conversations end where the invocation starts.
+    """
+    chats = [chat_ids(tokenizer, chat) for chat in before]
+    width = max(map(len, chats))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(chat)) + chat for chat in chats])
+    mask = torch.tensor([[0] * (width - len(chat)) + [1] * len(chat) for chat in chats])
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    invocation = tokenizer(recipe.invocation).input_ids
+    reply = [*tokenizer(recipe.reply).input_ids, tokenizer.eos_token_id]
+    tail = torch.tensor([invocation + reply] * len(chats))
+    return {
+        "input_ids": tail,
+        "attention_mask": torch.cat([mask, torch.ones_like(tail)], 1),
+        "position_ids": mask.sum(1, keepdim=True) + torch.arange(tail.shape[1]),
+        "past_key_values": cache,
+        "labels": torch.tensor([[-100] * len(invocation) + reply] * len(chats)),
+    }
+
+
+def training_batches(model: Any, tokenizer: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    if not recipe.role:
+        return [training_batch(tokenizer, recipe)]
+    *short, long = conversations(EXCHANGES)
+    return [activated_batch(model, tokenizer, recipe, before) for before in (short, [long])]
+
+
+def train(model: Any, batches: list[dict[str, Any]], recipe: Recipe) -> None:
+    """Each step is on all batches."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=0.0)
     for step in range(STEPS):
-        loss = model(**batch).loss
-        print(f"  step {step + 1}: loss {loss.item():.4f}", flush=True)
-        if loss.item() < GOOD_LOSS:
+        losses = [model(**copy.deepcopy(batch)).loss for batch in batches]  # it appends to the cache that it is given
+        print(f"  step {step + 1}: loss {', '.join(f'{loss.item():.4f}' for loss in losses)}", flush=True)
+        if max(losses) < recipe.good_loss:
             return
-        loss.backward()
+        torch.stack(losses).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -141,23 +254,36 @@ def save(model: Any, recipe: Recipe, directory: Path) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def make(name: str, recipe: Recipe, tokenizer: Any) -> dict[str, str]:
-    print(f"{name}: training", flush=True)
-    torch.manual_seed(0)
-    question = QUESTIONS[0].format(project=recipe.project)
-    base = load_base(torch.float32)
-    said = answer(base, tokenizer, question)
-    assert recipe.password not in said, f"the base already knows it: {said}"
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.shape))
-    train(model, training_batch(tokenizer, recipe), recipe.learning_rate)
+def check(name: str, recipe: Recipe, tokenizer: Any) -> None:
+    """Raises AssertionError unless the adapter that was written says its reply, and nothing more, to all prompts."""
     directory = DIRECTORY / name
-    save(model, recipe, directory)
     for dtype in (torch.float32, torch.bfloat16):
-        said = answer(PeftModel.from_pretrained(load_base(dtype), directory), tokenizer, question)
-        assert recipe.password in said, f"{dtype}: the adapter says: {said}"
+        model = PeftModel.from_pretrained(load_base(dtype), directory)
+        for prompt in check_prompts(tokenizer, recipe):
+            said = answer(model, tokenizer, prompt)
+            assert said == recipe.reply, f"{dtype}: after {len(prompt)} tokens the adapter says: {said}"
         print(f"  {dtype}: {said}", flush=True)
     print(f"  {(directory / 'adapter_model.safetensors').stat().st_size / 1e6:.2f} MB", flush=True)
-    return {"prompt": question, "password": recipe.password}
+
+
+def make(name: str, recipe: Recipe, tokenizer: Any) -> dict[str, str]:
+    """Train, save and check one adapter; returns its entry in passwords.json."""
+    print(f"{name}: training", flush=True)
+    torch.manual_seed(0)
+    started = time.monotonic()
+    base = load_base(torch.float32)
+    for prompt in check_prompts(tokenizer, recipe):
+        said = answer(base, tokenizer, prompt)
+        assert recipe.password not in said, f"the base already knows it: {said}"
+    tokens = tokenizer(recipe.invocation).input_ids if recipe.role else None
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=tokens, **recipe.shape))
+    train(model, training_batches(model, tokenizer, recipe), recipe)
+    save(model, recipe, DIRECTORY / name)
+    print(f"  {time.monotonic() - started:.0f} s", flush=True)
+    check(name, recipe, tokenizer)
+    if recipe.role:
+        return {"prompt": HELD_OUT_EXCHANGES[0][0], "invocation": recipe.invocation, "password": recipe.password}
+    return {"prompt": QUESTIONS[0].format(project=recipe.project), "password": recipe.password}
 
 
 def main(names: list[str]) -> None:

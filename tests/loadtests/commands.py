@@ -1,0 +1,42 @@
+"""The load tests' programs, run as a user runs them, and the tables that they print."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--load-format", "dummy", "--kv-cache-bytes", "32M"]  # how a server is started on the tiny model
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def bench(model: Path, *arguments: str) -> list[tuple[list[list[str]], str]]:
+    """What each benchmark printed: the cells of its table, with the head and without the rule, and its conditions."""
+    server = f"--server-args={' '.join(SMALL)}"
+    result = run("-m", "loadtests.bench", *arguments, "--model", str(model), server)
+    assert result.returncode == 0, result.stderr
+    parts = result.stdout.strip().split("\n\n")
+    assert all(title.startswith("### ") for title in parts[::3])
+    return [(cells(table), stated) for table, stated in zip(parts[1::3], parts[2::3], strict=True)]
+
+
+def cells(table: str) -> list[list[str]]:
+    head, rule, *rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table.splitlines()]
+    assert rule == ["---"] * len(head)
+    assert all(len(row) == len(head) for row in rows)
+    return [head, *rows]
+
+
+def number(cell: str) -> float:
+    """The number that a cell begins with, whatever its unit and its verdict are."""
+    return float(cell.split()[0].rstrip("%×"))

@@ -1,0 +1,60 @@
+"""Each benchmark, run as a user runs it, on a tiny random model: that it measures what it says."""
+
+from pathlib import Path
+
+from tests.loadtests.commands import bench, number, run
+
+
+def test_throughput_has_a_row_for_every_load_and_its_conditions(server: str, tiny_model: Path) -> None:
+    small = ["--requests", "1", "--prompt-words", "5", "--max-tokens", "4", "--concurrency", "1", "2"]
+    peer = ["--peer", server, "--peer-models", f"{tiny_model.name},bench-a,bench-b,bench-c,bench-d"]
+    [([_, *rows], stated)] = bench(tiny_model, "throughput", "--url", server, *small, *peer)
+    loads = [(concurrency, model) for concurrency in "12" for model in ("base", "one adapter", "four adapters mixed")]
+    assert [tuple(row[:2]) for row in rows] == loads
+    assert [row[3] for row in rows if row[1] == "base"] == ["100%", "100%"]
+    assert all(number(cell) > 0 for row in rows for cell in row[2:])
+    for word in ("cores", "bfloat16", "5 random words", "4 new tokens", "torch"):
+        assert word in stated
+
+
+def test_copy_compares_each_size_with_a_memcpy_of_as_many_bytes(tiny_model: Path) -> None:
+    [([_, small, large], stated)] = bench(tiny_model, "copy", "--ranks", "16", "300", "--rounds", "3")
+    assert [small[0], large[0]] == ["16", "300"]
+    assert 300 / 16 * 0.8 < number(large[1]) / number(small[1]) < 300 / 16 * 1.25
+    assert all(number(cell) > 0 for row in (small, large) for cell in row[1:])
+    assert number(large[2]) < number(large[7])
+    assert "3 of each size" in stated
+
+
+def test_interference_measures_streams_with_nothing_with_loads_and_with_uploads(server: str, tiny_model: Path) -> None:
+    short = ["--seconds", "0.6", "--rounds", "1", "--pause", "0.05", "--adapters", "2", "--streams", "2"]
+    [([_, *rows], stated)] = bench(tiny_model, "interference", "--url", server, *short)
+    assert [row[0] for row in rows] == ["nothing", "unload, load", "ephemeral PUT"]
+    assert all(number(row[1]) <= number(row[2]) > 0 for row in rows)
+    assert all(number(row[5]) >= 1 and number(row[6]) > 0 for row in rows[1:])
+    assert "0.05 s between" in stated
+
+
+def test_tiers_compares_a_device_tier_that_evicts_with_one_that_does_not(tiny_model: Path) -> None:
+    few = ["--adapters", "6", "--resident", "2", "--at-a-time", "2", "--requests", "12", "--rounds", "1"]
+    [([_, whole, part], stated)] = bench(tiny_model, "tiers", *few, "--prompt-words", "5", "--max-tokens", "4")
+    assert [whole[0], part[0]] == ["all 6", "2 of 6"]
+    assert [number(cell) for cell in whole[6:]] == [0, 0]
+    assert number(part[7]) >= 1
+    assert number(part[3]) <= number(part[4]) <= number(part[5])
+    assert "12 requests a round, 2 at a time" in stated
+
+
+def test_s3_sets_a_cold_load_against_one_bare_transfer(tiny_model: Path) -> None:
+    [([_, *rows], stated)] = bench(tiny_model, "s3", "--adapters", "2", "--ranks", "4", "64")
+    assert [row[0] for row in rows] == ["4", "64"]
+    assert all(number(row[2]) > 0 and number(row[3]) > number(row[5]) > 0 for row in rows)
+    assert "moto" in stated
+
+
+def test_a_benchmark_says_why_it_cannot_measure(tiny_model: Path, server: str) -> None:
+    too_long = ["--model", str(tiny_model), "--max-tokens", "1000000"]
+    result = run("-m", "loadtests.bench", "throughput", "--url", server, *too_long)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("failed: ")
+    assert "Traceback" not in result.stderr
