@@ -2,6 +2,7 @@
 #   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
+#   make bench-kv what aLoRA adapters gain by the base's KV, and a pipeline of them on too little of it: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check bench fmt openapi
+.PHONY: serve test check bench bench-kv fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -26,6 +27,9 @@ check: .venv/dev
 
 bench: .venv/dev
 	@exec .venv/bin/python -m loadtests.bench $(BENCH) $(if $(URL),--url "$(URL)") $(ARGS)
+
+bench-kv: .venv/dev
+	@exec .venv/bin/python -m loadtests.bench alora $(if $(URL),--url "$(URL)",overflow) $(ARGS)
 
 fmt: .venv/dev
 	.venv/bin/ruff check --fix .

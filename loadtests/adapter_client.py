@@ -54,6 +54,10 @@ class AdapterClient:
     def metrics(self) -> "Metrics":
         return Metrics(self._call("GET", "/metrics").text)
 
+    def kv(self) -> dict[str, Any]:
+        """What the KV cache holds, by block and by namespace."""
+        return self._call("GET", "/kv").json()
+
     def _call(self, method: str, path: str, **given: Any) -> httpx.Response:
         answer = self._client.request(method, path, **given)
         if answer.is_error:

@@ -1,7 +1,7 @@
 """Benchmarks of the server: `python -m loadtests.bench [NAME ...]`, all of them without a NAME.
 
-Each starts the servers that it needs; --url measures one that runs, with what can be measured there (throughput and
-interference). Options that a benchmark has no use for are ignored; those left out have its own defaults.
+Each starts the servers that it needs; --url measures one that runs, with what can be measured there (throughput,
+interference and alora). Options that a benchmark has no use for are ignored; those left out have its own defaults.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from types import ModuleType
 
 import httpx
 
-from loadtests import adapter_copy, interference, s3_cold_load, throughput, tiers
+from loadtests import adapter_copy, alora_first_token, interference, kv_overflow, s3_cold_load, throughput, tiers
 from loadtests.adapter_client import CallFailed
 from loadtests.completion_stream import StreamFailed
 from loadtests.report import say
@@ -26,8 +26,10 @@ BENCHMARKS: Mapping[str, ModuleType] = {
     "interference": interference,
     "tiers": tiers,
     "s3": s3_cold_load,
+    "alora": alora_first_token,
+    "overflow": kv_overflow,
 }
-ANY_SERVER = ("throughput", "interference")  # which need no server started for them
+ANY_SERVER = ("throughput", "interference", "alora")  # which need no server started for them
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +46,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, help="repetitions; medians are shown")
     add("--requests", type=int, help="throughput: per unit of concurrency, and at least 8; tiers: a round")
     add("--seconds", type=float, help="interference: of each stretch")
-    add("--adapters", type=int, help="how many; s3: of each rank")
+    add("--adapters", type=int, help="how many; s3: of each rank; overflow: checks")
     add("--ranks", type=int, nargs="+", help="copy, s3: of the adapters")
     add("--prompt-words", type=int, default=60)
     add("--max-tokens", type=int)

@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -21,11 +21,15 @@ class StreamFailed(RuntimeError):
 
 
 class Timing(NamedTuple):
-    """One completion: seconds to its first token, seconds between later ones, tokens made."""
+    """One completion: seconds to its first token, seconds between later ones, tokens made.
+
+    `prefilled` are the tokens of the prompt that the server did not find in its cache, if it says.
+    """
 
     first_seconds: float
     gaps: list[float]
     tokens: int
+    prefilled: int
 
 
 class Load(NamedTuple):
@@ -52,7 +56,7 @@ def prompts(count: int, words: int, seed: object) -> list[str]:
 
 
 async def events(
-    client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int
+    client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a streamed greedy completion of exactly `max_tokens` tokens, as they come. Raises StreamFailed."""
     body = {
@@ -75,20 +79,27 @@ async def events(
                 yield event
 
 
-async def complete(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Timing:
+async def complete(client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int) -> Timing:
     """Stream one completion to its end. Raises StreamFailed."""
     start = time.perf_counter()
     arrivals: list[float] = []
-    tokens = None
+    tokens, prefilled = None, 0
     async with aclosing(events(client, model, prompt, max_tokens)) as stream:
         async for event in stream:
             if event["choices"]:
                 arrivals.append(time.perf_counter())
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
+            if usage := event.get("usage"):
+                tokens = usage["completion_tokens"]
+                prefilled = usage["prompt_tokens"] - cached_tokens(usage)
     if not arrivals or tokens != max_tokens:
         raise StreamFailed(f"{model}: the stream ended with {tokens} tokens of {max_tokens}")
-    return Timing(arrivals[0] - start, [later - earlier for earlier, later in itertools.pairwise(arrivals)], tokens)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(arrivals)]
+    return Timing(arrivals[0] - start, gaps, tokens, prefilled)
+
+
+def cached_tokens(usage: Mapping[str, Any]) -> int:
+    """The tokens of a prompt that were in the server's cache; 0 from a server that does not say."""
+    return (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
 
 async def complete_all(

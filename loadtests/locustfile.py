@@ -11,7 +11,7 @@ import random
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from locust import HttpUser, between, events, task
 from locust.env import Environment
@@ -43,7 +43,18 @@ class StreamBroken(Exception):
     """A stream carried an error, or ended before its end."""
 
 
-class ChatUser(HttpUser):
+class Answer(NamedTuple):
+    """When each piece of text came (none if the model ended at once), the text, and what the server counted."""
+
+    arrivals: list[float]
+    text: str
+    usage: dict[str, Any]
+
+
+class StreamingUser(HttpUser):
+    """Has its own random numbers, the API key, and chats that are recorded as the module says."""
+
+    abstract = True
     wait_time = between(0, 0.1)
     numbers = itertools.count()
 
@@ -52,62 +63,70 @@ class ChatUser(HttpUser):
         self.random = random.Random(f"{settings.seed}/{next(self.numbers)}")
         if settings.api_key:
             self.client.headers["Authorization"] = f"Bearer {settings.api_key}"
-        self.models = settings.models.split(",") if settings.models else self.served_models()
-        self.weights = zipf_weights(len(self.models), settings.popularity)
 
-    def served_models(self) -> list[str]:
-        """Every name that the server lists; a server that lists none ends this user."""
+    def served_models(self) -> list[dict[str, Any]]:
+        """Every model that the server lists; a server that lists none ends this user."""
         with self.client.get("/v1/models", catch_response=True) as response:
-            if response.ok and (models := [card["id"] for card in response.json()["data"]]):
-                return models
+            if response.ok and (cards := response.json()["data"]):
+                return cards
             response.failure(f"no models: {response.status_code} {response.text[:200]}")
         raise StopUser
 
-    @task
-    def chat(self) -> None:
-        model = self.random.choices(self.models, self.weights)[0]
-        question = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": self.environment.parsed_options.max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+    def stream(self, model: str, messages: list[dict[str, str]], max_tokens: int, **more: Any) -> Answer | None:
+        """The answer to a chat; None if the request failed, which is recorded."""
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, **more}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         start = time.perf_counter()
         request = self.client.post("/v1/chat/completions", json=body, stream=True, catch_response=True, name=model)
         with request as response:
             if not response.ok:
                 response.failure(f"{response.status_code} {response.text[:200]}")
-                return
+                return None
             try:
-                arrivals, tokens = read_stream(response.iter_lines(chunk_size=None))
+                answer = read_stream(response.iter_lines(chunk_size=None))
             except StreamBroken as error:
                 response.failure(str(error))
-                return
+                return None
+        arrivals, tokens = answer.arrivals, answer.usage["completion_tokens"]
         if arrivals:
             record(self.environment, "first token", model, arrivals[0] - start)
         if len(arrivals) > 1 and tokens > 1:
             record(self.environment, "per token", model, (arrivals[-1] - arrivals[0]) / (tokens - 1))
+        return answer
 
 
-def read_stream(lines: Iterable[bytes]) -> tuple[list[float], int]:
-    """When each piece of text came (none if the model ended at once), and the count of tokens. Raises StreamBroken."""
+class ChatUser(StreamingUser):
+    def on_start(self) -> None:
+        super().on_start()
+        settings = self.environment.parsed_options
+        named = settings.models.split(",") if settings.models else []
+        self.models = named or [card["id"] for card in self.served_models()]
+        self.weights = zipf_weights(len(self.models), settings.popularity)
+
+    @task
+    def chat(self) -> None:
+        model = self.random.choices(self.models, self.weights)[0]
+        question = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
+        self.stream(model, [{"role": "user", "content": question}], self.environment.parsed_options.max_tokens)
+
+
+def read_stream(lines: Iterable[bytes]) -> Answer:
+    """Raises StreamBroken."""
     arrivals: list[float] = []
-    tokens = None
+    text, usage = "", None
     for line in lines:
         if line == b"data: [DONE]":
-            if tokens is None:
+            if usage is None:
                 raise StreamBroken("the stream did not tell its usage")
-            return arrivals, tokens
+            return Answer(arrivals, text, usage)
         if line.startswith(b"data: "):
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
                 raise StreamBroken(event["error"]["message"])
-            if any(choice["delta"].get("content") for choice in event["choices"]):
+            if piece := "".join(choice["delta"].get("content") or "" for choice in event["choices"]):
                 arrivals.append(time.perf_counter())
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
+                text += piece
+            usage = event.get("usage") or usage
     raise StreamBroken("the stream ended without [DONE]")
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 UPPER_BYTE = bytes(byte & 0x80 | 0x3C for byte in range(256))
 
 
-def adapter_config(rank: int = RANK) -> dict[str, Any]:
-    """The fields that PEFT and other servers need to read the adapter."""
+def adapter_config(rank: int = RANK, invocation: Sequence[int] | None = None) -> dict[str, Any]:
+    """The fields that PEFT and other servers need to read the adapter; an `invocation` makes it an aLoRA."""
+    activated = {} if invocation is None else {"alora_invocation_tokens": list(invocation)}
     return {
+        **activated,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -36,10 +39,16 @@ def write_adapter(directory: Path, model_config: dict[str, Any], seed: int, rank
     (directory / "adapter_model.safetensors").write_bytes(adapter_file(model_config, seed, rank))
 
 
-def adapter_file(model_config: dict[str, Any], seed: int, rank: int = RANK) -> bytearray:
-    """A safetensors file (bfloat16, all seven projections) with its configuration in the metadata."""
+def adapter_file(
+    model_config: dict[str, Any], seed: int, rank: int = RANK, invocation: Sequence[int] | None = None
+) -> bytearray:
+    """A safetensors file (bfloat16, all seven projections) with its configuration in the metadata.
+
+    The weights of an aLoRA are those of the plain LoRA of the same seed.
+    """
     rng = random.Random(seed)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "adapter_config": json.dumps(adapter_config(rank))}}
+    config = json.dumps(adapter_config(rank, invocation))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "adapter_config": config}}
     end = 0
     for name, shape in sorted(tensor_shapes(model_config, rank).items()):
         start, end = end, end + 2 * shape[0] * shape[1]

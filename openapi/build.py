@@ -13,7 +13,7 @@ import msgspec
 from starlette.routing import Route
 
 from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
-from service import adapter_resource, adapters, dialects, schemas
+from service import adapter_resource, adapters, dialects, kv_resource, schemas
 from service.app import routes
 
 CONTRACT = Path(__file__).with_name("openapi.json")
@@ -40,7 +40,7 @@ def structs() -> list[type]:
     """Every Struct of the HTTP bodies; those of a query string are spelled out as parameters instead."""
     found = [
         member
-        for module in (schemas, adapters, adapter_resource, dialects)
+        for module in (schemas, adapters, adapter_resource, dialects, kv_resource)
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]
@@ -98,11 +98,15 @@ def describe(path: str, operation: Operation) -> dict[str, Any]:
 def answer(operation: Operation, schema: Any) -> dict[str, Any]:
     if schema is None:
         return {"description": "Done; no body."}
-    content = {operation.media: {"schema": as_schema(schema)}}
+    content: dict[str, Any] = {operation.media: {"schema": as_schema(schema)}}
     if operation.streams:
         text = f"Server-sent events, each the JSON of a {operation.streams}; the last is [DONE]."
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
-    return {"description": "The answer.", "content": content}
+    answered: dict[str, Any] = {"description": "The answer.", "content": content}
+    if operation.answer_headers:
+        shown = operation.answer_headers.items()
+        answered["headers"] = {name: {"description": text, "schema": {"type": "string"}} for name, text in shown}
+    return answered
 
 
 def body_content(body: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the HTTP contract says of each call beyond its route: words, Structs, headers, status codes."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from service.adapter_queries import DeleteQuery, PutQuery, WaitQuery
@@ -7,6 +8,7 @@ from service.adapter_resource import Adapter, AdapterList
 from service.adapters import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
 from service.invocations import ADAPTER_HEADER
+from service.kv_resource import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, ModelCard, ModelList
 
 JSON, TEXT = "application/json", "text/plain"
@@ -24,6 +26,23 @@ BUNDLE = {
 }
 
 
+GENERATED = {
+    "x-adapter-digest": "The adapter that `model` meant.",
+    "x-queue-time-ms": "Milliseconds before the first step.",
+    "x-cached-tokens": "Tokens of the prompts whose K/V were reused.",
+    "x-time-to-first-token-ms": "Milliseconds from the request's arrival; not of a stream.",
+    "x-alora-invocation": (
+        "To an aLoRA adapter only: whether its invocation was found in the prompt, was appended to it, or the base ran "
+        "instead: `found`, `appended` or `base`. Of several prompts one each, in order and separated by commas, at "
+        "most 64."
+    ),
+    "x-alora-activation": (
+        "To an aLoRA adapter only: the index of the first token of the prompt that the adapter applies to; of several "
+        "prompts as x-alora-invocation, with - for one that ran on the base. Left out where all did."
+    ),
+}
+
+
 class Operation(NamedTuple):
     """One call. `body` is a Struct or schemas by content type; `answers` has a Struct, a schema or None by status."""
 
@@ -34,6 +53,7 @@ class Operation(NamedTuple):
     headers: tuple[str, ...] = ()
     streams: str | None = None
     media: str = JSON
+    answer_headers: Mapping[str, str] = {}
 
 
 def word(field: str) -> dict[str, Any]:
@@ -99,18 +119,34 @@ OPERATIONS = {
         {200: either(ChatCompletion, Completion)},
         body={JSON: either(ChatRequest, CompletionRequest)},
         headers=(ADAPTER_HEADER,),
+        answer_headers=GENERATED,
     ),
     ("POST", "/v1/completions"): Operation(
         "Complete a prompt: text, texts or token ids.",
         {200: Completion},
         body=CompletionRequest,
         streams="Completion",
+        answer_headers=GENERATED,
     ),
     ("POST", "/v1/chat/completions"): Operation(
         "Answer a conversation, laid out by the model's own chat template.",
         {200: ChatCompletion},
         body=ChatRequest,
         streams="ChatChunk",
+        answer_headers=GENERATED,
+    ),
+    ("GET", "/kv"): Operation("Look at the KV cache, as a whole and by namespace.", {200: KvCache}),
+    ("GET", "/kv/prefixes"): Operation("List the prefixes that are held.", {200: PrefixList}),
+    ("POST", "/kv/prefixes"): Operation(
+        "Compute a prefix and hold its K/V until a time is over or it is deleted: 201; 409 when the blocks that may be "
+        "held are. With `pin` false compute it only: 200.",
+        {201: HeldPrefix, 200: HeldPrefix},
+        body=PrefixRequest,
+    ),
+    ("GET", "/kv/prefixes/{id}"): Operation("Look at a prefix; 404 once it is held no longer.", {200: HeldPrefix}),
+    ("DELETE", "/kv/prefixes/{id}"): Operation("Hold a prefix no longer.", {204: None}),
+    ("DELETE", "/kv/namespaces/{namespace}"): Operation(
+        "Drop the K/V of `base` or of an adapter, by digest or by name, and end the prefixes held of it.", {204: None}
     ),
     ("GET", "/v1/models"): Operation("List what may be named as `model`.", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("Look at one of them.", {200: ModelCard}),

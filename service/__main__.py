@@ -147,3 +147,5 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     main(sys.argv[1:], os.environ)
+    logging.shutdown()
+    os._exit(0)  # at once: a thread that waits for a store which does not answer would hold the process for minutes

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from starlette.datastructures import State
 
-from runtime.messages import AdapterState, Tier
+from runtime.messages import AdapterState, Stats, Tier
 from service.adapter_version import AdapterVersion
 from service.catalog import Catalog
 from service.imports import Import
@@ -23,7 +23,9 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     """What GET /adapters/{name} shows. Times are seconds since 1970.
 
     What a first import has yet to find out is null. `tier` is the highest that has it whole. `reason` says why the
-    state is `failed`, or why the last import over a version that still serves has failed.
+    state is `failed`, or why the last import over a version that still serves has failed. `invocation_tokens` are an
+    aLoRA's. `kv_blocks` are those of its namespace, in use and cached: null where the engine was not asked (in answers
+    to changes) or did not say in time. `requests_in_flight` counts held prefixes too.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None
     progress: Progress | None
     requests_in_flight: int
+    invocation_tokens: list[int] | None
+    kv_blocks: int | None
     warnings: list[str]
 
 
@@ -51,27 +55,29 @@ class AdapterList(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[Adapter]
 
 
-def find_adapter(state: State, name: str) -> Adapter | None:
+def find_adapter(state: State, name: str, stats: Stats | None = None) -> Adapter | None:
     """A name's version, or the import that is to give it one, or the version that drains after it lost the name."""
     catalog: Catalog = state.catalog
     job: Import | None = state.imports.get(name)
     if (version := catalog.resolve(name)) is not None:
-        return adapter_resource(state, version, job)
+        return adapter_resource(state, version, job, stats)
     if job is not None:
         return _imported(job)
     draining = catalog.draining(name)
-    return None if draining is None else adapter_resource(state, draining)
+    return None if draining is None else adapter_resource(state, draining, stats=stats)
 
 
-def list_adapters(state: State) -> list[Adapter]:
+def list_adapters(state: State, stats: Stats | None = None) -> list[Adapter]:
     """Every named version and every import of a new name, by name."""
     jobs: dict[str, Import] = {job.name: job for job in state.imports.jobs()}
-    found = [adapter_resource(state, version, jobs.pop(version.name, None)) for version in state.catalog.list()]
+    found = [adapter_resource(state, version, jobs.pop(version.name, None), stats) for version in state.catalog.list()]
     return sorted([*found, *map(_imported, jobs.values())], key=lambda adapter: adapter.name)
 
 
-def adapter_resource(state: State, version: AdapterVersion, job: Import | None = None) -> Adapter:
-    """A version as it is now, with the import under way over it."""
+def adapter_resource(
+    state: State, version: AdapterVersion, job: Import | None = None, stats: Stats | None = None
+) -> Adapter:
+    """A version as it is now, with the import under way over it; `stats` are a recent snapshot of the engine."""
     catalog: Catalog = state.catalog
     engine: AdapterState | None = state.engine.adapter_states.get(version.digest)
     record, failure = version.record, catalog.failure(version)
@@ -108,6 +114,8 @@ def adapter_resource(state: State, version: AdapterVersion, job: Import | None =
         reason=failure,
         progress=progress,
         requests_in_flight=version.requests,
+        invocation_tokens=record.invocation_tokens,
+        kv_blocks=None if stats is None else _kv_blocks(stats, record.digest),
         warnings=record.warnings,
     )
 
@@ -120,6 +128,11 @@ def _tier(
     if version.ephemeral:
         return "host"  # its file is in memory
     return "disk" if catalog.on_disk(version) else "remote"
+
+
+def _kv_blocks(stats: Stats, digest: str) -> int:
+    namespace = stats.namespaces.get(digest)
+    return 0 if namespace is None else namespace.blocks_used + namespace.blocks_cached
 
 
 def _progress(catalog: Catalog, version: AdapterVersion, engine: AdapterState | None) -> Progress | None:
@@ -154,5 +167,7 @@ def _imported(job: Import) -> Adapter:
         reason=None if job.error is None else job.error.message,
         progress=progress,
         requests_in_flight=0,
+        invocation_tokens=None,
+        kv_blocks=None,
         warnings=[],
     )

@@ -1,8 +1,11 @@
 """Where adapters are kept for good, and where their files lie on this machine."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol, TypeVar
 
 from blake3 import blake3
 
@@ -14,12 +17,17 @@ from storage.s3 import S3Store
 from storage.store import Corrupt, NotFound, OnProgress, Store
 
 PREFIX, SUFFIX = "blobs/", ".safetensors"
+_THREADS = 16  # at once; a store that does not answer holds some of them for seconds, and none of anybody else's
+_T = TypeVar("_T")
 
 
 class AdapterFiles(Protocol):
     """The canonical files of stored adapters, by digest; all but `path`, `has`, `hold` and `release` block."""
 
-    scratch: Path  # where uploads are staged, on the same file system
+    @property
+    def scratch(self) -> Path:
+        """Where uploads are staged, on the same file system."""
+        ...
 
     def path(self, digest: str) -> Path:
         """Where the file is, or would be."""
@@ -33,6 +41,10 @@ class AdapterFiles(Protocol):
         """Store a file durably, unless the store has it and `replace` is false; StoreError, OSError."""
         ...
 
+    def confirm(self, digest: str, file: Path) -> None:
+        """Store a file that was added once more if the store has lost it since; StoreError, OSError."""
+        ...
+
     def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
         """See to it that the file is there and whole. Raises StoreError with the reason why it cannot be."""
         ...
@@ -44,13 +56,24 @@ class AdapterFiles(Protocol):
     def release(self, digest: str) -> None: ...
 
 
-class AdapterStorage(NamedTuple):
+class AdapterStorage:
     """A store for names and files, and this machine's way to the files; `disk` is the cache of a remote store."""
 
-    store: Store
-    files: AdapterFiles
-    disk: DiskCache | None
-    close: Callable[[], None]
+    def __init__(self, store: Store, files: AdapterFiles, disk: DiskCache | None = None) -> None:
+        self.store, self.files, self.disk = store, files, disk
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
+
+    async def run(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+        """One blocking call, on a thread of the storage's own."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
+
+    def close(self) -> None:
+        """Let go of the store; a call that it does not answer is left to itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.disk is not None:
+            self.disk.close()
+        self.store.close()
 
 
 def open_storage(settings: Settings) -> AdapterStorage:
@@ -70,17 +93,12 @@ def open_remote(url: str) -> S3Store:
 def local_storage(directory: Path) -> AdapterStorage:
     """A directory on this machine."""
     store = LocalStore(directory)
-    return AdapterStorage(store, StoredFiles(store), None, store.close)
+    return AdapterStorage(store, StoredFiles(store))
 
 
 def cached_storage(store: Store, disk: DiskCache) -> AdapterStorage:
     """A remote store behind a cache on this machine."""
-
-    def close() -> None:
-        disk.close()
-        store.close()
-
-    return AdapterStorage(store, CachedFiles(store, disk), disk, close)
+    return AdapterStorage(store, CachedFiles(store, disk), disk)
 
 
 class StoredFiles:
@@ -88,7 +106,10 @@ class StoredFiles:
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store
-        self.scratch = store.scratch.path
+
+    @property
+    def scratch(self) -> Path:
+        return self._store.scratch.path
 
     def path(self, digest: str) -> Path:
         return self._store.path(blob_key(digest))
@@ -97,7 +118,10 @@ class StoredFiles:
         return self.path(digest).exists()
 
     def add(self, digest: str, file: Path, *, replace: bool) -> None:
-        if replace or not self._store.touch(blob_key(digest)):
+        _store_file(self._store, digest, file, replace)
+
+    def confirm(self, digest: str, file: Path) -> None:
+        if not self.has(digest):
             self._store.put(blob_key(digest), file)
 
     def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
@@ -120,20 +144,34 @@ class CachedFiles:
 
     def __init__(self, store: Store, disk: DiskCache) -> None:
         self._store, self._disk = store, disk
-        self.scratch = disk.scratch.path
         self.path, self.has = disk.path, disk.has
         self.hold, self.release = disk.hold, disk.release
 
+    @property
+    def scratch(self) -> Path:
+        return self._disk.scratch.path
+
     def add(self, digest: str, file: Path, *, replace: bool) -> None:
-        if replace or not self._store.touch(blob_key(digest)):
-            self._store.put(blob_key(digest), file)
+        _store_file(self._store, digest, file, replace)
         self._disk.add(digest, file)
+
+    def confirm(self, digest: str, file: Path) -> None:
+        if not self._store.list(blob_key(digest)):
+            self._store.put(blob_key(digest), file if file.exists() else self._disk.path(digest))
 
     def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
         def download(destination: Path) -> None:
             self._store.fetch(blob_key(digest), destination, max_bytes=size, on_progress=on_progress)
 
         self._disk.fetch(digest, size, download)
+
+
+def _store_file(store: Store, digest: str, file: Path, replace: bool) -> None:
+    """Put a file, or make the one that is stored new, so that no collector takes it before a name points at it."""
+    key, size = blob_key(digest), file.stat().st_size
+    same = not replace and any(entry.bytes == size for entry in store.list(key) if entry.key == key)
+    if not (same and store.touch(key)):
+        store.put(key, file)
 
 
 def blob_key(digest: str) -> str:

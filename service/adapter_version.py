@@ -16,6 +16,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a name points at, as the store keeps it.
 
     `base` is the digest of the base's shape it was checked against; `pin_tier` counts only while it is `pinned`.
+    `invocation_tokens` are those of an aLoRA, None for plain LoRA; `leaves_kv` says that its K/V are the base's.
     """
 
     name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
@@ -31,6 +32,8 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
     base: str
     pin_tier: Tier = "device"
+    invocation_tokens: list[int] | None = None
+    leaves_kv: bool = False
 
     @property
     def pin(self) -> Tier | None:
@@ -86,7 +89,7 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         pin = "device" if upload.pin else None
     pinned, pin_tier = pin is not None, pin or "device"
     if old is not None and old.digest == summary.digest:
-        return msgspec.structs.replace(old, pinned=pinned, pin_tier=pin_tier, base=base)
+        return msgspec.structs.replace(old, pinned=pinned, pin_tier=pin_tier, base=base, leaves_kv=summary.leaves_kv)
     return AdapterRecord(
         name=name,
         digest=summary.digest,
@@ -101,4 +104,6 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         pin_tier=pin_tier,
         warnings=list(summary.warnings),
         base=base,
+        invocation_tokens=None if summary.invocation_tokens is None else list(summary.invocation_tokens),
+        leaves_kv=summary.leaves_kv,
     )

@@ -55,6 +55,10 @@ class AdapterView:
         """How far its file's way from a remote store is, None when it is on none."""
         return self._blobs.download(version.digest)
 
+    def counted(self, digest: str) -> bool:
+        """Whether a name or a request stands on a digest."""
+        return self._blobs.counted(digest)
+
     @property
     def disk(self) -> DiskCache | None:
         """The cache before a remote store."""

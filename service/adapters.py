@@ -9,6 +9,7 @@ from runtime.messages import Tier
 from service.adapter_queries import DeleteQuery, NoQuery, PutQuery, WaitQuery, new_name, read_condition, read_query
 from service.adapter_resource import AdapterList, adapter_resource, find_adapter, list_adapters
 from service.adapter_version import AdapterVersion, Condition
+from service.answer import until_disconnect
 from service.bodies import read_json
 from service.catalog import Catalog
 from service.intake import Wishes, remove, start_import, translated_errors, upload
@@ -68,13 +69,14 @@ async def post_adapter(request: Request) -> Response:
 
 async def get_adapters(request: Request) -> Response:
     read_query(request, NoQuery)
-    return json_response(AdapterList(adapters=list_adapters(request.app.state)))
+    state = request.app.state
+    return json_response(AdapterList(adapters=list_adapters(state, await state.engine.recent_stats())))
 
 
 async def get_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
-    name = request.path_params["name"]
-    adapter = find_adapter(request.app.state, name)
+    name, state = request.path_params["name"], request.app.state
+    adapter = find_adapter(state, name, await state.engine.recent_stats())
     if adapter is None:
         raise ApiError(404, "adapter_not_found", f"there is no adapter {name!r}", "name")
     return json_response(adapter, headers=None if adapter.digest is None else {"ETag": f'"{adapter.digest}"'})
@@ -87,8 +89,13 @@ async def load_adapter(request: Request) -> Response:
     async with translated_errors():
         if body.pin is not None:
             await catalog.set_pin(name, body.tier if body.pin else None, Condition())
-        version = await catalog.load(name, body.tier, wait=query.wait)
-    return _shown(request, version, 200 if query.wait else 202)
+        if not query.wait:
+            return _shown(request, await catalog.load(name, body.tier, wait=False), 202)
+        return await until_disconnect(request, _loaded(request, name, body.tier))
+
+
+async def _loaded(request: Request, name: str, tier: Tier) -> Response:
+    return _shown(request, await _catalog(request).load(name, tier, wait=True))
 
 
 async def unload_adapter(request: Request) -> Response:

@@ -12,6 +12,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from runtime.messages import SamplingParams
+from service.activations import Prompt, alora_headers, require_applicable
+from service.adapter_version import AdapterVersion
 from service.engine_adapters import RequestFailed
 from service.generation import Delta, Generation, Plan
 from service.models import resolve
@@ -24,6 +26,9 @@ DONE = b"data: [DONE]\n\n"
 # Why the engine ended a request, and the status that tells the client so
 STATUS = {
     "queue_full": 429,
+    "prefixes_full": 409,
+    "prefix_dropped": 409,  # its namespace was dropped while it was computed
+    "prefix_cache_off": 409,
     "engine_died": 503,
     "engine_unavailable": 503,
     "shutting_down": 503,
@@ -52,11 +57,14 @@ class Shape(Protocol):
 
 
 class Inputs(NamedTuple):
-    """What a call makes of its own fields: prompts as token ids, sampling, the shape of its answer."""
+    """What a call makes of its own fields: prompts for its model, sampling, the shape of its answer."""
 
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     params: SamplingParams
     shape: Shape
+
+
+Prepare = Callable[[AdapterVersion | None, str], Awaitable[Inputs]]  # given the model, and the answer's id
 
 
 class EventStream(StreamingResponse):
@@ -92,19 +100,13 @@ async def _disconnected(request: Request) -> None:
             pass
 
 
-async def answer(
-    request: Request, body: GenerationRequest, kind: str, prepare: Callable[[str], Awaitable[Inputs]], arrived: float
-) -> Response:
-    """Generate what a decoded body asks for; `prepare` is given the answer's id, `arrived` is when the request came."""
+async def answer(request: Request, body: GenerationRequest, kind: str, prepare: Prepare, arrived: float) -> Response:
+    """Generate what a decoded body asks for; `arrived` is when the request came."""
     return await until_disconnect(request, _answer(request, body, f"{kind}-{uuid4().hex}", prepare, arrived))
 
 
 async def _answer(
-    request: Request,
-    body: GenerationRequest,
-    identity: str,
-    prepare: Callable[[str], Awaitable[Inputs]],
-    arrived: float,
+    request: Request, body: GenerationRequest, identity: str, prepare: Prepare, arrived: float
 ) -> Response:
     state = request.app.state
     async with AsyncExitStack() as source:
@@ -112,19 +114,19 @@ async def _answer(
         if version is not None:  # held from here on, also where its name is meanwhile given to another
             source.enter_context(state.catalog.using(version))
         refuse_unbuilt(body)
-        inputs = await prepare(identity)
+        require_applicable(body.alora, version)
+        inputs = await prepare(version, identity)
         plan = Plan(
             request_id=identity,
             prompts=inputs.prompts,
             params=inputs.params,
             choices=body.n or 1,
             stops=stop_strings(body),
-            adapter=None if version is None else version.digest,
             cache_salt=body.cache_salt or "",
         )
         series = state.metrics.series(None if version is None else version.name)
         generation = Generation(plan, state.engine, state.tokenizer, series, arrived)
-        headers = {} if version is None else {"x-adapter-digest": version.digest}
+        headers = {} if version is None else {"x-adapter-digest": version.digest, **alora_headers(inputs.prompts)}
         return await _respond(body, generation, inputs.shape, headers, source)
 
 

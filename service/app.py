@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from runtime.models.config import ModelConfig
-from service import adapters, dialects
+from service import adapters, dialects, kv
 from service.access import RequestId, RequireKey
 from service.adapter_storage import AdapterStorage, open_storage
 from service.catalog import Catalog
@@ -26,6 +26,7 @@ from service.imports import Imports
 from service.invocations import invocations
 from service.metrics import Metrics
 from service.models import get_model, list_models
+from service.prefixes import Prefixes
 from service.responses import ApiError, on_api_error, on_client_disconnect, on_http_exception, on_unhandled
 from service.settings import Settings
 from service.sources import Sources
@@ -39,6 +40,7 @@ routes = [
     Route("/v1/models/{model:path}", get_model),
     *adapters.routes,
     *dialects.routes,
+    *kv.routes,
     Route("/invocations", invocations, methods=["POST"]),
     Route("/health", health),
     Route("/health/ready", ready),
@@ -88,6 +90,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.catalog = await open_catalog(state)
         stack.push_async_callback(state.catalog.close)
         stack.push_async_callback(state.imports.close)
+        state.prefixes = Prefixes(state.engine, state.catalog)
+        stack.callback(state.prefixes.close)
         await starting
         state.max_model_len = state.engine.ready.max_model_len
         state.vocab_size = state.engine.ready.vocab_size

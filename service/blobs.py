@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
@@ -13,16 +11,18 @@ from weakref import WeakValueDictionary
 
 from runtime.messages import AdapterState, Tier
 from service.adapter_storage import SUFFIX, AdapterStorage
-from storage.scratch import Scratch
-from storage.store import AccessDenied, Corrupt, NotFound, StoreError, StoreFull, StoreUnavailable
+from service.private_directory import memory_scratch
+from storage.store import AccessDenied, Corrupt, NotFound, ObjectTooLarge, StoreError, StoreFull, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 _DOWNLOADS = 4  # at once: each of them may use several connections
+IDLE = AdapterState(digest="", state="idle")
 UNKNOWN = "no name points at it any more"
 # What clients are told of a file that cannot be had; the log has where it should have been
-REASONS = {
+REASONS: dict[type[Exception], str] = {
     NotFound: "its file is missing from the adapter store",
     Corrupt: "its file in the adapter store is corrupt",
+    ObjectTooLarge: "its file in the adapter store is corrupt",
     AccessDenied: "the adapter store denies access to its file",
     StoreUnavailable: "the adapter store does not answer",
     StoreFull: "there is no room for its file on this server's disk",
@@ -46,7 +46,7 @@ class Engine(Protocol):
 
     def load_adapter(self, digest: str, tier: Tier = "device") -> None: ...
 
-    async def wait_adapter(self, digest: str, tier: Tier = "device") -> None: ...
+    async def bring_adapter(self, digest: str, tier: Tier) -> None: ...
 
     async def pin_adapter(self, digest: str, tier: Tier | None) -> None: ...
 
@@ -75,10 +75,11 @@ class Blobs:
 
     def __init__(self, storage: AdapterStorage, engine: Engine) -> None:
         self.on_download: Callable[[float], None] | None = None
-        self._files, self._engine = storage.files, engine
-        self._memory = _memory_scratch()
+        self._storage, self._files, self._engine = storage, storage.files, engine
+        self._memory = memory_scratch()
         self._counts: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # of those that are stored
+        self._in_memory: set[str] = set()
         self._broken: set[str] = set()  # stored, but not with the bytes of its digest
         self._served: dict[str, Path] = {}
         self._downloads: dict[str, Download] = {}
@@ -100,11 +101,11 @@ class Blobs:
         return self._counts.keys()
 
     def path(self, digest: str) -> Path:
-        return self._files.path(digest) if digest in self._sizes else self._memory_path(digest)
+        return self._memory_path(digest) if digest in self._in_memory else self._files.path(digest)
 
     def here(self, digest: str) -> bool:
         """Whether the file is on this machine."""
-        return digest not in self._sizes or self._files.has(digest)
+        return digest in self._in_memory or self._files.has(digest)
 
     def download(self, digest: str) -> Download | None:
         """How far the file's way from a remote store is, None when it is on none."""
@@ -130,20 +131,25 @@ class Blobs:
         self.acquire(digest)
         try:
             async with self._lock(digest):
-                if ephemeral and digest in self._sizes and digest not in self._broken:
-                    return
-                if ephemeral:
-                    self._sizes.pop(digest, None)
+                if ephemeral:  # of its own, even if it is stored too: what is stored may lose its name and go
                     await asyncio.to_thread(shutil.move, file, self._memory_path(digest))
+                    self._in_memory.add(digest)
                 else:
-                    await asyncio.to_thread(self._files.add, digest, file, replace=digest in self._broken)
+                    await self._storage.run(self._files.add, digest, file, replace=digest in self._broken)
                     self._sizes[digest] = size
-                if digest in self._broken:
-                    self._broken.discard(digest)
+                if digest in self._broken or self._engine.adapter_states.get(digest, IDLE).state == "failed":
                     self._served.pop(digest, None)  # so that the engine hears of the whole file
+                self._broken.discard(digest)
         except BaseException:
             self.release(digest)
             raise
+
+    async def confirm(self, digest: str, file: Path) -> None:
+        """Make sure that a file that was kept is stored still, now that a name points at it.
+
+        A collector may have listed it before it was made new, and have deleted it after.
+        """
+        await self._storage.run(self._files.confirm, digest, file)
 
     def serve(self, digest: str) -> None:
         """Make the engine know a digest, and where its file is."""
@@ -169,11 +175,11 @@ class Blobs:
     def check(self, counts: Mapping[str, int]) -> None:
         """Assert that exactly these digests are counted, so often, and that nothing else is kept."""
         assert self._counts == counts, f"counted {self._counts}, expected {counts}"
-        assert self._sizes.keys() | self._served.keys() | self._broken | self._held <= counts.keys()
+        known = self._sizes.keys() | self._in_memory
+        assert known == counts.keys(), f"{known ^ counts.keys()} are counted and unknown, or the other way round"
+        assert self._served.keys() | self._broken | self._held <= counts.keys()
         kept = {path.name.removesuffix(SUFFIX) for path in self._memory.path.glob(f"*{SUFFIX}")}
-        assert kept <= counts.keys(), f"{kept - counts.keys()} are in memory for nobody"
-        for digest in counts.keys() - self._sizes.keys():
-            assert digest in kept, f"{digest} has no file"
+        assert kept == self._in_memory, f"{kept ^ self._in_memory} are in memory for nobody, or should be and are not"
 
     # ------------------------------------------------------------------ what the engine asks for
 
@@ -191,12 +197,12 @@ class Blobs:
         try:
             async with self._slots:
                 started = time.monotonic()
-                if digest in self._sizes:
-                    await asyncio.to_thread(self._files.bring, digest, size, download.progress)
+                if digest not in self._in_memory:
+                    await self._storage.run(self._files.bring, digest, size, download.progress)
                 seconds = time.monotonic() - started
         except (StoreError, OSError) as error:
             _log.warning("adapter %s: %s", digest, error)
-            if isinstance(error, Corrupt | NotFound):
+            if isinstance(error, Corrupt | NotFound | ObjectTooLarge):
                 self._broken.add(digest)
             self._on_settled(digest)
             reason = REASONS.get(type(error), "its file cannot be read") if digest in self._counts else UNKNOWN
@@ -224,6 +230,7 @@ class Blobs:
                 return  # the same bytes came again meanwhile
             self._broken.discard(digest)
             self._sizes.pop(digest, None)
+            self._in_memory.discard(digest)
             if digest not in self._downloads:
                 self._on_settled(digest)
             if self._served.pop(digest, None) is not None:
@@ -240,14 +247,3 @@ class Blobs:
 
     def _lock(self, digest: str) -> asyncio.Lock:
         return self._locks.setdefault(digest, asyncio.Lock())
-
-
-def _memory_scratch() -> Scratch:
-    """A directory in memory where the machine offers one: ephemeral adapters never touch a disk."""
-    shared = Path("/dev/shm")
-    parent = shared if os.access(shared, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-    root = parent / f"rootstock-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    if os.lstat(root).st_uid != os.getuid():
-        raise PermissionError(f"{root} belongs to another user")
-    return Scratch(root)

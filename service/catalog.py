@@ -26,6 +26,7 @@ from storage.store import PreconditionFailed, StoreError
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 5  # at a write that other processes were faster with
+_CLOSE_SECONDS = 5.0  # for changes that wait for a store which does not answer
 _CLEAN_SECONDS = 60.0  # at least, from one collection to the next
 _T = TypeVar("_T")
 
@@ -75,7 +76,9 @@ class Catalog(AdapterView):
         """Forget everything that is only in memory; the names and their bytes stay in the store."""
         for chore in self._chores:
             chore.cancel()
-        await asyncio.gather(*self._chores, *self._changes, return_exceptions=True)
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        if self._changes:
+            await asyncio.wait(self._changes, timeout=_CLOSE_SECONDS)
         await self._residency.close()
         await self._blobs.close()
         await asyncio.to_thread(self._storage.close)
@@ -110,7 +113,7 @@ class Catalog(AdapterView):
     async def staging(self, ephemeral: bool) -> AsyncIterator[Path]:
         """A private directory for an upload, where its bytes will stay; what is left in it goes with it."""
         parent = self._blobs.memory if ephemeral else self._storage.files.scratch
-        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=parent))
+        directory = Path(tempfile.mkdtemp(dir=parent))  # at once: a cancelled thread would leave one behind
         try:
             yield directory
         finally:
@@ -138,7 +141,7 @@ class Catalog(AdapterView):
 
     async def refresh(self) -> None:
         """Take over what other processes have written to the store. Raises StoreError, after all that could be read."""
-        names = await asyncio.to_thread(self._names.changed)
+        names = await self._storage.run(self._names.changed)
         outcomes = await asyncio.gather(*map(self._follow_locked, names), return_exceptions=True)
         for outcome in outcomes:
             if outcome is not None:
@@ -146,7 +149,7 @@ class Catalog(AdapterView):
 
     async def collect(self, older_than_seconds: float) -> Collected:
         """Delete the stored files that no name points at and nothing here counts on. Raises StoreError."""
-        return await asyncio.to_thread(
+        return await self._storage.run(
             collect, self._storage.store, older_than_seconds, keep=frozenset(self._blobs.digests)
         )
 
@@ -169,6 +172,8 @@ class Catalog(AdapterView):
                 record, new = await self._commit(
                     name, condition, lambda old: record_of(name, upload, old, self._base), upload.ephemeral
                 )
+                if not upload.ephemeral:
+                    await self._blobs.confirm(summary.digest, upload.file)
             except BaseException:
                 self._blobs.release(summary.digest)
                 raise
@@ -203,7 +208,7 @@ class Catalog(AdapterView):
             await self._residency.pin(name, record.digest, record.pin, record.bytes)
             try:
                 if not ephemeral and (old is None or old.ephemeral or old.record != record):
-                    await asyncio.to_thread(self._names.write, record)
+                    await self._storage.run(self._names.write, record)
                 return record, old is None
             except PreconditionFailed:
                 await self._restore_pin(name, old)
@@ -230,7 +235,7 @@ class Catalog(AdapterView):
                     raise ApiError(409, "adapter_is_shared", message, "force")
                 try:
                     if not version.ephemeral:
-                        await asyncio.to_thread(self._names.bury, name)
+                        await self._storage.run(self._names.bury, name)
                     break
                 except PreconditionFailed:
                     await self._follow(name)
@@ -250,7 +255,7 @@ class Catalog(AdapterView):
     async def _follow(self, name: str) -> None:
         """Make a name mean what the store says; the caller has the name's lock."""
         try:
-            record = await asyncio.to_thread(self._names.read, name)
+            record = await self._storage.run(self._names.read, name)
         except UnreadableName as error:
             _log.error("skipping %s", error)
             return

@@ -9,12 +9,14 @@ from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.adapter_version import AdapterVersion
 from service.answer import Inputs, answer
 from service.bodies import read_json
 from service.detokenizer import UNKNOWN
 from service.generation import Delta
+from service.prompts import chat_prompt
 from service.responses import ApiError
-from service.sampling import answer_length, check_token_ids, refuse_unbuilt, sampling_params
+from service.sampling import answer_length, sampling_params
 from service.schemas import (
     ChatChoice,
     ChatChunk,
@@ -24,12 +26,11 @@ from service.schemas import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
-    Message,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
-from service.tokenizer import InvalidChat, Tokenizer
+from service.tokenizer import Tokenizer
 
 
 async def chat_completions(request: Request) -> Response:
@@ -44,38 +45,23 @@ async def chat(request: Request, body: ChatRequest, arrived: float) -> Response:
     return await answer(request, body, "chatcmpl", partial(prepare, request.app.state, body), arrived)
 
 
-async def prepare(state: State, body: ChatRequest, identity: str) -> Inputs:
+async def prepare(state: State, body: ChatRequest, version: AdapterVersion | None, identity: str) -> Inputs:
     """Check a request and turn its messages into tokens. Raises ApiError 400 naming the field."""
-    for index, turn in enumerate(body.messages):
-        refuse_unbuilt(turn, f"messages[{index}].")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "invalid_field", "top_logprobs needs logprobs to be true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         message = f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ"
         raise ApiError(400, "invalid_field", message, "max_completion_tokens")
-    try:
-        prompt = await state.tokenizer.encode_chat([plain(message) for message in body.messages])
-    except InvalidChat as error:
-        raise ApiError(400, "invalid_chat", str(error), "messages") from None
-    if not prompt:
-        raise ApiError(400, "empty_prompt", "messages: the chat template makes no tokens of them", "messages")
-    check_token_ids(prompt, state.vocab_size, "messages")
+    prompt = await chat_prompt(state, body.messages, version, body.alora)
     asked = body.max_completion_tokens or body.max_tokens
     length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    max_tokens = answer_length(asked, None, [prompt], state.max_model_len, "messages", length_param)
+    length = len(prompt.token_ids)
+    max_tokens = answer_length(asked, None, length, state.max_model_len, "messages", length_param)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, max_tokens, logprobs, state.vocab_size)
     return Inputs(
         [prompt], params, ChatShape(identity, body.model, state.tokenizer, with_logprobs=params.logprobs is not None)
     )
-
-
-def plain(message: Message) -> dict[str, str]:
-    """A message as chat templates know it: content is one string."""
-    content = message.content
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    found = {"role": message.role, "content": text}
-    return found if message.name is None else {**found, "name": message.name}
 
 
 class ChatShape:

@@ -10,11 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.messages import TokenLogprobs
+from service.adapter_version import AdapterVersion
 from service.answer import Inputs, answer
 from service.bodies import read_json
 from service.generation import Delta
+from service.prompts import text_prompts
 from service.responses import ApiError
-from service.sampling import answer_length, check_token_ids, sampling_params
+from service.sampling import answer_length, sampling_params
 from service.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from service.tokenizer import Tokenizer
 
@@ -34,40 +36,20 @@ async def complete(request: Request, body: CompletionRequest, arrived: float) ->
     return await answer(request, body, "cmpl", partial(prepare, request.app.state, body), arrived)
 
 
-async def prepare(state: State, body: CompletionRequest, identity: str) -> Inputs:
+async def prepare(state: State, body: CompletionRequest, version: AdapterVersion | None, identity: str) -> Inputs:
     """Check a request and turn its prompts into tokens. Raises ApiError 400 naming the field."""
-    prompts = await encode_prompts(body.prompt, state.tokenizer, state.vocab_size)
+    prompts = await text_prompts(state, body.prompt, version, body.alora)
     if len(prompts) * (body.n or 1) > MAX_SEQUENCES:
         message = f"{len(prompts)} prompts with n={body.n or 1} are more than {MAX_SEQUENCES} sequences"
         raise ApiError(400, "too_many_sequences", message, "prompt")
-    max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, prompts, state.max_model_len, "prompt")
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, state.max_model_len, "prompt")
     params = sampling_params(body, max_tokens, body.logprobs, state.vocab_size)
     return Inputs(
         prompts,
         params,
         CompletionShape(identity, body.model, state.tokenizer, with_logprobs=params.logprobs is not None),
     )
-
-
-async def encode_prompts(
-    prompt: str | list[str | int | list[int]], tokenizer: Tokenizer, vocab_size: int
-) -> list[list[int]]:
-    """The token ids of a prompt in any of its four forms. Raises ApiError 400."""
-    if isinstance(prompt, str):
-        prompts = await tokenizer.encode_texts([prompt])
-    elif all(isinstance(item, str) for item in prompt):
-        prompts = await tokenizer.encode_texts([item for item in prompt if isinstance(item, str)])
-    elif all(isinstance(item, int) for item in prompt):
-        prompts = [[item for item in prompt if isinstance(item, int)]]
-    elif all(isinstance(item, list) for item in prompt):
-        prompts = [item for item in prompt if isinstance(item, list)]
-    else:
-        raise ApiError(400, "invalid_field", "prompt: strings, token ids and lists of them cannot be mixed", "prompt")
-    if not prompts or not all(prompts):
-        raise ApiError(400, "empty_prompt", "prompt: a prompt needs at least one token", "prompt")
-    for token_ids in prompts:
-        check_token_ids(token_ids, vocab_size, "prompt")
-    return prompts
 
 
 class CompletionShape:

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from runtime.messages import (
     AdapterState,
@@ -46,9 +47,9 @@ class EngineAdapters(ABC):
         self.on_load: Callable[[dict[str, float]], None] | None = None
         self._paths: dict[str, Path] = {}
         self._pins: dict[str, Tier] = {}
+        self._told = False  # whether there has been an engine
         self._numbers = itertools.count()
         self._answers: dict[str, asyncio.Future[None]] = {}
-        self._waiters: dict[str, set[tuple[Tier, asyncio.Future[None]]]] = {}
 
     @property
     @abstractmethod
@@ -69,7 +70,6 @@ class EngineAdapters(ABC):
         self._paths.pop(digest, None)
         self._pins.pop(digest, None)
         self.adapter_states.pop(digest, None)
-        self._end_waiting(digest, RequestFailed("unknown_adapter", "the adapter was deleted"))
         self._send(RetireAdapter(digest=digest))
 
     def fail_adapter(self, digest: str, reason: str) -> None:
@@ -80,50 +80,35 @@ class EngineAdapters(ABC):
         """Start to bring an adapter into a tier."""
         self._send(LoadAdapter(digest=digest, tier=tier))
 
-    async def wait_adapter(self, digest: str, tier: Tier = "device") -> None:
-        """Wait until a load that was just asked for has ended. Raises RequestFailed with why it did not come."""
+    async def bring_adapter(self, digest: str, tier: Tier) -> None:
+        """Bring an adapter into a tier, and return when it is there. Raises RequestFailed with why it did not come."""
         self._require_engine()
-        entry = (tier, asyncio.get_running_loop().create_future())
-        self._waiters.setdefault(digest, set()).add(entry)
-        try:
-            await entry[1]
-        finally:
-            self._waiters[digest].discard(entry)
-            if not self._waiters[digest]:
-                del self._waiters[digest]
+        await self._ask(number := self._number(), LoadAdapter(request_id=number, digest=digest, tier=tier))
 
     async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
         """Keep an adapter in a tier, now and in every later engine; None ends that.
 
-        Raises RequestFailed when the engine refuses. With no engine it is done when the next one starts.
+        Raises RequestFailed when the engine refuses, or there is none any more; before the first one has started it is
+        done then.
         """
-        before = self._pins.get(digest)
         if tier is None:
             self._pins.pop(digest, None)
-        else:
+        if self._told:
+            self._require_engine()
+            await self._ask(number := self._number(), PinAdapter(request_id=number, digest=digest, tier=tier))
+        if tier is not None:
             self._pins[digest] = tier
-        if not self.serving:
-            return
-        try:
-            await self._ask(PinAdapter(request_id=self._number(), digest=digest, tier=tier))
-        except RequestFailed as error:
-            if error.code == "engine_died":
-                return
-            if before is None:
-                self._pins.pop(digest, None)
-            else:
-                self._pins[digest] = before
-            raise
 
     async def unload_adapter(self, digest: str, tier: Tier) -> None:
         """Give back an adapter's memory in a tier. Raises RequestFailed when the engine refuses, or there is none."""
         self._require_engine()
-        await self._ask(UnloadAdapter(request_id=self._number(), digest=digest, tier=tier))
+        await self._ask(number := self._number(), UnloadAdapter(request_id=number, digest=digest, tier=tier))
 
     # ------------------------------------------------------------------ for the client
 
     def _tell_all(self) -> None:
         """Make a new engine know everything that the last one knew."""
+        self._told = True
         for digest, path in self._paths.items():
             self._send(RegisterAdapter(digest=digest, path=str(path)))
         for digest, tier in self._pins.items():
@@ -134,9 +119,7 @@ class EngineAdapters(ABC):
         self.adapter_states.clear()
         failure = RequestFailed("engine_died", reason)
         for answer in self._answers.values():
-            _fail(answer, failure)
-        for digest in list(self._waiters):
-            self._end_waiting(digest, failure)
+            fail(answer, failure)
 
     def _on_answer(self, answer: Answer) -> None:
         asked = self._answers.get(answer.request_id)
@@ -144,9 +127,9 @@ class EngineAdapters(ABC):
             if answer.code is not None:
                 log.error("%s: the engine refused: %s", answer.request_id, answer.message)
         elif answer.code is None:
-            _succeed(asked)
+            succeed(asked)
         else:
-            _fail(asked, RequestFailed(answer.code, answer.message))
+            fail(asked, RequestFailed(answer.code, answer.message))
 
     def _on_state(self, event: AdapterState) -> None:
         if event.seconds and self.on_load is not None:
@@ -155,11 +138,6 @@ class EngineAdapters(ABC):
             self.adapter_states.pop(event.digest, None)
             return
         self.adapter_states[event.digest] = event
-        for tier, waiter in self._waiters.get(event.digest, ()):
-            if event.tier == "device" or event.tier == tier:
-                _succeed(waiter)
-            elif event.state == "failed":
-                _fail(waiter, RequestFailed("adapter_failed", event.reason))
         if event.state == "wanted" and self.on_wanted is not None:
             self.on_wanted(event.digest)
         if event.state not in ("wanted", "loading") and self.on_settled is not None:
@@ -167,13 +145,13 @@ class EngineAdapters(ABC):
 
     # ------------------------------------------------------------------ inside
 
-    async def _ask(self, command: PinAdapter | UnloadAdapter) -> None:
-        asked = self._answers[command.request_id] = asyncio.get_running_loop().create_future()
+    async def _ask(self, number: str, command: Command) -> None:
+        asked = self._answers[number] = asyncio.get_running_loop().create_future()
         self._send(command)
         try:
             await asked
         finally:
-            del self._answers[command.request_id]
+            del self._answers[number]
 
     def _number(self) -> str:
         return f"ask-{next(self._numbers)}"
@@ -182,16 +160,14 @@ class EngineAdapters(ABC):
         if not self.serving:
             raise RequestFailed("engine_unavailable", "the engine is not running; it is being restarted")
 
-    def _end_waiting(self, digest: str, failure: RequestFailed) -> None:
-        for _, waiter in self._waiters.get(digest, ()):
-            _fail(waiter, failure)
 
-
-def _succeed(future: "asyncio.Future[None]") -> None:
+def succeed(future: "asyncio.Future[Any]", result: Any = None) -> None:
+    """Give an answer to whoever still waits for it."""
     if not future.done():
-        future.set_result(None)
+        future.set_result(result)
 
 
-def _fail(future: "asyncio.Future[None]", failure: RequestFailed) -> None:
+def fail(future: "asyncio.Future[Any]", failure: RequestFailed) -> None:
+    """Give a failure to whoever still waits."""
     if not future.done():
         future.set_exception(failure)

@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
@@ -16,17 +18,22 @@ from runtime.messages import (
     Failed,
     Generate,
     GetStats,
+    PrefixEnded,
+    PrefixHeld,
     Ready,
     Stats,
     Tokens,
 )
-from service.engine_adapters import EngineAdapters, RequestFailed
+from service.engine_adapters import RequestFailed
+from service.engine_prefixes import EnginePrefixes
 from service.engine_process import EngineProcess, EngineStartFailed
 
 log = logging.getLogger("rootstock.service")
 
 RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # before each attempt in a row; the last repeats
 STEADY_SECONDS = 60.0  # an engine that lived this long starts the row anew
+RECENT_SECONDS = 1.0  # the age at which a snapshot is still taken for the present
+STATS_SECONDS = 0.8  # how long to wait for one: the engine answers between two steps
 
 
 class Stream(NamedTuple):
@@ -36,7 +43,7 @@ class Stream(NamedTuple):
     events: asyncio.Queue[Tokens | Failed]
 
 
-class EngineClient(EngineAdapters):
+class EngineClient(EnginePrefixes):
     """Generates through an engine process, and restarts it when it dies; owns the open token streams."""
 
     def __init__(self, config: EngineConfig, command: Sequence[str]):
@@ -47,6 +54,7 @@ class EngineClient(EngineAdapters):
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}
         self.last_stats: Stats | None = None
+        self._stats_at = -math.inf  # time.monotonic()
         self._stats: asyncio.Future[Stats] | None = None
 
     # ------------------------------------------------------------------ the process
@@ -87,6 +95,7 @@ class EngineClient(EngineAdapters):
             log.error("the engine died (%s) with %d requests running; restarting it", status, len(self._streams))
             self.end_requests("engine_died", f"the engine died ({status}); it is being restarted")
             self._answer_stats(RequestFailed("engine_died", f"the engine died ({status})"))
+            self.last_stats = None
             await self._process.close()
             if loop.time() - born > STEADY_SECONDS:
                 delays = _delays()
@@ -132,11 +141,12 @@ class EngineClient(EngineAdapters):
                 process.send(Abort(request_id=command.request_id))
 
     def end_requests(self, code: str, message: str, digest: str | None = None) -> None:
-        """Fail every running request, or those on one adapter."""
+        """Fail every running request and end every held prefix, or those on one adapter."""
         for request_id, stream in self._streams.items():
             if digest is None or stream.adapter == digest:
                 self._send(Abort(request_id=request_id))
                 stream.events.put_nowait(Failed(request_id=request_id, code=code, message=message))
+        self._end_prefixes(RequestFailed(code, message), digest)
 
     # ------------------------------------------------------------------ looking in
 
@@ -150,6 +160,27 @@ class EngineClient(EngineAdapters):
             self._stats = asyncio.get_running_loop().create_future()
             process.send(GetStats())
         return await asyncio.shield(self._stats)
+
+    async def latest_stats(self) -> Stats | None:
+        """A fresh snapshot, or the last one where a busy engine takes too long; None while there is no engine."""
+        try:
+            async with asyncio.timeout(STATS_SECONDS):
+                return await self.stats()
+        except TimeoutError:
+            return self.last_stats
+        except RequestFailed:
+            return None
+
+    async def recent_stats(self) -> Stats | None:
+        """A snapshot that is hardly older than a second; None where a busy engine takes too long, or there is none."""
+        if self.stats_age > RECENT_SECONDS:
+            await self.latest_stats()
+        return self.last_stats if self.stats_age <= RECENT_SECONDS else None
+
+    @property
+    def stats_age(self) -> float:
+        """Seconds since the last snapshot came."""
+        return time.monotonic() - self._stats_at
 
     @property
     def serving(self) -> bool:
@@ -169,12 +200,16 @@ class EngineClient(EngineAdapters):
             stream = self._streams.get(event.request_id)
             if stream is not None:  # what was aborted may have had a token on its way
                 stream.events.put_nowait(event)
+            elif isinstance(event, Failed):
+                self._on_prefix(event)
+        elif isinstance(event, PrefixHeld | PrefixEnded):
+            self._on_prefix(event)
         elif isinstance(event, AdapterState):
             self._on_state(event)
         elif isinstance(event, Answer):
             self._on_answer(event)
         elif isinstance(event, Stats):
-            self.last_stats = event
+            self.last_stats, self._stats_at = event, time.monotonic()
             self._answer_stats(event)
 
     def _answer_stats(self, answer: Stats | RequestFailed) -> None:

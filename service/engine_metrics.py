@@ -49,14 +49,33 @@ class EngineMetrics(Collector):
         shape = {"block_size": str(self._ready.block_size), "num_gpu_blocks": str(self._ready.num_blocks)}
         yield InfoMetricFamily("vllm:cache_config", "The shape of the KV cache.", shape)
         yield GaugeMetricFamily("rootstock_blocks_cached", "Free KV blocks that can be hit.", stats.blocks_cached)
+        yield GaugeMetricFamily(
+            "rootstock_blocks_held", "KV blocks that are kept for held prefixes.", stats.blocks_held
+        )
         for name, text, value in (
             ("steps", "Batches computed.", stats.steps),
             ("preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
             ("adapter_loads", "Adapters made resident on the device.", stats.device.loads),
         ):
             yield CounterMetricFamily(f"rootstock_{name}", text, value)
+        yield from self._host_kv()
         yield from self._adapters()
         yield from self._tiers()
+
+    def _host_kv(self) -> Iterator[Metric]:
+        host = self._stats.host_kv
+        for name, text, value in (
+            ("bytes_used", "Bytes of KV blocks in host memory.", host.bytes_used),
+            ("bytes_total", "What they may take; 0 where there is no such tier.", host.bytes_total),
+            ("blocks", "KV blocks in host memory.", host.blocks),
+        ):
+            yield GaugeMetricFamily(f"rootstock_host_kv_{name}", text, value)
+        for name, text, value in (
+            ("stores", "KV blocks that were moved to host memory.", host.stores),
+            ("loads", "KV blocks that came back from it.", host.loads),
+            ("evictions", "KV blocks that gave way to others there.", host.evictions),
+        ):
+            yield CounterMetricFamily(f"rootstock_host_kv_{name}", text, value)
 
     def _adapters(self) -> Iterator[Metric]:
         yield self._lora_requests()

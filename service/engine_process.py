@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -13,6 +11,7 @@ import zmq.asyncio
 
 from runtime.config import EngineConfig
 from runtime.messages import Command, Event, Ready, Shutdown, decode_events, encode
+from service.private_directory import private_scratch
 
 REASON_BYTES = 4096  # of standard error, kept to say why an engine did not start
 SHUTDOWN_SECONDS = 3.0  # for an engine to end by itself before it is killed
@@ -27,7 +26,7 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str]):
         self._command = command
-        self._directory = tempfile.mkdtemp(prefix="rootstock-")  # private: mode 0700
+        self._scratch = private_scratch()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         for option in (zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM):  # send never blocks, close never waits
@@ -46,7 +45,7 @@ class EngineProcess:
 
         Raises EngineStartFailed.
         """
-        endpoint = f"ipc://{self._directory}/engine"
+        endpoint = f"ipc://{self._scratch.path}/engine"
         self._socket.bind(endpoint)
         try:
             self._child = await asyncio.create_subprocess_exec(
@@ -96,7 +95,7 @@ class EngineProcess:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._socket.close()
             self._context.term()
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._scratch.close()
 
     async def _stop(self) -> None:
         child = self._child

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
+from service.activations import Prompt
 from service.detokenizer import StopStrings
 from service.engine_client import EngineClient
 from service.metrics import Series
@@ -19,14 +20,13 @@ FinishReason = Literal["stop", "length"]
 
 
 class Plan(NamedTuple):
-    """What is to be generated: `choices` sequences for each prompt, on one adapter (a digest) or on the base."""
+    """What is to be generated: `choices` sequences for each prompt."""
 
     request_id: str
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     params: SamplingParams
     choices: int
     stops: tuple[str, ...]
-    adapter: str | None
     cache_salt: str
 
 
@@ -79,7 +79,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        prompt_tokens = sum(map(len, self._plan.prompts))
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._plan.prompts)
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self._completion_tokens,
@@ -126,19 +126,19 @@ class Generation:
     def _runs(self) -> list[AsyncGenerator[Delta, None]]:
         """The first choice of a prompt computes it; the others wait for that, and so find it in the prefix cache."""
         runs = []
-        for prompt, token_ids in enumerate(self._plan.prompts):
+        for index, prompt in enumerate(self._plan.prompts):
             computed = asyncio.Event()
             for choice in range(self._plan.choices):
-                runs.append(self._run(prompt * self._plan.choices + choice, choice, token_ids, computed))
+                runs.append(self._run(index * self._plan.choices + choice, choice, prompt, computed))
         return runs
 
     async def _run(
-        self, index: int, choice: int, token_ids: list[int], computed: asyncio.Event
+        self, index: int, choice: int, prompt: Prompt, computed: asyncio.Event
     ) -> AsyncGenerator[Delta, None]:
         if choice > 0:
             await computed.wait()
         text = Choice(index, self._plan, self._tokenizer)
-        async with aclosing(self._engine.generate(self._command(index, choice, token_ids))) as events:
+        async with aclosing(self._engine.generate(self._command(index, choice, prompt))) as events:
             async for tokens in events:
                 computed.set()
                 self._count(tokens, counts_prompt=choice == 0)
@@ -147,12 +147,14 @@ class Generation:
                 if delta.finish_reason is not None:
                     return
 
-    def _command(self, index: int, choice: int, token_ids: list[int]) -> Generate:
+    def _command(self, index: int, choice: int, prompt: Prompt) -> Generate:
         return Generate(
             request_id=f"{self._plan.request_id}-{index}",
-            token_ids=token_ids,
+            token_ids=prompt.token_ids,
             params=msgspec.structs.replace(self._plan.params, choice=choice) if choice else self._plan.params,
-            adapter=self._plan.adapter,
+            adapter=prompt.adapter,
+            activation=prompt.activation,
+            shares_kv=prompt.shares_kv,
             cache_salt=self._plan.cache_salt,
         )
 

@@ -1,19 +1,15 @@
 """What is asked of the service itself: whether it lives, whether it can serve, what it counts, what it speaks."""
 
-import asyncio
 import importlib.metadata
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from runtime.messages import Stats
-from service.engine_adapters import RequestFailed
 from service.engine_metrics import EngineMetrics
 from service.metrics import CONTENT_TYPE
 from service.responses import ApiError, json_response
 
-STATS_SECONDS = 0.8  # the engine answers between steps; a scrape takes the last snapshot rather than wait longer
 CONTRACT = Path(__file__).parents[1] / "openapi" / "openapi.json"
 
 
@@ -44,20 +40,10 @@ async def openapi(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     state = request.app.state
-    stats, engine = await _stats(request), state.engine.ready
+    stats, engine = await state.engine.latest_stats(), state.engine.ready
     snapshot = None
     if stats is not None and engine is not None:
         catalog = state.catalog
+        state.metrics.looked_up(stats.namespaces, {v.digest: v.record.kind for v in catalog.list()})
         snapshot = EngineMetrics(stats, engine, state.settings.served_name, catalog.list(), catalog.disk)
     return Response(state.metrics.render(snapshot), headers={"content-type": CONTENT_TYPE})
-
-
-async def _stats(request: Request) -> Stats | None:
-    engine = request.app.state.engine
-    try:
-        async with asyncio.timeout(STATS_SECONDS):
-            return await engine.stats()
-    except TimeoutError:
-        return engine.last_stats
-    except RequestFailed:
-        return None

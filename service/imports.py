@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _RETRY = {"retry-after": "5"}
 MAX_WAITING = 1000  # imports that wait for others; each is a few hundred bytes
+CLOSE_SECONDS = 5.0
 MAX_FAILED, FAILED_SECONDS = 1000, 3600.0  # how many failures are remembered, and how long
 
 
@@ -142,14 +143,14 @@ class Imports:
             raise
 
     async def close(self) -> None:
-        """Cancel what is under way and wait until it has cleared up."""
+        """Cancel what is under way and wait until it has cleared up, but not for a store that does not answer."""
         tasks = list(self._tasks.values())
         for job, task in self._tasks.items():
             if not job.committing:
                 task.cancel()
         if tasks:
-            await asyncio.wait(tasks)
-        await asyncio.to_thread(self._threads.shutdown)
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, job: Import, work: Work) -> Published:
         async with self._slots:

@@ -20,7 +20,7 @@ from service.source_urls import Source
 from service.uploads import read_bundle
 from storage.store import StoreError, StoreFull
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Wishes(NamedTuple):
@@ -87,9 +87,6 @@ def _checked(state: State, bundle: Bundle, source: str, wishes: Wishes) -> Uploa
         base_model_names=(state.settings.served_name, engine.model),
         base_tensor=base_tensors(engine),
     )
-    if summary.kind == "alora":
-        message = "alora_invocation_tokens: aLoRA adapters are not served yet, only plain LoRA is"
-        raise ApiError(422, "alora_unsupported", message, "alora_invocation_tokens")
     return Upload(summary, target, source, wishes.ephemeral, wishes.preload, wishes.pin)
 
 

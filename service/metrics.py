@@ -1,10 +1,12 @@
 """What routers and people read of the service, in Prometheus' format."""
 
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from runtime.messages import KvNamespace
 from service.engine_metrics import EngineMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -12,6 +14,8 @@ MAX_SERIES = 100  # adapters with series of their own; what comes later shares o
 BASE, OTHERS = "_base", "_others"  # no adapter can have these names
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0)
 LOAD_SECONDS = (0.0005, 0.001, 0.002, *SECONDS)
+Kind = Literal["base", "lora", "alora"]
+NOTHING = KvNamespace(blocks_used=0, blocks_cached=0, query_tokens=0, hit_tokens=0)
 
 
 class Series:
@@ -52,6 +56,11 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.cached_tokens = self._counter("cached_prompt_tokens", "Tokens of prompts whose K/V were reused.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
+        text = "Tokens of prompts that were looked for in the prefix cache."
+        self._query_tokens = self._by_kind("prefix_cache_query_tokens", text)
+        text = "Tokens of prompts that the prefix cache had."
+        self._hit_tokens = self._by_kind("prefix_cache_hit_tokens", text)
+        self._namespaces: dict[str, tuple[Kind, KvNamespace]] = {}
         self._series: dict[str, Series] = {}
         text = "Of one adapter, by stage: download from a remote store, read and verify, pack, copy to the device."
         self._stages = self._load_histogram("rootstock_adapter_load_seconds", text, "stage")
@@ -70,6 +79,22 @@ class Metrics:
     def downloaded(self, seconds: float) -> None:
         """Count a fetch of an adapter's file from a remote store."""
         self._stages.labels("download").observe(seconds)
+
+    def looked_up(self, namespaces: Mapping[str, KvNamespace], kinds: Mapping[str, Literal["lora", "alora"]]) -> None:
+        """Count what each namespace has looked up since the last snapshot; `kinds` are those of the digests with names.
+
+        A sum over the namespaces would fall with each that goes, and Prometheus would take that for a restart.
+        """
+        before, self._namespaces = self._namespaces, {}
+        for digest, now in namespaces.items():
+            kind: Kind = kinds.get(digest) or (before[digest][0] if digest in before else "lora")
+            kind = kind if digest else "base"
+            self._namespaces[digest] = kind, now
+            last = before[digest][1] if digest in before else NOTHING
+            if now.query_tokens < last.query_tokens:
+                last = NOTHING  # the engine has started anew
+            self._query_tokens.labels(kind).inc(now.query_tokens - last.query_tokens)
+            self._hit_tokens.labels(kind).inc(max(0, now.hit_tokens - last.hit_tokens))
 
     def series(self, adapter: str | None) -> Series:
         """Where to count a request on an adapter, by name; None is the base."""
@@ -94,6 +119,12 @@ class Metrics:
 
     def _load_histogram(self, name: str, text: str, label: str) -> Histogram:
         return Histogram(name, text, [label], buckets=LOAD_SECONDS, registry=self.registry)
+
+    def _by_kind(self, name: str, text: str) -> Counter:
+        counter = Counter(f"rootstock_{name}", text, ["namespace_kind"], registry=self.registry)
+        for kind in get_args(Kind):
+            counter.labels(kind)  # a series that begins at 0 has a rate from the first token on
+        return counter
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"rootstock_{name}", text, ["adapter", *labels], registry=self.registry)

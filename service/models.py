@@ -16,9 +16,9 @@ DIGEST = re.compile(r"[0-9a-f]{8,64}")
 def resolve(request: GenerationRequest, base: str, catalog: Catalog) -> AdapterVersion | None:
     """The adapter that a request asks for, None for the base. Raises ApiError 404, or 400 if it asks for two."""
     asked = {field: name for field in ("lora_path", "adapter_id") if (name := getattr(request, field)) is not None}
-    version = _find(request.model, base, catalog, "model")
+    version = find_version(request.model, base, catalog, "model")
     for field, name in asked.items():
-        other = _find(name, base, catalog, field)
+        other = find_version(name, base, catalog, field)
         if version is not None and other is not version:
             message = f"model {request.model!r} and {field} {name!r} are different adapters: name one"
             raise ApiError(400, "conflicting_adapters", message, field)
@@ -26,7 +26,8 @@ def resolve(request: GenerationRequest, base: str, catalog: Catalog) -> AdapterV
     return version
 
 
-def _find(name: str, base: str, catalog: Catalog, param: str) -> AdapterVersion | None:
+def find_version(name: str, base: str, catalog: Catalog, param: str) -> AdapterVersion | None:
+    """The adapter that goes by a name, None for the base. Raises ApiError 404."""
     if name == base:
         return None
     wanted, _, digest = name.removeprefix(f"{base}:").partition("@")

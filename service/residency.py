@@ -3,8 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
-from contextlib import suppress
-from typing import Any
+from contextlib import AsyncExitStack, suppress
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from runtime.messages import Tier
@@ -21,6 +21,8 @@ _STATUS = {
     "pins_full": 409,
     "adapter_in_use": 409,
     "adapter_pinned": 409,
+    "load_cancelled": 409,
+    "superseded": 409,
     "unknown_adapter": 404,
     "adapter_failed": 503,
     "engine_died": 503,
@@ -28,12 +30,20 @@ _STATUS = {
 }
 
 
+class Pin(NamedTuple):
+    """What a name keeps in a tier: a digest, whose file has `size` bytes."""
+
+    digest: str
+    tier: Tier
+    size: int
+
+
 class Residency:
     """Owns which name pins which digest; a digest is pinned in the highest tier that any of its names asks for."""
 
     def __init__(self, storage: AdapterStorage, engine: Engine) -> None:
         self._files, self._disk, self._engine = storage.files, storage.disk, engine
-        self._pins: dict[str, tuple[str, Tier, int]] = {}  # by name: digest, tier, bytes of the file
+        self._pins: dict[str, Pin] = {}  # granted, by name
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -42,19 +52,38 @@ class Residency:
 
         Raises ApiError when there is no room to pin it in, and leaves everything as it was.
         """
-        async with self._locks.setdefault(name, asyncio.Lock()):
+        async with self._locked(f"name {name}"):
             before = self._pins.get(name)
-            after = None if tier is None else (digest, tier, size)
+            after = None if tier is None else Pin(digest, tier, size)
             if before == after:
                 return
-            if before is not None and before[0] != digest:
-                await self._change(name, None)  # its room may be what the new one needs
+            digests = {pin.digest for pin in (before, after) if pin is not None}
+            async with AsyncExitStack() as stack:
+                for each in sorted(digests):  # in one order everywhere, so that no two wait for each other
+                    await stack.enter_async_context(self._locked(each))
+                try:
+                    await self._replace(name, before, after)
+                except RequestFailed as error:
+                    raise refused(error, "pin") from error
+
+    async def _replace(self, name: str, before: Pin | None, after: Pin | None) -> None:
+        try:
+            await self._change(name, after)
+        except RequestFailed:
+            if before is None or after is None or before.digest == after.digest:
+                raise
+            await self._change(name, None)  # its room may be what the new one needs
             try:
                 await self._change(name, after)
-            except RequestFailed as error:
-                if before is not None:
-                    await self._change(name, before)
-                raise refused(error, "pin") from error
+            except RequestFailed:
+                await self._restore(name, before)
+                raise
+
+    async def _restore(self, name: str, pin: Pin) -> None:
+        try:
+            await self._change(name, pin)
+        except RequestFailed as error:
+            _log.error("adapter %s is pinned no longer, another one took its room: %s", name, error)
 
     def pin_later(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
         """`pin`, without waiting; a refusal goes to the log."""
@@ -62,12 +91,13 @@ class Residency:
 
     async def load(self, digest: str, tier: Tier, *, wait: bool) -> None:
         """Start to bring a digest into a tier and, if asked, wait until it is there. Raises ApiError."""
-        self._engine.load_adapter(digest, tier)
-        if wait:
-            try:
-                await self._engine.wait_adapter(digest, tier)
-            except RequestFailed as error:
-                raise refused(error, "name") from error
+        if not wait:
+            self._engine.load_adapter(digest, tier)
+            return
+        try:
+            await self._engine.bring_adapter(digest, tier)
+        except RequestFailed as error:
+            raise refused(error, "name") from error
 
     async def unload(self, digest: str, tier: Tier) -> None:
         """Give back a digest's memory in a tier and above. Raises ApiError when it is in use or pinned."""
@@ -88,50 +118,51 @@ class Residency:
 
     # ------------------------------------------------------------------ inside
 
-    async def _change(self, name: str, pin: tuple[str, Tier, int] | None) -> None:
+    async def _change(self, name: str, pin: Pin | None) -> None:
+        """Have the engine do what a name's new pin takes, then note it. Raises RequestFailed, before anything is done.
+
+        The caller has the locks of the name and of both digests.
+        """
         before = self._pins.get(name)
-        digests = {entry[0] for entry in (before, pin) if entry is not None}
-        was = {digest: self._tier(digest) for digest in digests}
+        changed = {digest: self._tier(digest, name, pin) for digest in {it.digest for it in (before, pin) if it}}
+        for digest, tier in sorted(changed.items(), key=lambda item: item[1] is None):  # what may be refused first
+            await self._apply(digest, self._tier(digest), tier, 0 if pin is None else pin.size)
         if pin is None:
             self._pins.pop(name, None)
         else:
             self._pins[name] = pin
-        try:
-            for digest in digests:
-                await self._apply(digest, was[digest], self._tier(digest))
-        except BaseException:
-            if before is None:
-                self._pins.pop(name, None)
-            else:
-                self._pins[name] = before
-            raise
 
-    async def _apply(self, digest: str, was: Tier | None, now: Tier | None) -> None:
-        if now is not None and was is None:
-            self._require_disk()
+    async def _apply(self, digest: str, was: Tier | None, now: Tier | None, size: int) -> None:
         if now is None and was is not None:
             with suppress(RequestFailed):  # the engine has forgotten it, or is no more: either way it is not pinned
                 await self._engine.pin_adapter(digest, None)
             self._files.release(digest)
         elif now != was:
+            if was is None:
+                self._require_disk(size)
             await self._engine.pin_adapter(digest, now)
             if was is None:
                 self._files.hold(digest)
 
-    def _tier(self, digest: str) -> Tier | None:
-        tiers = {tier for pinned, tier, _ in self._pins.values() if pinned == digest}
+    def _tier(self, digest: str, name: str | None = None, pin: Pin | None = None) -> Tier | None:
+        """Where a digest is pinned; with a name, where it would be if the name had that pin."""
+        pins = [other for owner, other in self._pins.items() if owner != name]
+        tiers = {other.tier for other in (*pins, pin) if other is not None and other.digest == digest}
         return "device" if "device" in tiers else "host" if tiers else None
 
-    def _require_disk(self) -> None:
+    def _require_disk(self, size: int) -> None:
         if self._disk is None:
             return
-        pinned = sum({digest: size for digest, _, size in self._pins.values()}.values())
+        pinned = size + sum({pin.digest: pin.size for pin in self._pins.values()}.values())
         if pinned > _PIN_SHARE * self._disk.capacity_bytes:
             message = (
                 f"pinned adapters would take {pinned} bytes, and at most half of the disk cache's "
                 f"{self._disk.capacity_bytes} may be pinned"
             )
             raise RequestFailed("pins_full", message)
+
+    def _locked(self, what: str) -> asyncio.Lock:
+        return self._locks.setdefault(what, asyncio.Lock())
 
     async def _try_pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
         try:

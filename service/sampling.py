@@ -22,22 +22,20 @@ def refuse_unbuilt(body: msgspec.Struct, place: str = "") -> None:
 def answer_length(
     asked: int | None,
     default: int | None,
-    prompts: Sequence[Sequence[int]],
+    prompt: int,
     limit: int,
     param: str,
     length_param: str = "max_tokens",
 ) -> int:
-    """How many tokens may be generated for each prompt within a context of `limit` tokens.
+    """How many tokens may be generated after a prompt of so many within a context of `limit` tokens.
 
-    `default` None means the rest of the context; `param` is the field the prompts came from, `length_param` the one
-    that asked for a length. Raises ApiError 400
-    with the numbers.
+    `default` None means the rest of the context; `param` is the field the prompt came from, `length_param` the one
+    that asked for a length. Raises ApiError 400 with the numbers.
     """
-    longest = max(map(len, prompts))
-    room = limit - longest
+    room = limit - prompt
     if room < 1 or (asked or 0) > room:
         answer = f" and {asked} of {length_param}" if asked else ", which leaves none for an answer"
-        message = f"the model's context is {limit} tokens; the prompt has {longest}{answer}"
+        message = f"the model's context is {limit} tokens; the prompt has {prompt}{answer}"
         raise ApiError(400, "context_length_exceeded", message, length_param if room >= 1 else param)
     return asked or min(room, default or room)
 

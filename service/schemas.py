@@ -27,6 +27,19 @@ Stops = Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
 
 
+OnMissing = Literal["error", "base", "append"]
+
+
+class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request to an aLoRA adapter wants where its prompt lacks the adapter's invocation.
+
+    `base` runs the base model instead; `append` puts the invocation at the prompt's end, in a chat in place of the
+    assistant's header.
+    """
+
+    on_missing: OnMissing = "error"
+
+
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool | None = None
 
@@ -54,6 +67,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     lora_path: Name | None = None
     adapter_id: Name | None = None
+    alora: Alora | None = None
     # Known to others, and not built here: refused by name unless they ask for nothing
     logit_bias: Any = None
     bad_words: Any = None

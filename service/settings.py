@@ -170,6 +170,7 @@ def add_engine_options(arguments: argparse.ArgumentParser) -> None:
     add("--load-format", choices=get_args(kinds["load_format"]), default=ENGINE.load_format)
     add("--max-model-len", type=count, help="tokens of prompt and answer together; default: the model's own limit")
     add("--kv-cache-bytes", type=size, default=ENGINE.kv_cache_bytes)
+    add("--host-kv-bytes", type=size, default=ENGINE.host_kv_bytes, help="host memory for evicted KV; default: none")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", default=ENGINE.prefix_cache)
     add("--max-running", type=count, default=ENGINE.max_running, help="sequences in one batch")
     add("--max-waiting", type=count, default=ENGINE.max_waiting, help="sequences queued before clients get 429")

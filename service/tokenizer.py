@@ -44,12 +44,14 @@ class Tokenizer:
         found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids of a conversation, up to where the assistant's answer begins. Raises InvalidChat."""
+    def chat(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation, by default up to where the assistant's answer begins. Raises InvalidChat."""
         if not self._tokenizer.chat_template:
             raise InvalidChat("the model has no chat template; use /v1/completions")
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # whatever a model's template may raise
             raise InvalidChat(f"the model's chat template refuses these messages: {error}") from None
         return self.encode_all([text], add_special_tokens=False)[0]
@@ -58,14 +60,18 @@ class Tokenizer:
         """Like encode, for several prompts; long ones do not hold up the event loop."""
         return await _off_loop(sum(map(len, texts)), partial(self.encode_all, texts))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = True) -> list[int]:
         """Like chat; long conversations do not hold up the event loop."""
         length = sum(len(str(message.get("content"))) for message in messages)
-        return await _off_loop(length, partial(self.chat, messages))
+        return await _off_loop(length, partial(self.chat, messages, generation_prompt))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, special ones left out."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens with the special ones: for a person to read."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
     def token_text(self, token_id: int) -> str:
         """What one token alone looks like, special or not: for log-probabilities."""

@@ -1,7 +1,8 @@
 """Reading an uploaded adapter from a request's body: multipart, tar, or one safetensors file."""
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from service.responses import ApiError
 from service.tar_body import TarBody
 
 ACCEPTED = "multipart/form-data, application/x-tar or application/vnd.safetensors"
+# A client that sends less takes one of few places from those that would send more.
+PATIENCE_SECONDS, LEAST_BYTES_PER_SECOND = 30.0, 16 * 1024
 _FEED_BYTES = 1 << 20  # handed to a thread at once: per chunk of the network (64 KiB) the hop would cost more
 
 
@@ -83,7 +86,8 @@ def _body(request: Request, files: BundleFiles, directory: Path) -> Body:
 
 async def _feed(request: Request, feed: Callable[[bytes], None], max_bytes: int) -> None:
     received, pending = 0, bytearray()
-    async for chunk in request.stream():
+    stream, started = request.stream(), time.monotonic()
+    while (chunk := await _next(stream, started + PATIENCE_SECONDS + received / LEAST_BYTES_PER_SECOND)) is not None:
         received += len(chunk)
         if received > max_bytes:
             raise too_large(max_bytes)
@@ -93,3 +97,13 @@ async def _feed(request: Request, feed: Callable[[bytes], None], max_bytes: int)
             pending.clear()
     if pending:
         await asyncio.to_thread(feed, bytes(pending))
+
+
+async def _next(stream: AsyncGenerator[bytes, None], deadline: float) -> bytes | None:
+    """The next piece of a body, None after the last. Raises ApiError 408 when it does not come in time."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await anext(stream, None)
+    except TimeoutError:
+        message = f"the body came too slowly: expected {LEAST_BYTES_PER_SECOND} bytes a second"
+        raise ApiError(408, "upload_too_slow", message, headers={"connection": "close"}) from None

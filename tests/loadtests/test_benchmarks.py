@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import httpx
+
 from tests.loadtests.commands import bench, number, run
 
 
@@ -50,6 +52,30 @@ def test_s3_sets_a_cold_load_against_one_bare_transfer(tiny_model: Path) -> None
     assert [row[0] for row in rows] == ["4", "64"]
     assert all(number(row[2]) > 0 and number(row[3]) > number(row[5]) > 0 for row in rows)
     assert "moto" in stated
+
+
+def test_alora_sets_an_adapter_after_a_conversation_beside_itself_as_plain_lora(server: str, tiny_model: Path) -> None:
+    short = ["--lengths", "64", "200", "--suffix", "20", "--rounds", "2"]
+    [([_, *rows], stated)] = bench(tiny_model, "alora", "--url", server, *short)
+    assert [row[0] for row in rows] == ["64", "200"]
+    assert [[*row[4:6], row[7]] for row in rows] == [["84", "20", "4.2×"], ["220", "20", "11.0×"]]
+    assert all(number(cell) > 0 for row in rows for cell in row[1:4])
+    assert "an invocation of 4 tokens" in stated
+    assert httpx.get(f"{server}/adapters/bench-activated").status_code == 404
+
+
+def test_overflow_plays_the_pipeline_on_less_kv_than_its_working_set(tiny_model: Path) -> None:
+    few = ["--conversations", "3", "--turns", "2", "--notes", "30", "--prompt-words", "8", "--max-tokens", "4"]
+    small = ["--rounds", "1", "--adapters", "2", "--check-tokens", "2", "--ample-kv-bytes", "32000000"]
+    [([_, everything, half, host], stated)] = bench(tiny_model, "overflow", *few, *small, "--shares", "0.5")
+    assert [row[0] for row in (everything, half, host)] == ["everything", *["0.5 × working set"] * 2]
+    assert [everything[2], half[2]] == ["off", "off"]
+    assert host[2] in ("on", "not built")
+    assert number(everything[1]) > 2 * number(half[1])
+    assert number(half[3]) < number(everything[3])
+    assert number(half[5]) > number(everything[5])
+    assert all(number(row[6]) > 0 for row in (everything, half))
+    assert "3 conversations of 2 turns" in stated
 
 
 def test_a_benchmark_says_why_it_cannot_measure(tiny_model: Path, server: str) -> None:

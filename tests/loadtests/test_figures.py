@@ -6,9 +6,11 @@ from collections import Counter
 
 import pytest
 
-from loadtests import bench, tiers
+from loadtests import alora_first_token, bench, kv_overflow, tiers
 from loadtests.adapter_client import CallFailed, Metrics
 from loadtests.adapter_copy import buffers, memory_bytes
+from loadtests.completion_stream import Timing, cached_tokens
+from loadtests.conversation import Call, hit_rate, prefilled
 from loadtests.interference import Stretch, rows_table
 from loadtests.random_adapter import adapter_file, number_file, tensor_shapes
 from loadtests.report import change, medians, percentile, table, verdict
@@ -91,6 +93,73 @@ def test_an_adapter_file_has_its_configuration_every_tensor_and_a_number() -> No
     assert len({len(one) for one in numbered}) == 1
 
 
+def test_an_alora_file_differs_from_the_plain_one_in_its_configuration_alone() -> None:
+    def parts(file: bytearray) -> tuple[dict, bytes]:
+        [length] = struct.unpack("<Q", file[:8])
+        config = json.loads(file[8 : 8 + length])["__metadata__"]["adapter_config"]
+        return json.loads(config), bytes(file[8 + length :])
+
+    plain, weights = parts(adapter_file(SHAPE, 1, 4))
+    activated, same_weights = parts(adapter_file(SHAPE, 1, 4, [5, 6]))
+    assert activated == {**plain, "alora_invocation_tokens": [5, 6]}
+    assert weights == same_weights
+
+
+def test_cached_tokens_are_none_where_the_server_does_not_say() -> None:
+    assert cached_tokens({"prompt_tokens_details": {"cached_tokens": 7}}) == 7
+    for usage in ({}, {"prompt_tokens_details": None}, {"prompt_tokens_details": {"cached_tokens": None}}):
+        assert cached_tokens(usage) == 0
+
+
+def test_the_hit_rate_is_of_tokens_and_not_of_calls() -> None:
+    calls = [Call(300, 300, 0.1, ""), Call(100, 0, 0.1, "")]
+    assert (hit_rate(calls), prefilled(calls)) == (0.75, 100)
+
+
+def test_the_gain_of_an_alora_is_that_of_the_medians_and_its_goal_that_of_the_suffix_alone() -> None:
+    rounds = [
+        (Timing(slow, [], 1, 1050), Timing(fast, [], 1, tokens))
+        for slow, fast, tokens in [(2.0, 0.125, 50), (3.0, 0.2, 50), (9.0, 0.1, 1050)]
+    ]
+    config = {**SHAPE, "vocab_size": 100}
+    reused = alora_first_token.row(config, 1000, 50, rounds)
+    assert reused[:6] == ["1000", "3000.0", "125.0", "24.0×", "1050", "50"]
+    assert reused[7:] == ["21.0×", "114% (met)"]
+    computed_again = alora_first_token.row(config, 1000, 50, [(rounds[0][0], rounds[0][0])])
+    assert computed_again[3:6] == ["1.0×", "1050", "1050"]
+    assert computed_again[7:] == ["21.0×", "5% (missed)"]
+
+
+def test_multiplications_are_those_of_the_weights_of_causal_attention_and_of_one_tokens_logits() -> None:
+    config = {**SHAPE, "vocab_size": 100}
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    attention = 2 * (2 * 64) * (4 + 5 + 6)  # two layers, each token with itself and those before it, for K and for V
+    assert alora_first_token.multiplications(config, 3, 6) == 3 * weights + attention + 64 * 100
+
+
+def test_the_tokens_of_a_conversation_are_never_an_invocation_and_differ_by_seed() -> None:
+    tokens = alora_first_token.vocabulary(100)
+    assert not set(tokens.invocation) & set(tokens.ordinary)
+    assert tokens.some(20, "a") == tokens.some(20, "a") != tokens.some(20, "b")
+
+
+def test_a_share_of_the_working_set_has_room_for_a_block_that_the_server_keeps() -> None:
+    needed = kv_overflow.WorkingSet(100, 130, 1000.5)
+    assert [needed.bytes_for(share) for share in (0.5, 1, 2)] == [51_026, 101_051, 201_101]
+
+
+def test_overflow_shows_medians_of_the_rounds_and_the_waits_of_all_their_checks() -> None:
+    def played(cached: int, seconds: float) -> kv_overflow.Round:
+        check = Call(100, cached, seconds / 10, "")
+        return kv_overflow.Round([Call(100, 0, 9.0, ""), check], [check], seconds)
+
+    rounds = [played(100, 1.0), played(0, 2.0), played(80, 3.0)]
+    assert kv_overflow.row("it", 7, "on", rounds, "1 / 2") == [
+        *("it", "7", "on", "40.0%", "80.0%", "120", "2.0", "200 / 300", "1 / 2")
+    ]
+    assert len(kv_overflow.not_built("it", 7)) == 9
+
+
 def test_the_buffers_of_a_memcpy_are_of_the_size_asked_for_and_are_copied() -> None:
     for huge in (False, True):
         pair = buffers(100_001, huge=huge)
@@ -124,7 +193,7 @@ def test_options_left_out_are_those_of_the_benchmark() -> None:
 
 def test_no_name_is_every_benchmark_and_with_a_url_those_that_need_no_server_of_their_own() -> None:
     assert bench.options([]).names == list(bench.BENCHMARKS)
-    assert bench.options(["--url", "http://host"]).names == ["throughput", "interference"]
+    assert bench.options(["--url", "http://host"]).names == ["throughput", "interference", "alora"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import httpx
 import msgspec
 import pytest
 
-from loadtests.random_adapter import write_adapter
+from loadtests.adapter_client import AdapterClient
+from loadtests.random_adapter import adapter_file, write_adapter
 from loadtests.server_process import ServerFailed, running_server
 from tests.loadtests.commands import SHAPE, run
 
@@ -18,8 +19,8 @@ def put_adapter(url: str, directory: Path, name: str, seed: int) -> None:
     assert httpx.put(f"{url}/adapters/{name}", files=files, timeout=60).status_code in (200, 201)
 
 
-def locust(url: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "--host", url, "--users", "3"]
+def locust(url: str, *options: str, file: str = "locustfile") -> subprocess.CompletedProcess[str]:
+    command = ["-m", "locust", "-f", f"loadtests/{file}.py", "--headless", "--host", url, "--users", "3"]
     return run(*command, "--spawn-rate", "3", "--max-tokens", "8", "--json", *options)
 
 
@@ -45,6 +46,26 @@ def test_users_find_the_served_models_by_themselves(server: str, tmp_path: Path)
     result = locust(server, "--run-time", "2s", "--popularity", "0")
     assert result.returncode == 0, result.stderr
     assert {"tiny", "found"} <= {entry["name"] for entry in msgspec.json.decode(result.stdout)}
+
+
+def test_pipeline_users_find_the_alora_adapters_and_have_them_check_every_turn(server: str) -> None:
+    missing = locust(server, "--run-time", "1s", file="locust_pipeline")
+    assert "no aLoRA adapters" in missing.stderr
+    with AdapterClient(server) as client:
+        for seed, name in enumerate(("doubt", "trust")):
+            client.put(name, adapter_file(SHAPE, seed, 4, [500 + seed, 600]))
+        try:
+            result = locust(server, "--run-time", "2s", "--turns", "2", file="locust_pipeline")
+        finally:
+            for name in ("doubt", "trust"):
+                client.delete(name)
+    assert result.returncode == 0, result.stderr
+    entries = {(entry["method"], entry["name"]): entry for entry in msgspec.json.decode(result.stdout)}
+    assert sum(entry["num_failures"] for entry in entries.values()) == 0
+    counts = [entries["POST", name]["num_requests"] for name in ("tiny", "doubt", "trust")]
+    assert counts[0] >= counts[1] >= counts[2] > 0
+    cached = entries["cached percent", "trust"]
+    assert 10 < cached["total_response_time"] / cached["num_requests"] <= cached["max_response_time"] <= 100
 
 
 def test_a_request_that_fails_is_counted_as_a_failure(server: str) -> None:

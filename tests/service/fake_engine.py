@@ -1,8 +1,9 @@
 """An engine process without a model: it speaks runtime.messages, and its answers are the prompt over again.
 
 A request's `cache_salt` scripts it: "die" ends the process, "hold" gives one token and then nothing, "silent" gives
-nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round. A load is done at
-once if the file is there, else the file is wanted; of pins there is room for one. Command line:
+nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round, and leaves out
+what is before its activation. A load is done at once if the file is there, else the file is wanted; of pins there is
+room for one. A prefix is held at once; half of the blocks may be held. Command line:
 python -m tests.service.fake_engine [--cannot-start] ENDPOINT.
 """
 
@@ -19,15 +20,19 @@ from runtime.messages import (
     Abort,
     AdapterState,
     Answer,
+    DropNamespace,
     Event,
     FailAdapter,
     Failed,
     Generate,
     GetStats,
+    HoldPrefix,
+    HostKvStats,
     LoadAdapter,
     PinAdapter,
     Ready,
     RegisterAdapter,
+    ReleasePrefix,
     RetireAdapter,
     Shutdown,
     Stats,
@@ -39,10 +44,10 @@ from runtime.messages import (
     decode_command,
     encode,
 )
+from tests.service.fake_kv import BLOCK, FakeKv
 
 COMMAND = (sys.executable, "-m", "tests.service.fake_engine")
 CONTEXT = 200
-BLOCK = 16
 STOP_TOKEN = 2  # what ends an answer when the prompt begins with it
 
 
@@ -51,7 +56,7 @@ class Sequence:
 
     def __init__(self, command: Generate, cached_tokens: int):
         self.command, self.cached_tokens = command, cached_tokens
-        prompt = command.token_ids[::-1] if command.adapter else command.token_ids
+        prompt = command.token_ids[command.activation :][::-1] if command.adapter else command.token_ids
         self.answer = list(islice(cycle(prompt), command.params.max_tokens))
         self.given = 0
 
@@ -83,9 +88,11 @@ class FakeEngine:
         self.max_model_len = config.max_model_len or CONTEXT
         self.max_waiting = config.max_waiting
         self.running: dict[str, Sequence] = {}
-        self.computed: set[tuple[int, ...]] = set()  # prompts that the prefix cache would have
+        self.computed: set[tuple[int, ...]] = set()  # prompts
+        self.kv = FakeKv(self.num_blocks)
+        self.host_kv = HostKvStats(bytes_total=config.host_kv_bytes, bytes_used=64, blocks=1, stores=2, loads=1)
         self.adapters: dict[str, Path] = {}
-        self.wanted: dict[str, Tier] = {}
+        self.wanted: dict[str, tuple[str, Tier, str | None]] = {}
         self.tiers: dict[str, Tier] = {}
         self.pins: dict[str, Tier] = {}
         self.steps = self.generated_tokens = 0
@@ -109,18 +116,27 @@ class FakeEngine:
                 self.running.pop(request_id, None)
             case RegisterAdapter(digest=digest, path=path):
                 self.adapters[digest] = Path(path)
-                return self.load(digest, self.wanted.pop(digest)) if digest in self.wanted else [self.state(digest)]
+                return self.load(*self.wanted.pop(digest)) if digest in self.wanted else [self.state(digest)]
             case FailAdapter(digest=digest, reason=reason):
-                self.wanted.pop(digest, None)
-                return [AdapterState(digest=digest, state="failed", reason=reason)]
-            case LoadAdapter(digest=digest, tier=tier):
-                return self.load(digest, tier)
+                failed = AdapterState(digest=digest, state="failed", reason=reason)
+                return [failed, *self.answer_load(digest, "adapter_failed", reason)]
+            case LoadAdapter(digest=digest, tier=tier, request_id=asked):
+                return self.load(digest, tier, asked)
             case PinAdapter() | UnloadAdapter():
                 return self.move(command)
             case RetireAdapter(digest=digest):
-                for known in (self.adapters, self.wanted, self.tiers, self.pins):
+                answers = self.answer_load(digest, "unknown_adapter", "it was retired")
+                for known in (self.adapters, self.tiers, self.pins):
                     known.pop(digest, None)
-                return [AdapterState(digest=digest, state="retired")]
+                return [AdapterState(digest=digest, state="retired"), *answers]
+            case HoldPrefix(cache_salt="die"):
+                os._exit(9)
+            case HoldPrefix():
+                return self.kv.hold(command)
+            case ReleasePrefix(prefix_id=prefix_id):
+                self.kv.release(prefix_id)
+            case DropNamespace(request_id=request_id, namespace=namespace):
+                return [*self.kv.drop(namespace), Answer(request_id=request_id)]
             case GetStats():
                 return [self.stats()]
             case Shutdown():
@@ -142,16 +158,21 @@ class FakeEngine:
             refusal = "queue_full"
         if refusal is not None:
             return [Failed(request_id=command.request_id, code=refusal, message="as scripted")]
-        cached = (len(prompt) - 1) // BLOCK * BLOCK if prompt in self.computed else 0
-        self.running[command.request_id] = Sequence(command, cached)
+        self.running[command.request_id] = Sequence(command, self.kv.look_up(command))
         return []
 
-    def load(self, digest: str, tier: Tier) -> list[Event]:
+    def load(self, digest: str, tier: Tier, asked: str | None = None) -> list[Event]:
         if not self.adapters[digest].exists():
-            self.wanted[digest] = tier
+            self.wanted[digest] = digest, tier, asked
             return [AdapterState(digest=digest, state="wanted")]
         self.tiers[digest] = tier
-        return [self.state(digest, read=0.01, pack=0.02, **({"copy": 0.04} if tier == "device" else {}))]
+        state = self.state(digest, read=0.01, pack=0.02, **({"copy": 0.04} if tier == "device" else {}))
+        return [state] if asked is None else [state, Answer(request_id=asked)]
+
+    def answer_load(self, digest: str, code: str, message: str) -> list[Event]:
+        """Refuse whoever waits for the load of an adapter whose file is wanted."""
+        _, _, asked = self.wanted.pop(digest, (digest, "device", None))
+        return [] if asked is None else [Answer(request_id=asked, code=code, message=message)]
 
     def move(self, command: PinAdapter | UnloadAdapter) -> list[Event]:
         request_id, digest, tier = command.request_id, command.digest, command.tier
@@ -190,13 +211,14 @@ class FakeEngine:
         )
 
     def step(self) -> list[Event]:
-        events = []
+        events = self.kv.expire()
         for request_id, sequence in list(self.running.items()):
             event = sequence.step()
             if event is None:
                 continue
             events.append(event)
             self.computed.add(tuple(sequence.command.token_ids))
+            self.kv.compute(sequence.command)
             self.generated_tokens += 1
             if isinstance(event, Failed) or event.finish_reason:
                 del self.running[request_id]
@@ -220,6 +242,9 @@ class FakeEngine:
             host=self.tier_stats("device", "host"),
             running_adapters=on,
             waiting_adapters=[],
+            blocks_held=self.kv.blocks_held,
+            namespaces=self.kv.namespaces(),
+            host_kv=self.host_kv if self.host_kv.bytes_total else HostKvStats(),
         )
 
 

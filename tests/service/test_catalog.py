@@ -21,7 +21,7 @@ from tests.service.catalogs import FREE, blob, files, opened, prepared, publish,
 
 
 def over(store: LocalStore) -> AdapterStorage:
-    return AdapterStorage(store, StoredFiles(store), None, store.close)
+    return AdapterStorage(store, StoredFiles(store))
 
 
 def test_a_corrupt_name_is_skipped_and_no_file_is_collected_while_it_may_point_at_one(
@@ -213,6 +213,50 @@ def test_an_ephemeral_adapter_touches_no_disk_and_goes_with_its_name(tmp_path: P
             await catalog.delete("step", FREE)
             await catalog.settle()
             assert not file.exists()
+
+    run(program())
+
+
+def test_an_ephemeral_adapter_outlives_a_stored_one_of_the_same_bytes(tmp_path: Path) -> None:
+    async def program() -> None:
+        engine = AdapterEngine()
+        async with opened(tmp_path, engine) as catalog:
+            digest = (await publish(catalog, "stored")).digest
+            await publish(catalog, "passing", ephemeral=True)
+            await catalog.delete("stored", FREE)
+            local_storage(tmp_path).store.delete(blob(digest))  # as another process' collector may do
+            engine.want(digest)
+            await catalog.settle()
+            assert engine.registered[digest].exists()
+
+    run(program())
+
+
+def test_a_file_that_was_collected_while_it_was_named_is_stored_again(tmp_path: Path) -> None:
+    class CollectedStore(LocalStore):
+        def put(self, key: str, *arguments: Any, **options: Any) -> str:
+            if key.startswith("names/"):
+                for entry in self.list("blobs/"):
+                    self.delete(entry.key)
+            return super().put(key, *arguments, **options)
+
+    async def program() -> None:
+        async with opened(over(CollectedStore(tmp_path))) as catalog:
+            version = await publish(catalog, "poet")
+            assert files(tmp_path) == [blob(version.digest), "names/poet.json"]
+
+    run(program())
+
+
+def test_a_damaged_file_that_nobody_has_read_yet_is_replaced_by_an_upload(tmp_path: Path) -> None:
+    file = tmp_path / blob(stored(tmp_path, "poet")["poet"])
+    content = file.read_bytes()
+    file.write_bytes(content + b"and more")
+
+    async def program() -> None:
+        async with opened(tmp_path) as catalog:
+            await publish(catalog, "poet")
+            assert file.read_bytes() == content
 
     run(program())
 

@@ -138,7 +138,7 @@ def test_an_unreachable_store_keeps_what_is_known_and_is_read_again_later(tmp_pa
 
     async def program() -> None:
         store = FarStore(tmp_path)
-        far = AdapterStorage(store, StoredFiles(store), None, store.close)
+        far = AdapterStorage(store, StoredFiles(store))
         async with opened(tmp_path) as theirs, opened(far) as mine:
             await publish(theirs, "poet")
             await mine.refresh()

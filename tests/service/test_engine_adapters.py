@@ -47,11 +47,9 @@ def test_the_state_of_an_adapter_is_known_until_it_is_retired(config: EngineConf
             client.on_load = stages.append
             (file := tmp_path / "file").write_bytes(b"x")
             client.register_adapter("d1", file)
-            client.load_adapter("d1", "host")
-            await client.wait_adapter("d1", "host")
+            await client.bring_adapter("d1", "host")
             assert client.adapter_states["d1"].tier == "host"
-            client.load_adapter("d1")
-            await client.wait_adapter("d1")
+            await client.bring_adapter("d1", "device")
             assert client.adapter_states["d1"].tier == "device"
             assert [set(seconds) for seconds in stages] == [{"read", "pack"}, {"read", "pack", "copy"}]
             await client.unload_adapter("d1", "device")
@@ -74,8 +72,7 @@ def test_a_file_that_the_engine_wants_is_brought_and_the_load_goes_on(config: En
 
             client.on_wanted = bring
             client.register_adapter("d1", file)
-            client.load_adapter("d1")
-            await client.wait_adapter("d1")
+            await client.bring_adapter("d1", "device")
 
     asyncio.run(run())
 
@@ -85,9 +82,8 @@ def test_a_file_that_cannot_be_had_fails_who_waits_with_the_reason(config: Engin
         async with started(config) as client:
             client.on_wanted = lambda digest: client.fail_adapter(digest, "the bucket is gone")
             client.register_adapter("d1", tmp_path / "nowhere")
-            client.load_adapter("d1")
             with pytest.raises(RequestFailed, match="the bucket is gone"):
-                await client.wait_adapter("d1")
+                await client.bring_adapter("d1", "device")
             assert client.adapter_states["d1"].state == "failed"
 
     asyncio.run(run())
@@ -101,13 +97,12 @@ def test_who_waits_for_an_adapter_that_is_retired_or_whose_engine_dies_is_told(
             codes = []
             for end in (lambda: client.retire_adapter("d1"), lambda: os.kill(client.pid or 0, signal.SIGKILL)):
                 client.register_adapter("d1", tmp_path / "nowhere")
-                client.load_adapter("d1")
-                waiting = asyncio.create_task(code_of(client.wait_adapter("d1")))
+                waiting = asyncio.create_task(code_of(client.bring_adapter("d1", "device")))
                 await asyncio.sleep(0)
                 end()
                 codes.append(await waiting)
             assert codes == ["unknown_adapter", "engine_died"]
-            assert await code_of(client.wait_adapter("d1")) == "engine_unavailable"
+            assert await code_of(client.bring_adapter("d1", "device")) == "engine_unavailable"
             assert await code_of(client.unload_adapter("d1", "host")) == "engine_unavailable"
 
     asyncio.run(run())

@@ -131,6 +131,8 @@ def test_with_a_key_everything_but_health_and_metrics_needs_it(tiny_model: Path,
         guarded = [("GET", "/v1/models"), ("GET", "/adapters"), ("PUT", "/adapters/x"), ("DELETE", "/adapters/x")]
         guarded += [("POST", "/adapters"), ("PATCH", "/adapters/x"), ("POST", "/adapters/x/load")]
         guarded += [("POST", "/v1/load_lora_adapter"), ("POST", "/load_lora_adapter"), ("POST", "/invocations")]
+        guarded += [("GET", "/kv"), ("POST", "/kv/prefixes"), ("GET", "/kv/prefixes/x"), ("DELETE", "/kv/prefixes/x")]
+        guarded += [("GET", "/kv/prefixes"), ("DELETE", "/kv/namespaces/base")]
         guarded += [("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/version")]
         for method, path in guarded:
             for key in (None, "Bearer wrong", "secret", "Bearer sécret", "Bearer secret2"):

@@ -1,10 +1,12 @@
 """Pins, loads and unloads of named adapters."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from runtime.messages import Tier
+from service.engine_adapters import RequestFailed
 from service.responses import ApiError
 from tests.service.adapter_engine import AdapterEngine
 from tests.service.catalogs import FREE, opened, publish, run
@@ -64,6 +66,51 @@ def test_a_pin_that_the_engine_refuses_leaves_everything_as_it_was(tmp_path: Pat
             assert [version.name for version in catalog.list()] == ["other", "poet"]
             assert engine.pins == {old.digest: "device"}
             assert not catalog.list()[0].record.pinned
+
+    run(program())
+
+
+def test_names_with_one_content_that_pin_it_together_are_all_refused_or_none(tmp_path: Path) -> None:
+    class SlowEngine(AdapterEngine):
+        async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
+            await asyncio.sleep(0)
+            await super().pin_adapter(digest, tier)
+
+    async def program() -> None:
+        engine = SlowEngine()
+        async with opened(tmp_path, engine) as catalog:
+            names = ("one", "two", "three")
+            for name in names:
+                digest = (await publish(catalog, name)).digest
+            engine.refuse = "pins_full"
+            tried = await asyncio.gather(*(catalog.set_pin(n, "device", FREE) for n in names), return_exceptions=True)
+            assert [getattr(each, "code", each) for each in tried] == ["pins_full"] * 3
+            assert not any(version.record.pinned for version in catalog.list())
+            engine.refuse = None
+            await asyncio.gather(*(catalog.set_pin(name, "device", FREE) for name in names))
+            assert engine.pins == {digest: "device"}
+            await asyncio.gather(*(catalog.delete(name, FREE) for name in names))
+            assert engine.pins == {}
+
+    run(program())
+
+
+def test_a_pinned_adapter_is_replaced_although_both_have_no_room_together(tmp_path: Path) -> None:
+    class EngineForOne(AdapterEngine):
+        async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
+            if tier is not None and self.pins.keys() - {digest}:
+                raise RequestFailed("pins_full", "there is room for one")
+            await super().pin_adapter(digest, tier)
+
+    async def program() -> None:
+        engine = EngineForOne()
+        async with opened(tmp_path, engine) as catalog:
+            await publish(catalog, "poet", pin=True)
+            new = await publish(catalog, "poet", seed=1)
+            assert engine.pins == {new.digest: "device"}
+            with pytest.raises(ApiError, match="room for one"):
+                await publish(catalog, "other", seed=2, pin=True)
+            assert engine.pins == {new.digest: "device"}
 
     run(program())
 

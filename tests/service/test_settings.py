@@ -47,7 +47,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         *("--max-waiting", "0", "--no-prefix-cache", "--max-lora-rank", "64", "--host-adapter-bytes", "3G"),
         *("--allow-source", f"file://{tmp_path}", "--allow-source", "s3://bucket/team-a", "--max-uploads", "3"),
         *("--cache-directory", str(tmp_path), "--disk-cache-bytes", "5M", "--refresh-seconds", "0.5"),
-        *("--collect-after-seconds", "60"),
+        *("--collect-after-seconds", "60", "--host-kv-bytes", "4G"),
         *("--max-upload-bytes", "10M", "--max-body-bytes", "1000", "--served-name", "base", "--api-key", "secret"),
     )
     assert found.engine == EngineConfig(
@@ -64,6 +64,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         prefix_cache=False,
         max_lora_rank=64,
         host_adapter_bytes=3072 * MIB,
+        host_kv_bytes=4096 * MIB,
     )
     assert found.allowed_sources == (f"file://{tmp_path}", "s3://bucket/team-a")
     assert (found.cache_directory, found.disk_cache_bytes, found.max_uploads) == (tmp_path, 5 * MIB, 3)

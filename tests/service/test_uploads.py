@@ -290,9 +290,25 @@ def test_an_adapter_that_would_not_apply_exactly_is_refused(
     assert field == param if param else field
 
 
-def test_an_alora_is_refused_by_name_until_it_is_served(service: Service) -> None:
-    files = multipart(config(alora_invocation_tokens=[1, 2]), save(tensors()))
-    assert refused(service, files=files) == (422, "alora_unsupported", "alora_invocation_tokens")
+def test_every_way_of_uploading_takes_an_alora(service: Service) -> None:
+    config_file, weights = config(alora_invocation_tokens=[1, 2]), save(tensors())
+    bodies: list[dict[str, Any]] = [
+        {"files": multipart(config_file, weights)},
+        {"content": tar((CONFIG, config_file), (WEIGHTS, weights)), "headers": TAR},
+        {"content": save(tensors(), {"adapter_config": config_file.decode()}), "headers": SAFETENSORS},
+    ]
+    for body in bodies:
+        response = put(service, **body)
+        assert response.status_code in (200, 201), response.text
+        assert (response.json()["kind"], response.json()["invocation_tokens"]) == ("alora", [1, 2])
+    assert service.get("poet")["generation"] == 1
+
+
+def test_an_alora_of_the_old_format_is_told_how_to_convert(service: Service) -> None:
+    files = multipart(config(invocation_string="<|start|>check"), save(tensors()))
+    assert refused(service, files=files) == (422, "invalid_adapter", "invocation_string")
+    message = put(service, files=files).json()["error"]["message"]
+    assert "alora_invocation_tokens = tokenize(invocation_string)[1:]" in message
 
 
 def test_a_bare_safetensors_file_must_carry_its_configuration(service: Service) -> None:
