@@ -9,7 +9,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "StoredTensor",
     "canonical_from_tensors",
     "canonicalise",
+    "leaves_kv",
     "read_canonical",
 ]
 
@@ -46,7 +47,10 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a canonical adapter is: `rank` is its largest, `bytes` the file's size, `targets` short module names."""
+    """What a canonical adapter is: `rank` is its largest, `bytes` the file's size, `targets` short module names.
+
+    `leaves_kv` when every K and V under it are the base's, so that all its K/V can be shared with the base.
+    """
 
     digest: str
     rank: int
@@ -54,6 +58,8 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["lora", "alora"]
     bytes: int
     warnings: list[str]
+    invocation_tokens: tuple[int, ...] | None
+    leaves_kv: bool
 
 
 def canonicalise(
@@ -128,6 +134,17 @@ def read_canonical(source: Path | bytes) -> tuple[AdapterConfig, Header, int]:
     return config, header, header.data_offset
 
 
+def leaves_kv(modules: Iterable[str], model: ModelConfig) -> bool:
+    """Whether an adapter of these modules leaves every K and V as the base's.
+
+    K and V of a layer follow from the hidden state before it, which only earlier layers and the embedding change: what
+    comes after the last layer's K and V cannot reach any.
+    """
+    last = f"model.layers.{model.num_layers - 1}."
+    harmless = (f"{last}self_attn.q_proj", f"{last}self_attn.o_proj", f"{last}mlp.", "lm_head")
+    return all(module.startswith(harmless) for module in modules)
+
+
 def _write_canonical(
     source: BinaryIO,
     peft: PeftConfig,
@@ -151,6 +168,8 @@ def _write_canonical(
         kind="lora" if config.alora_invocation_tokens is None else "alora",
         bytes=size,
         warnings=warnings,
+        invocation_tokens=config.alora_invocation_tokens,
+        leaves_kv=leaves_kv(adapter.scales, model),
     )
 
 

@@ -2,12 +2,14 @@
 
 import os
 import queue
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -21,7 +23,7 @@ from runtime.adapter_format import AdapterConfig, read_canonical
 from runtime.adapter_layout import AdapterLayout, layout_adapter
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.models.config import ModelConfig
-from runtime.safetensors_header import Header
+from runtime.safetensors_header import Header, read_header
 
 THREADS = 2
 NICENESS = 10  # of these threads: a step waits for all of its own, so that each one held up holds up all requests
@@ -72,8 +74,8 @@ class Finished(NamedTuple, Generic[Key]):
 class AdapterLoader(Generic[Key]):
     """Runs tasks on its own threads, in the order asked for; results wait in a queue until they are asked for.
 
-    A task that only copies waits for none that reads: it has a thread to itself. `on_change` is called from a thread
-    after each result. Files of more than `max_file_bytes` are not read.
+    A task that only copies waits for none that reads: it has a thread to itself. `on_change` is called after each
+    result, from a thread, and by `notify`. Files of more than `max_file_bytes` are not read.
     """
 
     def __init__(self, model: ModelConfig, max_file_bytes: int) -> None:
@@ -106,6 +108,11 @@ class AdapterLoader(Generic[Key]):
             self._receive(timeout)
         return bool(self._arrived)
 
+    def notify(self) -> None:
+        """Say that there is something to do."""
+        if self.on_change is not None:
+            self.on_change()
+
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
         self._copier.shutdown(cancel_futures=True)
@@ -123,8 +130,7 @@ class AdapterLoader(Generic[Key]):
             return
         error = future.exception()
         self._finished.put(Finished(key, None if error else future.result(), error, seconds))
-        if self.on_change is not None:
-            self.on_change()
+        self.notify()
 
     def _run(self, task: Task, seconds: dict[str, float]) -> Content | None:
         started = time.monotonic()
@@ -160,17 +166,34 @@ def _yield_to_others() -> None:
 def _verified(path: Path, digest: str, max_bytes: int) -> bytes:
     """A whole file at once: mapped memory would turn a file that shrinks under us into a dead process."""
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FileWanted("its file cannot be read: Not a regular file")
+            if status.st_size > max_bytes:
+                raise _too_large(file, status.st_size, max_bytes)
             content = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileWanted("its file is missing") from None
+    except OSError as error:  # whose own words name the path, which is nobody's business
+        raise FileWanted(f"its file cannot be read: {error.strerror or type(error).__name__}") from None
     found = blake3(content).hexdigest()
     if found != digest:
         raise FileWanted(f"its file is corrupt: {len(content)} bytes with the BLAKE3 digest {found}")
     return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # what is no file may never open otherwise
+
+
+def _too_large(file: FileIO, size: int, max_bytes: int) -> Exception:
+    """What is wrong with a file that is not read whole: it may be what it should be, if its header describes it."""
+    try:
+        read_header(file)
+    except InvalidAdapter:
+        return FileWanted(f"its file is corrupt: {size} bytes")
+    return InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
 
 
 def _pack(content: Content, extent: Tensor) -> None:

@@ -25,6 +25,7 @@ class AdapterLoads:
 
     def __init__(self, model: ModelConfig, host: AdapterTier, device: AdapterTier, clock: Callable[[], float]) -> None:
         self.tiers: dict[Tier, AdapterTier] = {"host": host, "device": device}
+        self._due = False  # the next poll has room that this one has not, without any event before
         # The widest a file can be for what it takes packed: float32 for an arena of half its width.
         self.loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model, 2 * host.capacity_bytes + MAX_HEADER_BYTES)
         self._host, self._device = host, device
@@ -79,6 +80,7 @@ class AdapterLoads:
     def take(self) -> list[RegisteredAdapter]:
         """End the stages whose jobs have finished; whose they were."""
         self._polls += 1
+        self._due = False
         results = self.loader.take()
         for result in results:
             self._receive(result.key, result)
@@ -95,6 +97,10 @@ class AdapterLoads:
             if self._starving is None and self._starves(adapter):
                 self._starving = adapter
         return failed
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until `take` and `advance` have something to do; False when they have nothing."""
+        return self._due or self.loader.wait(timeout)
 
     def lacking_room(self) -> dict[Tier, int]:
         """The tiers in which the first load that no job works for finds no room, with the bytes that it takes."""
@@ -149,11 +155,19 @@ class AdapterLoads:
 
     def _copy(self, adapter: RegisteredAdapter, source: AdapterTier, target: AdapterTier) -> None:
         assert adapter.size is not None
-        if self._may_take(adapter, target) and target.reserve(adapter.digest, adapter.size, adapter.claim):
+        if self._may_take(adapter, target) and self._reserve(adapter, adapter.size, target):
             source.acquire(adapter.digest)
             adapter.reading = source.name
             copy = (source.extent(adapter.digest), target.extent(adapter.digest))
             self._start(adapter, Task(adapter.digest, copy=copy), target.name)
+
+    def _reserve(self, adapter: RegisteredAdapter, size: int, tier: AdapterTier) -> bool:
+        if tier.reserve(adapter.digest, size, adapter.claim):
+            return True
+        if not self._due and tier.has_newcomers and not tier.lacks_room(size, adapter.claim):
+            self._due = True
+            self.loader.notify()
+        return False
 
     def _fill_host(self, adapter: RegisteredAdapter) -> None:
         """Read the file and pack it; both at once if the file's size is known, so that only what has room is read."""

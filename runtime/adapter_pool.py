@@ -157,15 +157,18 @@ class AdapterPool:
 
     # ------------------------------------------------------------------ commands
 
-    def load(self, digest: str, tier: Tier) -> None:
-        """Start to bring an adapter into a tier; its states tell how that goes, at once if it is unknown or failed."""
+    def load(self, digest: str, tier: Tier, request_id: str | None = None) -> None:
+        """Start to bring an adapter into a tier; with a request id `poll` answers when that has ended.
+
+        Refused as "unknown_adapter", "adapter_failed", or "load_cancelled" if it is unloaded meanwhile.
+        """
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.retired:
             adapter = RegisteredAdapter(digest=digest, source=b"", dropped=True)  # of which a report is all there is
         elif self._may_use(adapter):
             self._loads.ask(adapter, tier, Claim.AWAITED)
-        if adapter.failed:
-            adapter.reported = None
+        if request_id is not None:
+            adapter.loads.append((request_id, tier))
         self._reports.touch(adapter)
 
     def unload(self, request_id: str, digest: str, tier: Tier) -> None:
@@ -214,6 +217,8 @@ class AdapterPool:
         for adapter in self._loads.advance():
             self._reports.touch(adapter)
         self._pins.rearrange()
+        for adapter in self._reports.touched:
+            self._answer_loads(adapter)
         return [*self._reports.take(), *self._pins.take_answers()]
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -273,6 +278,23 @@ class AdapterPool:
                 ):
                     self._drop_from(adapter, tier)
         self._pins.decide(adapter)
+
+    def _answer_loads(self, adapter: RegisteredAdapter) -> None:
+        """Answer those who wait for loads that have ended, one way or the other."""
+        digest, ended = adapter.digest, adapter.state not in ("loading", "wanted")
+        for request_id, tier in list(adapter.loads):
+            there = self.device.holds(digest) or (tier == "host" and self.host.holds(digest))
+            if adapter.retired or adapter.dropped:
+                self._pins.answer(request_id, "unknown_adapter", f"adapter {digest} is not registered")
+            elif there:
+                self._pins.answer(request_id)
+            elif adapter.failed:
+                self._pins.answer(request_id, "adapter_failed", f"adapter {digest} failed to load: {adapter.reason}")
+            elif ended:
+                self._pins.answer(request_id, "load_cancelled", f"adapter {digest} was unloaded while it was loading")
+            else:
+                continue
+            adapter.loads.remove((request_id, tier))
 
     def _evicted(self, digest: str) -> None:
         adapter = self._adapters[digest]

@@ -26,7 +26,8 @@ class Claim(enum.IntEnum):
 class Entry:
     """An adapter's copy in a tier: `offset` and `size` in bytes; it is being filled until it is `ready`.
 
-    `target` is where it is being moved to. `spared_until` is the tick up to which it is safe from eviction.
+    `target` is where it is being moved to. In the tick `chance_at` it is safe from eviction, and up to `spared_until`
+    as long as others work.
     """
 
     offset: int
@@ -35,6 +36,7 @@ class Entry:
     references: int = 0
     claim: Claim = Claim.NONE
     last_use: int = 0
+    chance_at: int = -1
     spared_until: int = 0
     target: int | None = None
 
@@ -57,7 +59,8 @@ class AdapterTier:
         self._memory = torch.empty(elements, dtype=dtype, device=device, pin_memory=page_locked)
         self._entries: dict[str, Entry] = {}
         self._pins: dict[str, int] = {}  # bytes, which count from the promise on
-        self._refused: dict[Claim, int] = {}  # the smallest size for which there was no room, until something changes
+        # The smallest size for which there was no room, until something changes, by `_window`'s other arguments.
+        self._refused: dict[tuple[Claim, bool], int] = {}
         self._uses = itertools.count(1)
         self._ticks = 0
 
@@ -102,6 +105,11 @@ class AdapterTier:
         self._ticks += 1
         self._refused.clear()
 
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether the next tick lets an adapter go that may not be evicted before."""
+        return any(entry.chance_at == self._ticks for entry in self._entries.values())
+
     # ------------------------------------------------------------------ room
 
     def limit(self, digest: str) -> int:
@@ -118,10 +126,13 @@ class AdapterTier:
         return True
 
     def lacks_room(self, size: int, claim: Claim, leaving: Collection[str] = ()) -> bool:
-        """Whether pins and what is in use keep an adapter of that size out, even when those `leaving` have left."""
+        """Whether pins and what is in use keep an adapter of that size out, even when those `leaving` have left.
+
+        Newcomers do not: they are not spared for long.
+        """
         if not leaving:
-            return self._window(size, claim, high=False) is None
-        evictable = self._evictable(claim)
+            return self._window(size, claim, high=False, newcomers=True) is None
+        evictable = self._evictable(claim, newcomers=True)
         for digest in leaving:
             if self.holds(digest) and digest not in self._pins:
                 evictable[self._entries[digest].offset] = self._entries[digest].last_use
@@ -142,21 +153,23 @@ class AdapterTier:
             self.on_evict(digest)
         return self._arena.allocate(size, high=high)
 
-    def _window(self, size: int, claim: Claim, *, high: bool) -> Window | None:
+    def _window(self, size: int, claim: Claim, *, high: bool, newcomers: bool = False) -> Window | None:
         """Where there would be room; asked again while nothing has changed, it remembers that there is none."""
-        if size >= self._refused.get(claim, size + 1):
+        if size >= self._refused.get((claim, newcomers), size + 1):
             return None
-        window = self._arena.window(size, self._evictable(claim), high=high)
+        window = self._arena.window(size, self._evictable(claim, newcomers=newcomers), high=high)
         if window is None:
-            self._refused[claim] = size
+            self._refused[claim, newcomers] = size
         return window
 
-    def _evictable(self, claim: Claim) -> dict[int, int]:
+    def _evictable(self, claim: Claim, *, newcomers: bool = False) -> dict[int, int]:
         """When the entries that a load with this claim may evict were last used, by offset.
 
-        Newcomers are spared, unless nothing is being filled or in use: then no later event would make room.
+        Unless `newcomers` are to be among them, those are spared: always in the tick in which they came, in which who
+        waits for one gets to acquire it, and then for a while, if anything is being filled or in use: without that no
+        later event would make room.
         """
-        spare = any(not entry.ready or entry.references for entry in self._entries.values())
+        others_work = any(not entry.ready or entry.references for entry in self._entries.values())
         return {
             entry.offset: entry.last_use
             for digest, entry in self._entries.items()
@@ -165,8 +178,11 @@ class AdapterTier:
             and entry.target is None
             and entry.claim < claim
             and digest not in self._pins
-            and not (spare and entry.spared_until >= self._ticks)
+            and (newcomers or not self._spared(entry, others_work))
         }
+
+    def _spared(self, entry: Entry, others_work: bool) -> bool:
+        return entry.chance_at == self._ticks or (others_work and entry.spared_until >= self._ticks)
 
     # ------------------------------------------------------------------ entries
 
@@ -176,11 +192,12 @@ class AdapterTier:
         return self._view(entry.offset, entry.size)
 
     def publish(self, digest: str, claim: Claim = Claim.NONE, grace: int = 0) -> None:
-        """Its extent has been filled; for `grace` ticks it is safe from eviction."""
+        """Its extent has been filled; it is spared for `grace` ticks, if any, in which it can be acquired."""
         entry = self._entries[digest]
         assert not entry.ready, f"{digest} is in {self.name} memory already"
         entry.ready, entry.claim = True, claim
         entry.last_use, entry.spared_until = next(self._uses), self._ticks + grace
+        entry.chance_at = self._ticks if grace else -1
         self.loads += 1
         self._refused.clear()
 
@@ -203,6 +220,7 @@ class AdapterTier:
         entry = self._entries[digest]
         assert entry.ready, f"{digest} is not in {self.name} memory"
         entry.references += 1
+        entry.chance_at = -1
         entry.last_use = next(self._uses)
 
     def release(self, digest: str) -> None:

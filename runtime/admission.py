@@ -21,6 +21,9 @@ def check_request(request: Generate, max_model_len: int, vocab_size: int) -> Non
         raise RequestRefused("context_length_exceeded", message)
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         raise RequestRefused("invalid_token_id", f"token ids must be between 0 and {vocab_size - 1}")
+    if not 0 <= request.activation <= len(tokens):
+        message = f"an adapter's activation must be between 0 and {len(tokens)}, not {request.activation}"
+        raise RequestRefused("invalid_activation", message)
     if params.max_tokens < 1:
         raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 1, not {params.max_tokens}")
     if any(not 0 <= token < vocab_size for token in params.stop_token_ids):

@@ -5,14 +5,35 @@ A block's key hashes its parent's key, its own tokens and a salt. The root of a 
 are the base's blocks, whoever computed them. The first block that reaches past the activation index is
 salted with the adapter's digest and the offset of the activation inside the block, for the same tokens with
 two activation points hold different K/V; later blocks inherit the salt through their parent. Plain LoRA is
-activation index 0, and the base has no adapter.
+activation index 0, and the base has no adapter. So is, for keys, an adapter that leaves K and V as the base's.
 """
 
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 KEY_BYTES = 32
+
+
+class Salt(NamedTuple):
+    """Whose weights begin to apply inside a block, and at which of its tokens."""
+
+    adapter: str
+    offset: int
+
+
+class BlockIdentity(NamedTuple):
+    """A block that holds K/V: `token_ids` are as many as are filled, `parent` is the key of the block before it.
+
+    `namespace` is the adapter of whose weights some of its K/V are, None if all are the base's.
+    """
+
+    key: bytes
+    parent: bytes
+    token_ids: tuple[int, ...]
+    salt: Salt | None
+    namespace: str | None
 
 
 def root_key(cache_salt: str) -> bytes:
@@ -20,10 +41,18 @@ def root_key(cache_salt: str) -> bytes:
     return blake2b(b"root\0" + cache_salt.encode(), digest_size=KEY_BYTES).digest()
 
 
+def block_salt(start: int, length: int, adapter: str | None, activation: int) -> Salt | None:
+    """The salt of the block whose `length` tokens begin at position `start`, if the adapter begins to apply in it."""
+    if adapter is not None and start <= activation < start + length:
+        return Salt(adapter, activation - start)
+    return None
+
+
 def block_key(parent: bytes, token_ids: Sequence[int], start: int, adapter: str | None, activation: int) -> bytes:
-    """The key of the full block whose first token stands at position `start` of its sequence."""
+    """The key of the block whose first token stands at position `start` of its sequence."""
     hasher = blake2b(parent, digest_size=KEY_BYTES)
     hasher.update(array("q", token_ids).tobytes())
-    if adapter is not None and start <= activation < start + len(token_ids):
-        hasher.update(f"{adapter}@{activation - start}".encode())
+    salt = block_salt(start, len(token_ids), adapter, activation)
+    if salt is not None:
+        hasher.update(f"{salt.adapter}@{salt.offset}".encode())
     return hasher.digest()

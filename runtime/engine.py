@@ -5,8 +5,6 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,27 +15,24 @@ from runtime.admission import RequestRefused, check_request
 from runtime.batch import build_batch
 from runtime.block_pool import BlockPool
 from runtime.config import EngineConfig
-from runtime.messages import Event, Failed, Generate, Ready, SamplingParams, Stats, TokenLogprobs, Tokens
+from runtime.engine_stats import NamespaceTallies, introduction, snapshot
+from runtime.library import Completion, OwnAdapters, array_of, complete
+from runtime.messages import (
+    Event,
+    Failed,
+    Generate,
+    HoldPrefix,
+    PrefixHeld,
+    Ready,
+    SamplingParams,
+    Stats,
+    Tokens,
+)
 from runtime.model_runner import ModelRunner
+from runtime.prefix_holds import PrefixHolds, as_generate
 from runtime.sampler import Sampled, sample
 from runtime.scheduler import Chunk, QueueFull, Scheduler
 from runtime.sequence import FinishReason, Sequence
-
-
-class Completion(msgspec.Struct, kw_only=True):
-    """What `Engine.generate` made of one prompt; `stop_token` is the token that ended it, not among `token_ids`."""
-
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-    stop_token: int | None = None
-    logprobs: list[TokenLogprobs]
-    cached_tokens: int = 0
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """A tensor's values as numpy holds them: bfloat16, which it does not know, as its bits."""
-    tensor = tensor.detach().cpu().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class Engine:
@@ -64,18 +59,39 @@ class Engine:
             max_waiting=config.max_waiting,
             max_batch_tokens=config.max_batch_tokens,
         )
+        self.holds = PrefixHolds(self.blocks, block_size=config.block_size, longest=self.runner.max_model_len)
+        self.tallies = NamespaceTallies()
         self.sequences: dict[str, Sequence] = {}
+        self._own_adapters = OwnAdapters(self.runner.model)
+        self._ended: list[Event] = []  # by commands, to be reported with the next step
         self.steps = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
 
     # ------------------------------------------------------------------ requests
 
     def add_request(self, request: Generate) -> None:
         """Queue a request. Raises RequestRefused, and leaves nothing behind then."""
+        self._queue(request)
+
+    def hold_prefix(self, request: HoldPrefix) -> None:
+        """Queue a prefix to be computed and held. Raises RequestRefused, and leaves nothing behind then."""
+        generate = as_generate(request)
+        self._check(generate)
+        self.holds.promise(request)
+        try:
+            self._queue(generate, request.prefix_id)
+        except RequestRefused:
+            self.holds.release(request.prefix_id)
+            raise
+
+    def _check(self, request: Generate) -> None:
         if request.request_id in self.sequences:
             raise RequestRefused("duplicate_request", f"request {request.request_id} is running already")
         check_request(request, self.runner.max_model_len, self.runner.model.vocab_size)
+
+    def _queue(self, request: Generate, prefix_id: str | None = None) -> None:
+        self._check(request)
         eos = self.runner.model.eos_token_ids
-        sequence = Sequence(request, max_tokens=self.runner.max_model_len, eos_token_ids=eos)
+        sequence = Sequence(request, max_tokens=self.runner.max_model_len, eos_token_ids=eos, prefix_id=prefix_id)
         try:
             self.scheduler.add(sequence)
         except QueueFull as error:
@@ -86,9 +102,29 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds; one that has ended already is none of our business."""
-        sequence = self.sequences.pop(request_id, None)
+        sequence = self.sequences.get(request_id)
         if sequence is not None:
             self.scheduler.remove(sequence)
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """A sequence has ended without a result."""
+        del self.sequences[sequence.request_id]
+        if sequence.prefix_id is not None:
+            self.holds.release(sequence.prefix_id)
+
+    def release_prefix(self, prefix_id: str) -> None:
+        """Hold a prefix no longer; one that is still being computed fails."""
+        request_id = self.holds.release(prefix_id)
+        if request_id is not None:
+            self.abort(request_id)
+            message = "the prefix was released before it was computed"
+            self._ended.append(Failed(request_id=request_id, code="prefix_released", message=message))
+
+    def drop_namespace(self, namespace: str | None) -> None:
+        """Let nobody find K/V of an adapter, or of the base, that has been computed so far."""
+        self.blocks.drop_namespace(namespace)
+        self._ended += self.holds.end_dropped("dropped")
 
     # ------------------------------------------------------------------ adapters
 
@@ -98,8 +134,9 @@ class Engine:
         `tensors` are a PEFT state dict, `config` its adapter_config as a dict. Raises InvalidAdapter, which names the
         tensor or the field.
         """
-        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+        arrays = {name: array_of(tensor) for name, tensor in tensors.items()}
         digest, file = canonical_from_tensors(arrays, config, self.runner.model, max_rank=self.config.max_lora_rank)
+        self._own_adapters.add(digest, file)
         self.register_adapter(digest, file)
         return digest
 
@@ -110,7 +147,11 @@ class Engine:
     def retire_adapter(self, digest: str) -> None:
         """Forget an adapter: what runs on it finishes, then its memory goes. Its cached blocks go now."""
         self.adapters.retire(digest)
+        self._own_adapters.remove(digest)
+        self.scheduler.keep_apart(digest)
         self.blocks.drop_namespace(digest)
+        self._ended += self.holds.end_dropped("adapter_retired")
+        self.tallies.drop(digest)
 
     # ------------------------------------------------------------------ the step
 
@@ -121,16 +162,19 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Compute one batch, if any sequence can run; returns what happened. Empty-handed steps are cheap."""
-        events: list[Event] = list(self.adapters.poll())
+        events: list[Event] = [*self.adapters.poll(), *self.holds.expire(), *self._ended]
+        self._ended = []
         chunks, rejected = self.scheduler.schedule()
         for sequence, error in rejected:
-            del self.sequences[sequence.request_id]
+            self._forget(sequence)
             events.append(Failed(request_id=sequence.request_id, code="adapter_failed", message=str(error)))
         if chunks:
             runner = self.runner
             batch = build_batch(
                 chunks, runner.model, self.config.block_size, self.adapters.lookup, runner.dtype, runner.device
             )
+            runner.kv.copy(self.scheduler.tables.copies)
+            self.scheduler.tables.copied()
             logits = runner.forward(batch)
             events += self._commit(batch.chunks, sample(logits, batch.sampling))
             self.steps += 1
@@ -145,10 +189,13 @@ class Engine:
             if choice is not None and choice.token_id is None:
                 events.append(self._fail_non_finite(chunk.sequence))
                 continue
-            first = chunk.sequence.num_generated == 0
+            sequence = chunk.sequence
+            first = sequence.num_generated == 0
             reason = self.scheduler.commit(chunk, None if choice is None else choice.token_id)
             if choice is not None:
-                events.append(self._emit(chunk.sequence, choice, reason, first))
+                events.append(self._emit(sequence, choice, reason, first))
+            elif sequence.prefix_id is not None and sequence.missing == 0:
+                events.append(self._hold(sequence))
         return events
 
     def _emit(self, sequence: Sequence, choice: Sampled, reason: FinishReason | None, first: bool) -> Tokens:
@@ -156,8 +203,7 @@ class Engine:
         assert sequence.started_at is not None
         self.generated_tokens += 1
         if first:
-            self.prompt_tokens += sequence.num_prompt
-            self.cached_tokens += sequence.cached_tokens or 0
+            self._count_prompt(sequence)
         if reason is not None:
             del self.sequences[sequence.request_id]
         stopped = reason == "stop"
@@ -171,10 +217,26 @@ class Engine:
             queue_seconds=sequence.started_at - sequence.enqueued_at if first else None,
         )
 
+    def _hold(self, sequence: Sequence) -> PrefixHeld | Failed:
+        """A prefix has been computed: hold its blocks."""
+        self._count_prompt(sequence)
+        del self.sequences[sequence.request_id]
+        try:
+            return self.holds.keep(sequence, self.scheduler.finish_prefix(sequence))
+        except RequestRefused as refusal:
+            return Failed(request_id=sequence.request_id, code=refusal.code, message=str(refusal))
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self.prompt_tokens += sequence.num_prompt
+        self.cached_tokens += sequence.cached_tokens or 0
+        self.tallies.count(sequence)
+
     def _fail_non_finite(self, sequence: Sequence) -> Failed:
         """End a sequence whose logits are not finite, and let nobody find K/V of the same weights again."""
         self.abort(sequence.request_id)
-        self.blocks.drop_namespace(sequence.adapter)
+        if sequence.adapter is not None:
+            self.scheduler.keep_apart(sequence.adapter)
+        self.drop_namespace(sequence.adapter)
         whose = "the base model" if sequence.adapter is None else f"adapter {sequence.adapter}"
         return Failed(
             request_id=sequence.request_id,
@@ -196,80 +258,36 @@ class Engine:
         prompts: Seq[Seq[int]],
         params: SamplingParams | Seq[SamplingParams],
         adapters: str | Seq[str | None] | None = None,
+        activations: Seq[int | None] | None = None,
     ) -> list[Completion]:
         """Complete token-id prompts together and return their outputs in order.
 
         `params` and `adapters` (digests from `add_adapter`, None for the base) are one for all or one for each prompt.
-        Raises RequestRefused for the first prompt that cannot run; the others are then dropped.
+        `activations` are where adapters begin to apply; without one, an aLoRA adapter does so at the last of its
+        invocations, and others do from the first token on. Raises RequestRefused for the first prompt that cannot run;
+        the others are then dropped.
         """
         each_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         each_adapter = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
-        outputs = {f"generate-{index}": Completion(token_ids=[], logprobs=[]) for index in range(len(prompts))}
-        try:
-            for request_id, token_ids, own, adapter in zip(outputs, prompts, each_params, each_adapter, strict=True):
-                self.add_request(
-                    Generate(request_id=request_id, token_ids=list(token_ids), params=own, adapter=adapter)
-                )
-            while any(output.finish_reason is None for output in outputs.values()):
-                self._collect(outputs)
-        finally:
-            for request_id in outputs:
-                self.abort(request_id)
-        return list(outputs.values())
-
-    def _collect(self, outputs: Mapping[str, Completion]) -> None:
-        steps = self.steps
-        for event in self.step():
-            if isinstance(event, Failed):
-                raise RequestRefused(event.code, event.message)
-            if isinstance(event, Tokens):
-                output = outputs[event.request_id]
-                output.token_ids += event.token_ids
-                output.logprobs += event.logprobs or []
-                output.finish_reason, output.stop_token = event.finish_reason, event.stop_token
-                output.cached_tokens += event.cached_tokens or 0
-        if self.steps == steps:
-            for digest, reason in self.adapters.wanted.items():
-                self.adapters.fail(digest, reason)  # whoever could bring the file is waiting for us to return
-            self.adapters.wait(timeout=1.0)
+        each_activation = [None] * len(prompts) if activations is None else list(activations)
+        each = zip(prompts, each_params, each_adapter, each_activation, strict=True)
+        return complete(self, [self._own_adapters.request(f"generate-{i}", *one) for i, one in enumerate(each)])
 
     # ------------------------------------------------------------------ looking in
 
     @property
     def ready(self) -> Ready:
         """What a client has to know of this engine."""
-        return Ready(
-            max_model_len=self.runner.max_model_len,
-            vocab_size=self.runner.model.vocab_size,
-            block_size=self.config.block_size,
-            num_blocks=self.runner.num_blocks,
-            max_batch_tokens=self.config.max_batch_tokens,
-            dtype=str(self.runner.dtype).removeprefix("torch."),
-            adapter_bytes=self.adapters.device.capacity_bytes,
-        )
+        return introduction(self)
 
     def stats(self) -> Stats:
         """A snapshot of the engine's state and of its counters since start."""
-        return Stats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            blocks_total=self.blocks.num_blocks - 1,
-            blocks_used=self.blocks.used,
-            blocks_cached=self.blocks.cached,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.generated_tokens,
-            preemptions=self.scheduler.preemptions,
-            steps=self.steps,
-            device=self.adapters.device.stats(),
-            host=self.adapters.host.stats(),
-            running_adapters=sorted({s.adapter for s in self.scheduler.running if s.adapter}),
-            waiting_adapters=sorted({s.adapter for s in self.scheduler.waiting if s.adapter}),
-        )
+        return snapshot(self)
 
     def check(self) -> None:
         """Recount the invariants of everything the engine owns."""
-        self.scheduler.check()
+        self.scheduler.check(self.holds.held)
+        self.holds.check({s.prefix_id for s in self.sequences.values() if s.prefix_id is not None})
         self.adapters.check()
         assert set(self.sequences.values()) == {*self.scheduler.running, *self.scheduler.waiting}
 

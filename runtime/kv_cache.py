@@ -1,22 +1,36 @@
-"""The tensors that hold K and V: one a layer, in slots of one token."""
+"""The tensor that holds K and V, in blocks of slots of one token."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from runtime.models.config import ModelConfig
+from runtime.sequence import KvCopy
 
 
 def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     return model.num_layers * block_size * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
 
 
-def allocate_kv_cache(
-    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """A zeroed tensor (num_blocks * block_size, 2, kv_heads, head_dim) for each layer; K is index 0, V is 1.
+class KvCache:
+    """`layers` has (num_blocks * block_size, 2, kv_heads, head_dim) for each layer; K is index 0, V is 1.
 
     Block b holds slots b * block_size onwards. Block 0 stays zero: padding reads it, so that what an unrelated
     sequence left behind, a NaN above all, is never read under a mask.
     """
-    shape = (num_blocks * block_size, 2, model.num_kv_heads, model.head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+
+    def __init__(
+        self, model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        shape = (model.num_layers, num_blocks * block_size, 2, model.num_kv_heads, model.head_dim)
+        self._whole = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers: list[Tensor] = list(self._whole)
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[KvCopy]) -> None:
+        """Copy the first slots of blocks to others, on all layers. No block may be both a source and a target."""
+        for source, target, tokens in copies:
+            first, second = source * self.block_size, target * self.block_size
+            self._whole[:, second : second + tokens] = self._whole[:, first : first + tokens]

@@ -72,10 +72,11 @@ class FailAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="fail_adapter")
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="load_adapter"):
-    """Start to bring an adapter into a tier; its states tell how that goes."""
+    """Start to bring an adapter into a tier; with a request_id it is answered when it is there, or will not be."""
 
     digest: str
     tier: Tier = "device"
+    request_id: str | None = None
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="unload_adapter"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from runtime.batch import Batch
 from runtime.config import EngineConfig
-from runtime.kv_cache import allocate_kv_cache, bytes_per_block
+from runtime.kv_cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
 from runtime.models.weights import load_weights
@@ -24,7 +24,7 @@ class ModelRunner:
         self.num_blocks = config.kv_cache_bytes // bytes_per_block(self.model, config.block_size, self.dtype)
         self.max_model_len = self._max_model_len(config)
         self.decoder = Decoder(self.model, load_weights(self.model, directory, self.dtype, config.load_format))
-        self.kv = allocate_kv_cache(self.model, self.num_blocks, config.block_size, self.dtype, self.device)
+        self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, self.device)
 
     def _max_model_len(self, config: EngineConfig) -> int:
         """The model's limit, the configured one, or what the K/V cache holds of a single sequence."""
@@ -43,5 +43,5 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Tensor:
         """Float32 logits (n, vocab) of the batch's `logit_rows`; writes the K/V of every token."""
         return self.decoder.forward(
-            batch.token_ids, batch.positions, batch.slots, self.kv, batch.groups, batch.logit_rows, batch.lora
+            batch.token_ids, batch.positions, batch.slots, self.kv.layers, batch.groups, batch.logit_rows, batch.lora
         )

@@ -22,15 +22,19 @@ from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.messages import (
     Abort,
+    Answer,
     Command,
+    DropNamespace,
     Event,
     FailAdapter,
     Failed,
     Generate,
     GetStats,
+    HoldPrefix,
     LoadAdapter,
     PinAdapter,
     RegisterAdapter,
+    ReleasePrefix,
     RetireAdapter,
     Shutdown,
     UnloadAdapter,
@@ -105,19 +109,21 @@ class EngineProcess:
     def _obey(self, command: Command) -> list[Event]:
         engine = self.engine
         match command:
-            case Generate(request_id=request_id):
-                try:
-                    engine.add_request(command)
-                except RequestRefused as refusal:
-                    return [Failed(request_id=request_id, code=refusal.code, message=str(refusal))]
+            case Generate() | HoldPrefix():
+                return self._queue(command)
+            case ReleasePrefix(prefix_id=prefix_id):
+                engine.release_prefix(prefix_id)
+            case DropNamespace(request_id=request_id, namespace=namespace):
+                engine.drop_namespace(namespace)
+                return [Answer(request_id=request_id)]
             case Abort(request_id=request_id):
                 engine.abort(request_id)
             case RegisterAdapter(digest=digest, path=path):
                 engine.register_adapter(digest, Path(path))
             case FailAdapter(digest=digest, reason=reason):
                 engine.adapters.fail(digest, reason)
-            case LoadAdapter(digest=digest, tier=tier):
-                engine.adapters.load(digest, tier)
+            case LoadAdapter(digest=digest, tier=tier, request_id=asked):
+                engine.adapters.load(digest, tier, asked)
             case UnloadAdapter(request_id=request_id, digest=digest, tier=tier):
                 engine.adapters.unload(request_id, digest, tier)
             case PinAdapter(request_id=request_id, digest=digest, tier=pin_tier):
@@ -128,6 +134,16 @@ class EngineProcess:
                 return [engine.stats()]
             case Shutdown():
                 self.stopping = True
+        return []
+
+    def _queue(self, command: Generate | HoldPrefix) -> list[Event]:
+        try:
+            if isinstance(command, Generate):
+                self.engine.add_request(command)
+            else:
+                self.engine.hold_prefix(command)
+        except RequestRefused as refusal:
+            return [Failed(request_id=command.request_id, code=refusal.code, message=str(refusal))]
         return []
 
 

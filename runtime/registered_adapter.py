@@ -44,6 +44,7 @@ class RegisteredAdapter:
     moving: Tier | None = None
     unload: Tier | None = None
     pins: list[tuple[str, Tier]] = field(default_factory=list)  # asked for, by request id, and not decided yet
+    loads: list[tuple[str, Tier]] = field(default_factory=list)  # whose ends are to be answered, by request id
     retired: bool = False
     dropped: bool = False
     wanted: bool = False

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.block_pool import BlockPool
+from runtime.block_tables import BlockTables
 from runtime.sequence import FinishReason, Sequence
 
 # How long a sequence may be passed over for want of adapter memory before later ones have to wait for it.
@@ -36,12 +37,16 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+Rejected = list[tuple[Sequence, Exception]]
+
+
 class Scheduler:
     """Owns waiting and running sequences, and with them every reference to blocks and adapters.
 
     A sequence is admitted with blocks for all its tokens; decoding then takes a block at a time and preempts the
-    youngest sequence when none is left: its blocks are freed, its tokens kept, its K/V recomputed later. A
-    sequence whose adapter is not resident is passed over, so that loading never holds up a step.
+    youngest sequence when none is left: its blocks are freed, its tokens kept, its K/V found again or recomputed. A
+    sequence whose adapter is not resident is passed over, so that loading never holds up a step. Up to its activation
+    it needs none: so far it may run meanwhile, once, and waits again there with its K/V in the prefix cache.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Scheduler:
     ):
         self.blocks = blocks
         self.adapters = adapters
-        self.block_size = block_size
+        self.tables = BlockTables(blocks, block_size)
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.max_batch_tokens = max_batch_tokens
@@ -74,30 +79,60 @@ class Scheduler:
             self.adapters.prefetch(sequence.adapter)
         self.waiting.append(sequence)
 
-    def schedule(self) -> tuple[list[Chunk], list[tuple[Sequence, Exception]]]:
+    def schedule(self) -> tuple[list[Chunk], Rejected]:
         """The next step's chunks, and the sequences that can never run because their adapter failed, with the reason.
 
         Running sequences come first, oldest first; then as many waiting ones as budget and blocks allow.
         """
         chunks: list[Chunk] = []
+        rejected: Rejected = []
         prompts = sum(sequence.missing > 1 for sequence in self.running)
         budget = self.max_batch_tokens - (len(self.running) - prompts)  # every decoding sequence has its one token
         preemptions, index = self.preemptions, 0
-        while index < len(self.running) and self._grow(sequence := self.running[index]):
+        while index < len(self.running):
+            sequence = self.running[index]
+            missing = sequence.missing
+            prompts -= missing > 1
+            if sequence.lacks_adapter and not self._may_go_on(sequence, rejected):
+                continue
+            if not self._grow(sequence):
+                break
             index += 1
-            if sequence.missing == 1:
+            if missing == 1:
                 chunks.append(self._chunk(sequence, 1))
                 continue
-            prompts -= 1
-            length = min(sequence.missing, self._share(budget, prompts))
+            length = min(sequence.reach, self._share(budget, prompts))
             budget -= length
             if length:
                 chunks.append(self._chunk(sequence, length))
         if self.preemptions > preemptions:
-            return chunks, []  # whatever were admitted now would be the next to be preempted
-        rejected, budget = self._admit(chunks, budget)
+            return chunks, rejected  # whatever were admitted now would be the next to be preempted
+        budget = self._admit(chunks, rejected, budget)
         self._spend(chunks, budget)
         return chunks, rejected
+
+    def _may_go_on(self, sequence: Sequence, rejected: Rejected) -> bool:
+        """Whether a sequence that started early can compute something, without its adapter or with it from here on.
+
+        Otherwise it waits again, or is rejected because its adapter has failed.
+        """
+        if sequence.reach >= min(sequence.missing, self.max_batch_tokens):
+            return True
+        try:
+            if self._acquire(sequence) or sequence.reach:
+                return True
+        except AdapterUnavailable as error:
+            self.remove(sequence)
+            rejected.append((sequence, error))
+            return False
+        self._withdraw(sequence)
+        return False
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Reference a sequence's adapter, if it has one; False while that is not resident."""
+        if sequence.adapter is not None and not sequence.holds_adapter:
+            sequence.holds_adapter = self.adapters.acquire(sequence.adapter)
+        return not sequence.lacks_adapter
 
     def _share(self, budget: int, prompts: int) -> int:
         """What one prompt may take of the budget: half of it while others come after it, which a long one would bar.
@@ -108,112 +143,112 @@ class Scheduler:
         return -(-budget // 2) if followed else budget
 
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
-        return Chunk(sequence, sequence.computed, length, sequence.computed + length == len(sequence))
+        samples = sequence.computed + length == len(sequence) and sequence.prefix_id is None
+        return Chunk(sequence, sequence.computed, length, samples)
 
     def _spend(self, chunks: list[Chunk], budget: int) -> None:
         """Give what nobody was admitted for to the prompts under way, oldest first."""
         for index, (sequence, _, length, samples) in enumerate(chunks):
             if budget > 0 and not samples:
-                longer = min(length + budget, sequence.missing)
+                longer = min(length + budget, sequence.reach)
                 budget -= longer - length
                 chunks[index] = self._chunk(sequence, longer)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; False if that took preempting the sequence itself."""
-        missing = -(-len(sequence) // self.block_size) - len(sequence.blocks)
-        while (taken := self.blocks.allocate(missing)) is None:
+        while not self.tables.grow(sequence):
             youngest = self.running[-1]
-            self._preempt(youngest)
+            self._withdraw(youngest)
+            self.preemptions += 1
             if youngest is sequence:
                 return False
-        sequence.blocks += taken
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _withdraw(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, as the first of all."""
         self._release(sequence)
-        sequence.computed = 0
         self.waiting.appendleft(sequence)
-        self.preemptions += 1
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> tuple[list[tuple[Sequence, Exception]], int]:
-        """Start waiting sequences; returns those whose adapter failed, and what is left of the budget."""
-        rejected: list[tuple[Sequence, Exception]] = []
+    def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> int:
+        """Start waiting sequences, and reject those whose adapter failed; returns what is left of the budget."""
         passed_over: list[Sequence] = []
         open_to: set[str] | None = None  # the adapters that may start while one has waited too long for memory
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting.popleft()
             adapter = sequence.adapter
-            if adapter is not None:
-                try:
-                    ready = (open_to is None or adapter in open_to) and self.adapters.acquire(adapter)
-                except AdapterUnavailable as error:
-                    rejected.append((sequence, error))
-                    continue
-                if not ready:
-                    passed_over.append(sequence)
-                    patient = self.clock() - sequence.enqueued_at < ADAPTER_PATIENCE_SECONDS
-                    if open_to is None and not patient and self.adapters.lacks_room(adapter):
-                        open_to = self._staying(adapter)
-                    continue
-            if not self._reserve(sequence):
-                if adapter is not None:
-                    self.adapters.release(adapter)
+            try:
+                ready = adapter is None or ((open_to is None or adapter in open_to) and self._acquire(sequence))
+            except AdapterUnavailable as error:
+                rejected.append((sequence, error))
+                continue
+            if adapter is not None and not ready and not self._starts_early(sequence):
+                passed_over.append(sequence)
+                patient = self.clock() - sequence.enqueued_at < ADAPTER_PATIENCE_SECONDS
+                if open_to is None and not patient and self.adapters.lacks_room(adapter):
+                    open_to = self._staying(adapter)
+                continue
+            # A block for each running sequence is left over, so that the newcomer is not preempted at their next step.
+            if not self.tables.take(sequence, spare=len(self.running)):
+                self._release_adapter(sequence)
                 self.waiting.appendleft(sequence)
                 break
-            self.running.append(sequence)
-            chunks.append(self._chunk(sequence, min(sequence.missing, self._share(budget, 0))))
+            self._start(sequence)
+            chunks.append(self._chunk(sequence, min(sequence.reach, self._share(budget, 0))))
             budget -= chunks[-1].length
         self.waiting.extendleft(reversed(passed_over))
-        return rejected, budget
+        return budget
 
     def _staying(self, adapter: str) -> set[str]:
         """The adapters in use that need not leave for one that lacks room: those that leave soonest make its room."""
         left: dict[str, int] = {}
         for sequence in self.running:
-            if sequence.adapter is not None:
+            if sequence.adapter is not None and sequence.holds_adapter:
                 left[sequence.adapter] = max(left.get(sequence.adapter, 0), sequence.max_tokens - len(sequence))
         soonest = sorted(left, key=lambda other: left[other])
         enough = range(len(soonest) + 1)
         leaving = bisect_left(enough, True, key=lambda n: not self.adapters.lacks_room(adapter, soonest[:n]))
         return set(soonest[leaving:])
 
-    def _reserve(self, sequence: Sequence) -> bool:
-        """Blocks for all tokens of a waiting sequence, cached ones first; False leaves everything as it was.
+    def _starts_early(self, sequence: Sequence) -> bool:
+        """Whether a sequence without its adapter has tokens before its activation to compute; asked for once.
 
-        At least the last token is computed again, for its logits. A block for each running sequence is left over,
-        so that the newcomer is not preempted at their next step.
+        What it computes has to be found again when the adapter is there.
         """
-        matched = self.blocks.match(sequence.keys_up_to(len(sequence) - 1, self.block_size))
-        self.blocks.share(matched)
-        missing = -(-len(sequence) // self.block_size) - len(matched)
-        taken = None
-        if missing + len(self.running) <= self.blocks.available:
-            taken = self.blocks.allocate(missing)
-        if taken is None:
-            self.blocks.free(matched)
+        if not sequence.may_start_early or sequence.activation == 0 or not self.blocks.prefix_cache:
             return False
-        sequence.blocks = matched + taken
-        sequence.computed = len(matched) * self.block_size
+        sequence.may_start_early = False
+        return self.tables.known_tokens(self.tables.find(sequence)) < sequence.activation
+
+    def _start(self, sequence: Sequence) -> None:
+        self.running.append(sequence)
         if sequence.started_at is None:
             sequence.started_at = self.clock()
             sequence.cached_tokens = sequence.computed
-        return True
 
     def commit(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
         """Take in a computed chunk and the token sampled after it, if any; frees the sequence if that ends it."""
         sequence = chunk.sequence
-        full_before = sequence.computed // self.block_size
+        before = sequence.computed
         sequence.computed += chunk.length
-        keys = sequence.keys_up_to(sequence.computed, self.block_size)
-        for index in range(full_before, len(keys)):
-            namespace = sequence.namespace_of(index, self.block_size)
-            self.blocks.register(sequence.blocks[index], keys[index], namespace)
+        self.tables.register(sequence, since=before)
         if token_id is None:
             return None
         reason = sequence.append(token_id)
         if reason is not None:
             self.remove(sequence)
         return reason
+
+    def finish_prefix(self, sequence: Sequence) -> list[int]:
+        """End a sequence that was computed to be held; its references to its blocks are the caller's from now on."""
+        self.tables.register_tail(sequence)
+        blocks, sequence.blocks, sequence.computed = sequence.blocks, [], 0
+        self.remove(sequence)
+        return blocks
+
+    def keep_apart(self, adapter: str) -> None:
+        """Let nobody find K/V of an adapter that its running sequences compute from now on."""
+        for sequence in self._all():
+            sequence.keeps_kv_to_itself |= sequence.kv_adapter == adapter
 
     def remove(self, sequence: Sequence) -> None:
         """End a sequence, waiting or running, and give back all it holds."""
@@ -224,19 +259,22 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.blocks.free(sequence.blocks)
-        sequence.blocks = []
-        if sequence.adapter is not None:
-            self.adapters.release(sequence.adapter)
+        self.tables.give_back(sequence)
+        self._release_adapter(sequence)
 
-    def check(self) -> None:
-        """Recount the invariants between queues, sequences and blocks."""
-        self.blocks.check([sequence.blocks for sequence in self._all()])
+    def _release_adapter(self, sequence: Sequence) -> None:
+        if sequence.adapter is not None and sequence.holds_adapter:
+            self.adapters.release(sequence.adapter)
+            sequence.holds_adapter = False
+
+    def check(self, others: Iterable[list[int]] = ()) -> None:
+        """Recount the invariants between queues, sequences and blocks, of which `others` hold some too."""
+        self.tables.check(self._all(), others)
         assert len(self.running) <= self.max_running
-        assert all(not sequence.blocks and sequence.computed == 0 for sequence in self.waiting)
+        assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)
         for sequence in self.running:
             assert sequence.computed < len(sequence) <= sequence.max_tokens
-            assert len(sequence.blocks) * self.block_size >= sequence.computed
+            assert not sequence.lacks_adapter or sequence.computed <= sequence.activation
         assert len(set(map(id, self._all()))) == len(self.running) + len(self.waiting)
 
     def _all(self) -> Iterable[Sequence]:

@@ -3,28 +3,47 @@
 import secrets
 import time
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from runtime.block_keys import block_key, root_key
+from runtime.block_keys import BlockIdentity, block_key, block_salt, root_key
 from runtime.messages import Generate
 
 FinishReason = Literal["stop", "length"]
+
+
+class KvCopy(NamedTuple):
+    """The first `tokens` slots of block `source` go to block `target` before that is written to."""
+
+    source: int
+    target: int
+    tokens: int
 
 
 class Sequence:
     """Prompt and generated tokens of one request, from admission to its end.
 
     `computed` counts the tokens whose K/V is in the cache. `activation` is the first position that the adapter
-    applies to; it is fixed at admission and outlives preemption. `seed` is the request's own or drawn here.
-    `max_tokens` bounds prompt and output together; `eos_token_ids` end it unless the request ignores them.
+    applies to; it is fixed at admission and outlives preemption. `kv_adapter` is the adapter that K/V from there on
+    belong to, None if it leaves them as the base's. `seed` is the request's own or drawn here. `max_tokens` bounds
+    prompt and output together; `eos_token_ids` end it unless the request ignores them. With a `prefix_id`, nothing is
+    generated: it is a prefix that is computed to be held.
     """
 
-    def __init__(self, request: Generate, *, max_tokens: int, eos_token_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        request: Generate,
+        *,
+        max_tokens: int,
+        eos_token_ids: Iterable[int] = (),
+        prefix_id: str | None = None,
+    ):
         params = request.params
         self.request_id = request.request_id
         self.params = params
         self.adapter = request.adapter
         self.activation = request.activation
+        self.kv_adapter = None if request.shares_kv else request.adapter
+        self.prefix_id = prefix_id
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
         self.token_ids = list(request.token_ids)
@@ -34,6 +53,10 @@ class Sequence:
         self.computed = 0
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
+        self.copy: KvCopy | None = None  # ordered and not done yet: the source is held until then
+        self.holds_adapter = False
+        self.may_start_early = True  # without its adapter, up to the activation: once
+        self.keeps_kv_to_itself = False  # its adapter has been forgotten, so what it computes is for nobody else
         self.cached_tokens: int | None = None  # prompt tokens reused at the first admission
         self.enqueued_at = time.monotonic()
         self.started_at: float | None = None
@@ -45,6 +68,18 @@ class Sequence:
     def missing(self) -> int:
         """Tokens whose K/V is still to be computed: one while it decodes."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def lacks_adapter(self) -> bool:
+        """Whether the sequence can go only as far as its activation for now."""
+        return self.adapter is not None and not self.holds_adapter
+
+    @property
+    def reach(self) -> int:
+        """Tokens that can be computed with what the sequence holds: those before the activation need no adapter."""
+        if not self.lacks_adapter:
+            return self.missing
+        return min(self.missing, max(self.activation - self.computed, 0))
 
     @property
     def num_generated(self) -> int:
@@ -66,11 +101,29 @@ class Sequence:
         """Keys of the full blocks among the first `tokens` tokens, each computed once."""
         while (len(self.keys) + 1) * block_size <= tokens:
             start = len(self.keys) * block_size
-            parent = self.keys[-1] if self.keys else self.root
             block_tokens = self.token_ids[start : start + block_size]
-            self.keys.append(block_key(parent, block_tokens, start, self.adapter, self.activation))
+            parent = self.parent_of(len(self.keys))
+            self.keys.append(block_key(parent, block_tokens, start, self.kv_adapter, self.activation))
         return self.keys[: tokens // block_size]
 
-    def namespace_of(self, block_index: int, block_size: int) -> str | None:
-        """Whose K/V a block holds: the adapter's once it reaches past the activation index, else the base's."""
-        return self.adapter if (block_index + 1) * block_size > self.activation else None
+    def parent_of(self, block_index: int) -> bytes:
+        """The key before that of a block, whose predecessors' keys have been computed."""
+        return self.keys[block_index - 1] if block_index else self.root
+
+    def identity_of(self, block_index: int, block_size: int) -> BlockIdentity:
+        """What a block of the sequence is known by, with as much of it as has been computed."""
+        start = block_index * block_size
+        tokens = tuple(self.token_ids[start : min(start + block_size, self.computed)])
+        keys = self.keys_up_to(start + len(tokens), block_size)
+        parent = self.parent_of(block_index)
+        key = (
+            keys[block_index]
+            if block_index < len(keys)
+            else block_key(parent, tokens, start, self.kv_adapter, self.activation)
+        )
+        salt = block_salt(start, len(tokens), self.kv_adapter, self.activation)
+        return BlockIdentity(key, parent, tokens, salt, self.namespace_of(start + len(tokens)))
+
+    def namespace_of(self, stop: int) -> str | None:
+        """Whose the K/V of a block up to position `stop` are: the adapter's if it reaches past the activation."""
+        return self.kv_adapter if stop > self.activation else None

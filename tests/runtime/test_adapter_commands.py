@@ -52,15 +52,38 @@ def test_a_load_goes_to_the_tier_that_is_asked_for_and_no_further():
     pool.close()
 
 
-def test_loading_what_is_unknown_or_has_failed_is_reported_at_once(make_pool):
+def test_who_asks_for_a_load_is_answered_when_it_has_ended(make_pool):
     pool = make_pool()
-    pool.load("unknown", "device")
-    assert settle(pool) == [("unknown", "retired", None)]
+    pool.register(*ONE)
+    pool.load(DIGEST, "host", "one")
+    pool.load(DIGEST, "device", "two")
+    assert answers(settled(pool)) == [("one", None), ("two", None)]
+    for tier in ("host", "device"):  # it is there already
+        pool.load(DIGEST, tier, "again")
+        assert answers(pool.poll()) == [("again", None)]
+
+
+def test_who_asks_for_a_load_that_cannot_be_is_told_at_once(make_pool):
+    pool = make_pool()
+    pool.load("unknown", "device", "u")
+    assert answers(pool.poll()) == [("u", "unknown_adapter")]
     pool.register(DIGEST, b"broken")
-    pool.load(DIGEST, "device")
-    assert settle(pool)[-1] == (DIGEST, "failed", None)
-    pool.load(DIGEST, "device")
-    assert settle(pool) == [(DIGEST, "failed", None)]
+    pool.load(DIGEST, "device", "b")
+    assert answers(settled(pool)) == [("b", "adapter_failed")]
+    pool.load(DIGEST, "device", "c")
+    assert answers(pool.poll()) == [("c", "adapter_failed")]
+
+
+@pytest.mark.parametrize(("end", "code"), [("unload", "load_cancelled"), ("retire", "unknown_adapter")])
+def test_who_waits_for_a_load_that_is_given_up_is_told_so(make_pool, end, code):
+    pool = make_pool()
+    pool.register(*ONE)
+    pool.load(DIGEST, "device", "l")
+    if end == "unload":
+        pool.unload("u", DIGEST, "host")
+    else:
+        pool.retire(DIGEST)
+    assert ("l", code) in answers(settled(pool))
 
 
 def test_an_unloaded_adapter_gives_back_the_tier_and_those_above(make_pool):

@@ -193,3 +193,32 @@ def test_every_projection_of_the_model_can_be_adapted_alone(tmp_path):
     for module in SHAPES:
         summary, _ = canonical(tmp_path, lora(module), CONFIG | {"target_modules": ".*"})
         assert summary.targets == [module.rpartition(".")[2]]
+
+
+LAST = "model.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("modules", "leaves"),
+    [
+        ([HEAD], True),
+        ([f"{LAST}.self_attn.q_proj", f"{LAST}.self_attn.o_proj"], True),
+        ([f"{LAST}.mlp.gate_proj", f"{LAST}.mlp.up_proj", f"{LAST}.mlp.down_proj", HEAD], True),
+        ([f"{LAST}.self_attn.k_proj"], False),
+        ([HEAD, f"{LAST}.self_attn.v_proj"], False),
+        (["model.layers.0.self_attn.o_proj"], False),
+        (["model.layers.0.mlp.down_proj", f"{LAST}.mlp.down_proj"], False),
+        ([EMBED], False),
+    ],
+)
+def test_an_adapter_that_leaves_every_k_and_v_as_the_bases_is_known_as_such(tmp_path, modules, leaves):
+    summary, _ = canonical(tmp_path, lora(*modules), CONFIG | {"target_modules": ".*"})
+    assert summary.leaves_kv is leaves
+
+
+def test_the_summary_has_the_invocation_of_an_alora(tmp_path):
+    summary, content = canonical(tmp_path, lora(), CONFIG | {"alora_invocation_tokens": [3, 4, 3]})
+    assert (summary.kind, summary.invocation_tokens) == ("alora", (3, 4, 3))
+    assert read_canonical(content)[0].alora_invocation_tokens == (3, 4, 3)
+    plain, _ = canonical(tmp_path, lora(), CONFIG | {"alora_invocation_tokens": None})
+    assert (plain.kind, plain.invocation_tokens) == ("lora", None)

@@ -66,13 +66,14 @@ def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, clock=N
 names = itertools.count()
 
 
-def sequence(tokens, max_tokens=8, adapter=None, limit=64, **params):
-    token_ids = list(range(tokens)) if isinstance(tokens, int) else tokens
+def sequence(tokens, max_tokens=8, adapter=None, limit=64, activation=0, first=0, **params):
+    token_ids = list(range(first, first + tokens)) if isinstance(tokens, int) else tokens
     request = Generate(
         request_id=f"r{next(names)}",
         token_ids=token_ids,
         params=SamplingParams(max_tokens=max_tokens, seed=0, **params),
         adapter=adapter,
+        activation=activation,
     )
     made = Sequence(request, max_tokens=limit)
     made.enqueued_at = 0.0
@@ -83,6 +84,8 @@ def step(s, token=7):
     """One step in which every sampling sequence gets `token`; returns {request: (start, count)}."""
     chunks, rejected = s.schedule()
     assert not rejected
+    s.check()
+    s.tables.copied()
     for chunk in chunks:
         s.commit(chunk, token if chunk.samples else None)
     s.check()
@@ -107,7 +110,7 @@ def test_a_long_prompt_shares_the_budget_with_those_that_come_after_it():
     long = sequence(40)
     s.add(long)
     assert step(s) == {long: (0, 8)}
-    short, other = sequence(2), sequence([9] * 3)
+    short, other = sequence([8] * 2), sequence([9] * 3)
     s.add(short)
     s.add(other)
     assert step(s) == {long: (8, 4), short: (0, 2), other: (0, 2)}
@@ -130,8 +133,8 @@ def test_a_shared_prefix_is_reused_but_its_last_token_is_computed_again():
     step(s)
     s.add(again)
     s.add(longer)
-    assert step(s) == {again: (8, 4), longer: (12, 2)}
-    assert (again.cached_tokens, longer.cached_tokens) == (8, 12)
+    assert step(s) == {again: (11, 1), longer: (12, 2)}
+    assert (again.cached_tokens, longer.cached_tokens) == (11, 12)
 
 
 def test_when_blocks_run_out_the_youngest_is_preempted_and_finishes_later():
@@ -220,8 +223,7 @@ def test_preemption_keeps_tokens_and_activation_and_releases_the_adapter():
     adapters = FakeAdapters()
     s = scheduler(blocks=6, adapters=adapters, budget=32)
     s.add(sequence([1] * 8, max_tokens=12, adapter="a"))
-    young = sequence([2] * 8, max_tokens=12, adapter="b")
-    young.activation = 5
+    young = sequence([2] * 8, max_tokens=12, adapter="b", activation=5)
     s.add(young)
     while not s.preemptions:
         step(s)
@@ -229,6 +231,68 @@ def test_preemption_keeps_tokens_and_activation_and_releases_the_adapter():
     assert young.num_generated > 0
     assert young.activation == 5
     assert adapters.references == {"a": 1, "b": 0}
+
+
+def test_rule_9_a_sequence_runs_up_to_its_activation_while_its_adapter_loads():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters, budget=8)
+    early, other = sequence(14, adapter="slow", activation=10), sequence([9] * 3, max_tokens=20)
+    s.add(early)
+    s.add(other)
+    assert step(s) == {early: (0, 5), other: (0, 3)}
+    assert step(s) == {early: (5, 5), other: (3, 1)}, "no chunk reaches past the activation"
+    assert step(s) == {other: (4, 1)}
+    assert early in s.waiting
+    assert not early.blocks, "it holds up nobody: neither a place nor blocks"
+    adapters.resident.add("slow")
+    assert step(s) == {early: (10, 4), other: (5, 1)}, "to the token, although a block ends at 8 and at 12"
+    assert (early.num_generated, s.preemptions) == (1, 0)
+
+
+def test_rule_9_what_was_computed_early_and_lost_meanwhile_is_computed_again_with_the_adapter():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters, blocks=6)
+    s.add(early := sequence(10, adapter="slow", activation=8))
+    assert step(s) == {early: (0, 8)}
+    s.add(large := sequence([9] * 20, max_tokens=2))
+    assert step(s) == {large: (0, 16)}
+    assert step(s) == {large: (16, 4)}
+    for _ in range(2):
+        step(s)
+    adapters.resident.add("slow")
+    assert step(s) == {early: (0, 10)}
+
+
+def test_rule_9_an_adapter_that_is_there_in_time_costs_no_stop():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters, budget=8)
+    s.add(early := sequence(14, adapter="slow", activation=10))
+    assert step(s) == {early: (0, 8)}
+    adapters.resident.add("slow")
+    assert step(s) == {early: (8, 6)}
+
+
+def test_rule_9_a_sequence_whose_adapter_fails_on_its_way_is_handed_back_with_the_reason():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters, budget=8)
+    s.add(early := sequence(14, adapter="slow", activation=10))
+    step(s)
+    adapters.broken.add("slow")
+    chunks, [(rejected, error)] = s.schedule()
+    assert (chunks, rejected) == ([], early)
+    assert "slow is broken" in str(error)
+    s.check()
+    assert s.blocks.used == 0
+
+
+def test_rule_9_without_base_tokens_left_to_compute_a_sequence_does_not_start_early():
+    adapters = FakeAdapters()
+    s = scheduler(adapters=adapters)
+    s.add(sequence(10, max_tokens=1))
+    step(s)
+    s.add(sequence(10, adapter="slow", activation=8))
+    s.add(sequence(10, adapter="slow", activation=0))
+    assert step(s) == {}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -248,8 +312,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         activation=st.integers(0, 9),
     )
     def add(self, tokens, max_tokens, adapter, activation):
-        new = sequence(tokens, max_tokens, adapter, limit=12 * B)
-        new.activation = activation
+        new = sequence(tokens, max_tokens, adapter, limit=12 * B, activation=min(activation, len(tokens)))
         full = len(self.s.waiting) + len(self.s.running) >= 7
         try:
             self.s.add(new)
@@ -260,9 +323,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, token):
         chunks, rejected = self.s.schedule()
         assert sum(chunk.length for chunk in chunks) <= 6
+        self.s.check()
+        self.s.tables.copied()
         for chunk in chunks:
             assert chunk.length >= 1
             assert chunk.start == chunk.sequence.computed
+            held = chunk.sequence.adapter is None or chunk.sequence.holds_adapter
+            assert held or chunk.start + chunk.length <= chunk.sequence.activation
             if self.s.commit(chunk, token if chunk.samples else None):
                 self.ended.add(chunk.sequence)
         for rejected_sequence, _ in rejected:
@@ -309,7 +376,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.s.check()
         held = {}
         for running in self.s.running:
-            if running.adapter:
+            if running.holds_adapter:
                 held[running.adapter] = held.get(running.adapter, 0) + 1
         assert held == {adapter: count for adapter, count in self.adapters.references.items() if count}
 
