@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from runtime.adapter_loader import THREADS, AdapterLoader, FileWanted, Finished, Source, Task
-from runtime.adapter_tier import AdapterTier, Claim
+from runtime.adapter_tier import AdapterTier
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
 from runtime.registered_adapter import FIRST_RETRY_SECONDS, RegisteredAdapter
 from runtime.safetensors_header import MAX_HEADER_BYTES
+from runtime.tier_entry import Claim
 
 FILES_IN_MEMORY = 2 * THREADS  # files that are read or wait to be packed: what the threads do until the next poll
 GRACE_POLLS = 4  # steps that a newcomer is safe from eviction, so that whoever waited for it gets to use it
@@ -81,6 +82,8 @@ class AdapterLoads:
         """End the stages whose jobs have finished; whose they were."""
         self._polls += 1
         self._due = False
+        for tier in self.tiers.values():
+            tier.tick()
         results = self.loader.take()
         for result in results:
             self._receive(result.key, result)
@@ -101,6 +104,9 @@ class AdapterLoads:
     def wait(self, timeout: float | None) -> bool:
         """Block until `take` and `advance` have something to do; False when they have nothing."""
         return self._due or self.loader.wait(timeout)
+
+    def under_way(self, adapter: RegisteredAdapter) -> bool:
+        return adapter in self._queue
 
     def lacking_room(self) -> dict[Tier, int]:
         """The tiers in which the first load that no job works for finds no room, with the bytes that it takes."""

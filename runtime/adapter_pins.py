@@ -1,9 +1,11 @@
-"""Which adapters are pinned, and what has been answered to those who asked for it."""
+"""Which adapters are pinned, and in which tier."""
 
+from runtime.adapter_answers import AdapterAnswers
 from runtime.adapter_loads import AdapterLoads
-from runtime.adapter_tier import PINNED_SHARE, Claim
-from runtime.messages import Answer, Tier
+from runtime.adapter_tier import PINNED_SHARE
+from runtime.messages import Tier
 from runtime.registered_adapter import RegisteredAdapter
+from runtime.tier_entry import Claim
 
 
 class AdapterPins:
@@ -12,22 +14,15 @@ class AdapterPins:
     A pin stands until it is ended or the adapter is retired; if the adapter fails, its bytes stay promised.
     """
 
-    def __init__(self, loads: AdapterLoads) -> None:
-        self.answers: list[Answer] = []
+    def __init__(self, loads: AdapterLoads, answers: AdapterAnswers) -> None:
         self._loads = loads
+        self._answers = answers
         self._pinned: dict[RegisteredAdapter, Tier] = {}
         self._to_raise: dict[RegisteredAdapter, Tier] = {}
 
     def tier(self, adapter: RegisteredAdapter) -> Tier | None:
         """Where an adapter is pinned."""
         return self._pinned.get(adapter)
-
-    def answer(self, request_id: str, code: str | None = None, message: str = "") -> None:
-        self.answers.append(Answer(request_id=request_id, code=code, message=message))
-
-    def take_answers(self) -> list[Answer]:
-        answers, self.answers = self.answers, []
-        return answers
 
     def ask(self, request_id: str, adapter: RegisteredAdapter, tier: Tier) -> None:
         """Pin an adapter, which is read for its size first if that is not known."""
@@ -37,11 +32,8 @@ class AdapterPins:
     def end(self, adapter: RegisteredAdapter, code: str, message: str) -> None:
         """Unpin an adapter; who has asked for a pin and has no answer yet gets this one."""
         self._unpin(adapter)
-        self.refuse(adapter, code, message)
-
-    def refuse(self, adapter: RegisteredAdapter, code: str, message: str) -> None:
         for request_id, _ in adapter.pins:
-            self.answer(request_id, code, message)
+            self._answers.give(request_id, code, message)
         adapter.pins = []
 
     def decide(self, adapter: RegisteredAdapter) -> None:
@@ -53,12 +45,12 @@ class AdapterPins:
         for request_id, tier in pins:
             refusal = None if adapter.size is None or adapter.failed else self._pin(adapter, tier, adapter.size)
             if refusal is not None:
-                self.answer(request_id, "pins_full", refusal)
+                self._answers.give(request_id, "pins_full", refusal)
             elif adapter.failed:
                 self._unpin(adapter)
-                self.answer(request_id, "adapter_failed", f"adapter {adapter.digest} failed to load: {adapter.reason}")
+                self._answers.failed(request_id, adapter)
             else:
-                self.answer(request_id)
+                self._answers.give(request_id)
 
     def load(self, adapter: RegisteredAdapter) -> None:
         """Load a pinned adapter if it is not where it is pinned."""
@@ -66,18 +58,23 @@ class AdapterPins:
         if tier is not None:
             self._loads.ask(adapter, tier, Claim.AWAITED)
 
-    def rearrange(self) -> None:
-        """Move up what has been pinned low, and if a load lacks room, whatever can go higher: it may join its room."""
+    def rearrange(self) -> list[RegisteredAdapter]:
+        """Move up what has been pinned low, and if a load lacks room, whatever can go higher: it may join its room.
+
+        Returns the adapters that have left a tier for that.
+        """
         for adapter, tier in list(self._to_raise.items()):
             if not adapter.busy:
                 del self._to_raise[adapter]
                 self._loads.raise_pinned(adapter, tier)
+        left = []
         for name, size in self._loads.lacking_room().items():
             pinned = [adapter for adapter, tier in self._pinned.items() if tier == name and not adapter.busy]
             if not any(self._loads.raise_pinned(adapter, name) for adapter in pinned):
-                self._put_in_again(name, size, pinned)
+                left += self._put_in_again(name, size, pinned)
+        return left
 
-    def _put_in_again(self, name: Tier, size: int, pinned: list[RegisteredAdapter]) -> None:
+    def _put_in_again(self, name: Tier, size: int, pinned: list[RegisteredAdapter]) -> list[RegisteredAdapter]:
         """Where the pinned bar a load and no hole among them holds one of them, move one up through the other tier.
 
         For the time of a copy it cannot be used; what it holds is never lost.
@@ -91,9 +88,11 @@ class AdapterPins:
                 tiers[name].drop(adapter.digest)
                 adapter.sites = None
                 self._loads.ask(adapter, name, Claim.AWAITED)
-            else:
+                return [adapter]
+            if adapter.size is not None and adapter.size <= tiers[other].limit(adapter.digest):
                 self._loads.ask(adapter, other, Claim.AWAITED)
-            return
+                return []
+        return []
 
     def check(self) -> None:
         for adapter, tier in self._pinned.items():

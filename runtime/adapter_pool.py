@@ -6,15 +6,17 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from kernels.reference.grouped_lora import SiteWeights
+from runtime.adapter_answers import AdapterAnswers
 from runtime.adapter_loader import Source
 from runtime.adapter_loads import AdapterLoads
 from runtime.adapter_pins import AdapterPins
 from runtime.adapter_reports import AdapterReports
-from runtime.adapter_tier import AdapterTier, Claim
+from runtime.adapter_tier import AdapterTier
 from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
 from runtime.messages import AdapterState, Answer, Tier
 from runtime.models.config import ModelConfig
 from runtime.registered_adapter import FIRST_RETRY_SECONDS, RegisteredAdapter
+from runtime.tier_entry import Claim
 
 
 class AdapterPool:
@@ -39,15 +41,16 @@ class AdapterPool:
         self.device = AdapterTier("device", device_bytes, dtype, device, page_locked=False)
         self._tiers = (self.host, self.device)
         self._loads = AdapterLoads(model, self.host, self.device, clock)
-        self._pins = AdapterPins(self._loads)
+        self._answers = AdapterAnswers(self.host, self.device)
+        self._pins = AdapterPins(self._loads, self._answers)
         self._adapters: dict[str, RegisteredAdapter] = {}
         self._reports = AdapterReports((self.device, self.host), self._pins.tier)
         self._clock = clock
-        self.host.on_evict = self.device.on_evict = self._evicted
+        self.host.on_evict = self.device.on_evict = self._gone
 
     @property
     def on_change(self) -> Callable[[], None] | None:
-        """Called from a loader thread when `poll` has something to do."""
+        """Called when `poll` has something to do, from any thread."""
         return self._loads.loader.on_change
 
     @on_change.setter
@@ -93,6 +96,7 @@ class AdapterPool:
             adapter.retired = True
             self._pins.end(adapter, "unknown_adapter", f"adapter {digest} has been retired")
             self._loads.drop(adapter)
+            self._answers.settle(adapter)
             self._reports.touch(adapter)
             self._drop_if_unused(adapter)
 
@@ -112,12 +116,13 @@ class AdapterPool:
             adapter.expected = True
             self._loads.ask(adapter, "device", Claim.EXPECTED)
             self._reports.touch(adapter)
+            self._refuse_failed(adapter)
 
     def acquire(self, digest: str) -> bool:
         """Reference an adapter if it is on the device; otherwise see to it that it will be, and return False.
 
-        False means that a load is on its way, that its file is wanted or that memory is held by adapters in use: ask
-        again after a later `poll`. Raises UnknownAdapter, AdapterFailed.
+        False means that a load is on its way, that its file is wanted or that memory is held by others: ask again after
+        each `poll`, for what has come is kept for whoever does. Raises UnknownAdapter, AdapterFailed.
         """
         adapter = self._known(digest)
         if not self.device.holds(digest):
@@ -125,6 +130,7 @@ class AdapterPool:
             adapter.missed = adapter.expected = True
             self._loads.ask(adapter, "device", Claim.AWAITED, at_turn=True)
             self._reports.touch(adapter)
+            self._refuse_failed(adapter)
             return False
         self.device.hits += not adapter.missed
         adapter.missed = adapter.expected = False
@@ -165,10 +171,10 @@ class AdapterPool:
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.retired:
             adapter = RegisteredAdapter(digest=digest, source=b"", dropped=True)  # of which a report is all there is
-        elif self._may_use(adapter):
+        elif adapter.may_be_used(self._clock()):
             self._loads.ask(adapter, tier, Claim.AWAITED)
         if request_id is not None:
-            adapter.loads.append((request_id, tier))
+            self._answers.expect(request_id, adapter, tier)
         self._reports.touch(adapter)
 
     def unload(self, request_id: str, digest: str, tier: Tier) -> None:
@@ -178,16 +184,16 @@ class AdapterPool:
         """
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.retired:
-            self._pins.answer(request_id, "unknown_adapter", f"adapter {digest} is not registered")
+            self._answers.unknown(request_id, digest)
         elif (pinned := self._pins.tier(adapter)) in {tier, "device"}:
-            self._pins.answer(request_id, "adapter_pinned", f"adapter {digest} is pinned in {pinned} memory")
+            self._answers.give(request_id, "adapter_pinned", f"adapter {digest} is pinned in {pinned} memory")
         elif self.device.references(digest):
-            self._pins.answer(request_id, "adapter_in_use", f"adapter {digest} is in use")
+            self._answers.give(request_id, "adapter_in_use", f"adapter {digest} is in use")
         else:
             self._loads.drop(adapter)
             adapter.unload = tier
             self._settle(adapter)
-            self._pins.answer(request_id)
+            self._answers.give(request_id)
 
     def pin(self, request_id: str, digest: str, tier: Tier | None) -> None:
         """Load an adapter into a tier and never evict it from there; None ends that. Answered by `poll`, once decided.
@@ -196,12 +202,12 @@ class AdapterPool:
         """
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.retired:
-            self._pins.answer(request_id, "unknown_adapter", f"adapter {digest} is not registered")
+            self._answers.unknown(request_id, digest)
         elif tier is None:
             self._pins.end(adapter, "superseded", "the adapter was unpinned before the pin was decided on")
-            self._pins.answer(request_id)
+            self._answers.give(request_id)
         else:
-            self._may_use(adapter)
+            adapter.may_be_used(self._clock())
             self._pins.ask(request_id, adapter, tier)
         if adapter is not None:
             self._reports.touch(adapter)
@@ -210,23 +216,18 @@ class AdapterPool:
 
     def poll(self) -> list[AdapterState | Answer]:
         """Take in what the loader has finished and start what is next; all changes and answers since the last call."""
-        for tier in self._tiers:
-            tier.tick()
         for adapter in self._loads.take():
             self._settle(adapter)
-        for adapter in self._loads.advance():
+        for adapter in [*self._loads.advance(), *self._pins.rearrange()]:
             self._reports.touch(adapter)
-        self._pins.rearrange()
-        for adapter in self._reports.touched:
-            self._answer_loads(adapter)
-        return [*self._reports.take(), *self._pins.take_answers()]
+        return [*self._reports.take(), *self._answers.take()]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until a job of the loader has finished, for an engine that has nothing else to do.
 
         Returns at once when none is under way; False when `poll` has nothing new.
         """
-        return self._loads.loader.wait(timeout)
+        return self._loads.wait(timeout)
 
     def close(self) -> None:
         """Stop the loader's threads, after the job that each of them is at."""
@@ -244,6 +245,7 @@ class AdapterPool:
         self._pins.check()
         for adapter in self._adapters.values():
             adapter.check()
+            assert not adapter.pins or self._loads.under_way(adapter)
             assert not adapter.retired or adapter.busy or self.device.references(adapter.digest)
 
     # ------------------------------------------------------------------ inside
@@ -252,64 +254,39 @@ class AdapterPool:
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.retired:
             raise UnknownAdapter(f"adapter {digest} is not registered")
-        if not self.device.holds(digest) and not self._may_use(adapter):
-            raise AdapterFailed(f"adapter {digest} failed to load: {adapter.reason}")
+        if not self.device.holds(digest):
+            self._refuse_failed(adapter)
         return adapter
 
-    def _may_use(self, adapter: RegisteredAdapter) -> bool:
-        """Whether no failure stands against an adapter, one that is old enough to try again aside."""
-        if adapter.failed and self._clock() >= adapter.retry_at:
-            adapter.start_anew()
-        return not adapter.failed
+    def _refuse_failed(self, adapter: RegisteredAdapter) -> None:
+        if not adapter.may_be_used(self._clock()):
+            raise AdapterFailed(f"adapter {adapter.digest} failed to load: {adapter.reason}")
 
     def _settle(self, adapter: RegisteredAdapter) -> None:
         """A stage has ended, or a load: do what waits for that."""
         self._reports.touch(adapter)
+        self._answers.settle(adapter)
         if adapter.retired:
             self._drop_if_unused(adapter)
             return
         if adapter.unload is not None and not adapter.busy:
             tiers, adapter.unload = self._tiers if adapter.unload == "host" else (self.device,), None
             for tier in tiers:
-                if (
-                    tier.holds(adapter.digest)
-                    and not tier.references(adapter.digest)
-                    and not tier.pinned(adapter.digest)
-                ):
+                if tier.may_leave(adapter.digest):
                     self._drop_from(adapter, tier)
         self._pins.decide(adapter)
 
-    def _answer_loads(self, adapter: RegisteredAdapter) -> None:
-        """Answer those who wait for loads that have ended, one way or the other."""
-        digest, ended = adapter.digest, adapter.state not in ("loading", "wanted")
-        for request_id, tier in list(adapter.loads):
-            there = self.device.holds(digest) or (tier == "host" and self.host.holds(digest))
-            if adapter.retired or adapter.dropped:
-                self._pins.answer(request_id, "unknown_adapter", f"adapter {digest} is not registered")
-            elif there:
-                self._pins.answer(request_id)
-            elif adapter.failed:
-                self._pins.answer(request_id, "adapter_failed", f"adapter {digest} failed to load: {adapter.reason}")
-            elif ended:
-                self._pins.answer(request_id, "load_cancelled", f"adapter {digest} was unloaded while it was loading")
-            else:
-                continue
-            adapter.loads.remove((request_id, tier))
-
-    def _evicted(self, digest: str) -> None:
-        adapter = self._adapters[digest]
-        self._forget_views(adapter)
-        self._reports.touch(adapter)
-
     def _drop_from(self, adapter: RegisteredAdapter, tier: AdapterTier) -> None:
         tier.drop(adapter.digest)
-        self._forget_views(adapter)
+        self._gone(adapter.digest)
 
-    def _forget_views(self, adapter: RegisteredAdapter) -> None:
-        if not self.device.holds(adapter.digest):
+    def _gone(self, digest: str) -> None:
+        adapter = self._adapters[digest]
+        if not self.device.holds(digest):
             adapter.sites = None
-            if not self.host.holds(adapter.digest) and not adapter.busy:
+            if not self.host.holds(digest) and not adapter.busy:
                 adapter.layout = None
+        self._reports.touch(adapter)
 
     def _drop_if_unused(self, adapter: RegisteredAdapter) -> None:
         if self.device.references(adapter.digest) or adapter.busy:

@@ -21,11 +21,6 @@ class AdapterReports:
         """Something of the adapter may have changed."""
         self._touched[adapter] = None
 
-    @property
-    def touched(self) -> list[RegisteredAdapter]:
-        """Those of which `take` would tell, if anything has changed."""
-        return list(self._touched)
-
     def take(self) -> list[AdapterState]:
         """The changes since the last call, in the order in which the adapters were first touched."""
         touched, self._touched = self._touched, {}

@@ -1,44 +1,16 @@
 """One tier of adapter memory: a buffer of bytes, the extents in it, and which adapter is to stay or to go."""
 
-import enum
 import itertools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from runtime.arena import Arena, Window, aligned
 from runtime.messages import Tier, TierStats
+from runtime.tier_entry import Claim, Entry
 
 PINNED_SHARE = 2  # pins may take one part in so many: the rest is for everybody
-
-
-class Claim(enum.IntEnum):
-    """How much an adapter is waited for: memory is taken only from those that are waited for less."""
-
-    NONE = 0
-    EXPECTED = 1  # by a request that is queued, and may be aborted before its turn
-    AWAITED = 2  # by a request at its turn, or by whoever asked for the load itself
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """An adapter's copy in a tier: `offset` and `size` in bytes; it is being filled until it is `ready`.
-
-    `target` is where it is being moved to. In the tick `chance_at` it is safe from eviction, and up to `spared_until`
-    as long as others work.
-    """
-
-    offset: int
-    size: int
-    ready: bool = False
-    references: int = 0
-    claim: Claim = Claim.NONE
-    last_use: int = 0
-    chance_at: int = -1
-    spared_until: int = 0
-    target: int | None = None
 
 
 class AdapterTier:
@@ -63,6 +35,7 @@ class AdapterTier:
         self._refused: dict[tuple[Claim, bool], int] = {}
         self._uses = itertools.count(1)
         self._ticks = 0
+        self._newcomers_at = -1  # the tick in which the last one came
 
     @property
     def capacity_bytes(self) -> int:
@@ -96,6 +69,10 @@ class AdapterTier:
         entry = self._entries.get(digest)
         return entry is not None and entry.ready
 
+    def may_leave(self, digest: str) -> bool:
+        """Whether there is a whole copy here that nobody uses and that is not pinned."""
+        return self.holds(digest) and not self.references(digest) and digest not in self._pins
+
     def references(self, digest: str) -> int:
         entry = self._entries.get(digest)
         return 0 if entry is None else entry.references
@@ -107,8 +84,8 @@ class AdapterTier:
 
     @property
     def has_newcomers(self) -> bool:
-        """Whether the next tick lets an adapter go that may not be evicted before."""
-        return any(entry.chance_at == self._ticks for entry in self._entries.values())
+        """Whether the next tick may let an adapter go that is not evicted before."""
+        return self._newcomers_at == self._ticks
 
     # ------------------------------------------------------------------ room
 
@@ -197,7 +174,8 @@ class AdapterTier:
         assert not entry.ready, f"{digest} is in {self.name} memory already"
         entry.ready, entry.claim = True, claim
         entry.last_use, entry.spared_until = next(self._uses), self._ticks + grace
-        entry.chance_at = self._ticks if grace else -1
+        if grace:
+            entry.chance_at = self._newcomers_at = self._ticks
         self.loads += 1
         self._refused.clear()
 

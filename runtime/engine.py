@@ -63,7 +63,7 @@ class Engine:
         self.tallies = NamespaceTallies()
         self.sequences: dict[str, Sequence] = {}
         self._own_adapters = OwnAdapters(self.runner.model)
-        self._ended: list[Event] = []  # by commands, to be reported with the next step
+        self._news: list[Event] = []  # what a step that fails has not told yet, and what commands have done
         self.steps = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
 
     # ------------------------------------------------------------------ requests
@@ -119,12 +119,12 @@ class Engine:
         if request_id is not None:
             self.abort(request_id)
             message = "the prefix was released before it was computed"
-            self._ended.append(Failed(request_id=request_id, code="prefix_released", message=message))
+            self._news.append(Failed(request_id=request_id, code="prefix_released", message=message))
 
     def drop_namespace(self, namespace: str | None) -> None:
         """Let nobody find K/V of an adapter, or of the base, that has been computed so far."""
         self.blocks.drop_namespace(namespace)
-        self._ended += self.holds.end_dropped("dropped")
+        self._news += self.holds.end_dropped("dropped")
 
     # ------------------------------------------------------------------ adapters
 
@@ -150,7 +150,7 @@ class Engine:
         self._own_adapters.remove(digest)
         self.scheduler.keep_apart(digest)
         self.blocks.drop_namespace(digest)
-        self._ended += self.holds.end_dropped("adapter_retired")
+        self._news += self.holds.end_dropped("adapter_retired")
         self.tallies.drop(digest)
 
     # ------------------------------------------------------------------ the step
@@ -162,12 +162,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Compute one batch, if any sequence can run; returns what happened. Empty-handed steps are cheap."""
-        events: list[Event] = [*self.adapters.poll(), *self.holds.expire(), *self._ended]
-        self._ended = []
+        self._news += [*self.adapters.poll(), *self.holds.expire()]
         chunks, rejected = self.scheduler.schedule()
         for sequence, error in rejected:
             self._forget(sequence)
-            events.append(Failed(request_id=sequence.request_id, code="adapter_failed", message=str(error)))
+            self._news.append(Failed(request_id=sequence.request_id, code="adapter_failed", message=str(error)))
         if chunks:
             runner = self.runner
             batch = build_batch(
@@ -176,8 +175,9 @@ class Engine:
             runner.kv.copy(self.scheduler.tables.copies)
             self.scheduler.tables.copied()
             logits = runner.forward(batch)
-            events += self._commit(batch.chunks, sample(logits, batch.sampling))
+            self._news += self._commit(batch.chunks, sample(logits, batch.sampling))
             self.steps += 1
+        events, self._news = self._news, []
         return events
 
     def _commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[Event]:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from runtime.adapter_layout import AdapterLayout
 from runtime.adapter_loader import Content, Sites, Source
-from runtime.adapter_tier import Claim
 from runtime.messages import AdapterState, Tier
+from runtime.tier_entry import Claim
 
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
@@ -79,6 +79,12 @@ class RegisteredAdapter:
     def start_anew(self) -> None:
         """Forget a failure, to try again."""
         self.failed, self.reason = False, ""
+
+    def may_be_used(self, now: float) -> bool:
+        """Whether no failure stands against it; one that is old enough to try again is forgotten."""
+        if self.failed and now >= self.retry_at:
+            self.start_anew()
+        return not self.failed
 
     def forget_load(self) -> None:
         """Nothing is to be loaded any more."""

@@ -18,6 +18,7 @@ from storage.store import Corrupt, NotFound, OnProgress, Store
 
 PREFIX, SUFFIX = "blobs/", ".safetensors"
 _THREADS = 16  # at once; a store that does not answer holds some of them for seconds, and none of anybody else's
+_ROOM_SECONDS = 60.0  # that a file waits for room in the cache, which others on their way take
 _T = TypeVar("_T")
 
 
@@ -49,11 +50,11 @@ class AdapterFiles(Protocol):
         """See to it that the file is there and whole. Raises StoreError with the reason why it cannot be."""
         ...
 
-    def hold(self, digest: str) -> None:
-        """Keep the file here until it is released as often as it was held."""
+    def hold(self, digest: str, *, pinned: bool = False) -> None:
+        """Keep the file here until it is released as often as it was held; `pinned` says that this may be for ever."""
         ...
 
-    def release(self, digest: str) -> None: ...
+    def release(self, digest: str, *, pinned: bool = False) -> None: ...
 
 
 class AdapterStorage:
@@ -71,9 +72,9 @@ class AdapterStorage:
     def close(self) -> None:
         """Let go of the store; a call that it does not answer is left to itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.store.close()  # first: it ends what is on its way to the disk
         if self.disk is not None:
             self.disk.close()
-        self.store.close()
 
 
 def open_storage(settings: Settings) -> AdapterStorage:
@@ -132,10 +133,10 @@ class StoredFiles:
         if found != digest:
             raise Corrupt(f"its file {blob_key(digest)} is corrupt: its digest is {found}")
 
-    def hold(self, digest: str) -> None:
+    def hold(self, digest: str, *, pinned: bool = False) -> None:
         pass  # nothing is evicted from a store
 
-    def release(self, digest: str) -> None:
+    def release(self, digest: str, *, pinned: bool = False) -> None:
         pass
 
 
@@ -163,7 +164,7 @@ class CachedFiles:
         def download(destination: Path) -> None:
             self._store.fetch(blob_key(digest), destination, max_bytes=size, on_progress=on_progress)
 
-        self._disk.fetch(digest, size, download)
+        self._disk.fetch(digest, size, download, wait_seconds=_ROOM_SECONDS)
 
 
 def _store_file(store: Store, digest: str, file: Path, replace: bool) -> None:

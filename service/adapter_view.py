@@ -1,9 +1,12 @@
 """What every name means now, in memory: readers never wait."""
 
+import asyncio
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -113,6 +116,16 @@ class AdapterView:
             if not version.requests:
                 self._draining.discard(version)
             self._blobs.release(version.digest)
+
+    @asynccontextmanager
+    async def staging(self, ephemeral: bool) -> AsyncIterator[Path]:
+        """A private directory for an upload, where its bytes will stay; what is left in it goes with it."""
+        parent = self._blobs.memory if ephemeral else self._storage.files.scratch
+        directory = Path(tempfile.mkdtemp(dir=parent))  # at once: a cancelled thread would leave one behind
+        try:
+            yield directory
+        finally:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
 
     def check(self) -> None:
         """Recount who counts on what; to be called while no change is under way."""

@@ -90,6 +90,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.catalog = await open_catalog(state)
         stack.push_async_callback(state.catalog.close)
         stack.push_async_callback(state.imports.close)
+        stack.callback(state.sources.close)
         state.prefixes = Prefixes(state.engine, state.catalog)
         stack.callback(state.prefixes.close)
         await starting

@@ -2,11 +2,7 @@
 
 import asyncio
 import logging
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -80,8 +76,8 @@ class Catalog(AdapterView):
         if self._changes:
             await asyncio.wait(self._changes, timeout=_CLOSE_SECONDS)
         await self._residency.close()
-        await self._blobs.close()
         await asyncio.to_thread(self._storage.close)
+        await self._blobs.close()
 
     async def settle(self) -> None:
         """Wait until no change is under way and everything that nobody counts on is gone."""
@@ -108,16 +104,6 @@ class Catalog(AdapterView):
         return version
 
     # ------------------------------------------------------------------ changes
-
-    @asynccontextmanager
-    async def staging(self, ephemeral: bool) -> AsyncIterator[Path]:
-        """A private directory for an upload, where its bytes will stay; what is left in it goes with it."""
-        parent = self._blobs.memory if ephemeral else self._storage.files.scratch
-        directory = Path(tempfile.mkdtemp(dir=parent))  # at once: a cancelled thread would leave one behind
-        try:
-            yield directory
-        finally:
-            await self._whole(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
 
     async def publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
         """Make a name mean an upload, and say whether the name is new; durable when this returns.

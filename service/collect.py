@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 from service.adapter_names import AdapterNames
@@ -18,6 +19,7 @@ from storage.local import LocalStore
 from storage.store import Entry, Store, StoreError
 
 _log = logging.getLogger(__name__)
+_LEAST_AGE_SECONDS = 60
 
 
 class Collected(NamedTuple):
@@ -47,11 +49,19 @@ def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = 
 
 def _delete(store: Store, entry: Entry) -> bool:
     """Delete a file, unless somebody has stored it again since it was listed."""
-    if entry not in store.list(entry.key):
-        return False
-    _log.info("deleting %s: no name points at it", entry.key)
-    store.delete(entry.key)
-    return True
+    deleted = store.delete(entry.key, unless_changed=entry)
+    if deleted:
+        _log.info("deleted %s: no name pointed at it", entry.key)
+    return deleted
+
+
+def _age(text: str) -> float:
+    age = seconds(text)
+    if age < _LEAST_AGE_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is less than {_LEAST_AGE_SECONDS} seconds: the name of a file just stored may be on its way"
+        )
+    return age
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -60,16 +70,15 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
         prog="python -m service.collect", description="Delete stored adapter files that no name points at."
     )
     add_store_location(arguments, environment)
-    arguments.add_argument("--older-than", type=seconds, default="900", metavar="SECONDS", help="default: 900")
+    arguments.add_argument("--older-than", type=_age, default="900", metavar="SECONDS", help="default: 900")
     arguments.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     options = arguments.parse_args(argv)
-    store = LocalStore(options.data_directory) if options.store is None else open_remote(options.store)
     try:
-        files, size = collect(store, options.older_than, dry_run=options.dry_run)
+        store = LocalStore(options.data_directory) if options.store is None else open_remote(options.store)
+        with closing(store):
+            files, size = collect(store, options.older_than, dry_run=options.dry_run)
     except StoreError as error:
         sys.exit(f"rootstock: nothing more was deleted: {error}")
-    finally:
-        store.close()
     print(f"{'would delete' if options.dry_run else 'deleted'} {files} files of {size} bytes")
 
 

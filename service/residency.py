@@ -136,13 +136,13 @@ class Residency:
         if now is None and was is not None:
             with suppress(RequestFailed):  # the engine has forgotten it, or is no more: either way it is not pinned
                 await self._engine.pin_adapter(digest, None)
-            self._files.release(digest)
+            self._files.release(digest, pinned=True)
         elif now != was:
             if was is None:
                 self._require_disk(size)
             await self._engine.pin_adapter(digest, now)
             if was is None:
-                self._files.hold(digest)
+                self._files.hold(digest, pinned=True)
 
     def _tier(self, digest: str, name: str | None = None, pin: Pin | None = None) -> Tier | None:
         """Where a digest is pinned; with a name, where it would be if the name had that pin."""

@@ -57,8 +57,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.refresh_seconds <= 0:
             raise ValueError(f"refresh_seconds must be more than 0, not {self.refresh_seconds:g}")
-        if self.collect_after_seconds < 0:
-            raise ValueError(f"collect_after_seconds must be 0 or more, not {self.collect_after_seconds:g}")
+        if self.collect_after_seconds < 60:
+            raise ValueError(
+                f"collect_after_seconds must be at least 60, not {self.collect_after_seconds:g}: "
+                "an upload's name may be on its way"
+            )
         AllowedSources(self.allowed_sources)
         if self.store is not None:
             store_of(self.store)

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from service.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
 from service.responses import ApiError
@@ -27,6 +27,7 @@ from storage.store import (
 
 _log = logging.getLogger(__name__)
 _RETRY_SECONDS = 5
+_Remote = TypeVar("_Remote", S3Store, HubRepository)
 
 
 class Fetched(NamedTuple):
@@ -51,6 +52,7 @@ class Sources:
     ) -> None:
         self._allowed, self._max_bytes = AllowedSources(allowed), max_bytes
         self._open_bucket, self._open_repository = open_bucket, open_repository
+        self._open: set[S3Store | HubRepository] = set()
 
     def checked(self, src: str, revision: str | None = None) -> Source:
         """The source that a URL names. Raises ApiError: 400 for one that is none, 403 for one that is not allowed."""
@@ -77,12 +79,27 @@ class Sources:
         with _translated(source):
             if source.scheme == "s3":
                 bucket, *prefix = source.path
-                with closing(self._open_bucket(bucket, "/".join(prefix))) as store:
+                with self._opened(self._open_bucket(bucket, "/".join(prefix))) as store:
                     return Fetched(self._copy(store, directory, on_progress), source.url)
             organisation, name, *folder = source.path
-            repository = self._open_repository(f"{organisation}/{name}", source.revision, "/".join(folder))
-            pinned = source._replace(revision=repository.commit)
-            return Fetched(self._copy(repository, directory, on_progress), pinned.url)
+            opened = self._open_repository(f"{organisation}/{name}", source.revision, "/".join(folder))
+            with self._opened(opened) as repository:
+                pinned = source._replace(revision=repository.commit)
+                return Fetched(self._copy(repository, directory, on_progress), pinned.url)
+
+    def close(self) -> None:
+        """End the fetches under way."""
+        for reader in list(self._open):
+            reader.close()
+
+    @contextmanager
+    def _opened(self, reader: _Remote) -> Iterator[_Remote]:
+        self._open.add(reader)
+        try:
+            yield reader
+        finally:
+            self._open.discard(reader)
+            reader.close()
 
     def _fetch_files(self, source: Source, directory: Path, on_progress: OnProgress) -> Fetched:
         place = self._allowed.place_of(source)

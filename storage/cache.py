@@ -1,21 +1,21 @@
 """Files under the digest of their bytes, on a disk of this machine, the least recently used ones gone first."""
 
 import errno
-import fcntl
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from threading import RLock
+from threading import Condition, RLock
 
 from blake3 import blake3
 
 from storage.files import CHUNK_BYTES, disk_errors
-from storage.scratch import Scratch
-from storage.store import Corrupt, InvalidKey, StoreError, StoreFull
+from storage.scratch import Scratch, held
+from storage.store import Corrupt, InvalidKey, StoreError, StoreFull, StoreUnavailable
 
 _SUFFIX = ".safetensors"
 _ARRIVING = ".arriving"
@@ -37,21 +37,35 @@ class DiskCache:
         self._directory = directory
         with disk_errors(str(directory)):
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock_file: int | None = _locked_for_good(directory)
-            self.scratch = Scratch(directory / ".scratch")
-            self._bytes = _found(directory)  # of each file that is here; the least recently used one first
+            try:
+                self._lock_file: int | None = held(directory, wait=False)
+            except BlockingIOError as error:
+                raise StoreError(
+                    f"another process uses the disk cache {str(directory)!r}: each needs one of its own"
+                ) from error
+            try:
+                self._bytes = _found(directory)  # of each file that is here; the least recently used one first
+                self.scratch = Scratch(directory / ".scratch")
+            except BaseException:
+                os.close(self._lock_file)
+                raise
         self._holds: Counter[str] = Counter()
+        self._pins: Counter[str] = Counter()  # those of the holds that nobody will soon release
         self._flights: dict[str, Future[Path]] = {}
         self._expected: dict[str, int] = {}  # bytes that downloads under way will need
         self._lock = RLock()
-        self._make_room(None, 0)
+        self._room = Condition(self._lock)  # something that took room has gone, or may go now
+        with self._lock:
+            self._make_room(None, 0)
 
     def close(self) -> None:
-        """Let another process have the directory; closing twice is fine."""
-        if self._lock_file is not None:
+        """Let another process have the directory, and whoever waits for room fail; closing twice is fine."""
+        with self._room:
+            lock_file, self._lock_file = self._lock_file, None
+            self._room.notify_all()
+        if lock_file is not None:
             self.scratch.close()
-            os.close(self._lock_file)
-            self._lock_file = None
+            os.close(lock_file)
 
     @property
     def bytes_used(self) -> int:
@@ -78,12 +92,13 @@ class DiskCache:
         """Whether the file is here, as far as one can tell without reading it."""
         return digest in self._bytes
 
-    def fetch(self, digest: str, size: int, download: Callable[[Path], object]) -> Path:
+    def fetch(self, digest: str, size: int, download: Callable[[Path], object], *, wait_seconds: float = 0.0) -> Path:
         """The file with this digest, its bytes checked, from here or else by `download`, which writes it to a path.
 
         Whoever asks for a digest while it is on its way waits for it, and shares a failure, too: `Corrupt` when the
         bytes are not `size` bytes with this digest, `StoreFull` when they do not fit beside what is held,
-        or whatever `download` raises. The next call tries again.
+        or whatever `download` raises. The next call tries again. What may fit as soon as others are released or
+        have arrived is waited for, `wait_seconds` at most; what cannot fit beside the pinned files fails at once.
         """
         path = self.path(digest)
         with self._lock:
@@ -95,7 +110,7 @@ class DiskCache:
             return self._share(flight)
         try:
             if not self._use(digest, path):
-                self._bring(digest, path, size, download)
+                self._bring(digest, path, size, download, wait_seconds)
         except BaseException as error:
             self._land(digest).set_exception(error)
             raise
@@ -114,17 +129,23 @@ class DiskCache:
             else:
                 self._take_in(digest, file, path, size)
 
-    def hold(self, digest: str) -> None:
-        """Keep a file, here now or later, from eviction until as many calls of `release`."""
+    def hold(self, digest: str, *, pinned: bool = False) -> None:
+        """Keep a file, here now or later, from eviction until as many calls of `release`.
+
+        `pinned` is for what may stay held for ever, so that nobody waits for it; it is released as such.
+        """
         with self._lock:
             self._holds[digest] += 1
+            if pinned:
+                self._pins[digest] += 1
 
-    def release(self, digest: str) -> None:
-        with self._lock:
+    def release(self, digest: str, *, pinned: bool = False) -> None:
+        with self._room:
             assert self._holds[digest] > 0, f"{digest} is not held"
-            self._holds[digest] -= 1
-            if not self._holds[digest]:
-                del self._holds[digest]
+            assert not pinned or self._pins[digest] > 0, f"{digest} is not pinned"
+            self._holds -= Counter([digest])
+            self._pins -= Counter([digest] * pinned)
+            self._room.notify_all()
 
     def discard(self, digest: str) -> None:
         """Remove a file if it is here and nobody holds it."""
@@ -139,6 +160,7 @@ class DiskCache:
             assert self.bytes_used + sum(self._expected.values()) <= self.capacity_bytes
             assert self._expected.keys() <= self._flights.keys()
             assert all(count > 0 for count in self._holds.values())
+            assert self._pins <= self._holds
             if not self._flights:
                 assert not any(self.scratch.path.glob(f"*{_ARRIVING}"))
 
@@ -149,8 +171,9 @@ class DiskCache:
         return path
 
     def _land(self, digest: str) -> Future[Path]:
-        with self._lock:
+        with self._room:
             self._expected.pop(digest, None)
+            self._room.notify_all()
             return self._flights.pop(digest)
 
     def _use(self, digest: str, path: Path) -> bool:
@@ -169,15 +192,19 @@ class DiskCache:
                     self._remove(digest)
         return good
 
-    def _bring(self, digest: str, path: Path, size: int, download: Callable[[Path], object]) -> None:
+    def _bring(
+        self, digest: str, path: Path, size: int, download: Callable[[Path], object], wait_seconds: float
+    ) -> None:
         with self._lock:
             if digest in self._bytes:  # somebody has just uploaded it
                 self.hits += 1
                 return
             self.misses += 1
-            self._make_room(digest, size)
+            if not self._wait_for_room(digest, size, wait_seconds):
+                return
             self._expected[digest] = size
-        arriving = self.scratch.path / f"{digest}{_ARRIVING}"  # of the one download that there is of it
+        with disk_errors(digest):
+            arriving = self.scratch.path / f"{digest}{_ARRIVING}"  # of the one download that there is of it
         try:
             download(arriving)
             with disk_errors(digest):
@@ -197,6 +224,25 @@ class DiskCache:
         os.rename(file, path)
         self._bytes.pop(digest, None)
         self._bytes[digest] = size
+        self._room.notify_all()
+
+    def _wait_for_room(self, digest: str, size: int, wait_seconds: float) -> bool:
+        """Make room as soon as that can be done; False when an upload has brought the file meanwhile."""
+        until = time.monotonic() + wait_seconds
+        while digest not in self._bytes:
+            if self._lock_file is None:
+                raise StoreUnavailable("the disk cache was closed")
+            try:
+                self._make_room(digest, size)
+            except StoreFull:
+                pinned = sum(bytes_ for other, bytes_ in self._bytes.items() if other in self._pins)
+                seconds = until - time.monotonic()
+                if seconds <= 0 or size + pinned > self.capacity_bytes:
+                    raise
+                self._room.wait(seconds)
+            else:
+                return True
+        return False
 
     def _make_room(self, digest: str | None, size: int) -> None:
         """Evict what was not used for longest until a file fits in its old one's place; nothing if it cannot."""
@@ -222,19 +268,7 @@ class DiskCache:
         with disk_errors(digest):
             self.path(digest).unlink(missing_ok=True)
         self._bytes.pop(digest, None)
-
-
-def _locked_for_good(directory: Path) -> int:
-    """A descriptor that holds the directory's lock for as long as it, or this process, lives."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise StoreError(
-            f"another process uses the disk cache {str(directory)!r}: each needs one of its own"
-        ) from error
-    return descriptor
+        self._room.notify_all()
 
 
 def _found(directory: Path) -> dict[str, int]:
@@ -244,8 +278,9 @@ def _found(directory: Path) -> dict[str, int]:
         for entry in entries:
             digest, suffix = os.path.splitext(entry.name)
             if suffix == _SUFFIX and _DIGEST.fullmatch(digest) and entry.is_file(follow_symlinks=False):
-                stat = entry.stat()
-                found.append((stat.st_mtime_ns, digest, stat.st_size))
+                with suppress(FileNotFoundError):  # removed since the directory was read
+                    stat = entry.stat()
+                    found.append((stat.st_mtime_ns, digest, stat.st_size))
     return {digest: size for _, digest, size in sorted(found)}
 
 

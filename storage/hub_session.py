@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeVar
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from storage.backoff import backoff_seconds
 from storage.files import CHUNK_BYTES, write_all
+from storage.sockets import OpenSockets
 from storage.store import AccessDenied, NotFound, ObjectTooLarge, OnProgress, StoreError, StoreUnavailable
 
 _TRIED_AGAIN = {408, 429, 500, 502, 503, 504}
@@ -26,18 +26,25 @@ class HubSession:
     """GET requests over huggingface_hub's own session, each tried `attempts` times with a random, growing pause.
 
     The session minds proxies and HF_HUB_OFFLINE, and drops the token when it is redirected to another host.
+    It is the whole process', so that `close` ends the requests of this object and leaves the session alone.
     """
 
     def __init__(self, endpoint: str | None, token: str | None, timeout_seconds: float, attempts: int) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         # Not the library's headers: to make them it asks the hub what tools there are, and caches the answer.
-        self._headers = {"User-Agent": "rootstock", "Accept-Encoding": "identity"}
+        # A connection serves one request: of one that was open before, nobody could tell whose it is now to end it.
+        self._headers = {"User-Agent": "rootstock", "Accept-Encoding": "identity", "Connection": "close"}
         if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
             token = get_token()
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._timeout_seconds = timeout_seconds
         self._attempts = attempts
+        self._sockets = OpenSockets()
+
+    def close(self) -> None:
+        """Have every request, under way or to come, fail with `StoreUnavailable` soon; closing twice is fine."""
+        self._sockets.close()
 
     def json(self, url: str, what: str) -> tuple[Any, str | None]:
         """A decoded answer, and the address of the list's next page if there is one."""
@@ -88,7 +95,9 @@ class HubSession:
         problem: Exception | None = None
         for attempt in range(self._attempts):
             if attempt:
-                time.sleep(backoff_seconds(attempt))
+                self._sockets.closed.wait(backoff_seconds(attempt))
+            if self._sockets.closed.is_set():
+                raise StoreUnavailable(f"{what}: the connection to the hub was closed") from problem
             try:
                 return once()
             except OfflineModeIsEnabled as error:
@@ -101,13 +110,29 @@ class HubSession:
 
     @contextmanager
     def _answer(self, url: str, what: str, **headers: str) -> Iterator[Any]:
+        opened: list[Any] = []
+
+        def trace(event: str, info: dict[str, Any]) -> None:
+            if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+                opened.append(info["return_value"].get_extra_info("socket"))
+                self._sockets.add(opened[-1])
+
         request = get_session().stream(
-            "GET", url, headers={**self._headers, **headers}, timeout=self._timeout_seconds, follow_redirects=True
+            "GET",
+            url,
+            headers={**self._headers, **headers},
+            timeout=self._timeout_seconds,
+            follow_redirects=True,
+            extensions={"trace": trace},
         )
-        with request as response:
-            if response.status_code not in (200, 206):
-                raise _refusal(response, what, "Authorization" in self._headers)
-            yield response
+        try:
+            with request as response:
+                if response.status_code not in (200, 206):
+                    raise _refusal(response, what, "Authorization" in self._headers)
+                yield response
+        finally:
+            for one in opened:
+                self._sockets.discard(one)
 
 
 def _length(response: Any, offset: int, what: str) -> int:

@@ -46,7 +46,7 @@ class HubRepository:
         token: str | None = None,
         *,
         timeout_seconds: float = constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        attempts: int = 4,
+        attempts: int = 3,
     ) -> None:
         self._repo = repo
         self._folder = _checked_folder(folder)
@@ -62,6 +62,10 @@ class HubRepository:
         if not _COMMIT.fullmatch(self.commit):
             raise StoreError(f"hf://{repo}@{revision}: the hub named no commit")
         self._name = f"hf://{repo}@{self.commit[:12]}"
+
+    def close(self) -> None:
+        """End transfers under way: they fail with `StoreUnavailable`; closing twice is fine."""
+        self._session.close()
 
     def get(self, key: str) -> Stored:
         file = io.BytesIO()

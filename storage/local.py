@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +35,8 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self.scratch = Scratch(root / ".scratch")
+        with disk_errors(str(root)):
+            self.scratch = Scratch(root / ".scratch")
 
     def close(self) -> None:
         self.scratch.close()
@@ -51,6 +53,7 @@ class LocalStore:
             with locked(self._root):
                 _check_condition(key, target, if_match, if_none_match)
                 make_directory(target.parent)
+                _make_new(file)
                 os.rename(name, target)
                 sync_directory(target.parent)
         return etag
@@ -59,7 +62,7 @@ class LocalStore:
         with disk_errors(key), locked(self._root):  # not between a delete and its return
             try:
                 with self._open(key) as file:
-                    os.utime(file.fileno())
+                    _make_new(file)
             except NotFound:
                 return False
         return True
@@ -85,22 +88,30 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> list[Entry]:
         parent = checked_prefix(prefix).rpartition("/")[0]
+        top = self.path(parent) if parent else self._root
         entries = []
-        for directory, subdirectories, names in os.walk(self.path(parent) if parent else self._root):
-            subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-            for name in names:
-                path = Path(directory, name)
-                key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix) and is_key(key):
-                    with suppress(FileNotFoundError):  # deleted since the directory was read
-                        entries.append(_entry(key, path.stat()))
+        with disk_errors(prefix or str(top)):
+            for directory, subdirectories, names in os.walk(top, onerror=_raise_unless_absent):
+                subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+                for name in names:
+                    path = Path(directory, name)
+                    key = path.relative_to(self._root).as_posix()
+                    if key.startswith(prefix) and is_key(key):
+                        with suppress(*_ABSENT):  # deleted since the directory was read
+                            entries.append(_entry(key, path.stat()))
         return sorted(entries)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, unless_changed: Entry | None = None) -> bool:
         target = self.path(key)
-        with disk_errors(key), locked(self._root), suppress(*_ABSENT):
-            target.unlink()
-            sync_directory(target.parent)
+        with disk_errors(key), locked(self._root):  # puts and touches have it too
+            try:
+                if unless_changed is not None and _entry(key, target.stat()) != unless_changed:
+                    return False
+                target.unlink()
+                sync_directory(target.parent)
+            except _ABSENT:
+                return unless_changed is None
+        return True
 
     def _open(self, key: str) -> BinaryIO:
         try:
@@ -112,6 +123,18 @@ class LocalStore:
 def _entry(key: str, stat: os.stat_result) -> Entry:
     # Every put is a new file: its number tells two apart that were written in one tick of the clock.
     return Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}", stat.st_mtime)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    """What cannot be read is not empty: whoever takes a list for complete may delete what it does not name."""
+    if not isinstance(error, _ABSENT):
+        raise error
+
+
+def _make_new(file: BinaryIO) -> None:
+    """Set a file's time, finer than the kernel's own clock of files: two writes in one of its ticks must differ."""
+    now = time.time_ns()
+    os.utime(file.fileno(), ns=(now, now))
 
 
 def _write(file: BinaryIO, chunks: Iterator[bytes]) -> str:

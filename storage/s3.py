@@ -12,9 +12,11 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from storage.files import disk_errors, temporary_file
+from storage.s3_connections import ended_with
 from storage.s3_download import Download
-from storage.s3_errors import is_absent, s3_errors, url
+from storage.s3_errors import is_absent, is_not_offered, s3_errors, url
 from storage.s3_upload import PART_BYTES, upload_parts
+from storage.sockets import OpenSockets
 from storage.store import (
     MAX_GET_BYTES,
     Entry,
@@ -41,6 +43,7 @@ class S3Store:
     Credentials, region and endpoint come from boto3's chain (environment, profile, role); `endpoint` overrides the
     last. Requests are tried `attempts` times, with a random and growing pause; the timeouts hold for connecting
     and for each silence of the server. What is larger than `part_bytes` is fetched in parts, several at a time.
+    `close` ends what is under way: it fails with `StoreUnavailable`.
     """
 
     def __init__(
@@ -49,9 +52,9 @@ class S3Store:
         prefix: str = "",
         *,
         endpoint: str | None = None,
-        connect_timeout_seconds: float = 5.0,
-        read_timeout_seconds: float = 30.0,
-        attempts: int = 4,
+        connect_timeout_seconds: float = 3.0,
+        read_timeout_seconds: float = 10.0,
+        attempts: int = 3,
         part_bytes: int = 8 << 20,
     ) -> None:
         self._bucket = bucket
@@ -74,9 +77,13 @@ class S3Store:
                 self._client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
         except ValueError as error:  # an endpoint that is no URL
             raise StoreError(f"s3://{bucket}: {error}") from error
+        self._sockets = OpenSockets()
+        ended_with(self._sockets, self._client, bucket)
+        self._deletes_on_condition = True  # until the server says that it does not
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._sockets.close()
+        self._threads.shutdown()
         self._client.close()
 
     def put(self, key: str, content: bytes | Path, *, if_match: str | None = None, if_none_match: bool = False) -> str:
@@ -150,20 +157,46 @@ class S3Store:
         full = self._prefix + checked_prefix(prefix)
         with s3_errors({"Bucket": self._bucket, "Key": full}):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=full)
-            for found in (found for page in pages for found in page.get("Contents", ())):
-                key = found["Key"].removeprefix(self._prefix)
-                if is_key(key):
-                    entries.append(Entry(key, found["Size"], found["ETag"], found["LastModified"].timestamp()))
+            for page in pages:
+                if page.get("IsTruncated") and not page.get("NextContinuationToken"):
+                    raise StoreError(f"s3://{self._bucket}/{full}: the server ended its list before the list's end")
+                for found in page.get("Contents", ()):
+                    key = found["Key"].removeprefix(self._prefix)
+                    if is_key(key):
+                        entries.append(Entry(key, found["Size"], found["ETag"], found["LastModified"].timestamp()))
         return sorted(entries)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, unless_changed: Entry | None = None) -> bool:
+        # S3 deletes on condition of the ETag, which a touch leaves as it is, and of nothing else, and other servers
+        # may ignore even that. So a touch in the milliseconds between the look and the deletion goes unseen: who
+        # touches an object and then counts on it has to look afterwards whether it is still there.
         where = self._object(key)
+        if unless_changed is None:
+            self._delete(where)
+            return True
+        if unless_changed not in self.list(key):
+            return False
+        if self._deletes_on_condition:
+            try:
+                return self._delete(where, IfMatch=unless_changed.revision)
+            except PreconditionFailed:
+                return False
+            except StoreError as error:
+                if not is_not_offered(error.__cause__):
+                    raise
+        done = self._delete(where)
+        self._deletes_on_condition = False
+        return done
+
+    def _delete(self, where: dict[str, str], **condition: str) -> bool:
         with s3_errors(where):
             try:
-                self._client.delete_object(**where)
+                self._client.delete_object(**where, **condition)
             except ClientError as error:
                 if not is_absent(error):  # S3 answers that it is gone; others, that it was not there
                     raise
+                return False
+        return True
 
     def _object(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + checked_key(key)}

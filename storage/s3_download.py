@@ -4,13 +4,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, as_completed, wait
+from concurrent.futures import Executor, Future, as_completed, wait
 from threading import Event, Lock
 from typing import Any
 
 from botocore.exceptions import ClientError
 
 from storage.backoff import backoff_seconds
+from storage.s3_connections import submit
 from storage.s3_errors import BODY_ERRORS, s3_errors, url
 from storage.store import (
     ObjectChanged,
@@ -61,13 +62,13 @@ class Download:
                 view, start = view[written:], start + written
 
         first, end = self._open_first(max_bytes)
-        parts = []
+        parts: list[Future[None]] = []
         try:
             if self._total and sys.platform == "linux":
                 os.posix_fallocate(file, 0, self._total)  # a full disk shows before the transfer, not in its middle
             self._report(0)
-            starts = range(end, self._total, self._part_bytes)
-            parts = [threads.submit(self._part, write, start) for start in starts]
+            for start in range(end, self._total, self._part_bytes):
+                parts.append(submit(threads, self._where, self._part, write, start))
             self._read(write, 0, end, first)
             for part in as_completed(parts):
                 part.result()

@@ -51,6 +51,13 @@ def is_absent(error: BaseException | None) -> bool:
     return isinstance(error, exceptions.ClientError) and error.response.get("Error", {}).get("Code") in _ABSENT
 
 
+def is_not_offered(error: BaseException | None) -> bool:
+    """Whether the server may have refused a request because it knows no such condition."""
+    return isinstance(error, exceptions.ClientError) and (
+        error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (400, 501)
+    )
+
+
 def _answered(error: exceptions.ClientError, where: Mapping[str, str]) -> StoreError:
     # Only the code: an answer's text can name accounts and keys.
     code = error.response.get("Error", {}).get("Code", "")

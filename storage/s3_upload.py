@@ -1,13 +1,14 @@
 """One large file on its way into an S3 object, in parts that several threads send."""
 
 import os
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from botocore.exceptions import ClientError
 
+from storage.s3_connections import submit
 from storage.s3_errors import s3_errors
 from storage.store import StoreError
 
@@ -31,8 +32,10 @@ def upload_parts(client: Any, where: dict[str, str], content: Path, threads: Exe
             body = os.pread(file.fileno(), part_bytes, start)
             return {"PartNumber": part["PartNumber"], "ETag": client.upload_part(**part, Body=body)["ETag"]}
 
-        sending = [threads.submit(send, start) for start in range(0, size, part_bytes)]
+        sending: list[Future[dict[str, Any]]] = []
         try:
+            for start in range(0, size, part_bytes):
+                sending.append(submit(threads, where, send, start))
             return _complete(client, where, upload, [part.result() for part in sending], size)
         except BaseException:
             for part in sending:

@@ -117,12 +117,16 @@ class Store(Reader, Protocol):
         """
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is fine."""
+    def delete(self, key: str, *, unless_changed: Entry | None = None) -> bool:
+        """Remove an object; one that is not there is fine.
+
+        With an entry of a list, only an object that was neither put nor touched since; False when it was, or is gone.
+        A directory is exact about that, a bucket only as far as its server and the resolution of its times allow.
+        """
         ...
 
     def close(self) -> None:
-        """Give back connections and scratch files; closing twice is fine."""
+        """Give back connections and scratch files, and end transfers under way; closing twice is fine."""
         ...
 
 

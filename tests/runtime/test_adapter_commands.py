@@ -52,40 +52,6 @@ def test_a_load_goes_to_the_tier_that_is_asked_for_and_no_further():
     pool.close()
 
 
-def test_who_asks_for_a_load_is_answered_when_it_has_ended(make_pool):
-    pool = make_pool()
-    pool.register(*ONE)
-    pool.load(DIGEST, "host", "one")
-    pool.load(DIGEST, "device", "two")
-    assert answers(settled(pool)) == [("one", None), ("two", None)]
-    for tier in ("host", "device"):  # it is there already
-        pool.load(DIGEST, tier, "again")
-        assert answers(pool.poll()) == [("again", None)]
-
-
-def test_who_asks_for_a_load_that_cannot_be_is_told_at_once(make_pool):
-    pool = make_pool()
-    pool.load("unknown", "device", "u")
-    assert answers(pool.poll()) == [("u", "unknown_adapter")]
-    pool.register(DIGEST, b"broken")
-    pool.load(DIGEST, "device", "b")
-    assert answers(settled(pool)) == [("b", "adapter_failed")]
-    pool.load(DIGEST, "device", "c")
-    assert answers(pool.poll()) == [("c", "adapter_failed")]
-
-
-@pytest.mark.parametrize(("end", "code"), [("unload", "load_cancelled"), ("retire", "unknown_adapter")])
-def test_who_waits_for_a_load_that_is_given_up_is_told_so(make_pool, end, code):
-    pool = make_pool()
-    pool.register(*ONE)
-    pool.load(DIGEST, "device", "l")
-    if end == "unload":
-        pool.unload("u", DIGEST, "host")
-    else:
-        pool.retire(DIGEST)
-    assert ("l", code) in answers(settled(pool))
-
-
 def test_an_unloaded_adapter_gives_back_the_tier_and_those_above(make_pool):
     pool = make_pool()
     load(pool, ONE)
@@ -99,26 +65,6 @@ def test_an_unloaded_adapter_gives_back_the_tier_and_those_above(make_pool):
     assert pool.host.bytes_used == pool.device.bytes_used == 0
     pool.unload("w", DIGEST, "host")
     assert answers(settled(pool)) == [("w", None)], "there is nothing left to do"
-
-
-def test_what_is_in_use_pinned_or_unknown_is_not_unloaded(make_pool):
-    pool = make_pool()
-    load(pool, ONE)
-    assert pool.acquire(DIGEST)
-    pool.unload("a", DIGEST, "device")
-    pool.unload("b", "unknown", "device")
-    pool.release(DIGEST)
-    pool.pin("c", DIGEST, "host")
-    pool.unload("d", DIGEST, "host")
-    pool.unload("e", DIGEST, "device")
-    assert answers(settled(pool)) == [
-        ("a", "adapter_in_use"),
-        ("b", "unknown_adapter"),
-        ("c", None),
-        ("d", "adapter_pinned"),
-        ("e", None),
-    ]
-    assert (pool.host.adapters, pool.device.adapters) == ([DIGEST], [])
 
 
 def test_a_load_under_way_that_is_unloaded_is_dropped_when_it_ends_unless_it_is_asked_for_again(make_pool):

@@ -1,10 +1,14 @@
 """Files that are missing, corrupt or of no use: who is told, who waits, and what comes after."""
 
+import errno
+import os
+
 import pytest
 import torch
 
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_unavailable import AdapterFailed
+from runtime.safetensors_header import write_header
 from tests.runtime.adapter_files import MODEL, ONE, SIZE, Clock, adapter, settle, settled
 
 DIGEST, CONTENT = ONE
@@ -130,17 +134,71 @@ def test_a_file_is_needed_only_while_no_tier_has_the_adapter(pool, tmp_path):
     assert settle(pool)[-1] == (DIGEST, "idle", "device")
 
 
-def test_a_file_that_no_tier_could_take_is_not_read(pool, tmp_path):
+@pytest.mark.parametrize("start", [b"", CONTENT])
+def test_a_file_larger_than_what_could_be_read_is_wanted_anew_as_it_cannot_be_right(pool, tmp_path, start):
     path = tmp_path / "adapter"
     with path.open("wb") as file:
+        file.write(start)
         file.truncate(10 << 30)
+    assert asked(pool, path) == (DIGEST, "wanted", None)
+    assert pool.wanted == {DIGEST: f"its file is corrupt: {10 << 30} bytes"}
+    path.write_bytes(CONTENT)
+    pool.register(DIGEST, path)
+    assert settle(pool)[-1] == (DIGEST, "idle", "device")
+
+
+def test_a_file_that_no_tier_could_take_is_not_read_whole_if_it_is_what_it_says(pool, tmp_path):
+    path = tmp_path / "adapter"
+    rows = 1 << 24
+    header = write_header({"weight": ("F32", (rows, 64))}, {})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + rows * 64 * 4)
     assert asked(pool, path) == (DIGEST, "failed", None)
-
-
-def test_a_directory_in_the_place_of_the_file_fails_with_the_systems_words(pool, tmp_path):
-    assert asked(pool, tmp_path) == (DIGEST, "failed", None)
-    with pytest.raises(AdapterFailed, match="IsADirectoryError"):
+    with pytest.raises(AdapterFailed, match="host adapter memory could take"):
         pool.acquire(DIGEST)
+
+
+def a_directory(path):
+    path.mkdir()
+
+
+def a_loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (a_directory, "Is a directory"),
+        (a_loop, "Too many levels of symbolic links"),
+        (os.mkfifo, "Not a regular file"),
+    ],
+)
+def test_what_cannot_be_read_is_wanted_in_the_systems_words_and_without_the_path(pool, clock, tmp_path, make, reason):
+    path = tmp_path / "adapter"
+    make(path)
+    assert asked(pool, path) == (DIGEST, "wanted", None)
+    assert pool.wanted == {DIGEST: f"its file cannot be read: {reason}"}
+    pool.register(DIGEST, path)  # nothing better has been brought
+    assert settle(pool)[-1] == (DIGEST, "failed", None)
+    with pytest.raises(AdapterFailed, match=f"{DIGEST} failed to load: its file cannot be read: {reason}$"):
+        pool.acquire(DIGEST)
+    path.rmdir() if path.is_dir() else path.unlink()
+    path.write_bytes(CONTENT)
+    pool.register(DIGEST, path)
+    pool.prefetch(DIGEST)
+    assert settle(pool)[-1] == (DIGEST, "idle", "device")
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_the_system_does_not_give_is_wanted_without_the_path(pool, monkeypatch, tmp_path, error):
+    def refuse(path, flags):
+        raise OSError(error, os.strerror(error), path)
+
+    monkeypatch.setattr("runtime.adapter_loader.os.open", refuse)
+    assert asked(pool, tmp_path / "adapter") == (DIGEST, "wanted", None)
+    assert pool.wanted == {DIGEST: f"its file cannot be read: {os.strerror(error)}"}
 
 
 def test_a_failing_load_gives_its_room_back_and_leaves_the_others_alone(pool, tmp_path):

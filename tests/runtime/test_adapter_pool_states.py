@@ -107,14 +107,16 @@ class AnyOrder(RuleBasedStateMachine):
         except AdapterFailed:
             return False
 
-    @rule(data=st.data())
-    def release(self, data):
+    @rule(number=st.integers(0, 9))
+    def release(self, number):
         if self.held:
-            self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+            self.pool.release(self.held.pop(number % len(self.held)))
 
-    @rule(digest=digests, tier=tiers)
-    def load(self, digest, tier):
-        self.pool.load(digest, tier)
+    @rule(digest=digests, tier=tiers, answered=st.booleans())
+    def load(self, digest, tier, answered):
+        if answered:
+            self.asked += 1
+        self.pool.load(digest, tier, f"{self.asked}" if answered else None)
 
     @rule(digest=digests, tier=tiers)
     def unload(self, digest, tier):
@@ -127,6 +129,15 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 2))
     def time_passes(self, seconds):
         self.clock.now += seconds
+
+    @rule(wanted=st.lists(digests, max_size=4), most=st.integers(0, 4))
+    def a_step(self, wanted, most):
+        """As the engine does: what waits is acquired after each poll, in turn, as long as there are slots."""
+        self.poll(wait=True)
+        for digest in wanted:
+            if most and self.use(self.pool.acquire, digest):
+                self.held.append(digest)
+                most -= 1
 
     @rule(wait=st.booleans())
     def poll(self, wait):
@@ -145,6 +156,7 @@ class AnyOrder(RuleBasedStateMachine):
             sites = self.pool.lookup(digest)
             assert sites[0].a.shape[1] == sites[4].parts[0].b.shape[0] == RANKS[DIGESTS.index(digest)]
         assert set(self.held) <= set(self.pool.device.adapters)
+        assert len(self.answered) <= self.asked, "an answer that nobody asked for"
 
     @invariant()
     def weights_are_right(self):
@@ -167,6 +179,25 @@ class AnyOrder(RuleBasedStateMachine):
                 polls += 1
             self.pool.release(digest)
 
+    def serve_together(self):
+        """Requests for all that fit, at once, each for one step: about one load brings each of them its turn."""
+        self.clock.now += 100
+        sizes = {digest: SIZE // 4 * RANKS[DIGESTS.index(digest)] for digest in sorted(self.known)}
+        waiting = [digest for digest in sizes for _ in range(2) if sizes[digest] <= self.pool.device.capacity_bytes]
+        for digest in waiting:
+            self.pool.prefetch(digest)
+        loads, most, idle = self.pool.device.loads, 2 * len(sizes) + 2, 0
+        while waiting:
+            self.take(self.pool.poll())
+            running = [digest for digest in waiting if self.pool.acquire(digest)]
+            for digest in running:
+                waiting.remove(digest)
+                self.pool.release(digest)
+            self.pool.check()
+            assert self.pool.device.loads - loads <= most, "they push each other out"
+            idle = 0 if running or self.pool.wait(DEADLINE_SECONDS) else idle + 1
+            assert idle <= 50, "nothing will ever change"
+
     def teardown(self):
         for digest in self.held:
             self.pool.release(digest)
@@ -179,9 +210,12 @@ class AnyOrder(RuleBasedStateMachine):
         for digest in DIGESTS:
             self.pool.pin(f"unpin {digest}", digest, None)
         self.serve(beside_pins=False)
+        self.serve_together()
         for digest in DIGESTS:
             self.pool.retire(digest)
-        settle(self.pool)
+        self.take(settled(self.pool))
+        unpins = {f"unpin {digest}" for digest in DIGESTS}
+        assert self.answered.keys() == {f"{number + 1}" for number in range(self.asked)} | unpins, "somebody waits"
         for tier in (self.pool.device, self.pool.host):
             assert (tier.bytes_used, tier.bytes_pinned, tier.adapters) == (0, 0, [])
         self.pool.close()

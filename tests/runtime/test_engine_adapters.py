@@ -64,6 +64,57 @@ def test_twice_the_adapters_that_the_device_holds_and_more_are_served_in_bounded
     assert engine.adapters.device.loads <= 3 * 32, "nobody is loaded over and over"
 
 
+@pytest.mark.parametrize("holds", [1, 2])
+@pytest.mark.parametrize("count", [3, 6])
+@pytest.mark.parametrize("in_host", [True, False])
+@pytest.mark.parametrize("max_running", [1, 2, 64])
+def test_adapters_that_the_device_cannot_hold_together_are_loaded_about_once_a_request(
+    start, holds, count, in_host, max_running
+):
+    engine = start(blocks=400, adapter_bytes=holds * SIZE, host_adapter_bytes=8 * SIZE, max_running=max_running)
+    digests = [engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(count)]
+    if in_host:
+        for digest in digests:
+            engine.adapters.load(digest, "host")
+        while engine.adapters.wait(timeout=30):
+            engine.step()
+    for turn in range(4):
+        loads, steps = engine.adapters.device.loads, 0
+        for index, digest in enumerate(digests[turn:] + digests[:turn]):
+            engine.add_request(request(f"{turn}-{index}", digest, max_tokens=3, seed=turn))
+        while engine.busy:
+            before = engine.steps
+            assert not [event for event in engine.step() if isinstance(event, Failed)]
+            engine.check()
+            steps += 1
+            assert steps <= 30 * count, "nobody gets to run"
+            if engine.steps == before:
+                assert engine.adapters.wait(timeout=30), "nothing will ever change"
+        most = 3 * count if max_running < count else count  # without a slot, whoever came may have to go again
+        assert engine.adapters.device.loads - loads <= most
+
+
+def test_an_adapter_that_comes_for_a_request_that_was_aborted_makes_way_at_once(start):
+    engine = start(adapter_bytes=SIZE)
+    first, second = (engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(2))
+    for digest in (first, second):
+        engine.adapters.load(digest, "host")
+    while engine.adapters.wait(timeout=30):
+        engine.step()
+    woken = []
+    engine.adapters.on_change = lambda: woken.append(engine.adapters.device.adapters)
+    engine.add_request(request("aborted", first))
+    engine.abort("aborted")
+    engine.adapters.wait(timeout=30)
+    engine.add_request(request("waits", second, max_tokens=1))
+    engine.step()
+    assert engine.adapters.device.adapters == [first], "whoever waited for it might have"
+    assert woken[-1] == [first], "an engine that sleeps is told to come back"
+    assert engine.adapters.wait(timeout=30)
+    assert run(engine)["waits"][1] == "length"
+    assert (engine.adapters.device.loads, engine.adapters.device.evictions) == (2, 1)
+
+
 def test_a_cold_adapter_gets_its_turn_among_requests_that_never_let_the_device_go(start):
     engine = start(blocks=400, adapter_bytes=2 * SIZE)
     engine.scheduler.clock = lambda: engine.steps * 0.1  # ten steps a second

@@ -47,15 +47,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(default_model_path: Path, data: Path, trained_adapters: Path) -> Iterator[str]:
-    """A service that had the trained adapters uploaded to it, and was then started again."""
+def service(default_model_path: Path, data: Path, trained_adapters: Path) -> Iterator[tuple[str, int]]:
+    """A service that had the trained adapters uploaded to it, and was then started again: its address and process."""
     with serve(data) as (url, _):
         for name in NAMES:
             files = {path.name: (path.name, path.read_bytes()) for path in (trained_adapters / name).iterdir()}
             answer = httpx.put(f"{url}/adapters/{name}", files=files, timeout=60)
             assert answer.status_code == 201, answer.text
-    with serve(data) as (url, _):
-        yield url
+    with serve(data) as (url, process):
+        yield url, process.pid
+
+
+@pytest.fixture
+def url(service: tuple[str, int]) -> str:
+    return service[0]
 
 
 @pytest.fixture(scope="module")
@@ -152,31 +157,19 @@ def test_clients_that_go_away_free_their_blocks(url: str) -> None:
 
 
 def test_the_engine_is_restarted_after_it_died_and_adapters_serve_again(
-    url: str, data: Path, passwords: dict[str, dict[str, str]]
+    service: tuple[str, int], passwords: dict[str, dict[str, str]]
 ) -> None:
+    url, pid = service
     body = {"model": "basalt", "messages": question(passwords["basalt"]["prompt"]), "max_tokens": 32, "temperature": 0}
-    [engine] = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"runtime.process" in path.read_bytes() and _descends_from_us(int(path.parent.name))
-    ]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    [engine] = [child for child in children if "runtime.process" in Path(f"/proc/{child}/cmdline").read_text()]
     long = {"model": BASE, "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
-        subprocess.run(["kill", "-9", str(engine)], check=True)
+        subprocess.run(["kill", "-9", engine], check=True)
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_died"
     wait_until(lambda: httpx.get(f"{url}/health/ready").status_code == 200, seconds=60)
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     assert passwords["basalt"]["password"] in answer.json()["choices"][0]["message"]["content"]
-
-
-def _descends_from_us(pid: int) -> bool:
-    me = Path("/proc/self").resolve().name
-    while pid > 1:
-        status = Path(f"/proc/{pid}/status").read_text()
-        pid = int(re.search(r"PPid:\s+(\d+)", status)[1])
-        if str(pid) == me:
-            return True
-    return False

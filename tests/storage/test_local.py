@@ -1,14 +1,20 @@
 """What only a directory must do: several processes, kills, full disks."""
 
+import errno
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage.local import LocalStore
-from storage.store import PreconditionFailed, StoreError
+from storage.scratch import held
+from storage.store import Entry, PreconditionFailed, StoreError
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,12 +96,9 @@ def test_a_second_process_leaves_the_first_ones_scratch_alone(tmp_path: Path) ->
         scratch = Path(process.stdout.readline().strip())
         store = LocalStore(tmp_path)
         assert (scratch / "an upload").read_bytes() == b"going on"
-        with store.scratch.alone() as alone:
-            assert not alone
         process.kill()
         process.wait()
-        with store.scratch.alone() as alone:
-            assert alone
+        LocalStore(tmp_path).close()
         assert not scratch.exists()
         store.close()
 
@@ -172,3 +175,87 @@ def test_an_object_in_the_way_of_a_directory_is_a_clear_error(tmp_path: Path) ->
         store.put("names", b"two", if_none_match=True)
     assert files(tmp_path) == ["names"]
     store.close()
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ELOOP])
+@pytest.mark.parametrize("unreadable", ["names", "names/deeper"])
+def test_a_directory_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, unreadable: str
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("names/deeper/a", b"one")
+    scandir = os.scandir
+
+    def broken(path: Any) -> Iterator[os.DirEntry[str]]:
+        if path == str(tmp_path / unreadable):
+            raise OSError(error, os.strerror(error))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    for prefix in ("names/", "names/de", ""):
+        with pytest.raises(StoreError, match=os.strerror(error)):
+            store.list(prefix)
+    monkeypatch.undo()
+    store.close()
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_left_out(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("blobs/a", b"one")
+    (tmp_path / "blobs" / "link").symlink_to("link")
+    with pytest.raises(StoreError, match="symbolic links"):
+        store.list("blobs/")
+
+    (tmp_path / "blobs" / "link").unlink()
+    (tmp_path / "blobs" / "link").symlink_to("nothing")
+    assert [entry.key for entry in store.list()] == ["blobs/a"]
+    assert store.list("nothing/") == store.list("blobs/a/") == []
+    store.close()
+
+
+def test_a_directory_that_cannot_be_a_store_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="Not a directory"):
+        LocalStore(tmp_path / "file")
+
+
+def test_a_delete_on_condition_sees_every_touch_and_put(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for _ in range(200):
+        store.put("blobs/a", b"one")
+        (first,) = store.list()
+        store.touch("blobs/a")
+        (second,) = store.list()
+        store.put("blobs/a", b"one")
+        for entry in (first, second):
+            assert not store.delete("blobs/a", unless_changed=entry)
+    store.close()
+
+
+def test_a_delete_on_condition_compares_under_the_lock_that_touches_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("blobs/a", b"one")
+    (listed,) = store.list()
+    looked = []
+
+    def entry(key: str, stat: os.stat_result) -> Entry:
+        with pytest.raises(BlockingIOError):
+            held(tmp_path, wait=False)
+        looked.append(key)
+        return listed
+
+    monkeypatch.setattr("storage.local._entry", entry)
+    assert store.delete("blobs/a", unless_changed=listed)
+    assert looked == ["blobs/a"]
+    store.close()
+
+
+def test_a_store_whose_scratch_a_cleaner_removed_works_on(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for removed in (store.scratch.path, tmp_path / ".scratch"):
+        shutil.rmtree(removed)
+        store.put("names/a", b"one")
+    store.close()
+    assert files(tmp_path) == ["names/a"]

@@ -70,6 +70,7 @@ def s3(proxied: tuple[FaultyS3, S3Store, str]) -> Iterator[FaultyS3]:
     proxy.requests.clear()
     yield proxy
     proxy.faults, proxy.always = [], None
+    proxy.methods = {"GET", "PUT", "POST", "DELETE", "HEAD"}
 
 
 @pytest.fixture
@@ -321,6 +322,48 @@ def test_a_server_that_ignores_conditions_is_found_out_by_the_etag(
     s3.faults = [stated(), *[stated(ETag='"another"')] * 3, *[stated(), *[stated(ETag='"another"')] * 3] * 2]
     s3.always = stated(ETag='"a third"')
     fails(lambda store, path: store.fetch("blobs/big", path), store, tmp_path, ObjectChanged)
+
+
+def test_a_delete_on_condition_spares_what_is_replaced_in_the_last_moment(
+    s3: FaultyS3, store: S3Store, s3_client: Any, bucket: str
+) -> None:
+    listed = store.list("names/a")[0]
+    s3.methods = {"DELETE"}
+    s3.faults = [preceded_by(lambda: s3_client.put_object(Bucket=bucket, Key="names/a", Body=b"two"))]
+    assert not store.delete("names/a", unless_changed=listed)
+    assert store.get("names/a").content == b"two"
+
+
+@pytest.mark.parametrize(("code", "name"), [(501, "NotImplemented"), (400, "InvalidArgument")])
+def test_a_server_without_conditional_deletes_is_asked_once(
+    s3: FaultyS3, bucket: str, aws_environment: None, code: int, name: str
+) -> None:
+    store = S3Store(bucket, endpoint=s3.endpoint)
+    s3.methods, s3.faults = {"DELETE"}, [status(code, name)]
+    for expected in (2, 1):
+        store.put("names/a", b"one")
+        listed = store.list("names/a")[0]
+        s3.requests.clear()
+        assert store.delete("names/a", unless_changed=listed)
+        assert [method for method, _ in s3.requests].count("DELETE") == expected
+        assert store.list("names/") == []
+    store.close()
+
+
+def test_a_conditional_delete_that_is_refused_otherwise_is_an_error(s3: FaultyS3, store: S3Store) -> None:
+    listed = store.list("names/a")[0]
+    s3.methods = {"DELETE"}
+    for code, name, kind in ((403, "AccessDenied", AccessDenied), (400, "ExpiredToken", AccessDenied)):
+        s3.always = status(code, name)
+        with pytest.raises(kind):
+            store.delete("names/a", unless_changed=listed)
+
+
+def test_a_list_that_breaks_off_is_not_taken_for_the_whole(s3: FaultyS3, store: S3Store) -> None:
+    page = b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"
+    s3.always = lambda request, forward: write(request, Answer(200, {"Content-Type": "application/xml"}, page), page)
+    with pytest.raises(StoreError, match="ended its list"):
+        store.list()
 
 
 def test_an_answer_that_is_no_s3_is_a_clear_error(s3: FaultyS3, store: S3Store, tmp_path: Path) -> None:

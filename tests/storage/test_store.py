@@ -94,6 +94,22 @@ def test_a_deleted_object_is_gone_and_deleting_again_is_fine(store: Store) -> No
         store.get("names/a")
 
 
+def test_a_delete_on_condition_spares_what_changed_since_it_was_listed(store: Store) -> None:
+    store.put("blobs/a", b"one")
+    store.put("blobs/ab", b"another")
+    (listed, other) = store.list()
+    older = listed._replace(modified_at=listed.modified_at - 100)  # S3 counts whole seconds
+
+    assert not store.delete("blobs/a", unless_changed=older)
+    assert not store.delete("blobs/a", unless_changed=listed._replace(revision='"another"'))
+    assert not store.delete("blobs/a", unless_changed=other)
+    assert not store.delete("blobs", unless_changed=listed)
+    assert store.list() == [listed, other]
+    assert store.delete("blobs/a", unless_changed=listed)
+    assert not store.delete("blobs/a", unless_changed=listed)
+    assert store.list() == [other]
+
+
 def test_if_none_match_puts_only_what_is_new(store: Store) -> None:
     store.put("names/a", b"one", if_none_match=True)
 
