@@ -120,7 +120,7 @@ def canonical_from_tensors(
         return summary.digest, out.getvalue()
 
 
-def read_canonical(source: Path | bytes) -> tuple[AdapterConfig, Header, int]:
+def read_canonical(source: Path | bytes | bytearray) -> tuple[AdapterConfig, Header, int]:
     """The configuration, the header and the data's offset of a canonical file.
 
     Raises InvalidAdapter when the file is not one.

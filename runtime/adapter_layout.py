@@ -6,7 +6,7 @@ folded into both. The embedding's A is transposed too, so that a token reads one
 adapt takes no room.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -47,15 +47,27 @@ class AdapterLayout(NamedTuple):
     sites: tuple[SiteLayout | None, ...]
     elements: int
 
-    def pack(self, config: AdapterConfig, header: Header, data: np.ndarray, out: np.ndarray) -> None:
-        """Widen, scale, transpose and stack a canonical file, `data` (bytes), into `out` (float32, `elements`)."""
+    def pack(
+        self,
+        config: AdapterConfig,
+        header: Header,
+        data: np.ndarray,
+        out: np.ndarray,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Widen, scale, transpose and stack a canonical file, `data` (bytes), into `out` (float32, `elements`).
+
+        `pause` is called before each matrix.
+        """
         for site in filter(None, self.sites):
             a = out[site.a].reshape((site.in_features, site.rank) if site.embedding else (site.rank, site.in_features))
             rows = a.T if site.embedding else a
             for part in site.parts:
                 scale = np.float32(config.scales[part.module])
                 names = _tensor_names(part.module, site.embedding)
+                pause()
                 rows[part.ranks] = _values(header, data, names.a)
+                pause()
                 b = _values(header, data, names.b).T
                 np.multiply(b, scale, out=out[part.b].reshape(b.shape))
                 if part.bias is not None:

@@ -23,12 +23,16 @@ from runtime.adapter_format import AdapterConfig, read_canonical
 from runtime.adapter_layout import AdapterLayout, layout_adapter
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.models.config import ModelConfig
+from runtime.pacer import Pacer
 from runtime.safetensors_header import Header, read_header
 
 THREADS = 2
-NICENESS = 10  # of these threads: a step waits for all of its own, so that each one held up holds up all requests
+NICENESS = 10  # of these threads, for what they do beside a step after all
+
+PIECE_BYTES = 1 << 20  # of a copy, which then takes a tenth of a millisecond: what a step may have to share a core with
 
 Key = TypeVar("Key")
+Pause = Callable[[], None]
 Source = Path | bytes
 Sites = list[SiteWeights | None]
 
@@ -79,6 +83,7 @@ class AdapterLoader(Generic[Key]):
     """
 
     def __init__(self, model: ModelConfig, max_file_bytes: int) -> None:
+        self.pacer = Pacer()
         self.on_change: Callable[[], None] | None = None
         self._model = model
         self._max_file_bytes = max_file_bytes
@@ -141,21 +146,24 @@ class AdapterLoader(Generic[Key]):
             started = packing
         if task.pack is not None:
             assert content is not None
-            _pack(content, task.pack)
+            _pack(content, task.pack, self.pacer.pause)
             content = content._replace(data=np.empty(0, np.uint8))
             seconds["pack"] = (copying := time.monotonic()) - started
             started = copying
         if task.copy is not None:
-            _copy(*task.copy)
+            _copy(*task.copy, self.pacer.pause)
             seconds["copy"] = time.monotonic() - started
         return content
 
     def _read(self, source: Source, digest: str) -> Content:
         if isinstance(source, Path):
-            source = _verified(source, digest, self._max_file_bytes)
-        config, header, _ = read_canonical(source)
+            content: bytes | bytearray = _verified(source, digest, self._max_file_bytes, self.pacer.pause)
+        else:
+            content = source
+        self.pacer.pause()
+        config, header, _ = read_canonical(content)
         layout = layout_adapter(self._model, config, header)
-        return Content(config, header, layout, np.frombuffer(source, np.uint8))
+        return Content(config, header, layout, np.frombuffer(content, np.uint8))
 
 
 def _yield_to_others() -> None:
@@ -163,7 +171,7 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
-def _verified(path: Path, digest: str, max_bytes: int) -> bytes:
+def _verified(path: Path, digest: str, max_bytes: int, pause: Pause) -> bytearray:
     """A whole file at once: mapped memory would turn a file that shrinks under us into a dead process."""
     try:
         with open(path, "rb", buffering=0, opener=_open_at_once) as file:
@@ -172,15 +180,30 @@ def _verified(path: Path, digest: str, max_bytes: int) -> bytes:
                 raise FileWanted("its file cannot be read: Not a regular file")
             if status.st_size > max_bytes:
                 raise _too_large(file, status.st_size, max_bytes)
-            content = file.read()
+            content, found = _read_paced(file, status.st_size, pause)
     except (FileNotFoundError, NotADirectoryError):
         raise FileWanted("its file is missing") from None
     except OSError as error:  # whose own words name the path, which is nobody's business
         raise FileWanted(f"its file cannot be read: {error.strerror or type(error).__name__}") from None
-    found = blake3(content).hexdigest()
     if found != digest:
         raise FileWanted(f"its file is corrupt: {len(content)} bytes with the BLAKE3 digest {found}")
     return content
+
+
+def _read_paced(file: FileIO, size: int, pause: Pause) -> tuple[bytearray, str]:
+    """All of a file, and its digest."""
+    content, hasher, end = bytearray(size), blake3(), 0
+    view = memoryview(content)
+    while end < size:
+        pause()
+        count = file.readinto(view[end : end + PIECE_BYTES])
+        if not count:
+            break
+        hasher.update(view[end : end + count])
+        end += count
+    view.release()
+    del content[end:]
+    return content, hasher.hexdigest()
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -196,20 +219,23 @@ def _too_large(file: FileIO, size: int, max_bytes: int) -> Exception:
     return InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
 
 
-def _pack(content: Content, extent: Tensor) -> None:
+def _pack(content: Content, extent: Tensor, pause: Pause) -> None:
     config, header, layout, data = content
     if extent.dtype == torch.float32:
-        layout.pack(config, header, data, extent.numpy())
+        layout.pack(config, header, data, extent.numpy(), pause)
         return
     packed = np.empty(layout.elements, np.float32)
-    layout.pack(config, header, data, packed)
+    layout.pack(config, header, data, packed, pause)
     extent.copy_(torch.from_numpy(packed))
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
+def _copy(source: Tensor, target: Tensor, pause: Pause) -> None:
     """One copy of all bytes. In numpy between ordinary memory: torch would enlist the threads that compute the step."""
     if source.device.type == target.device.type == "cpu":
-        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+        ours, theirs = target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy()
+        for start in range(0, len(ours), PIECE_BYTES):
+            pause()
+            np.copyto(ours[start : start + PIECE_BYTES], theirs[start : start + PIECE_BYTES])
         return
     stream = torch.cuda.Stream(source.device if source.is_cuda else target.device)
     with torch.cuda.stream(stream):

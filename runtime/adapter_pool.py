@@ -41,6 +41,7 @@ class AdapterPool:
         self.device = AdapterTier("device", device_bytes, dtype, device, page_locked=False)
         self._tiers = (self.host, self.device)
         self._loads = AdapterLoads(model, self.host, self.device, clock)
+        self.pacer = self._loads.loader.pacer  # keeps the loads out of the way of whoever computes
         self._answers = AdapterAnswers(self.host, self.device)
         self._pins = AdapterPins(self._loads, self._answers)
         self._adapters: dict[str, RegisteredAdapter] = {}

@@ -174,8 +174,9 @@ class Engine:
             )
             runner.kv.copy(self.scheduler.tables.copies)
             self.scheduler.tables.copied()
-            logits = runner.forward(batch)
-            self._news += self._commit(batch.chunks, sample(logits, batch.sampling))
+            with self.adapters.pacer.computing():
+                sampled = sample(runner.forward(batch), batch.sampling)
+            self._news += self._commit(batch.chunks, sampled)
             self.steps += 1
         events, self._news = self._news, []
         return events
