@@ -1,5 +1,6 @@
 """Imports in the background: how far they are, how they fail, how they end, and how many there are at once."""
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -213,13 +214,15 @@ def test_imports_and_uploads_share_a_bound_that_imports_wait_for_and_uploads_do_
 
 def test_uploads_that_dawdle_take_their_places(service: Service) -> None:
     head = b"PUT /adapters/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\nContent-Length: 5000\r\n\r\n"
-    with (
-        socket.create_connection(service.address, 20) as first,
-        socket.create_connection(service.address, 20) as second,
-    ):
-        for connection in (first, second):
+    with contextlib.ExitStack() as connections:
+
+        def refused() -> bool:
+            """One more that dawdles, for one that came beside another upload was refused itself; then an upload."""
+            connection = connections.enter_context(socket.create_connection(service.address, 20))
             connection.sendall(head + b"x")
-        service.eventually(lambda: error_of(service.put("poet")) == "too_many_uploads")
+            return error_of(service.put("poet")) == "too_many_uploads"
+
+        service.eventually(refused)
         post(service)
         assert gate(service).running == 0
     service.eventually(lambda: gate(service).running == 1)
