@@ -43,6 +43,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig):
+        if config.host_kv_bytes:
+            raise ValueError("host_kv_bytes (--host-kv-bytes) must be 0: K/V in host memory is not built yet")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config

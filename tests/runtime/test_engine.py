@@ -6,6 +6,8 @@ import pytest
 
 from runtime.adapter_format import InvalidAdapter
 from runtime.admission import RequestRefused
+from runtime.config import EngineConfig
+from runtime.engine import Engine
 from runtime.messages import Generate, SamplingParams, Tokens
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
@@ -192,3 +194,8 @@ def test_a_cache_too_small_for_one_sequence_is_refused_with_the_figures(start):
     with pytest.raises(ValueError, match="kv_cache_bytes holds 48 tokens"):
         start(blocks=4)
     assert start(blocks=4, max_model_len=None).runner.max_model_len == 48
+
+
+def test_a_host_tier_for_kv_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="--host-kv-bytes"):
+        Engine(EngineConfig(model="anywhere", host_kv_bytes=1))
