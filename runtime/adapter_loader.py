@@ -3,8 +3,6 @@
 import os
 import queue
 import stat
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +21,10 @@ from runtime.adapter_format import AdapterConfig, read_canonical
 from runtime.adapter_layout import AdapterLayout, layout_adapter
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.models.config import ModelConfig
-from runtime.pacer import Pacer
+from runtime.pacer import Pacer, yield_to_others
 from runtime.safetensors_header import Header, read_header
 
 THREADS = 2
-NICENESS = 10  # of these threads, for what they do beside a step after all
-
 PIECE_BYTES = 1 << 20  # of a copy, which then takes a tenth of a millisecond: what a step may have to share a core with
 
 Key = TypeVar("Key")
@@ -87,8 +83,8 @@ class AdapterLoader(Generic[Key]):
         self.on_change: Callable[[], None] | None = None
         self._model = model
         self._max_file_bytes = max_file_bytes
-        self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", _yield_to_others)
-        self._copier = ThreadPoolExecutor(1, "adapter-copier", _yield_to_others)
+        self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", yield_to_others)
+        self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
         self._finished: queue.SimpleQueue[Finished[Key]] = queue.SimpleQueue()
         self._arrived: list[Finished[Key]] = []
         self._in_flight = 0
@@ -164,11 +160,6 @@ class AdapterLoader(Generic[Key]):
         config, header, _ = read_canonical(content)
         layout = layout_adapter(self._model, config, header)
         return Content(config, header, layout, np.frombuffer(content, np.uint8))
-
-
-def _yield_to_others() -> None:
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _verified(path: Path, digest: str, max_bytes: int, pause: Pause) -> bytearray:

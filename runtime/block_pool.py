@@ -16,7 +16,7 @@ class BlockPool:
     """Counts references to `num_blocks` blocks and indexes those with known K/V; knows nothing of tensors.
 
     A known block's parent is known too, and whoever holds a block holds its parent, so that a chain is given up from
-    its end on. `on_evict` hears of a block that was known before it is used for something else.
+    its end on. `on_evict` hears of a known block before it is used for something else.
     """
 
     def __init__(self, num_blocks: int, prefix_cache: bool = True):
@@ -26,7 +26,7 @@ class BlockPool:
         self.on_evict: Callable[[int, BlockIdentity], None] | None = None
         self.evictions = 0
         self._references = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, 0, -1))  # the last one is taken first
+        self._free = list(range(num_blocks - 1, 0, -1))  # taken from the end
         self._known: dict[int, BlockIdentity] = {}
         self._index: dict[bytes, int] = {}
         self._children = BlockChildren()
@@ -58,7 +58,8 @@ class BlockPool:
             return None
         while len(self._free) < count:
             self._evict()
-        blocks = [self._free.pop() for _ in range(count)]
+        blocks = self._free[len(self._free) - count :]  # of those evicted now the first one first, as it is saved first
+        del self._free[len(self._free) - count :]
         for block in blocks:
             self._references[block] = 1
         return blocks
@@ -144,23 +145,27 @@ class BlockPool:
 
     # ------------------------------------------------------------------ forgetting
 
-    def drop_namespace(self, namespace: str | None) -> int:
-        """Make the blocks of a namespace, and all that follow them, unfindable; returns how many there were."""
+    def drop_namespace(self, namespace: str | None) -> list[bytes]:
+        """Make the blocks of a namespace, and all that follow them, unfindable; returns their keys."""
         dropped = [block for block, identity in self._known.items() if identity.namespace == namespace]
-        count = len(self._known)
-        for block in dropped:
-            self._forget_all_from(block)
-        return count - len(self._known)
+        return [key for block in dropped for key in self._forget_all_from(block)]
 
-    def _forget_all_from(self, first: int) -> None:
-        """Forget a block and whatever is known after it, the last ones first."""
+    def _forget_all_from(self, first: int) -> list[bytes]:
+        """Forget a block and whatever is known after it, the last ones first; returns their keys."""
         if first not in self._known:
-            return
+            return []
         branch = [first]
         for block in branch:
             branch += self._children.of(self._key(block))
+        keys = [self._key(block) for block in branch]
         for block in reversed(branch):
             self._forget(block)
+        return keys
+
+    @property
+    def keys(self) -> Iterable[bytes]:
+        """Of all known blocks."""
+        return self._index.keys()
 
     def _evict(self) -> None:
         block, rule = self._evictable.choose()

@@ -57,7 +57,7 @@ class BlockTables:
 
     def _take(self, sequence: Sequence, found: Found, spare: int) -> bool:
         held = [*found.blocks, found.source] if found.tokens else found.blocks
-        missing = self._blocks_for(sequence) - len(found.blocks)
+        missing = self.blocks_for(sequence) - len(found.blocks)
         if missing + spare > self.pool.available_beside(held):
             return False
         self.pool.share(held)
@@ -78,7 +78,7 @@ class BlockTables:
 
     def grow(self, sequence: Sequence) -> bool:
         """Blocks for the tokens that a sequence has got since; False when there are too few."""
-        missing = self._blocks_for(sequence) - len(sequence.blocks)
+        missing = self.blocks_for(sequence) - len(sequence.blocks)
         if missing <= 0:
             return True
         taken = self.pool.allocate(missing)
@@ -116,7 +116,8 @@ class BlockTables:
         self.pool.free([sequence.copy.source])
         sequence.copy = None
 
-    def _blocks_for(self, sequence: Sequence) -> int:
+    def blocks_for(self, sequence: Sequence) -> int:
+        """How many blocks all tokens of a sequence take."""
         return -(-len(sequence.token_ids) // self.block_size)
 
     def check(self, sequences: Iterable[Sequence], others: Iterable[list[int]] = ()) -> None:

@@ -54,6 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): "
                 "each running sequence decodes one token a step"
             )
+        if self.host_kv_bytes and not self.prefix_cache:
+            raise ValueError("host_kv_bytes must be 0 without prefix_cache: nothing in host memory would be found")
         for name in ("max_model_len", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

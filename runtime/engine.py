@@ -1,6 +1,6 @@
 """The engine: tokens in, tokens out. One thread drives it, step by step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.admission import RequestRefused, check_request
 from runtime.batch import build_batch
 from runtime.block_pool import BlockPool
+from runtime.block_tables import BlockTables
 from runtime.config import EngineConfig
 from runtime.engine_stats import NamespaceTallies, introduction, snapshot
+from runtime.host_kv import HostKv
+from runtime.kv_mover import KvMover
 from runtime.library import Completion, OwnAdapters, array_of, complete
 from runtime.messages import (
     Event,
@@ -43,8 +46,6 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig):
-        if config.host_kv_bytes:
-            raise ValueError("host_kv_bytes (--host-kv-bytes) must be 0: K/V in host memory is not built yet")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -53,10 +54,12 @@ class Engine:
             self.runner.model, config.adapter_bytes, config.host_adapter_bytes, torch.float32, self.runner.device
         )
         self.blocks = BlockPool(self.runner.num_blocks, config.prefix_cache)
+        tables = BlockTables(self.blocks, config.block_size)
+        self.host_kv = HostKv(tables, KvMover(self.runner.kv, self.runner.num_host_blocks, self.adapters.pacer))
         self.scheduler = Scheduler(
-            self.blocks,
+            tables,
             self.adapters,
-            block_size=config.block_size,
+            self.host_kv,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_batch_tokens=config.max_batch_tokens,
@@ -125,7 +128,7 @@ class Engine:
 
     def drop_namespace(self, namespace: str | None) -> None:
         """Let nobody find K/V of an adapter, or of the base, that has been computed so far."""
-        self.blocks.drop_namespace(namespace)
+        self.host_kv.drop(namespace, self.blocks.drop_namespace(namespace))
         self._news += self.holds.end_dropped("dropped")
 
     # ------------------------------------------------------------------ adapters
@@ -151,7 +154,7 @@ class Engine:
         self.adapters.retire(digest)
         self._own_adapters.remove(digest)
         self.scheduler.keep_apart(digest)
-        self.blocks.drop_namespace(digest)
+        self.host_kv.drop(digest, self.blocks.drop_namespace(digest))
         self._news += self.holds.end_dropped("adapter_retired")
         self.tallies.drop(digest)
 
@@ -165,6 +168,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute one batch, if any sequence can run; returns what happened. Empty-handed steps are cheap."""
         self._news += [*self.adapters.poll(), *self.holds.expire()]
+        self.host_kv.land()
         chunks, rejected = self.scheduler.schedule()
         for sequence, error in rejected:
             self._forget(sequence)
@@ -174,6 +178,7 @@ class Engine:
             batch = build_batch(
                 chunks, runner.model, self.config.block_size, self.adapters.lookup, runner.dtype, runner.device
             )
+            self.host_kv.settle(self.scheduler.written_blocks(chunks))
             runner.kv.copy(self.scheduler.tables.copies)
             self.scheduler.tables.copied()
             with self.adapters.pacer.computing():
@@ -276,7 +281,17 @@ class Engine:
         each = zip(prompts, each_params, each_adapter, each_activation, strict=True)
         return complete(self, [self._own_adapters.request(f"generate-{i}", *one) for i, one in enumerate(each)])
 
+    def wait(self, timeout: float) -> None:
+        """Block until something has come that requests wait for, or `timeout` seconds pass: when no step can run."""
+        if not self.host_kv.wait(timeout):
+            self.adapters.wait(timeout)
+
     # ------------------------------------------------------------------ looking in
+
+    def watch(self, on_arrival: Callable[[], None]) -> None:
+        """Call `on_arrival`, from a thread, whenever something has come that a step has to take in."""
+        self.adapters.on_change = on_arrival
+        self.host_kv.watch(on_arrival)
 
     @property
     def ready(self) -> Ready:
@@ -289,10 +304,12 @@ class Engine:
 
     def check(self) -> None:
         """Recount the invariants of everything the engine owns."""
-        self.scheduler.check(self.holds.held)
+        self.scheduler.check([*self.holds.held, *self.host_kv.held])
+        self.host_kv.check()
         self.holds.check({s.prefix_id for s in self.sequences.values() if s.prefix_id is not None})
         self.adapters.check()
         assert set(self.sequences.values()) == {*self.scheduler.running, *self.scheduler.waiting}
 
     def close(self) -> None:
+        self.host_kv.close()
         self.adapters.close()

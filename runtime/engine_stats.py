@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 from runtime.adapter_pool import AdapterPool
 from runtime.block_pool import BlockPool
 from runtime.config import EngineConfig
+from runtime.host_kv import HostKv
 from runtime.messages import KvNamespace, Ready, Stats
 from runtime.model_runner import ModelRunner
 from runtime.prefix_holds import PrefixHolds
@@ -52,6 +53,7 @@ class Watched(Protocol):
     adapters: AdapterPool
     blocks: BlockPool
     holds: PrefixHolds
+    host_kv: HostKv
     scheduler: Scheduler
     tallies: NamespaceTallies
     steps: int
@@ -82,6 +84,7 @@ def snapshot(engine: Watched) -> Stats:
         blocks_used=engine.blocks.used,
         blocks_cached=engine.blocks.cached,
         blocks_held=engine.holds.blocks_held,
+        host_kv=engine.host_kv.stats(),
         namespaces=_namespaces(engine),
         prompt_tokens=engine.prompt_tokens,
         cached_tokens=engine.cached_tokens,
@@ -98,13 +101,15 @@ def snapshot(engine: Watched) -> Stats:
 def _namespaces(engine: Watched) -> dict[str, KvNamespace]:
     """The base's, and of the adapters those that have blocks or were asked for."""
     used, cached = engine.blocks.by_namespace()
+    evicted = engine.host_kv.by_namespace()
     tallies = engine.tallies.by_namespace
     return {
         BASE if name is None else name: KvNamespace(
             blocks_used=used[name],
             blocks_cached=cached[name],
+            blocks_host=evicted[name],
             query_tokens=tallies.get(name, Tally()).queries,
             hit_tokens=tallies.get(name, Tally()).hits,
         )
-        for name in {None, *used, *cached, *tallies}
+        for name in {None, *used, *cached, *evicted, *tallies}
     }

@@ -28,6 +28,14 @@ class KvCache:
         self._whole = torch.zeros(shape, dtype=dtype, device=device)
         self.layers: list[Tensor] = list(self._whole)
 
+    def block(self, block: int) -> Tensor:
+        """A view of one block on all layers, (layers, block_size, 2, kv_heads, head_dim)."""
+        return self._whole[:, block * self.block_size : (block + 1) * self.block_size]
+
+    def empty_blocks(self, count: int) -> Tensor:
+        """Ordinary memory for the content of `count` blocks, each in one piece and shaped as `block` has it."""
+        return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype)
+
     @torch.inference_mode()
     def copy(self, copies: Sequence[KvCopy]) -> None:
         """Copy the first slots of blocks to others, on all layers. No block may be both a source and a target."""

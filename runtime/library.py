@@ -88,6 +88,7 @@ class Driven(Protocol):
     def add_request(self, request: Generate) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Event]: ...
+    def wait(self, timeout: float) -> None: ...
 
 
 def complete(engine: Driven, requests: Sequence[Generate]) -> list[Completion]:
@@ -118,4 +119,4 @@ def _collect(engine: Driven, outputs: Mapping[str, Completion]) -> None:
     if engine.steps == steps:
         for digest, reason in engine.adapters.wanted.items():
             engine.adapters.fail(digest, reason)  # whoever could bring the file is waiting for us to return
-        engine.adapters.wait(timeout=1.0)
+        engine.wait(timeout=1.0)

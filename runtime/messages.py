@@ -239,10 +239,14 @@ class PrefixEnded(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_ended")
 
 
 class KvNamespace(msgspec.Struct, frozen=True, kw_only=True):
-    """The K/V of the base or of one adapter: its findable blocks, and prompt tokens looked up and found since start."""
+    """The K/V of the base or of one adapter: its findable blocks, and prompt tokens looked up and found since start.
+
+    `blocks_host` are those in host memory.
+    """
 
     blocks_used: int
     blocks_cached: int
+    blocks_host: int = 0
     query_tokens: int
     hit_tokens: int
 

@@ -21,7 +21,13 @@ class ModelRunner:
         self.model = ModelConfig.from_directory(directory)
         self.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
         self.device = torch.device("cpu")
-        self.num_blocks = config.kv_cache_bytes // bytes_per_block(self.model, config.block_size, self.dtype)
+        block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
+        self.num_blocks = config.kv_cache_bytes // block_bytes
+        self.num_host_blocks = config.host_kv_bytes // block_bytes
+        if config.host_kv_bytes and not self.num_host_blocks:
+            raise ValueError(
+                f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {config.host_kv_bytes}"
+            )
         self.max_model_len = self._max_model_len(config)
         self.decoder = Decoder(self.model, load_weights(self.model, directory, self.dtype, config.load_format))
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, self.device)

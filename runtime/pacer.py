@@ -1,10 +1,13 @@
 """Background work in the gaps between steps, so that a step does not share its cores."""
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 PATIENCE_SECONDS = 0.1  # after which a piece of work is done beside a step: a long one must not stop all loads
+NICENESS = 10  # of the threads that work in the background, for what they do beside a step after all
 
 
 class Pacer:
@@ -32,3 +35,9 @@ class Pacer:
     def pause(self) -> None:
         """To be called before each piece, of a millisecond or less."""
         self._gap.wait(self.patience_seconds)
+
+
+def yield_to_others() -> None:
+    """Give the calling thread a lower priority than those that compute."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -60,7 +60,7 @@ class EngineProcess:
         self.parent = os.getppid()
         self.stopping = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        engine.adapters.on_change = self._wake
+        engine.watch(self._wake)
         self.poller = zmq.Poller()
         self.poller.register(socket, zmq.POLLIN)
         self.poller.register(self._wake_reader, zmq.POLLIN)
@@ -86,7 +86,7 @@ class EngineProcess:
             return self.engine.fail_all("engine_error", "the engine failed while it computed this request")
 
     def _sleep(self) -> None:
-        """Wait for a command or for an adapter to finish loading."""
+        """Wait for a command, or for an adapter or K/V that have come."""
         self.poller.poll(PARENT_CHECK_MILLISECONDS)
         while select.select([self._wake_reader], [], [], 0)[0]:
             os.read(self._wake_reader, 4096)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
 from runtime.adapter_unavailable import AdapterUnavailable
-from runtime.block_pool import BlockPool
 from runtime.block_tables import BlockTables
 from runtime.sequence import FinishReason, Sequence
 
@@ -28,6 +27,12 @@ class Adapters(Protocol):
     def lacks_room(self, digest: str, leaving: Collection[str] = ()) -> bool: ...
 
 
+class EvictedKv(Protocol):
+    """What the scheduler asks of the K/V in host memory."""
+
+    def awaits(self, sequence: Sequence, spare: int) -> bool: ...
+
+
 class Chunk(NamedTuple):
     """Tokens `start` to `start + length` of a sequence, computed in one step; `samples` if that reaches its end."""
 
@@ -46,23 +51,25 @@ class Scheduler:
     A sequence is admitted with blocks for all its tokens; decoding then takes a block at a time and preempts the
     youngest sequence when none is left: its blocks are freed, its tokens kept, its K/V found again or recomputed. A
     sequence whose adapter is not resident is passed over, so that loading never holds up a step. Up to its activation
-    it needs none: so far it may run meanwhile, once, and waits again there with its K/V in the prefix cache.
+    it needs none: so far it may run meanwhile, once, and waits again there with its K/V in the prefix cache. One whose
+    K/V come back from host memory is passed over as well.
     """
 
     def __init__(
         self,
-        blocks: BlockPool,
+        tables: BlockTables,
         adapters: Adapters,
+        evicted: EvictedKv,
         *,
-        block_size: int,
         max_running: int,
         max_waiting: int,
         max_batch_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.blocks = blocks
+        self.tables = tables
+        self.blocks = tables.pool
         self.adapters = adapters
-        self.tables = BlockTables(blocks, block_size)
+        self.evicted = evicted
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.max_batch_tokens = max_batch_tokens
@@ -187,8 +194,13 @@ class Scheduler:
                 if open_to is None and not patient and self.adapters.lacks_room(adapter):
                     open_to = self._staying(adapter)
                 continue
-            # A block for each running sequence is left over, so that the newcomer is not preempted at their next step.
-            if not self.tables.take(sequence, spare=len(self.running)):
+            spare = len(self.running)  # blocks: the newcomer is not to be preempted when these need their next ones
+            if self.evicted.awaits(sequence, spare):
+                sequence.may_start_early |= sequence.lacks_adapter  # it is asked again when its K/V are there
+                self._release_adapter(sequence)
+                passed_over.append(sequence)
+                continue
+            if not self.tables.take(sequence, spare):
                 self._release_adapter(sequence)
                 self.waiting.appendleft(sequence)
                 break
@@ -224,6 +236,13 @@ class Scheduler:
         if sequence.started_at is None:
             sequence.started_at = self.clock()
             sequence.cached_tokens = sequence.computed
+
+    def written_blocks(self, chunks: Iterable[Chunk]) -> Iterable[int]:
+        """The blocks that chunks, and the copies before them, write to."""
+        size = self.tables.block_size
+        for sequence, start, length, _ in chunks:
+            yield from sequence.blocks[start // size : -(-(start + length) // size)]
+        yield from (copy.target for copy in self.tables.copies)
 
     def commit(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
         """Take in a computed chunk and the token sampled after it, if any; frees the sequence if that ends it."""
@@ -261,6 +280,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.tables.give_back(sequence)
         self._release_adapter(sequence)
+        sequence.recalled = False
 
     def _release_adapter(self, sequence: Sequence) -> None:
         if sequence.adapter is not None and sequence.holds_adapter:

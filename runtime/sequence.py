@@ -56,6 +56,7 @@ class Sequence:
         self.copy: KvCopy | None = None  # ordered and not done yet: the source is held until then
         self.holds_adapter = False
         self.may_start_early = True  # without its adapter, up to the activation: once
+        self.recalled = False  # its K/V have been asked for in host memory since it began to wait
         self.keeps_kv_to_itself = False  # its adapter has been forgotten, so what it computes is for nobody else
         self.cached_tokens: int | None = None  # prompt tokens reused at the first admission
         self.enqueued_at = time.monotonic()

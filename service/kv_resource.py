@@ -48,13 +48,17 @@ class KvHost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvShare(KvLookups, frozen=True, kw_only=True):
-    """What one namespace has: "base", or an adapter's digest; `names` are all that it goes by as a model."""
+    """What one namespace has: "base", or an adapter's digest; `names` are all that it goes by as a model.
+
+    `blocks_host` are evicted ones that host memory still has.
+    """
 
     namespace: str
     kind: Literal["base", "lora", "alora"] | None
     names: list[str]
     blocks_used: int
     blocks_cached: int
+    blocks_host: int
 
 
 class KvCache(KvLookups, frozen=True, kw_only=True):
@@ -173,6 +177,7 @@ def _shares(
                 names=[version.name for version in named] if digest else [served_name],
                 blocks_used=share.blocks_used,
                 blocks_cached=share.blocks_cached,
+                blocks_host=share.blocks_host,
                 query_tokens=share.query_tokens,
                 hit_tokens=share.hit_tokens,
                 hit_rate=_rate(share.hit_tokens, share.query_tokens),

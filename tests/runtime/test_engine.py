@@ -7,7 +7,6 @@ import pytest
 from runtime.adapter_format import InvalidAdapter
 from runtime.admission import RequestRefused
 from runtime.config import EngineConfig
-from runtime.engine import Engine
 from runtime.messages import Generate, SamplingParams, Tokens
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
@@ -196,6 +195,8 @@ def test_a_cache_too_small_for_one_sequence_is_refused_with_the_figures(start):
     assert start(blocks=4, max_model_len=None).runner.max_model_len == 48
 
 
-def test_a_host_tier_for_kv_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="--host-kv-bytes"):
-        Engine(EngineConfig(model="anywhere", host_kv_bytes=1))
+def test_host_memory_for_kv_that_could_keep_nothing_is_refused_with_the_figures(start):
+    with pytest.raises(ValueError, match="host_kv_bytes must be 0 or at least 4096, one block; it is 4095"):
+        start(host_kv_bytes=4095)
+    with pytest.raises(ValueError, match="host_kv_bytes must be 0 without prefix_cache"):
+        EngineConfig(model="anywhere", host_kv_bytes=4096, prefix_cache=False)

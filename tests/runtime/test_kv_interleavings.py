@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from runtime.admission import RequestRefused
+from runtime.block_keys import root_key
 from runtime.messages import Failed, Generate, HoldPrefix, SamplingParams, Tokens
 from tests.runtime.peft_engine import PeftOracle, engines
-from tests.runtime.tiny_engine import prompt
+from tests.runtime.tiny_engine import BLOCK_BYTES, prompt
 
 NAMES = [None, "plain", "attention", "linears", "last_layer"]
+SALTS = ["", "", "tenant"]
 tokens = st.lists(st.integers(20, 23), max_size=20)
 
 
@@ -31,11 +33,15 @@ def start(oracle):
 class Interleavings(RuleBasedStateMachine):
     """One engine with few blocks, and one that keeps nothing and is asked for each output alone."""
 
+    ROOTS = tuple(map(root_key, SALTS))
     start = uncached = oracle = None
 
-    @initialize(blocks=st.integers(9, 24), budget=st.sampled_from([5, 16, 48]))
-    def begin(self, blocks, budget):
-        self.engine = self.start(blocks=blocks, max_batch_tokens=budget, max_running=4)
+    @initialize(
+        blocks=st.integers(9, 24), host_blocks=st.sampled_from([0, 3, 12, 60]), budget=st.sampled_from([5, 16, 48])
+    )
+    def begin(self, blocks, host_blocks, budget):
+        host = host_blocks * BLOCK_BYTES
+        self.engine = self.start(blocks=blocks, host_kv_bytes=host, max_batch_tokens=budget, max_running=4)
         self.digests = dict(self.engine.digests)
         self.names = map(str, itertools.count())
         self.texts = [prompt(30)]
@@ -48,7 +54,7 @@ class Interleavings(RuleBasedStateMachine):
         cut=st.integers(1, 60),
         more=tokens,
         activation=st.integers(0, 60),
-        salt=st.sampled_from(["", "", "tenant"]),
+        salt=st.sampled_from(SALTS),
         length=st.integers(1, 12),
         held=st.booleans(),
     )
@@ -80,7 +86,7 @@ class Interleavings(RuleBasedStateMachine):
                 self.take(event)
             self.engine.check()
             if self.engine.steps == steps:
-                self.engine.adapters.wait(timeout=1.0)
+                self.engine.wait(timeout=1.0)
 
     def take(self, event):
         if isinstance(event, Tokens) and event.request_id in self.asked:
@@ -126,12 +132,13 @@ class Interleavings(RuleBasedStateMachine):
     def recount(self):
         if hasattr(self, "engine"):
             self.engine.check()
+            self.engine.host_kv.check(self.ROOTS)
 
     def teardown(self):
         if hasattr(self, "engine"):
             for prefix in range(4):
                 self.release(prefix)
-            while self.engine.busy:
+            while self.engine.busy or self.engine.host_kv.held:
                 self.step(1)
             assert self.engine.blocks.used == 0
 

@@ -18,6 +18,7 @@ from runtime.messages import (
     Tokens,
 )
 from tests.runtime.engine_peer import Peer, generate
+from tests.runtime.tiny_engine import BLOCK_BYTES
 from tests.runtime.tiny_model import TINY
 
 TOKENS = list(range(20, 60))
@@ -72,3 +73,19 @@ def test_a_namespace_is_dropped_with_what_is_held_of_it(engine):
     engine.send(generate("a", token_ids=[*TOKENS, 7]))
     assert engine.next(Tokens).cached_tokens == 0
     assert stats(engine).host_kv.bytes_total == 0
+
+
+def test_a_request_whose_kv_were_evicted_waits_until_they_are_back(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    engine = Peer(tmp_path, kv_cache_bytes=9 * BLOCK_BYTES, host_kv_bytes=2**20)
+    try:
+        engine.next(Ready)
+        for name, tokens in (("a", TOKENS), ("b", [1, *range(120)]), ("c", [2, *range(120)])):
+            engine.send(generate(name, max_tokens=1, token_ids=tokens))
+            engine.next(Tokens)
+        assert stats(engine).host_kv.blocks >= 3
+        engine.send(generate("d", token_ids=TOKENS))
+        assert engine.next(Tokens).cached_tokens == len(TOKENS) - 1
+        assert stats(engine).host_kv.loads == 3
+    finally:
+        engine.close()

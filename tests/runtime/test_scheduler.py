@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.block_pool import BlockPool
+from runtime.block_tables import BlockTables
 from runtime.messages import Generate, SamplingParams
 from runtime.scheduler import ADAPTER_PATIENCE_SECONDS, QueueFull, Scheduler
 from runtime.sequence import Sequence
@@ -44,6 +45,16 @@ class FakeAdapters:
         return digest in self.roomless and not self.enough & set(leaving)
 
 
+class FakeEvictedKv:
+    """Host memory from which K/V of some sequences come back."""
+
+    def __init__(self):
+        self.on_their_way = set()
+
+    def awaits(self, sequence, spare):
+        return sequence in self.on_their_way
+
+
 class Clock:
     now = 0.0
 
@@ -51,11 +62,11 @@ class Clock:
         return self.now
 
 
-def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, clock=None):
+def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, evicted=None, clock=None):
     return Scheduler(
-        BlockPool(blocks + 1),
+        BlockTables(BlockPool(blocks + 1), B),
         adapters or FakeAdapters(),
-        block_size=B,
+        evicted or FakeEvictedKv(),
         max_running=running,
         max_waiting=waiting,
         max_batch_tokens=budget,
@@ -161,6 +172,23 @@ def test_a_sequence_whose_adapter_is_loading_is_passed_over_and_keeps_its_place(
     assert set(step(s)) == {base}
     adapters.resident.add("slow")
     assert set(step(s)) == {base, slow}
+
+
+def test_a_sequence_whose_kv_come_back_is_passed_over_without_its_adapter_and_keeps_its_place():
+    evicted = FakeEvictedKv()
+    subject = scheduler(evicted=evicted)
+    first, early, other = sequence(5, adapter="a"), sequence(9, adapter="missing", activation=8, first=20), sequence(3)
+    for each in (first, early, other):
+        subject.add(each)
+    evicted.on_their_way = {first, early}
+    chunks, _ = subject.schedule()
+    assert [chunk.sequence for chunk in chunks] == [other]
+    assert list(subject.waiting) == [first, early]
+    assert not subject.adapters.references["a"]
+    subject.check()
+    evicted.on_their_way = set()
+    chunks, _ = subject.schedule()
+    assert [chunk.sequence for chunk in chunks] == [other, first, early], "early may still begin without its adapter"
 
 
 def test_one_that_waits_too_long_for_adapter_memory_holds_back_other_adapters_but_not_the_base():

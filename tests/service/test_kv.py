@@ -63,6 +63,7 @@ def test_an_idle_cache_is_shown(live: LiveServer) -> None:
                 "names": ["tiny"],
                 "blocks_used": 0,
                 "blocks_cached": 0,
+                "blocks_host": 0,
                 "query_tokens": 0,
                 "hit_tokens": 0,
                 "hit_rate": None,
