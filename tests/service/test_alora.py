@@ -218,6 +218,11 @@ def test_a_wrong_wish_is_refused_by_name(live: LiveServer, alora: object, code: 
     assert error(chat(live, alora=alora)) == (400, code, param)
 
 
+def test_a_wrong_wish_is_told_what_there_is_to_wish_for(live: LiveServer) -> None:
+    message = complete(live, "hello", alora={"on_missing": "Append"}).json()["error"]["message"]
+    assert message == "alora.on_missing: Invalid enum value 'Append', expected one of append, base, error"
+
+
 def test_an_alora_is_asked_for_in_sagemakers_words_too(live: LiveServer) -> None:
     body = {"prompt": "hello", "max_tokens": 1, "alora": {"on_missing": "append"}}
     headers = {"X-Amzn-SageMaker-Adapter-Identifier": "check"}
