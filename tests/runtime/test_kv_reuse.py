@@ -113,6 +113,17 @@ def test_rule_3_two_activations_of_one_adapter_share_what_is_before_both(engine,
         assert got.token_ids == ask(uncached, tokens, "linears", activations=[activation]).token_ids
 
 
+def test_rule_3_adapters_that_begin_at_one_token_share_what_is_before_it(engine, uncached):
+    """As where the invocation is the assistant's own header: only the namespace tells their K/V apart."""
+    tokens = prompt(60)
+    names = ("attention", "linears", None)
+    for name, found in zip(names, (0, 37, 37), strict=True):
+        got = ask(engine, tokens, name, activations=[37])
+        assert got.cached_tokens == found
+        assert got.token_ids == ask(uncached, tokens, name, activations=[37]).token_ids
+    assert [ask(engine, tokens, name, activations=[37]).cached_tokens for name in names] == [59] * 3
+
+
 def test_rule_4_plain_adapters_and_the_base_share_nothing(engine):
     tokens = invoked(prompt(37), "attention")
     ask(engine, tokens, "plain")
