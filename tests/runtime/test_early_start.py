@@ -5,7 +5,7 @@ import time
 import pytest
 
 from runtime.adapter_format import canonical_from_tensors
-from runtime.messages import Failed, Generate, SamplingParams, Tokens
+from runtime.messages import Failed, Generate, HoldPrefix, PrefixHeld, SamplingParams, Tokens
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 
@@ -87,6 +87,17 @@ def test_when_the_file_cannot_be_had_the_request_fails_with_the_reason(start, ca
     assert (failed.request_id, failed.code) == ("early", "adapter_failed")
     assert "the bucket said 403" in failed.message
     assert not any(isinstance(event, Tokens) for event in events)
+
+
+def test_rule_9_a_prefix_that_ends_where_its_adapter_begins_waits_for_none(start, canonical):
+    engine = start(max_batch_tokens=16, max_running=4)
+    digest, _, _ = canonical(engine)
+    asked = {"token_ids": prompt(40), "adapter": digest, "activation": 40}
+    engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", ttl_seconds=60.0, **asked))
+    [held] = [event for event in step_until(engine, lambda: not engine.busy) if isinstance(event, PrefixHeld)]
+    assert held.tokens == 40
+    assert engine.generate([[*prompt(40), 9]], GREEDY)[0].cached_tokens == 40
+    engine.release_prefix("p")
 
 
 def test_without_a_prefix_cache_a_request_waits_for_its_adapter_as_ever(start, canonical):

@@ -120,6 +120,14 @@ def test_the_prefix_of_an_adapter_is_its_own(live: LiveServer) -> None:
     assert live.complete(text + ".", max_tokens=1).headers["x-cached-tokens"] == "0"
 
 
+def test_the_prefix_of_an_adapter_that_leaves_k_and_v_alone_is_everybodys(live: LiveServer) -> None:
+    text = "a late adapter and its prefix of some length"
+    hold(live, "late", prompt=text)
+    for model in ("late", "tiny"):
+        later = live.post("/v1/completions", model=model, prompt=text + ".", max_tokens=1)
+        assert later.headers["x-cached-tokens"] == "32"
+
+
 def test_tenants_do_not_share_a_prefix(live: LiveServer) -> None:
     text = "one tenant and its prefix of some length"
     assert "cache_salt" not in hold(live, prompt=text, cache_salt="mine")
