@@ -1,4 +1,4 @@
-"""Log-probabilities over reused K/V: what computing it all would give (rules 8, 10 and 12 of runtime/block_keys.py)."""
+"""Log-probabilities over reused K/V: what computing it all would give (rules 8, 10 and 12 of test_block_keys.py)."""
 
 import pytest
 import torch

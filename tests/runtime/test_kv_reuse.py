@@ -1,4 +1,4 @@
-"""What is computed once is reused to the last token, by whoever may (the rules of runtime/block_keys.py, by number)."""
+"""What is computed once is reused to the last token, by whoever may (rules by number: test_block_keys.py)."""
 
 import pytest
 
