@@ -73,7 +73,10 @@ class PrefixHolds:
         size = -(-len(request.token_ids) // self._block_size)
         taken = self.blocks_held + sum(hold.size for hold in self._holds.values() if hold.ends_at is None)
         if taken + size > self.limit:
-            message = f"it takes {size} blocks, prefixes may hold {self.limit} and {taken} are taken"
+            message = (
+                f"it takes {size} blocks, prefixes may hold {self.limit} and {taken} are taken; they leave "
+                "half of all blocks, and as many as the longest request needs"
+            )
             raise RequestRefused("prefixes_full", message)
         self._holds[request.prefix_id] = Hold(request, size, [])
 

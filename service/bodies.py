@@ -1,7 +1,8 @@
 """JSON bodies of requests, read within a limit and decoded into Structs."""
 
 import re
-from typing import NoReturn, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -31,14 +32,14 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        _refuse_type(str(error))
+        _refuse_type(kind, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         _refuse_syntax(body, str(error))
     except RecursionError:
         raise ApiError(400, "invalid_json", "the body is nested too deeply") from None
 
 
-def _refuse_type(reason: str) -> NoReturn:
+def _refuse_type(kind: Any, reason: str) -> NoReturn:
     """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"."""
     complaint, _, place = reason.partition(" - at `$")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", complaint)
@@ -51,7 +52,25 @@ def _refuse_type(reason: str) -> NoReturn:
         param = f"{path}.{unknown[1]}" if path else unknown[1]
         raise ApiError(400, "unknown_field", f"{param} is not a field of this request", param)
     complaint = complaint.replace("`", "")
+    if complaint.startswith("Invalid enum value"):
+        choices = _choices(msgspec.inspect.type_info(kind), re.findall(r"[^.\[\]]+", path))
+        complaint += f", expected one of {', '.join(map(str, choices))}"
     raise ApiError(400, "invalid_field", f"{path or 'the body'}: {complaint}", path or None)
+
+
+def _choices(place: msgspec.inspect.Type, steps: Sequence[str]) -> Iterator[Any]:
+    """The values of the Literal that `steps`, names of fields and indices, lead to from a type."""
+    if isinstance(place, msgspec.inspect.UnionType):
+        for each in place.types:
+            yield from _choices(each, steps)
+    elif isinstance(place, msgspec.inspect.LiteralType) and not steps:
+        yield from place.values
+    elif isinstance(place, msgspec.inspect.ListType) and steps:
+        yield from _choices(place.item_type, steps[1:])
+    elif isinstance(place, msgspec.inspect.StructType) and steps:
+        for field in place.fields:
+            if field.encode_name == steps[0]:
+                yield from _choices(field.type, steps[1:])
 
 
 def _refuse_syntax(body: bytes, reason: str) -> NoReturn:

@@ -55,9 +55,14 @@ async def chat_prefix(
     # A template may end a conversation with what is not there when it goes on, and so may the tokenizer with a token
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False))
     shared = _some([token_id for token_id, _ in pairs])
-    [prompt] = await activated([shared], version)
-    if prompt is not None:
-        return prompt
+    place, later = await activated([shared, answered], version)
+    if later is not None and (place is None or place.activation < later.activation):
+        # The assistant's header invokes: whatever is said before it, an earlier one among it, will be the base's
+        if on_missing(alora) == "append":
+            return later
+        return later._replace(token_ids=shared, activation=min(later.activation, len(shared)))
+    if place is not None:
+        return place
     assert version is not None
     base = whole if on_missing(alora) == "append" else shared
     return without_invocation(base, version, alora, state.tokenizer, "messages")

@@ -11,7 +11,7 @@ from runtime.activation import find_activation
 from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import SamplingParams
-from tests.oracle import greedy_choices
+from tests.oracle import logits_of_output
 from tests.runtime.tiny_engine import BLOCK_BYTES
 from tests.runtime.tiny_model import TINY
 
@@ -61,14 +61,18 @@ class PeftOracle:
 
     def agrees(self, name, prompt, output, activation=None):
         """Whether greedy decoding under an adapter, None for the base, gives `output` after `prompt`."""
+        return self.logits(name, prompt, output, activation).argmax(-1).tolist() == output
+
+    def logits(self, name, prompt, output, activation=None):
+        """What each token of `output` is chosen by, (tokens, vocabulary), under an adapter, None for the base."""
         if name is None:
             with self.model.disable_adapter():
-                return greedy_choices(self.model, prompt, output) == output
+                return logits_of_output(self.model, prompt, output)
         self.model.set_adapter(name)
         invocation = INVOCATIONS[name]
         if invocation is not None and activation is None:
             activation = find_activation(prompt, invocation)
-        return greedy_choices(self.model, prompt, output, activation) == output
+        return logits_of_output(self.model, prompt, output, activation)
 
 
 @contextlib.contextmanager

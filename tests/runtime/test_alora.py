@@ -108,23 +108,24 @@ def test_an_explicit_activation_is_where_the_adapter_begins(engine, oracle):
 NAMES = [None, "attention", "linears", "plain", "head", "attention", None, "linears", "last_layer", "head"]
 
 
-def mixed(seed=0):
+def mixed(names):
     return [
-        invoked(name if INVOCATIONS.get(name) else "attention", 11 + 3 * index, index % 4, seed + index)
-        for index, name in enumerate(NAMES)
+        invoked(name if INVOCATIONS.get(name) else "attention", 11 + 3 * index, index % 4, seed=index)
+        for index, name in enumerate(names)
     ]
 
 
 @pytest.mark.parametrize("budget", [11, 64, 512])
-def test_base_lora_and_several_aloras_in_one_batch_give_each_its_own(start, oracle, budget):
+def test_rule_9_base_lora_and_several_aloras_in_one_batch_give_each_its_own(start, oracle, budget):
     engine = start(max_batch_tokens=budget, max_running=len(NAMES))
-    cold = outputs(engine, mixed(), NAMES)
-    assert_peft(oracle, NAMES, mixed(), cold)
-    assert outputs(engine, mixed(), NAMES) == cold
+    prompts = mixed(NAMES)
+    cold = outputs(engine, prompts, NAMES)
+    assert_peft(oracle, NAMES, prompts, cold)
+    assert outputs(engine, prompts, NAMES) == cold
 
 
 @pytest.mark.parametrize("name", ["attention", "linears"])
-def test_chunks_may_end_anywhere_around_the_activation(start, oracle, name):
+def test_rule_9_chunks_may_end_anywhere_around_the_activation(start, oracle, name):
     tokens = invoked(name, 21, 7)
     expected = None
     for budget in [1, 2, 3, 5, 10, *range(18, 28)]:
@@ -134,11 +135,12 @@ def test_chunks_may_end_anywhere_around_the_activation(start, oracle, name):
     assert oracle.agrees(name, tokens, expected)
 
 
-def test_preempted_sequences_keep_their_activation(start, oracle):
-    tight = start(blocks=14)
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["found again", "recomputed"])
+@pytest.mark.parametrize("names", [ALORAS * 3, NAMES], ids=["aloras", "mixed"])
+def test_preempted_sequences_keep_their_activation(start, oracle, names, prefix_cache):
+    tight = start(blocks=14, prefix_cache=prefix_cache)
     params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
-    prompts, names = mixed(), NAMES
-    digests = [tight.digests[name] for name in names]
+    prompts, digests = mixed(names), [tight.digests[name] for name in names]
     got = [completion.token_ids for completion in tight.generate(prompts, params, digests)]
     assert tight.scheduler.preemptions > 0
     for name, tokens, output in zip(names, prompts, got, strict=True):

@@ -1,4 +1,18 @@
-"""The key rules, by number (see runtime/block_keys.py)."""
+"""The keys of blocks. Tests of K/V reuse, here and elsewhere, have the number of their rule in their name:
+
+1. A key hashes the parent's key, the block's tokens and a salt; the root's salt is the tenant's, nothing else.
+2. A block that ends at or before the activation has no adapter's salt: it is the base's, for everyone.
+3. The first one past it is salted with the adapter's digest and the activation's offset; later ones inherit that.
+4. Plain LoRA is activation 0, and the base has no adapter anywhere.
+5. What is before the activation is still the tenant's own.
+6. Of a block that straddles the activation, what is before it is copied from whoever has it.
+7. A full hit computes the last token again, under the weights of its position.
+8. Base and other adapters read what an aLoRA request computed before its activation, and never what is past it.
+9. A chunk may hold both kinds of token; one before the activation needs no resident adapter.
+10. Before the activation log-probabilities are the base's; what is found in the cache has none.
+11. Retiring an adapter drops its own blocks and no others.
+12. Reuse is judged by equality in float32.
+"""
 
 import random
 

@@ -1,9 +1,11 @@
 """What is before the activation is computed while the adapter loads (rule 9), by the engine and its loader."""
 
+import time
+
 import pytest
 
 from runtime.adapter_format import canonical_from_tensors
-from runtime.messages import Failed, Generate, SamplingParams, Tokens
+from runtime.messages import Failed, Generate, HoldPrefix, PrefixHeld, SamplingParams, Tokens
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 
@@ -32,16 +34,24 @@ def request(name, adapter, activation=50, length=60, **fields):
     )
 
 
-def test_the_prompt_up_to_the_activation_is_computed_before_the_file_is_there(start, canonical):
+def step_until(engine, condition):
+    """What happens until a condition comes true; fails when it does not in time."""
+    events, deadline = [], time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "stepped in vain"
+        events += engine.step()
+        engine.check()
+    return events
+
+
+def test_rule_9_the_prompt_up_to_the_activation_is_computed_before_the_file_is_there(start, canonical):
     other = start(prefix_cache=False)
     [expected] = other.generate([prompt(60)], GREEDY, other.add_adapter(adapter_tensors(), ADAPTER_CONFIG), [50])
     engine = start(max_batch_tokens=16, max_running=4)
     digest, path, content = canonical(engine)
     engine.add_request(request("early", digest))
     engine.add_request(request("plain", digest, activation=0))
-    while not engine.adapters.wanted or engine.scheduler.running or not engine.steps:
-        engine.step()
-        engine.check()
+    step_until(engine, lambda: engine.adapters.wanted and engine.steps and not engine.scheduler.running)
     early = engine.sequences["early"]
     assert (early.cached_tokens, early.num_generated) == (0, 0)
     assert engine.stats().namespaces[""].blocks_cached == 4, "50 tokens of 16 a block"
@@ -58,13 +68,11 @@ def test_others_are_served_meanwhile_however_few_places_there_are(start, canonic
     engine = start(max_running=1, blocks=9)
     digest, _, _ = canonical(engine)
     engine.add_request(request("early", digest))
-    while not engine.adapters.wanted or engine.scheduler.running:
-        engine.step()
+    step_until(engine, lambda: engine.adapters.wanted and not engine.scheduler.running)
     for seed in range(3):
-        engine.add_request(Generate(request_id=f"base {seed}", token_ids=prompt(100, seed), params=GREEDY))
-        while f"base {seed}" in engine.sequences:
-            engine.step()
-            engine.check()
+        name = f"base {seed}"
+        engine.add_request(Generate(request_id=name, token_ids=prompt(100, seed), params=GREEDY))
+        step_until(engine, lambda name=name: name not in engine.sequences)
     engine.abort("early")
 
 
@@ -72,25 +80,31 @@ def test_when_the_file_cannot_be_had_the_request_fails_with_the_reason(start, ca
     engine = start(max_batch_tokens=16, max_running=4)
     digest, _, _ = canonical(engine)
     engine.add_request(request("early", digest))
-    events = []
-    while not engine.adapters.wanted:
-        events += engine.step()
+    events = step_until(engine, lambda: engine.adapters.wanted)
     engine.adapters.fail(digest, "the bucket said 403")
-    while engine.busy:
-        events += engine.step()
-        engine.check()
+    events += step_until(engine, lambda: not engine.busy)
     [failed] = [event for event in events if isinstance(event, Failed)]
     assert (failed.request_id, failed.code) == ("early", "adapter_failed")
     assert "the bucket said 403" in failed.message
     assert not any(isinstance(event, Tokens) for event in events)
 
 
+def test_rule_9_a_prefix_that_ends_where_its_adapter_begins_waits_for_none(start, canonical):
+    engine = start(max_batch_tokens=16, max_running=4)
+    digest, _, _ = canonical(engine)
+    asked = {"token_ids": prompt(40), "adapter": digest, "activation": 40}
+    engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", ttl_seconds=60.0, **asked))
+    [held] = [event for event in step_until(engine, lambda: not engine.busy) if isinstance(event, PrefixHeld)]
+    assert held.tokens == 40
+    assert engine.generate([[*prompt(40), 9]], GREEDY)[0].cached_tokens == 40
+    engine.release_prefix("p")
+
+
 def test_without_a_prefix_cache_a_request_waits_for_its_adapter_as_ever(start, canonical):
     engine = start(prefix_cache=False)
     digest, path, content = canonical(engine)
     engine.add_request(request("late", digest))
-    while not engine.adapters.wanted:
-        engine.step()
+    step_until(engine, lambda: engine.adapters.wanted)
     assert engine.steps == 0
     path.write_bytes(content)
     engine.register_adapter(digest, path)

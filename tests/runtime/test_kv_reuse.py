@@ -1,4 +1,4 @@
-"""What is computed once is reused to the last token, by whoever may (the rules of runtime/block_keys.py, by number)."""
+"""What is computed once is reused to the last token, by whoever may (rules by number: test_block_keys.py)."""
 
 import pytest
 
@@ -113,6 +113,17 @@ def test_rule_3_two_activations_of_one_adapter_share_what_is_before_both(engine,
         assert got.token_ids == ask(uncached, tokens, "linears", activations=[activation]).token_ids
 
 
+def test_rule_3_adapters_that_begin_at_one_token_share_what_is_before_it(engine, uncached):
+    """As where the invocation is the assistant's own header: only the namespace tells their K/V apart."""
+    tokens = prompt(60)
+    names = ("attention", "linears", None)
+    for name, found in zip(names, (0, 37, 37), strict=True):
+        got = ask(engine, tokens, name, activations=[37])
+        assert got.cached_tokens == found
+        assert got.token_ids == ask(uncached, tokens, name, activations=[37]).token_ids
+    assert [ask(engine, tokens, name, activations=[37]).cached_tokens for name in names] == [59] * 3
+
+
 def test_rule_4_plain_adapters_and_the_base_share_nothing(engine):
     tokens = invoked(prompt(37), "attention")
     ask(engine, tokens, "plain")
@@ -169,18 +180,20 @@ def test_rule_11_retiring_an_adapter_drops_its_own_blocks_only(start, oracle):
     assert ask(engine, invoked(talk, "attention"), "attention").cached_tokens == len(talk)
 
 
-def test_what_runs_on_an_adapter_while_it_is_retired_leaves_nothing_behind(start, oracle):
+def test_rule_11_what_runs_on_an_adapter_while_it_is_retired_leaves_nothing_behind(start, oracle):
     engine = start()
     digest = engine.digests["attention"]
+    ask(engine, [*INVOCATIONS["attention"], 50], "attention")  # it is resident from here on
     tokens = invoked(prompt(20), "attention")
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     engine.add_request(Generate(request_id="r", token_ids=tokens, params=params, adapter=digest, activation=20))
     engine.step()
+    assert engine.sequences["r"].num_generated > 0
     engine.retire_adapter(digest)
-    run(engine)
+    assert run(engine)["r"][1] == "length"
     assert digest not in engine.stats().namespaces
     assert engine.add_adapter(*oracle.adapter("attention")) == digest
-    assert ask(engine, tokens, "attention").cached_tokens == 20
+    assert ask(engine, tokens, "attention").cached_tokens == 16, "the block that straddles was the adapter's"
 
 
 def test_adapters_that_leave_k_and_v_alone_share_with_the_base_and_still_apply(engine, oracle):

@@ -181,9 +181,9 @@ def test_the_headers_of_a_long_list_are_bounded(live: LiveServer) -> None:
 def test_every_choice_has_the_activation_of_its_prompt(live: LiveServer, stream: bool) -> None:
     length = len(encode(live, INVOCATION))
     response = complete(
-        live, "a prompt of its own", n=3, max_tokens=length, stream=stream, alora={"on_missing": "append"}
+        live, "a prompt of its own", n=3, max_tokens=2 * length, stream=stream, alora={"on_missing": "append"}
     )
-    assert [text_of(response, choice) for choice in range(3)] == [turned(live, INVOCATION)] * 3
+    assert [text_of(response, choice) for choice in range(3)] == [turned(live, INVOCATION) * 2] * 3
 
 
 def test_appended_tokens_count_against_the_context(live: LiveServer) -> None:
@@ -216,6 +216,11 @@ def test_other_models_have_nothing_to_do_with_it(live: LiveServer, model: str) -
 def test_a_wrong_wish_is_refused_by_name(live: LiveServer, alora: object, code: str, param: str) -> None:
     assert error(complete(live, "hello", alora=alora)) == (400, code, param)
     assert error(chat(live, alora=alora)) == (400, code, param)
+
+
+def test_a_wrong_wish_is_told_what_there_is_to_wish_for(live: LiveServer) -> None:
+    message = complete(live, "hello", alora={"on_missing": "Append"}).json()["error"]["message"]
+    assert message == "alora.on_missing: Invalid enum value 'Append', expected one of append, base, error"
 
 
 def test_an_alora_is_asked_for_in_sagemakers_words_too(live: LiveServer) -> None:
@@ -251,6 +256,18 @@ def test_what_was_computed_on_the_base_is_reused_where_the_kv_are_the_bases(
     text = f"{model:8}: more than 48 characters of a prompt for everyone"
     complete(live, text, "tiny", max_tokens=1)
     assert complete(live, text + INVOCATION, model, max_tokens=1).headers["x-cached-tokens"] == cached
+
+
+@pytest.mark.parametrize("appended", [False, True])
+def test_an_alora_that_leaves_k_and_v_alone_shares_them_from_its_invocation_on_too(
+    live: LiveServer, appended: bool
+) -> None:
+    put_adapter(live, "late-check", encode(live, INVOCATION), last_layer=True)
+    before, alora = f"{appended!s:<14}", {"on_missing": "append"} if appended else None
+    assert len(encode(live, before)) < 16 < len(encode(live, before + INVOCATION))
+    first = complete(live, before + INVOCATION * (not appended), "late-check", max_tokens=1, alora=alora)
+    assert invoked(first) == ("appended" if appended else "found", "14")
+    assert complete(live, before + INVOCATION, "tiny", max_tokens=1).headers["x-cached-tokens"] == "16"
 
 
 def test_a_chat_of_any_length_is_searched(live: LiveServer) -> None:

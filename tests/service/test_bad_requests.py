@@ -53,7 +53,8 @@ def error_of(server: LiveServer, content: bytes | str, path: str = "/v1/completi
         ({"prompt": [5] * 200}, "context_length_exceeded", "prompt"),
         ({"prompt": ["hello"] * 9, "n": 128}, "too_many_sequences", "prompt"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
-        ({"echo": True}, "unsupported_parameter", "echo"),
+        ({"echo": True}, "unsupported_parameter", "echo"),  # and with it log-probabilities of the prompt
+        ({"prompt_logprobs": 1}, "unsupported_parameter", "prompt_logprobs"),
         ({"suffix": "end"}, "unsupported_parameter", "suffix"),
         ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
@@ -72,6 +73,13 @@ def test_what_is_not_built_into_chat_is_refused_by_name(server: LiveServer, fiel
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], field: [{"type": "function"}]}
     status, error = error_of(server, json.dumps(body), "/v1/chat/completions")
     assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", field)
+
+
+def test_the_values_of_a_field_that_has_few_are_named(server: LiveServer) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}
+    status, error = error_of(server, json.dumps(body), "/v1/chat/completions")
+    assert (status, error["param"]) == (400, "messages[0].content[0].type")
+    assert error["message"].endswith("Invalid enum value 'image_url', expected one of text")
 
 
 def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(server: LiveServer) -> None:

@@ -120,6 +120,14 @@ def test_the_prefix_of_an_adapter_is_its_own(live: LiveServer) -> None:
     assert live.complete(text + ".", max_tokens=1).headers["x-cached-tokens"] == "0"
 
 
+def test_the_prefix_of_an_adapter_that_leaves_k_and_v_alone_is_everybodys(live: LiveServer) -> None:
+    text = "a late adapter and its prefix of some length"
+    hold(live, "late", prompt=text)
+    for model in ("late", "tiny"):
+        later = live.post("/v1/completions", model=model, prompt=text + ".", max_tokens=1)
+        assert later.headers["x-cached-tokens"] == "32"
+
+
 def test_tenants_do_not_share_a_prefix(live: LiveServer) -> None:
     text = "one tenant and its prefix of some length"
     assert "cache_salt" not in hold(live, prompt=text, cache_salt="mine")
@@ -145,12 +153,31 @@ def test_a_prefix_of_an_alora_needs_its_invocation_as_a_request_does(live: LiveS
     assert live.client.get("/kv/prefixes").json()["prefixes"][0]["model"] == "check"
 
 
-def test_an_invocation_that_is_the_assistants_header_may_be_appended(live: LiveServer) -> None:
-    prefix = hold(live, "header", messages=TURNS[:1], alora={"on_missing": "append"})
-    answer = live.post("/v1/chat/completions", model="header", messages=TURNS[:1], max_tokens=1)
-    assert answer.json()["usage"]["prompt_tokens"] == prefix["tokens"]
+@pytest.mark.parametrize("turns", [TURNS[:1], [*TURNS, TURNS[0]]], ids=["first turn", "later turn"])
+def test_where_the_assistants_header_invokes_a_prefix_is_the_bases_up_to_the_next_answer(
+    live: LiveServer, turns: list[dict[str, str]]
+) -> None:
+    """Whatever headers there are in a conversation, a later request begins its adapter at its own last one."""
+    salt = f"header {len(turns)}"
+    prefix = hold(live, "header", messages=turns, cache_salt=salt)
+    assert (prefix["activation"], prefix["invocation"]) == (prefix["tokens"], "found")
+    for model in ("header", "tiny"):
+        answer = live.post("/v1/chat/completions", model=model, messages=turns, max_tokens=1, cache_salt=salt)
+        assert answer.headers["x-cached-tokens"] == str(prefix["tokens"] // 16 * 16)
+    appended = hold(live, "header", messages=turns, alora={"on_missing": "append"}, cache_salt=salt)
+    answer = live.post("/v1/chat/completions", model="header", messages=turns, max_tokens=1, cache_salt=salt)
+    assert answer.json()["usage"]["prompt_tokens"] == appended["tokens"]
+    assert answer.headers["x-alora-activation"] == str(appended["activation"])
+    assert appended["activation"] == prefix["tokens"]
+    assert appended["tokens"] - appended["activation"] == len(encode(live, HEADER))
+
+
+def test_an_invocation_among_the_messages_is_where_an_adapter_begins_in_a_prefix_too(live: LiveServer) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": f"well{INVOCATION}and so on"}]
+    prefix = hold(live, "check", messages=turns)
+    answer = live.post("/v1/chat/completions", model="check", messages=turns, max_tokens=1)
     assert answer.headers["x-alora-activation"] == str(prefix["activation"])
-    assert prefix["tokens"] - prefix["activation"] == len(encode(live, HEADER))
+    assert answer.headers["x-cached-tokens"] == str(prefix["tokens"] // 16 * 16)
 
 
 @pytest.mark.parametrize(
