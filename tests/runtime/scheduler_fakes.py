@@ -1,0 +1,100 @@
+"""A scheduler beside fakes of all that it asks, and sequences for it."""
+
+import itertools
+
+from runtime.adapter_unavailable import AdapterUnavailable
+from runtime.block_pool import BlockPool
+from runtime.block_tables import BlockTables
+from runtime.messages import Generate, SamplingParams
+from runtime.scheduler import Scheduler
+from runtime.sequence import Sequence
+
+B = 4
+
+
+class FakeAdapters:
+    """A pool whose adapters are resident, loading, short of room or broken as the test says."""
+
+    def __init__(self):
+        self.resident = {"a", "b"}
+        self.broken = set()
+        self.roomless = set()
+        self.enough = set()  # any of which makes room when it leaves
+        self.references = {}
+        self.prefetched = []
+
+    def prefetch(self, digest):
+        self.prefetched.append(digest)
+
+    def acquire(self, digest):
+        if digest in self.broken:
+            raise AdapterUnavailable(f"adapter {digest} is broken")
+        if digest not in self.resident:
+            return False
+        self.references[digest] = self.references.get(digest, 0) + 1
+        return True
+
+    def release(self, digest):
+        self.references[digest] -= 1
+        assert self.references[digest] >= 0
+
+    def lacks_room(self, digest, leaving=()):
+        return digest in self.roomless and not self.enough & set(leaving)
+
+
+class FakeEvictedKv:
+    """Host memory from which K/V of some sequences come back."""
+
+    def __init__(self):
+        self.on_their_way = set()
+
+    def awaits(self, sequence, spare):
+        return sequence in self.on_their_way
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, evicted=None, clock=None):
+    return Scheduler(
+        BlockTables(BlockPool(blocks + 1), B),
+        adapters or FakeAdapters(),
+        evicted or FakeEvictedKv(),
+        max_running=running,
+        max_waiting=waiting,
+        max_batch_tokens=budget,
+        clock=clock or Clock(),
+    )
+
+
+names = itertools.count()
+
+
+def sequence(tokens, max_tokens=8, adapter=None, limit=64, activation=0, first=0, **params):
+    token_ids = list(range(first, first + tokens)) if isinstance(tokens, int) else tokens
+    request = Generate(
+        request_id=f"r{next(names)}",
+        token_ids=token_ids,
+        params=SamplingParams(max_tokens=max_tokens, seed=0, **params),
+        adapter=adapter,
+        activation=activation,
+    )
+    made = Sequence(request, max_tokens=limit)
+    made.enqueued_at = 0.0
+    return made
+
+
+def step(s, token=7):
+    """One step in which every sampling sequence gets `token`; returns {request: (start, count)}."""
+    chunks, rejected = s.schedule()
+    assert not rejected
+    s.check()
+    s.tables.copied()
+    for chunk in chunks:
+        s.commit(chunk, token if chunk.samples else None)
+    s.check()
+    return {chunk.sequence: (chunk.start, chunk.length) for chunk in chunks}
