@@ -1,0 +1,286 @@
+"""Grouped LoRA products over tiles: one launch for the shrinks of a site, one for the expands of all its parts.
+
+kernels.reference.tiled_lora has the same functions in PyTorch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import adapter_table, lora_tiles
+from kernels.lora_configs import ExpandConfig, ShrinkConfig
+from kernels.lora_tiles import Tiles
+
+_A = tl.constexpr(adapter_table.A)
+_RANKS = tl.constexpr(adapter_table.RANKS)
+_ALL_RANKS = tl.constexpr(adapter_table.RANKS + adapter_table.MAX_PARTS)
+_B = tl.constexpr(adapter_table.B)
+_BIAS = tl.constexpr(adapter_table.BIAS)
+_FIELDS = tl.constexpr(adapter_table.FIELDS)
+_ALIGNMENT = tl.constexpr(adapter_table.ALIGNMENT)
+_FIRST_ROW = tl.constexpr(lora_tiles.FIRST_ROW)
+_ROWS = tl.constexpr(lora_tiles.ROWS)
+_SLOT = tl.constexpr(lora_tiles.SLOT)
+_TILE_FIELDS = tl.constexpr(lora_tiles.TILE_FIELDS)
+
+_EMBEDDING_RANKS = 64  # a program's; not measured
+
+
+def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor, config: ShrinkConfig) -> Tensor:
+    """Σₛ t[rows, s, :rank] = x[rows] Aᵀ for every tile whose adapter adapts the site, accumulated in float32.
+
+    x is (T, in), `t` (T, splits, width) float32 with at least `config.split_k` splits. Gives `t[:, :split_k]`, for the
+    expand. Other rows of `t`, and columns past the adapter's ranks, are not written.
+    """
+    assert config.split_k <= t.shape[1], f"{config.split_k} splits do not fit {t.shape[1]}"
+    assert x.stride(1) == t.stride(2) == 1
+    assert table.is_contiguous()
+    grid = (len(tiles.fields), triton.cdiv(t.shape[2], config.block_r), config.split_k)
+    _shrink_kernel[grid](
+        x,
+        arena,
+        table,
+        tiles.fields,
+        t,
+        x.stride(0),
+        t.stride(0),
+        t.stride(1),
+        table.shape[1],
+        site,
+        IN=x.shape[1],
+        DOT=_dot_dtype(x, arena),
+        BLOCK_M=tiles.height,
+        BLOCK_R=config.block_r,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return t[:, : config.split_k]
+
+
+def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
+    """As the shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
+
+    token_ids is (T,) int64. Gives `t[:, :1]`, for the expand.
+    """
+    assert t.stride(2) == 1
+    assert table.is_contiguous()
+    grid = (len(tiles.fields), triton.cdiv(t.shape[2], _EMBEDDING_RANKS))
+    _embedding_shrink_kernel[grid](
+        token_ids,
+        arena,
+        table,
+        tiles.fields,
+        t,
+        t.stride(0),
+        table.shape[1],
+        site,
+        BLOCK_M=tiles.height,
+        BLOCK_R=_EMBEDDING_RANKS,
+    )
+    return t[:, :1]
+
+
+def expand(
+    t: Tensor,
+    y: Tensor,
+    site: int,
+    arena: Tensor,
+    table: Tensor,
+    tiles: Tiles,
+    widths: Sequence[int],
+    config: ExpandConfig,
+) -> None:
+    """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
+
+    `t` is what the shrink gave, y is (T, out) and the site's parts fill its columns side by side, `widths` of them
+    each. Accumulated in float32 and rounded to y's dtype once: against bfloat16 weights each t is taken apart into
+    three bfloat16 terms, which hold all of its 24 bits, so that tensor cores lose none (an infinite t gives NaN).
+    Rows of no tile and columns of parts that are not adapted keep their bits.
+    """
+    assert y.stride(1) == t.stride(2) == 1
+    assert table.is_contiguous()
+    first, second, third = [*widths, *[0] * (adapter_table.MAX_PARTS - len(widths))]
+    grid = (len(tiles.fields), sum(triton.cdiv(width, config.block_n) for width in widths))
+    _expand_kernel[grid](
+        t,
+        y,
+        arena,
+        table,
+        tiles.fields,
+        t.stride(0),
+        t.stride(1),
+        y.stride(0),
+        table.shape[1],
+        site,
+        WIDTH_0=first,
+        WIDTH_1=second,
+        WIDTH_2=third,
+        SPLITS=t.shape[1],
+        TERMS=3 if arena.dtype == torch.bfloat16 else 1,
+        DOT=_dot_dtype(arena),
+        BLOCK_M=tiles.height,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _dot_dtype(*factors: Tensor) -> tl.dtype:
+    """What is multiplied on tensor cores: bfloat16 where all is. Triton's interpreter multiplies its bit patterns."""
+    narrow = all(factor.dtype == torch.bfloat16 and factor.is_cuda for factor in factors)
+    return tl.bfloat16 if narrow else tl.float32
+
+
+@triton.jit(do_not_specialize=["sites", "site"])
+def _shrink_kernel(
+    x: tl.tensor,
+    arena: tl.tensor,
+    table: tl.tensor,
+    tiles: tl.tensor,
+    t: tl.tensor,
+    x_row: tl.tensor,
+    t_row: tl.tensor,
+    t_split: tl.tensor,
+    sites: tl.tensor,
+    site: tl.tensor,
+    IN: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+) -> None:
+    """t[rows, s, ranks] = Σₖ x[rows, k] A[ranks, k] for one tile, a block of ranks and the k of split s."""
+    tile = tiles + tl.program_id(0) * _TILE_FIELDS
+    count = tl.load(tile + _ROWS)
+    if count == 0:
+        return
+    entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.load(entry + _ALL_RANKS).to(tl.int32)
+    if tl.program_id(1) * BLOCK_R >= total:
+        return
+    row = tl.arange(0, BLOCK_M)
+    first_row = tl.load(tile + _FIRST_ROW).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    x_tile = x + first_row * x_row + (row[:, None] * x_row + k[None, :])
+    a_tile = arena + tl.multiple_of(tl.load(entry + _A), _ALIGNMENT) + (ranks[None, :] * IN + k[:, None])
+    in_tile, in_rank = row[:, None] < count, ranks[None, :] < total
+
+    # A split of the last blocks may have none: it still leaves zeros for the expand to add.
+    SHARE: tl.constexpr = (IN + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
+    start = tl.program_id(2) * SHARE
+    acc = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
+    for first in range(start, tl.minimum(start + SHARE, IN), BLOCK_K):
+        if IN % BLOCK_K == 0:
+            rows_of_x = tl.load(x_tile + first, mask=in_tile, other=0.0)
+            rows_of_a = tl.load(a_tile + first, mask=in_rank, other=0.0)
+        else:
+            rows_of_x = tl.load(x_tile + first, mask=in_tile & (first + k[None, :] < IN), other=0.0)
+            rows_of_a = tl.load(a_tile + first, mask=in_rank & (first + k[:, None] < IN), other=0.0)
+        acc = tl.dot(rows_of_x.to(DOT), rows_of_a.to(DOT), acc, input_precision="ieee")
+    out = t + first_row * t_row + tl.program_id(2) * t_split + (row[:, None] * t_row + ranks[None, :])
+    tl.store(out, acc, mask=in_tile & in_rank)
+
+
+@triton.jit(do_not_specialize=["sites", "site"])
+def _embedding_shrink_kernel(
+    token_ids: tl.tensor,
+    arena: tl.tensor,
+    table: tl.tensor,
+    tiles: tl.tensor,
+    t: tl.tensor,
+    t_row: tl.tensor,
+    sites: tl.tensor,
+    site: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> None:
+    """t[rows, 0, ranks] = A[token_ids[rows], ranks] for one tile and a block of ranks."""
+    tile = tiles + tl.program_id(0) * _TILE_FIELDS
+    count = tl.load(tile + _ROWS)
+    if count == 0:
+        return
+    entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS
+    total = tl.load(entry + _ALL_RANKS)
+    row = tl.arange(0, BLOCK_M)
+    first_row = tl.load(tile + _FIRST_ROW).to(tl.int64)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tokens = tl.load(token_ids + first_row + row, mask=row < count, other=0)
+    mask = (row[:, None] < count) & (ranks[None, :] < total)
+    a = tl.load(arena + tl.load(entry + _A) + tokens[:, None] * total + ranks[None, :], mask=mask, other=0.0)
+    tl.store(t + first_row * t_row + (row[:, None] * t_row + ranks[None, :]), a.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["sites", "site"])
+def _expand_kernel(
+    t: tl.tensor,
+    y: tl.tensor,
+    arena: tl.tensor,
+    table: tl.tensor,
+    tiles: tl.tensor,
+    t_row: tl.tensor,
+    t_split: tl.tensor,
+    y_row: tl.tensor,
+    sites: tl.tensor,
+    site: tl.tensor,
+    WIDTH_0: tl.constexpr,
+    WIDTH_1: tl.constexpr,
+    WIDTH_2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TERMS: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> None:
+    """y[rows, n] += Σₛ Σᵣ t[rows, s, r] B[r, n] + bias[n] for one tile and a block of one part's columns."""
+    tile = tiles + tl.program_id(0) * _TILE_FIELDS
+    count = tl.load(tile + _ROWS)
+    if count == 0:
+        return
+    # No block has columns of two parts.
+    BLOCKS_0: tl.constexpr = (WIDTH_0 + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_1: tl.constexpr = BLOCKS_0 + (WIDTH_1 + BLOCK_N - 1) // BLOCK_N
+    block = tl.program_id(1)
+    part = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_1).to(tl.int32)
+    width = tl.where(part == 0, WIDTH_0, tl.where(part == 1, WIDTH_1, WIDTH_2))
+    first_column = tl.where(part == 0, 0, tl.where(part == 1, WIDTH_0, WIDTH_0 + WIDTH_1))
+    block -= tl.where(part == 0, 0, tl.where(part == 1, BLOCKS_0, BLOCKS_1))
+    entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS + part
+    first_rank = tl.load(entry + _RANKS).to(tl.int32)
+    rank = tl.load(entry + _RANKS + 1).to(tl.int32) - first_rank
+    if rank == 0:
+        return
+    row = tl.arange(0, BLOCK_M)
+    first_row = tl.load(tile + _FIRST_ROW).to(tl.int64)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    in_tile, in_part = row[:, None] < count, columns[None, :] < width
+    t_tile = t + first_row * t_row + first_rank + (row[:, None] * t_row + r[None, :])
+    b_tile = arena + tl.multiple_of(tl.load(entry + _B), _ALIGNMENT) + (r[:, None] * width + columns[None, :])
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        in_rank = first + r < rank
+        rest = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
+        for split in tl.static_range(SPLITS):
+            rest += tl.load(t_tile + first + split * t_split, mask=in_tile & in_rank[None, :], other=0.0)
+        b = tl.load(b_tile + first * width, mask=in_rank[:, None] & in_part, other=0.0).to(DOT)
+        for _ in tl.static_range(TERMS):
+            term = rest.to(arena.dtype.element_ty)
+            acc = tl.dot(term.to(DOT), b, acc, input_precision="ieee")
+            rest -= term.to(tl.float32)
+    bias = tl.load(entry + _BIAS)
+    if bias >= 0:
+        bias = tl.multiple_of(bias, _ALIGNMENT)
+        acc += tl.load(arena + bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    out = y + first_row * y_row + first_column + (row[:, None] * y_row + columns[None, :])
+    total = tl.load(out, mask=in_tile & in_part, other=0.0).to(tl.float32) + acc
+    tl.store(out, total.to(y.dtype.element_ty), mask=in_tile & in_part)

@@ -1,0 +1,115 @@
+"""What lies between a layer's query, key and value projection and its attention, in one launch."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class QkvWriteConfig(NamedTuple):
+    """How the write is launched: a program takes `heads` heads of one token."""
+
+    heads: int
+    num_warps: int
+
+
+CANDIDATES = [
+    QkvWriteConfig(heads, num_warps)
+    for heads, num_warps in [(8, 4), (4, 1), (4, 4), (8, 2), (16, 4), (16, 8), (32, 8), (64, 8)]
+]
+DEFAULT = CANDIDATES[0]  # not measured
+
+
+def qkv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    frequencies: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    kv: Tensor,
+    rotary_scale: float = 1.0,
+    config: QkvWriteConfig = DEFAULT,
+) -> None:
+    """q ← R(q), in place; kv[slots[t], 0] = R(k); kv[slots[t], 1] = v; R: x / sqrt(mean(x²) + eps) · weight, turned.
+
+    `qkv` is (T, heads + 2 kv_heads, d): queries, keys and values of a token side by side, of which only the queries
+    change; `kv` is (slots, 2, kv_heads, d). `positions` and `slots` are (T,) integers; a token whose slot is -1 is
+    left alone. `q_weight` and `k_weight` are (d,) of any float dtype, both None for heads without a norm. The turn is
+    RoPE's: halves (a, b) become (a cos θ - b sin θ, b cos θ + a sin θ), cosine and sine times `rotary_scale`, where
+    θ = position · frequencies, (d / 2,) float32.
+
+    Norm, cosine, sine and the products with the cosine are each rounded to qkv's dtype, as in
+    kernels.reference.kv_write. In float32 the two agree to a few units in the last place; in bfloat16 or float16 to
+    the bit, save where those float32 units carry a value over a border of rounding: then by a unit of that dtype.
+    """
+    tokens, rows, head_dim = qkv.shape
+    kv_heads = kv.shape[2]
+    assert kv.shape[1:] == (2, kv_heads, head_dim), kv.shape
+    assert kv.is_contiguous(), "slots lie side by side"
+    assert qkv.stride()[1:] == (head_dim, 1), "a token's heads lie side by side"
+    assert qkv.dtype == kv.dtype, f"{qkv.dtype} is written to a cache of {kv.dtype}"
+    assert frequencies.shape == (head_dim // 2,), frequencies.shape
+    assert (q_weight is None) == (k_weight is None), "queries and keys have a norm, or neither has"
+    if not tokens:
+        return
+    _qkv_write_kernel[(tokens, triton.cdiv(rows, config.heads))](
+        qkv, positions, slots, frequencies, q_weight, k_weight, eps, kv, rotary_scale, qkv.stride(0),
+        Q_HEADS=rows - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
+        PAIRS=triton.next_power_of_2(head_dim // 2), HEADS=config.heads, NORM=q_weight is not None,
+        num_warps=config.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _qkv_write_kernel(
+    qkv: tl.tensor, positions: tl.tensor, slots: tl.tensor, frequencies: tl.tensor, q_weight: tl.tensor,
+    k_weight: tl.tensor, eps: tl.tensor, kv: tl.tensor, rotary_scale: tl.tensor, qkv_row: tl.tensor,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+) -> None:  # fmt: skip
+    """HEADS heads of one token: queries go back, keys and values to its slot; all but values are normed and turned."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    inside = (head < Q_HEADS + 2 * KV_HEADS) & (pair < HALF)
+    source = qkv + token * qkv_row + head * (2 * HALF) + pair
+    left, right = tl.load(source, inside, other=0.0), tl.load(source + HALF, inside, other=0.0)
+    a, b = left.to(tl.float32), right.to(tl.float32)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    if NORM:
+        length = tl.sqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
+        a = _rounded(a / length * _weight(q_weight, k_weight, head < Q_HEADS, pair, HALF), dtype)
+        b = _rounded(b / length * _weight(q_weight + HALF, k_weight + HALF, head < Q_HEADS, pair, HALF), dtype)
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + pair, pair < HALF, other=0.0)
+    cos, sin = _rounded(tl.cos(angle) * rotary_scale, dtype), _rounded(tl.sin(angle) * rotary_scale, dtype)
+    turned = head < Q_HEADS + KV_HEADS
+    left = tl.where(turned, (_rounded(a * cos, dtype) - b * sin).to(dtype), left)
+    right = tl.where(turned, (_rounded(b * cos, dtype) + a * sin).to(dtype), right)
+    query = inside & (head < Q_HEADS)
+    tl.store(source, left, query)
+    tl.store(source + HALF, right, query)
+    cached = inside & (head >= Q_HEADS)
+    target = kv + slot * (4 * KV_HEADS * HALF) + (head - Q_HEADS) * (2 * HALF) + pair  # K's heads, then V's
+    tl.store(target, left, cached)
+    tl.store(target + HALF, right, cached)
+
+
+@triton.jit
+def _weight(
+    q_weight: tl.tensor, k_weight: tl.tensor, query: tl.tensor, pair: tl.tensor, HALF: tl.constexpr
+) -> tl.tensor:
+    """The norm's weights of half a head, float32, for query heads and for others."""
+    q = tl.load(q_weight + pair, pair < HALF, other=0.0).to(tl.float32)
+    k = tl.load(k_weight + pair, pair < HALF, other=0.0).to(tl.float32)
+    return tl.where(query, q, k)
+
+
+@triton.jit
+def _rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    return x.to(dtype).to(tl.float32)

@@ -1,0 +1,49 @@
+"""The specification of kernels.paged_attention: attention over a KV cache addressed by tables of blocks."""
+
+import torch
+from torch import Tensor
+
+
+def paged_decode(
+    q: Tensor, kv: Tensor, block_tables: Tensor, context_lens: Tensor, block_size: int, scale: float, out: Tensor
+) -> None:
+    """out[s, h] = softmax(q[s, h] Kᵀ · scale) V over sequence s's context, h reading KV head h // (heads / kv_heads).
+
+    Arguments as in kernels.paged_attention.paged_decode. The weights are not rounded.
+    """
+    for row, context in enumerate(context_lens.tolist()):
+        out[row] = _attend(q[row], kv, block_tables[row], context, block_size, scale)
+
+
+def paged_prefill(
+    q: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    block_size: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """As `paged_decode` for several queries a sequence: the last ones of its context, each seeing up to itself.
+
+    Arguments as in kernels.paged_attention.paged_prefill.
+    """
+    starts = query_starts.tolist()
+    out[starts[-1] :] = 0
+    for sequence, context in enumerate(context_lens.tolist()):
+        start, stop = starts[sequence : sequence + 2]
+        for row in range(start, stop):
+            seen = max(context - (stop - 1 - row), 0)
+            out[row] = _attend(q[row], kv, block_tables[sequence], seen, block_size, scale)
+
+
+def _attend(query: Tensor, kv: Tensor, table: Tensor, seen: int, block_size: int, scale: float) -> Tensor:
+    """One row's attention, (heads, d) float32, over the first `seen` tokens; zeros if there are none."""
+    heads, head_dim = query.shape
+    tokens = torch.arange(seen, device=table.device)
+    slots = table[tokens // block_size].long() * block_size + tokens % block_size
+    k, v = kv[slots].float().permute(1, 2, 0, 3)  # (kv_heads, seen, d)
+    grouped = query.float().view(len(k), -1, head_dim)
+    weights = (grouped @ k.transpose(1, 2) * scale).softmax(-1)
+    return (weights @ v).view(heads, head_dim)

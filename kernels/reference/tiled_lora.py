@@ -1,0 +1,66 @@
+"""Grouped LoRA products over tiles, in PyTorch: what the kernels of the same names compute."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.adapter_table import BIAS, MAX_PARTS, NO_BIAS, RANKS, A, B
+from kernels.lora_tiles import Tiles
+
+
+def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
+    """Σₛ t[rows, s, :rank] = x[rows] Aᵀ for every tile whose adapter adapts the site, in float32.
+
+    x is (T, in), `t` (T, splits, width) float32. Gives the part of `t` that is summed over, for the expand: here
+    `t[:, :1]`. Other rows of `t`, and columns past the adapter's ranks, are not written.
+    """
+    for rows, fields in _adapted(site, table, tiles):
+        rank, features = fields[RANKS + MAX_PARTS], x.shape[1]
+        a = _matrix(arena, fields[A], rank, features)
+        t[rows, 0, :rank] = x[rows].float() @ a.t()
+    return t[:, :1]
+
+
+def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
+    """As the shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
+
+    token_ids is (T,) int64.
+    """
+    for rows, fields in _adapted(site, table, tiles):
+        rank = fields[RANKS + MAX_PARTS]
+        ranks = torch.arange(rank, device=arena.device)
+        t[rows, 0, :rank] = arena[fields[A] + token_ids[rows, None] * rank + ranks].to(t.dtype)
+    return t[:, :1]
+
+
+def expand(t: Tensor, y: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, widths: Sequence[int]) -> None:
+    """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
+
+    `t` is what the shrink gave, y is (T, out) and the site's parts fill its columns side by side, `widths` of them
+    each. Computed in float32 and rounded to y's dtype once. Rows of no tile and columns of parts that are not
+    adapted keep their bits.
+    """
+    for rows, fields in _adapted(site, table, tiles):
+        stop = 0
+        for part, width in enumerate(widths):
+            start, stop = stop, stop + width
+            first, last = fields[RANKS + part : RANKS + part + 2]
+            if first == last:
+                continue
+            delta = t[rows, :, first:last].sum(1) @ _matrix(arena, fields[B + part], last - first, width)
+            if fields[BIAS + part] != NO_BIAS:
+                delta += _matrix(arena, fields[BIAS + part], 1, width)
+            y[rows, start:stop] += delta
+
+
+def _adapted(site: int, table: Tensor, tiles: Tiles) -> Iterator[tuple[slice, list[int]]]:
+    """Rows and table entry of every tile whose adapter adapts the site."""
+    for first, count, slot in tiles.fields.tolist():
+        fields = table[slot, site].tolist()
+        if count and fields[RANKS + MAX_PARTS]:
+            yield slice(first, first + count), fields
+
+
+def _matrix(arena: Tensor, offset: int, rows: int, columns: int) -> Tensor:
+    return arena[offset : offset + rows * columns].view(rows, columns).to(torch.float32)

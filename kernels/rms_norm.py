@@ -1,0 +1,112 @@
+"""RMSNorm, alone or behind the addition to the residual stream: one launch, one pass over memory."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class RmsNormConfig(NamedTuple):
+    """How the norm is launched: a program has as many rows as fill `elements`, one at least."""
+
+    elements: int
+    num_warps: int
+
+
+CANDIDATES = [
+    RmsNormConfig(elements, num_warps)
+    for elements, num_warps in [(1024, 4), (1024, 1), (1024, 2), (1024, 8), (1024, 16), (4096, 4), (4096, 8), (256, 1)]
+]
+DEFAULT = CANDIDATES[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, floor: Tensor, config: RmsNormConfig = DEFAULT) -> Tensor:
+    """y = x / sqrt(‖x‖² + floor²) · weight over the last dimension, in float32, rounded once to x's dtype.
+
+    `x` is (T, n), or (T, heads, n), with a last dimension without gaps; `weight` is float32, (n,), or (heads, n)
+    for a norm per head; `floor` is a float32 scalar tensor. See kernels.reference.elementwise.rms_norm.
+    """
+    tokens, heads, width = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
+    assert weight.shape in ((width,), (heads, width))
+    assert x.stride(-1) == weight.stride(-1) == 1
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    head_stride = x.stride(1) if x.dim() == 3 else 0
+    weight_stride = weight.stride(0) if weight.dim() == 2 else 0
+    rows, block = _tile(width, config)
+    if out.numel():
+        _rms_norm_kernel[(triton.cdiv(tokens * heads, rows),)](
+            x, weight, floor, out, tokens * heads, x.stride(0), head_stride, weight_stride, HEADS=heads, WIDTH=width,
+            ROWS=rows, BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def add_rms_norm(
+    residual: Tensor, y: Tensor, alpha: float, weight: Tensor, floor: Tensor, config: RmsNormConfig = DEFAULT
+) -> Tensor:
+    """residual += alpha · y, in place, rounded to its dtype; gives the norm of the sum so rounded, as `rms_norm` does.
+
+    `residual` and `y` are (T, n) of one dtype, in memory of their own, with rows without gaps; `weight` is (n,).
+    """
+    tokens, width = residual.shape
+    assert (y.shape, y.dtype, weight.shape) == (residual.shape, residual.dtype, (width,))
+    assert residual.stride(1) == y.stride(1) == weight.stride(0) == 1
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    rows, block = _tile(width, config)
+    if out.numel():
+        _add_rms_norm_kernel[(triton.cdiv(tokens, rows),)](
+            residual, y, float(alpha), weight, floor, out, tokens, residual.stride(0), y.stride(0), WIDTH=width,
+            ROWS=rows, BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def _tile(width: int, config: RmsNormConfig) -> tuple[int, int]:
+    """A program's rows and columns: a row is held whole, so that it is read once."""
+    block = triton.next_power_of_2(width)
+    return max(1, config.elements // block), block
+
+
+@triton.jit
+def _norm(x: tl.tensor, weight: tl.tensor, floor: tl.tensor) -> tl.tensor:
+    """x / sqrt(‖x‖² + floor²) · weight for each row of x, float32."""
+    length = tl.sqrt(tl.sum(x * x, 1) + floor * floor)
+    return x / length[:, None] * weight
+
+
+@triton.jit(do_not_specialize=["rows"])  # it changes with the batch
+def _rms_norm_kernel(
+    x: tl.tensor, weight: tl.tensor, floor: tl.tensor, out: tl.tensor, rows: tl.tensor, token_stride: tl.tensor,
+    head_stride: tl.tensor, weight_stride: tl.tensor, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """out[row] = x[token, head] / sqrt(‖x[token, head]‖² + floor²) · weight[head], row = token · HEADS + head."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (column < WIDTH)
+    start = (row // HEADS).to(tl.int64) * token_stride + row % HEADS * head_stride
+    values = tl.load(x + start[:, None] + column, inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + (row % HEADS * weight_stride)[:, None] + column, inside, other=0.0)
+    y = _norm(values, scale, tl.load(floor))
+    tl.store(out + row.to(tl.int64)[:, None] * WIDTH + column, y.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_rms_norm_kernel(
+    residual: tl.tensor, y: tl.tensor, alpha: tl.tensor, weight: tl.tensor, floor: tl.tensor, out: tl.tensor,
+    rows: tl.tensor, residual_stride: tl.tensor, y_stride: tl.tensor, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """residual[row] += alpha · y[row]; out[row] = residual[row] / sqrt(‖residual[row]‖² + floor²) · weight."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    old = tl.load(residual + row * residual_stride + column, inside, other=0.0).to(tl.float32)
+    added = tl.load(y + row * y_stride + column, inside, other=0.0).to(tl.float32)
+    total = (old + added * alpha).to(residual.dtype.element_ty)
+    tl.store(residual + row * residual_stride + column, total, inside)
+    scale = tl.load(weight + column, column < WIDTH, other=0.0)
+    normed = _norm(total.to(tl.float32), scale, tl.load(floor))
+    tl.store(out + row * WIDTH + column, normed.to(out.dtype.element_ty), inside)

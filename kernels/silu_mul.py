@@ -1,0 +1,54 @@
+"""The gated SiLU between an MLP's two projections."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class SiluMulConfig(NamedTuple):
+    """How the product is launched: a program has `block` columns of one row."""
+
+    block: int
+    num_warps: int
+
+
+CANDIDATES = [
+    SiluMulConfig(block, num_warps)
+    for block, num_warps in [(1024, 4), (256, 1), (512, 2), (512, 4), (1024, 2), (1024, 8), (2048, 4), (2048, 8)]
+]
+DEFAULT = CANDIDATES[0]
+
+
+def silu_mul(gate_up: Tensor, config: SiluMulConfig = DEFAULT) -> Tensor:
+    """y = gate · sigmoid(gate) · up, in float32, rounded once to the dtype of `gate_up`.
+
+    `gate_up` is (T, 2n) with the gate in its first half and rows without gaps; y is (T, n). See
+    kernels.reference.elementwise.silu_mul, which rounds the SiLU as well.
+    """
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    assert (gate_up.stride(1), gate_up.shape[1]) == (1, 2 * width)
+    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        _silu_mul_kernel[(rows, triton.cdiv(width, config.block))](
+            gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=config.block, num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up: tl.tensor, out: tl.tensor, row_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """out[row, c] = gate / (1 + exp(-gate)) · up, gate = gate_up[row, c] and up = gate_up[row, WIDTH + c]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    start = gate_up + row * row_stride
+    gate = tl.load(start + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(start + WIDTH + column, inside, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * WIDTH + column, y.to(out.dtype.element_ty), inside)
