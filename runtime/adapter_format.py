@@ -21,7 +21,7 @@ from runtime.adapter_tensors import AdapterTensors, BaseTensor, StoredTensor
 from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.models.config import ModelConfig
 from runtime.peft_config import PeftConfig, parse_peft_config
-from runtime.safetensors_header import Header, read_header, write_header
+from runtime.safetensors_header import Header, header_in, read_header, write_header
 
 __all__ = [
     "AdapterConfig",
@@ -120,13 +120,16 @@ def canonical_from_tensors(
         return summary.digest, out.getvalue()
 
 
-def read_canonical(source: Path | bytes | bytearray) -> tuple[AdapterConfig, Header, int]:
+def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, Header, int]:
     """The configuration, the header and the data's offset of a canonical file.
 
     Raises InvalidAdapter when the file is not one.
     """
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        header = read_header(file)
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            header = read_header(file)
+    else:
+        header = header_in(memoryview(source))
     try:
         config = msgspec.json.decode(header.metadata[CONFIG_KEY], type=AdapterConfig)
     except (KeyError, msgspec.DecodeError) as error:
