@@ -15,6 +15,7 @@ from service.adapter_version import Condition, Upload
 from service.base_tensors import base_tensors
 from service.bundle import Bundle
 from service.imports import Import, Imports, Published
+from service.pace import Pace
 from service.responses import ApiError
 from service.source_urls import Source
 from service.uploads import read_bundle
@@ -38,7 +39,7 @@ async def upload(request: Request, name: str, wishes: Wishes, condition: Conditi
     imports.require_idle(name)
     state.catalog.require(name, condition, ephemeral=wishes.ephemeral)  # before gigabytes are read in vain
     async with imports.uploading(), translated_errors(), state.catalog.staging(wishes.ephemeral) as directory:
-        bundle = await read_bundle(request, directory, state.settings.max_upload_bytes)
+        bundle = await read_bundle(request, directory, state.settings.max_upload_bytes, Pace(state.engine.busy))
         checked = await asyncio.to_thread(_checked, state, bundle, "upload", wishes)
         imports.require_idle(name)
         published: Published = await state.catalog.publish(name, checked, condition)
@@ -86,6 +87,7 @@ def _checked(state: State, bundle: Bundle, source: str, wishes: Wishes) -> Uploa
         max_rank=engine.max_lora_rank,
         base_model_names=(state.settings.served_name, engine.model),
         base_tensor=base_tensors(engine),
+        pause=Pace(state.engine.busy).pause,
     )
     return Upload(summary, target, source, wishes.ephemeral, wishes.preload, wishes.pin)
 
