@@ -9,7 +9,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from runtime.adapter_tensors import AdapterTensors, BaseTensor, StoredTensor
+from runtime.adapter_tensors import CHUNK_BYTES, AdapterTensors, BaseTensor, StoredTensor
 from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.models.config import ModelConfig
 from runtime.peft_config import PeftConfig, parse_peft_config
-from runtime.safetensors_header import Header, read_header, write_header
+from runtime.safetensors_header import Header, header_in, read_header, write_header
 
 __all__ = [
     "AdapterConfig",
@@ -72,12 +72,14 @@ def canonicalise(
     base_model_names: Sequence[str] = (),
     strict: bool = False,
     base_tensor: BaseTensor | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> AdapterSummary:
     """Check an adapter completely and write its canonical file at `target`.
 
     The header and the configuration are checked before any data is read; the data is scanned while it is
     copied. `base_model_names` are what the base is called: another name in the configuration is a warning,
     or an error if `strict`. `base_tensor` gives the base's own tensors, which an adapter may repeat.
+    `pause` is called before each piece of work, of a few milliseconds.
     Raises InvalidAdapter, and leaves nothing at `target` then.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
@@ -85,7 +87,7 @@ def canonicalise(
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
         with weights.open("rb") as source, partial.open("xb") as out:
-            summary = _write_canonical(source, peft, model, base_tensor, warnings, out)
+            summary = _write_canonical(source, peft, model, base_tensor, warnings, out, pause)
             out.flush()
             os.fsync(out.fileno())
         partial.replace(target)
@@ -120,13 +122,16 @@ def canonical_from_tensors(
         return summary.digest, out.getvalue()
 
 
-def read_canonical(source: Path | bytes | bytearray) -> tuple[AdapterConfig, Header, int]:
+def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, Header, int]:
     """The configuration, the header and the data's offset of a canonical file.
 
     Raises InvalidAdapter when the file is not one.
     """
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        header = read_header(file)
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            header = read_header(file)
+    else:
+        header = header_in(memoryview(source))
     try:
         config = msgspec.json.decode(header.metadata[CONFIG_KEY], type=AdapterConfig)
     except (KeyError, msgspec.DecodeError) as error:
@@ -152,13 +157,18 @@ def _write_canonical(
     base_tensor: BaseTensor | None,
     warnings: list[str],
     out: BinaryIO,
+    pause: Callable[[], None] = lambda: None,
 ) -> AdapterSummary:
+    pause()
     adapter = AdapterTensors(source, peft, model, base_tensor)
     config = AdapterConfig(alora_invocation_tokens=peft.alora_invocation_tokens, scales=adapter.scales)
     metadata = {CONFIG_KEY: msgspec.json.encode(config, order="sorted").decode()}
     header = write_header({n: (e.dtype, e.shape) for n, e in adapter.tensors.items()}, metadata)
-    digest, size = blake3(), 0
+    digest, size, due = blake3(), 0, 0
     for chunk in _chunks(header, adapter):
+        if size >= due:
+            pause()
+            due = size + CHUNK_BYTES
         digest.update(chunk)
         size += out.write(chunk)
     return AdapterSummary(

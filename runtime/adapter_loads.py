@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from runtime.adapter_loader import THREADS, AdapterLoader, FileWanted, Finished, Source, Task
+from runtime.adapter_file import FileWanted
+from runtime.adapter_loader import THREADS, AdapterLoader, Finished, Source, Task
 from runtime.adapter_tier import AdapterTier
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.messages import Tier
@@ -35,6 +36,7 @@ class AdapterLoads:
         self._starving: RegisteredAdapter | None = None  # nobody else may take device memory
         self._polls = 0
         self._clock = clock
+        self._touch_ahead()
 
     def ask(self, adapter: RegisteredAdapter, goal: Tier, claim: Claim, *, at_turn: bool = False) -> None:
         """See to it that an adapter gets to a tier, and start at once if there is room.
@@ -256,6 +258,7 @@ class AdapterLoads:
         if filling:
             adapter.seconds, adapter.stages = adapter.seconds | adapter.stages, {}
             adapter.retry_seconds = FIRST_RETRY_SECONDS
+            self._touch_ahead()
         if adapter.goal is not None and self.tiers[adapter.goal].holds(adapter.digest):
             self._end(adapter)
 
@@ -278,6 +281,10 @@ class AdapterLoads:
             self._reading.discard(adapter)
         adapter.goal, adapter.claim, adapter.content = None, Claim.NONE, None
         self._host.claim(adapter.digest, Claim.NONE)
+
+    def _touch_ahead(self) -> None:
+        for tier in self.tiers.values():
+            self.loader.touch(tier.ahead())
 
     def _count_host_use(self, adapter: RegisteredAdapter) -> None:
         if self._host.holds(adapter.digest):

@@ -153,8 +153,9 @@ class AdapterTensors:
     def _check_config(self, config: PeftConfig) -> None:
         """Refuse what PEFT would leave out or do otherwise with these tensors."""
         ends = {module.rpartition(".")[2] for module in self.scales}
+        firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
         for module in self.scales:
-            own = self._names[next(name for name in self.tensors if name.startswith(f"{module}."))]
+            own = self._names[firsts[module]]
             if not config.target_modules.names(module):
                 raise InvalidAdapter(own, "is left over: target_modules does not name its module, or it is excluded")
             layer = re.match(r"model\.layers\.(\d+)\.", module)

@@ -10,6 +10,7 @@ from runtime.arena import Arena, Window, aligned
 from runtime.messages import Tier, TierStats
 from runtime.tier_entry import Claim, Entry
 
+AHEAD_BYTES = 128 << 20  # of memory that are taken before they are needed: an adapter of rank 64 has 78 MB
 PINNED_SHARE = 2  # pins may take one part in so many: the rest is for everybody
 
 
@@ -29,6 +30,7 @@ class AdapterTier:
         self._arena = Arena(capacity_bytes)
         elements = self._arena.capacity // dtype.itemsize
         self._memory = torch.empty(elements, dtype=dtype, device=device, pin_memory=page_locked)
+        self._reached = self._ahead = 0  # where the low extents have ended at most, and what `ahead` has given out
         self._entries: dict[str, Entry] = {}
         self._pins: dict[str, int] = {}  # bytes, which count from the promise on
         # The smallest size for which there was no room, until something changes, by `_window`'s other arguments.
@@ -96,11 +98,20 @@ class AdapterTier:
     def reserve(self, digest: str, size: int, claim: Claim) -> bool:
         """Take an extent for an adapter, evicting whom it takes and nobody in vain; False when there is no room now."""
         assert digest not in self._entries, f"{digest} has its extent in {self.name} memory"
-        offset = self._allocate(size, claim, high=digest in self._pins)
+        high = digest in self._pins
+        offset = self._allocate(size, claim, high=high)
         if offset is None:
             return False
+        if not high:
+            self._reached = max(self._reached, offset + size)
         self._entries[digest] = Entry(offset, size)
         return True
+
+    def ahead(self) -> Tensor:
+        """What the next adapters will be written to and no earlier call has returned; may be empty."""
+        start = self._ahead
+        self._ahead = max(start, min(self._reached + AHEAD_BYTES, self.capacity_bytes))
+        return self._view(start, self._ahead - start)
 
     def lacks_room(self, size: int, claim: Claim, leaving: Collection[str] = ()) -> bool:
         """Whether pins and what is in use keep an adapter of that size out, even when those `leaving` have left.

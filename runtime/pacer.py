@@ -37,7 +37,7 @@ class Pacer:
         self._gap.wait(self.patience_seconds)
 
 
-def yield_to_others() -> None:
+def yield_to_others(niceness: int = NICENESS) -> None:
     """Give the calling thread a lower priority than those that compute."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

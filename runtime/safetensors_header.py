@@ -4,10 +4,11 @@ A file is eight bytes with the header's length (little endian), the header as JS
 Nothing of the data is read here: what the header claims is checked against the file's size first.
 """
 
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from runtime.invalid_adapter import InvalidAdapter, shown
@@ -51,7 +52,18 @@ def read_header(file: BinaryIO) -> Header:
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    prefix = file.read(LENGTH_BYTES)
+    return _header(file.read, size)
+
+
+def header_in(content: memoryview) -> Header:
+    """The header of a whole file in memory, in bytes, as `read_header` reads it."""
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
+    start = io.BytesIO(content[: LENGTH_BYTES + min(length, MAX_HEADER_BYTES)])  # a copy, but of no more than it is
+    return _header(start.read, len(content))
+
+
+def _header(read: Callable[[int], bytes], size: int) -> Header:
+    prefix = read(LENGTH_BYTES)
     for magic, what in FOREIGN_FORMATS:
         if prefix.startswith(magic) and int.from_bytes(prefix, "little") > MAX_HEADER_BYTES:
             raise InvalidAdapter(FILE, f"{what}, expected safetensors")
@@ -60,7 +72,7 @@ def read_header(file: BinaryIO) -> Header:
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise InvalidAdapter(FILE, f"claims a header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
-    text = file.read(length)
+    text = read(length)
     if len(text) < length:
         raise InvalidAdapter(FILE, f"is truncated: its header claims {length} bytes and {len(text)} are there")
     fields = exact_json_object(text, FILE)

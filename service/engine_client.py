@@ -119,6 +119,10 @@ class EngineClient(EnginePrefixes):
 
     # ------------------------------------------------------------------ requests
 
+    def busy(self) -> bool:
+        """Whether any request runs or waits to."""
+        return bool(self._streams)
+
     async def generate(self, command: Generate) -> AsyncGenerator[Tokens, None]:
         """Run one sequence and yield its tokens as they come; closing the generator aborts it.
 

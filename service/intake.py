@@ -15,6 +15,7 @@ from service.adapter_version import Condition, Upload
 from service.base_tensors import base_tensors
 from service.bundle import Bundle
 from service.imports import Import, Imports, Published
+from service.pace import Pace
 from service.responses import ApiError
 from service.source_urls import Source
 from service.uploads import read_bundle
@@ -38,8 +39,9 @@ async def upload(request: Request, name: str, wishes: Wishes, condition: Conditi
     imports.require_idle(name)
     state.catalog.require(name, condition, ephemeral=wishes.ephemeral)  # before gigabytes are read in vain
     async with imports.uploading(), translated_errors(), state.catalog.staging(wishes.ephemeral) as directory:
-        bundle = await read_bundle(request, directory, state.settings.max_upload_bytes)
-        checked = await asyncio.to_thread(_checked, state, bundle, "upload", wishes)
+        pace = Pace(state.engine.busy)
+        bundle = await read_bundle(request, directory, state.settings.max_upload_bytes, pace)
+        checked = await asyncio.to_thread(_checked, state, bundle, "upload", wishes, pace)
         imports.require_idle(name)
         published: Published = await state.catalog.publish(name, checked, condition)
     imports.published(name)
@@ -54,8 +56,9 @@ def start_import(state: State, name: str, source: Source, wishes: Wishes, condit
 
     async def work(job: Import) -> Published:
         async with translated_errors(), state.catalog.staging(wishes.ephemeral) as directory:
+            pace = Pace(state.engine.busy)
             fetched = await imports.on_thread(job, state.sources.fetch, source, directory, job.progressed)
-            checked = await imports.on_thread(job, _checked, state, fetched.bundle, fetched.url, wishes)
+            checked = await imports.on_thread(job, _checked, state, fetched.bundle, fetched.url, wishes, pace)
             job.committing = True
             published: Published = await state.catalog.publish(name, checked, condition)
             imports.published(name)
@@ -74,7 +77,7 @@ async def remove(state: State, name: str, condition: Condition, *, force: bool =
         await state.catalog.delete(name, condition, force=force)
 
 
-def _checked(state: State, bundle: Bundle, source: str, wishes: Wishes) -> Upload:
+def _checked(state: State, bundle: Bundle, source: str, wishes: Wishes, pace: Pace) -> Upload:
     """Check a bundle completely and write its canonical file beside it; blocks."""
     target = bundle.weights.with_name("canonical.safetensors")
     engine = state.settings.engine
@@ -86,6 +89,7 @@ def _checked(state: State, bundle: Bundle, source: str, wishes: Wishes) -> Uploa
         max_rank=engine.max_lora_rank,
         base_model_names=(state.settings.served_name, engine.model),
         base_tensor=base_tensors(engine),
+        pause=pace.pause,
     )
     return Upload(summary, target, source, wishes.ephemeral, wishes.preload, wishes.pin)
 

@@ -13,13 +13,13 @@ from runtime.invalid_adapter import InvalidAdapter
 from runtime.safetensors_header import read_header
 from service.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
 from service.multipart_body import MultipartBody
+from service.pace import PIECE_BYTES, Pace
 from service.responses import ApiError
 from service.tar_body import TarBody
 
 ACCEPTED = "multipart/form-data, application/x-tar or application/vnd.safetensors"
 # A client that sends less takes one of few places from those that would send more.
 PATIENCE_SECONDS, LEAST_BYTES_PER_SECOND = 30.0, 16 * 1024
-_FEED_BYTES = 1 << 20  # handed to a thread at once: per chunk of the network (64 KiB) the hop would cost more
 
 
 class Body(Protocol):
@@ -53,7 +53,7 @@ class SafetensorsBody:
         return Bundle(self._weights, config.encode())
 
 
-async def read_bundle(request: Request, directory: Path, max_bytes: int) -> Bundle:
+async def read_bundle(request: Request, directory: Path, max_bytes: int, pace: Pace) -> Bundle:
     """Read a request's body into `directory`, which the caller removes whatever happens.
 
     Raises ApiError: 415 for another content type, 413 past `max_bytes` (counted, whatever the headers say),
@@ -66,7 +66,7 @@ async def read_bundle(request: Request, directory: Path, max_bytes: int) -> Bund
     files = BundleFiles(directory, max_bytes)
     try:
         body = _body(request, files, directory)
-        await _feed(request, body.feed, max_bytes)
+        await _feed(request, body.feed, max_bytes, pace)
         return await asyncio.to_thread(body.finish)
     finally:
         files.close()
@@ -84,19 +84,26 @@ def _body(request: Request, files: BundleFiles, directory: Path) -> Body:
     raise ApiError(415, "unsupported_media_type", message, "Content-Type", {"Accept": ACCEPTED})
 
 
-async def _feed(request: Request, feed: Callable[[bytes], None], max_bytes: int) -> None:
-    received, pending = 0, bytearray()
+async def _feed(request: Request, feed: Callable[[bytes], None], max_bytes: int, pace: Pace) -> None:
+    """Hand the body to a thread, a piece at a time: per chunk of the network (64 KiB) the hop would cost more."""
+    received, fed = 0, 0
+    pending: list[bytes] = []
     stream, started = request.stream(), time.monotonic()
     while (chunk := await _next(stream, started + PATIENCE_SECONDS + received / LEAST_BYTES_PER_SECOND)) is not None:
         received += len(chunk)
         if received > max_bytes:
             raise too_large(max_bytes)
-        pending += chunk
-        if len(pending) >= _FEED_BYTES:
-            await asyncio.to_thread(feed, bytes(pending))
-            pending.clear()
+        pending.append(chunk)
+        if received - fed >= PIECE_BYTES:
+            await asyncio.to_thread(_feed_all, feed, pending)
+            fed, pending = received, []
+            await pace.rest()
     if pending:
-        await asyncio.to_thread(feed, bytes(pending))
+        await asyncio.to_thread(_feed_all, feed, pending)
+
+
+def _feed_all(feed: Callable[[bytes], None], chunks: list[bytes]) -> None:
+    feed(b"".join(chunks))
 
 
 async def _next(stream: AsyncGenerator[bytes, None], deadline: float) -> bytes | None:

@@ -196,7 +196,7 @@ def test_a_file_that_the_system_does_not_give_is_wanted_without_the_path(pool, m
     def refuse(path, flags):
         raise OSError(error, os.strerror(error), path)
 
-    monkeypatch.setattr("runtime.adapter_loader.os.open", refuse)
+    monkeypatch.setattr("runtime.adapter_file.os.open", refuse)
     assert asked(pool, tmp_path / "adapter") == (DIGEST, "wanted", None)
     assert pool.wanted == {DIGEST: f"its file cannot be read: {os.strerror(error)}"}
 

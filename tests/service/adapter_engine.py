@@ -22,6 +22,10 @@ class AdapterEngine:
         self.unloads: list[tuple[str, Tier]] = []
         self.ended: list[str | None] = []
         self.refuse: str | None = None
+        self.running = 0  # requests
+
+    def busy(self) -> bool:
+        return self.running > 0
 
     def want(self, digest: str) -> None:
         """Say that a registered adapter's file is not there, or not whole."""

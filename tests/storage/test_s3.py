@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def proxy(s3_server: str) -> Iterator[FaultyS3]:
 
 @pytest.fixture
 def store(proxy: FaultyS3, bucket: str) -> Iterator[S3Store]:
-    opened = S3Store(bucket, endpoint=proxy.endpoint, attempts=2, part_bytes=MIB)
+    opened = S3Store(bucket, endpoint=proxy.endpoint, attempts=2, part_bytes=MIB, split_after_seconds=0.0)
     yield opened
     opened.close()
 
@@ -38,7 +39,18 @@ def test_a_large_object_is_fetched_in_parts_of_one_version(proxy: FaultyS3, stor
     assert store.fetch("blobs/big", tmp_path / "file") == etag
     assert (tmp_path / "file").read_bytes() == content
     ranges = {f"bytes={start * MIB}-{min((start + 1) * MIB, 4_250_000) - 1}" for start in range(1, 5)}
-    assert {asked for _, asked in proxy.requests} == {f"bytes=0-{MIB - 1}", *ranges}
+    assert {asked for _, asked in proxy.requests} == {"bytes=0-", *ranges}
+
+
+def test_a_fast_connection_brings_a_large_object_alone(proxy: FaultyS3, bucket: str, tmp_path: Path) -> None:
+    content = bytes(range(250)) * 17_000
+    with closing(S3Store(bucket, endpoint=proxy.endpoint, part_bytes=MIB, split_after_seconds=60.0)) as store:
+        store.put("blobs/big", content)
+        proxy.requests.clear()
+
+        store.fetch("blobs/big", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
+    assert proxy.requests == [("GET", "bytes=0-")]
 
 
 @pytest.mark.parametrize("size", [MIB - 1, MIB, MIB + 1, 2 * MIB])
@@ -184,7 +196,7 @@ import resource, sys
 from pathlib import Path
 from storage.s3 import S3Store
 from storage.store import StoreFull
-store = S3Store(sys.argv[1], endpoint=sys.argv[2], part_bytes=100_000)
+store = S3Store(sys.argv[1], endpoint=sys.argv[2], part_bytes=100_000, split_after_seconds=0.0)
 store.put("blobs/big", b"x" * 1_000_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 try:
