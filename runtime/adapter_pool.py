@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from kernels.reference.grouped_lora import SiteWeights
 from runtime.adapter_answers import AdapterAnswers
+from runtime.adapter_layout import AdapterLayout
 from runtime.adapter_loader import Source
 from runtime.adapter_loads import AdapterLoads
 from runtime.adapter_pins import AdapterPins
@@ -154,6 +156,18 @@ class AdapterPool:
             assert adapter.layout is not None
             adapter.sites = adapter.layout.views(self.device.extent(digest))
         return adapter.sites
+
+    def placement(self, digest: str) -> tuple[AdapterLayout, int]:
+        """A referenced adapter's layout, and the element of `arena` at which its extent begins; good as of `lookup`."""
+        layout = self._adapters[digest].layout
+        assert self.device.references(digest), f"{digest} is not referenced"
+        assert layout is not None
+        return layout, self.device.first_element(digest)
+
+    @property
+    def arena(self) -> Tensor:
+        """All of the device's adapter memory, flat."""
+        return self.device.memory
 
     def lacks_room(self, digest: str, leaving: Collection[str] = ()) -> bool:
         """Whether an adapter is kept from the device by what others in use hold, but for those that are `leaving`."""

@@ -29,7 +29,7 @@ class AdapterTier:
         self.on_evict: Callable[[str], None] = lambda digest: None
         self._arena = Arena(capacity_bytes)
         elements = self._arena.capacity // dtype.itemsize
-        self._memory = torch.empty(elements, dtype=dtype, device=device, pin_memory=page_locked)
+        self.memory = torch.empty(elements, dtype=dtype, device=device, pin_memory=page_locked)
         self._reached = self._ahead = 0  # where the low extents have ended at most, and what `ahead` has given out
         self._entries: dict[str, Entry] = {}
         self._pins: dict[str, int] = {}  # bytes, which count from the promise on
@@ -46,7 +46,7 @@ class AdapterTier:
     @property
     def itemsize(self) -> int:
         """Bytes of one weight."""
-        return self._memory.itemsize
+        return self.memory.itemsize
 
     @property
     def bytes_used(self) -> int:
@@ -179,6 +179,10 @@ class AdapterTier:
         entry = self._entries[digest]
         return self._view(entry.offset, entry.size)
 
+    def first_element(self, digest: str) -> int:
+        """Where an adapter's extent begins in `memory`."""
+        return self._entries[digest].offset // self.memory.itemsize
+
     def publish(self, digest: str, claim: Claim = Claim.NONE, grace: int = 0) -> None:
         """Its extent has been filled; it is spared for `grace` ticks, if any, in which it can be acquired."""
         entry = self._entries[digest]
@@ -295,5 +299,5 @@ class AdapterTier:
             assert entry.ready or entry.target is None
 
     def _view(self, offset: int, size: int) -> Tensor:
-        start = offset // self._memory.itemsize
-        return self._memory[start : start + size // self._memory.itemsize]
+        start = offset // self.memory.itemsize
+        return self.memory[start : start + size // self.memory.itemsize]

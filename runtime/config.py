@@ -32,6 +32,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_adapter_bytes: int = 2048 * MIB
     max_lora_rank: int = 256
     threads: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA device if there is one
+    kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: triton on a CUDA device, else reference
+    cuda_graphs: bool = True  # of decode steps, where there is a CUDA device
 
     def __post_init__(self) -> None:
         positive = (

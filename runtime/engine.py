@@ -12,7 +12,6 @@ from runtime.adapter_format import canonical_from_tensors
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.admission import RequestRefused, check_request
-from runtime.batch import build_batch
 from runtime.block_pool import BlockPool
 from runtime.block_tables import BlockTables
 from runtime.config import EngineConfig
@@ -31,9 +30,9 @@ from runtime.messages import (
     Stats,
     Tokens,
 )
-from runtime.model_runner import ModelRunner
 from runtime.prefix_holds import PrefixHolds, as_generate
-from runtime.sampler import Sampled, sample
+from runtime.runners import make_runner
+from runtime.sampler import Sampled
 from runtime.scheduler import Chunk, QueueFull, Scheduler
 from runtime.sequence import FinishReason, Sequence
 
@@ -49,10 +48,12 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.runner = ModelRunner(config)
+        self.runner = make_runner(config)
+        runner = self.runner
         self.adapters = AdapterPool(
-            self.runner.model, config.adapter_bytes, config.host_adapter_bytes, torch.float32, self.runner.device
+            runner.model, config.adapter_bytes, config.host_adapter_bytes, runner.adapter_dtype, runner.device
         )
+        runner.start(self.adapters)
         self.blocks = BlockPool(self.runner.num_blocks, config.prefix_cache)
         tables = BlockTables(self.blocks, config.block_size)
         self.host_kv = HostKv(tables, KvMover(self.runner.kv, self.runner.num_host_blocks, self.adapters.pacer))
@@ -174,16 +175,13 @@ class Engine:
             self._forget(sequence)
             self._news.append(Failed(request_id=sequence.request_id, code="adapter_failed", message=str(error)))
         if chunks:
-            runner = self.runner
-            batch = build_batch(
-                chunks, runner.model, self.config.block_size, self.adapters.lookup, runner.dtype, runner.device
-            )
+            ordered = self.runner.prepare(chunks)
             self.host_kv.settle(self.scheduler.written_blocks(chunks))
-            runner.kv.copy(self.scheduler.tables.copies)
+            self.runner.kv.copy(self.scheduler.tables.copies)
             self.scheduler.tables.copied()
             with self.adapters.pacer.computing():
-                sampled = sample(runner.forward(batch), batch.sampling)
-            self._news += self._commit(batch.chunks, sampled)
+                sampled = self.runner.run()
+            self._news += self._commit(ordered, sampled)
             self.steps += 1
         events, self._news = self._news, []
         return events

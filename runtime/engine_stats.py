@@ -7,7 +7,7 @@ from runtime.block_pool import BlockPool
 from runtime.config import EngineConfig
 from runtime.host_kv import HostKv
 from runtime.messages import KvNamespace, Ready, Stats
-from runtime.model_runner import ModelRunner
+from runtime.model_runner import Runner
 from runtime.prefix_holds import PrefixHolds
 from runtime.scheduler import Scheduler
 from runtime.sequence import Sequence
@@ -49,7 +49,7 @@ class Watched(Protocol):
     """An engine, as far as it is looked at here."""
 
     config: EngineConfig
-    runner: ModelRunner
+    runner: Runner
     adapters: AdapterPool
     blocks: BlockPool
     holds: PrefixHolds

@@ -1,36 +1,69 @@
-"""The model, its K/V cache and the device they live on: a batch in, logits out."""
+"""The model, its K/V cache and the device they live on: a step's chunks in, sampled tokens out."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from runtime.batch import Batch
+from runtime.adapter_pool import AdapterPool
+from runtime.batch import Batch, build_batch
 from runtime.config import EngineConfig
 from runtime.kv_cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
-from runtime.models.weights import load_weights
+from runtime.models.weights import Weights, load_weights
+from runtime.sampler import Sampled, sample
+from runtime.scheduler import Chunk
 
 
-class ModelRunner:
-    """Loads the model of `config` and runs batches through it. Raises ValueError for what does not fit together."""
+class Runner(Protocol):
+    """What an engine asks of the model, wherever it runs. `adapter_dtype` is what adapters are kept in for it."""
 
-    def __init__(self, config: EngineConfig):
+    model: ModelConfig
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    device: torch.device
+    num_blocks: int
+    num_host_blocks: int
+    max_model_len: int
+    kv: KvCache
+
+    def start(self, adapters: AdapterPool) -> None:
+        """Get ready for steps with adapters of a pool."""
+        ...
+
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Lay out a step, and return its chunks in the order of its rows."""
+        ...
+
+    def run(self) -> list[Sampled]:
+        """Compute the step that was laid out: a choice for each chunk that samples. Writes the K/V of every token."""
+        ...
+
+
+class LoadedModel:
+    """What every runner has: the model of `config` on a device, and K/V for it.
+
+    Raises ValueError for what does not fit together.
+    """
+
+    def __init__(self, config: EngineConfig, device: torch.device):
         directory = Path(config.model)
         self.model = ModelConfig.from_directory(directory)
-        self.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
-        self.device = torch.device("cpu")
+        self.dtype: torch.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
+        self.device = device
+        self.block_size = config.block_size
         block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
         self.num_blocks = config.kv_cache_bytes // block_bytes
         self.num_host_blocks = config.host_kv_bytes // block_bytes
         if config.host_kv_bytes and not self.num_host_blocks:
-            raise ValueError(
-                f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {config.host_kv_bytes}"
-            )
+            given = config.host_kv_bytes
+            raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
-        self.decoder = Decoder(self.model, load_weights(self.model, directory, self.dtype, config.load_format))
-        self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, self.device)
+        self.weights: Weights = load_weights(self.model, directory, self.dtype, config.load_format, device)
+        self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
     def _max_model_len(self, config: EngineConfig) -> int:
         """The model's limit, the configured one, or what the K/V cache holds of a single sequence."""
@@ -45,9 +78,33 @@ class ModelRunner:
             )
         return wanted
 
+
+class ReferenceRunner(LoadedModel):
+    """Runs the model on the CPU, with the reference kernels.
+
+    Adapters are float32 there whatever the model is: the small products take half the time in it.
+    """
+
+    adapter_dtype = torch.float32
+
+    def __init__(self, config: EngineConfig):
+        super().__init__(config, torch.device("cpu"))
+        self.decoder = Decoder(self.model, self.weights)
+
+    def start(self, adapters: AdapterPool) -> None:
+        self._adapters = adapters
+
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        lookup = self._adapters.lookup
+        self._batch = build_batch(chunks, self.model, self.block_size, lookup, self.dtype, self.device)
+        return self._batch.chunks
+
+    def run(self) -> list[Sampled]:
+        return sample(self.forward(self._batch), self._batch.sampling)
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Float32 logits (n, vocab) of the batch's `logit_rows`; writes the K/V of every token."""
+        """Float32 logits (n, vocab) of the batch's `logit_rows`."""
         return self.decoder.forward(
             batch.token_ids, batch.positions, batch.slots, self.kv.layers, batch.groups, batch.logit_rows, batch.lora
         )

@@ -38,22 +38,22 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
             sampled.append(Sampled(None))
             continue
         if params.temperature > 0:
-            token_id = _draw(_adjust(logits[row], sequence), sequence)
-        elif _adjusts(sequence):
-            token_id = int(_adjust(logits[row], sequence).argmax())
-        sampled.append(Sampled(token_id, _logprobs(logits[row], token_id, params.logprobs)))
+            token_id = _draw(adjust(logits[row], sequence), sequence)
+        elif adjusts(sequence):
+            token_id = int(adjust(logits[row], sequence).argmax())
+        sampled.append(Sampled(token_id, logprobs_of(logits[row], token_id, params.logprobs)))
     return sampled
 
 
-def _adjusts(sequence: Sequence) -> bool:
+def adjusts(sequence: Sequence) -> bool:
     params = sequence.params
     penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
     return penalised or bool(sequence.forbidden_ids)
 
 
-def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
+def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     """Penalties and forbidden tokens: a changed copy, or the same tensor when there are none."""
-    if not _adjusts(sequence):
+    if not adjusts(sequence):
         return logits
     params, forbidden = sequence.params, sequence.forbidden_ids
     logits = logits.clone()
@@ -113,7 +113,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def _logprobs(logits: Tensor, token_id: int, alternatives: int | None) -> TokenLogprobs | None:
+def logprobs_of(logits: Tensor, token_id: int, alternatives: int | None) -> TokenLogprobs | None:
     """Log-probabilities of the unmodified distribution."""
     if alternatives is None:
         return None

@@ -181,6 +181,11 @@ def add_engine_options(arguments: argparse.ArgumentParser) -> None:
     add("--adapter-bytes", type=size, default=ENGINE.adapter_bytes, help="device memory for adapters")
     add("--host-adapter-bytes", type=size, default=ENGINE.host_adapter_bytes, help="host memory for adapters")
     add("--max-lora-rank", type=count, default=ENGINE.max_lora_rank)
+    add(
+        "--device", choices=get_args(kinds["device"]), default=ENGINE.device, help="auto: a CUDA device if there is one"
+    )
+    add("--kernels", choices=get_args(kinds["kernels"]), default=ENGINE.kernels, help="auto: triton on a CUDA device")
+    add("--no-cuda-graphs", dest="cuda_graphs", action="store_false", default=ENGINE.cuda_graphs)
     add("--threads", type=count, help="of the engine; default: one a core")
 
 

@@ -1,4 +1,5 @@
-"""What every test starts from: no network, one thread a process, reproducible hypothesis runs, the default model."""
+"""What every test starts from: no network, one thread a process, Triton's interpreter where there is no GPU,
+reproducible hypothesis runs, the default model."""
 
 import os
 from pathlib import Path
@@ -10,8 +11,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest
+import torch
 
 from service.default_model import ensure_default_model
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default, said aloud: 3.9 warns that it will change
 
 hypothesis.settings.register_profile("rootstock", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("rootstock")

@@ -39,10 +39,14 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class RmsNorm:
-    """RMSNorm over the last dimension; `weight` is (n,), or (heads, n) for a norm per head."""
+    """RMSNorm over the last dimension; the weight is (n,), or (heads, n) for a norm per head.
+
+    `weight` and `floor` are what the kernels take, `plain` and `eps` what the checkpoint says.
+    """
 
     def __init__(self, weight: Tensor, eps: float):
         size = weight.shape[-1]
+        self.plain, self.eps = weight, eps
         self.weight = weight.float() * size**0.5
         self.floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
 

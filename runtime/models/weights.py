@@ -50,18 +50,22 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def load_weights(
-    config: ModelConfig, directory: Path, dtype: torch.dtype, load_format: Literal["safetensors", "dummy"]
+    config: ModelConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    load_format: Literal["safetensors", "dummy"],
+    device: torch.device | str = "cpu",
 ) -> Weights:
-    """The model's weights in `dtype`, one layer in flight at a time.
+    """The model's weights in `dtype` on `device`, one layer in flight at a time.
 
     `load_format` "dummy" makes up random ones, the same at every start, and reads nothing. Raises
     InvalidCheckpoint naming every tensor that is missing, left over, of another shape or not of floats.
     """
     shapes = tensor_shapes(config)
     if load_format == "dummy":
-        return _Assembly(config, shapes, dtype, _dummy(shapes)).weights()
+        return _Assembly(config, shapes, dtype, device, _dummy(shapes)).weights()
     with ExitStack() as stack:
-        return _Assembly(config, shapes, dtype, _open(config, directory, shapes, stack)).weights()
+        return _Assembly(config, shapes, dtype, device, _open(config, directory, shapes, stack)).weights()
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -95,8 +99,8 @@ def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
 class _Assembly:
     """Builds the decoder's weights out of a checkpoint's tensors; holds nothing that it has handed out."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype, read: Read):
-        self.config, self.shapes, self.dtype, self.read = config, shapes, dtype, read
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype, device: torch.device | str, read: Read):
+        self.config, self.shapes, self.dtype, self.device, self.read = config, shapes, dtype, device, read
         self.sites = config.sites()
 
     def weights(self) -> Weights:
@@ -138,7 +142,7 @@ class _Assembly:
     def _stacked(self, names: Sequence[str]) -> Tensor:
         """The named tensors below each other, copied straight from the file into a tensor of our own."""
         heights = [self.shapes[name][0] for name in names]
-        out = torch.empty((sum(heights), *self.shapes[names[0]][1:]), dtype=self.dtype)
+        out = torch.empty((sum(heights), *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
         for name, part in zip(names, out.split(heights), strict=True):
             part.copy_(self.read(name))
         return out

@@ -67,7 +67,7 @@ def test_an_abort_frees_the_blocks_of_a_running_request(peer):
 
 
 class StumblingRunner:
-    """A model runner whose first forward pass fails."""
+    """A runner whose first step fails."""
 
     def __init__(self, runner):
         self._runner, self._stumbled = runner, False
@@ -75,11 +75,11 @@ class StumblingRunner:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
-    def forward(self, batch):
+    def run(self):
         if not self._stumbled:
             self._stumbled = True
             raise RuntimeError("the device stumbled")
-        return self._runner.forward(batch)
+        return self._runner.run()
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):

@@ -1,0 +1,96 @@
+"""CUDA graphs of decode steps: one for each size of batch, with adapters and without."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.lora_tiles import most_tiles
+from runtime.step_inputs import StepShape
+from runtime.tiled_lora import DECODE_HEIGHT
+
+log = logging.getLogger(__name__)
+
+Replay = Callable[[], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Replay]
+
+MOST_RANKS = 192  # at a site, which a graph has programs for: r64 on q, k and v. Wider adapters run without a graph.
+WARM_UP_RUNS = 2  # that compile what is captured, and let libraries take their workspaces
+
+
+class DecodeGraphs:
+    """Graphs for decode steps of up to `most` sequences, and which of them a step fits into when it is padded.
+
+    `forward(shape, width)` runs what lies in the step's buffer; `capture` makes a replay of a call. Every graph reads
+    the buffer where a step of its shape is written. A graph without adapters is that of an engine without LoRA.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[StepShape, int], Tensor],
+        most: int,
+        table_width: int,
+        lora_width: int,
+        capture: Capture,
+    ) -> None:
+        self._table_width, self.width = table_width, min(lora_width, MOST_RANKS)
+        self._sizes = list(sizes(most))
+        self._graphs: dict[StepShape, Replay] = {}
+        started = time.monotonic()
+        for size in reversed(self._sizes):  # the largest first: the others find room in its memory
+            for adapted in (False, True):
+                shape = self._shape(size, adapted=adapted)
+                self._graphs[shape] = capture(lambda shape=shape: forward(shape, self.width))  # type: ignore[misc]
+        log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
+
+    def padded(self, shape: StepShape, width: int) -> StepShape:
+        """The shape of the smallest graph that a step fits into; its own if there is none."""
+        fits = shape.prefills == 0 and shape.decodes <= self._sizes[-1] and (not shape.tiles or width <= self.width)
+        if not fits:
+            return shape
+        return self._shape(next(size for size in self._sizes if shape.decodes <= size), adapted=shape.tiles > 0)
+
+    def of(self, shape: StepShape) -> Replay | None:
+        """The graph for exactly this shape, if there is one."""
+        return self._graphs.get(shape)
+
+    def _shape(self, size: int, *, adapted: bool) -> StepShape:
+        tiles = most_tiles(size, size, DECODE_HEIGHT) if adapted else 0
+        return StepShape(size, size, 0, self._table_width, size, tiles, tiles, DECODE_HEIGHT)
+
+
+def sizes(most: int) -> Iterator[int]:
+    """Batch sizes that graphs are captured for: powers of two and, from 16 on, what lies half-way between two."""
+    size = 1
+    while size < most:
+        yield size
+        if size >= 16 and size * 3 // 2 < most:
+            yield size * 3 // 2
+        size *= 2
+    yield most
+
+
+def capture_on_cuda(device: torch.device) -> Capture:
+    """Captures share one pool of memory: only one of their graphs runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(call: Callable[[], Tensor]) -> Replay:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = call()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    return capture

@@ -1,0 +1,104 @@
+"""The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.lora_tiles import BASE, most_tiles
+from runtime.adapter_pool import AdapterPool
+from runtime.adapter_table import AdapterTable, widest
+from runtime.config import EngineConfig
+from runtime.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
+from runtime.device_sampler import sample_on_device
+from runtime.model_runner import LoadedModel
+from runtime.models.fused_decoder import FusedDecoder
+from runtime.sampler import Sampled
+from runtime.scheduler import Chunk
+from runtime.step_inputs import StepBuffer, StepShape, step_shape, write_step
+from runtime.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
+
+STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
+
+
+class TritonRunner(LoadedModel):
+    """Runs the model with the Triton kernels; decode steps replay CUDA graphs where there are any."""
+
+    def __init__(self, config: EngineConfig, device: torch.device):
+        if device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise ValueError(
+                "kernels (--kernels) triton need a CUDA device; TRITON_INTERPRET=1 interprets them on a CPU"
+            )
+        super().__init__(config, device)
+        self.adapter_dtype = self.dtype
+        self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.decoder = FusedDecoder(self.model, self.weights, config.block_size, self.gpu)
+        self.graphs: DecodeGraphs | None = None
+        self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
+        self._lora_width = STACKED * config.max_lora_rank
+        self._table_width = -(-self.max_model_len // config.block_size)
+        most = most_tiles(self._max_tokens, self._max_running, DECODE_HEIGHT)
+        sequences = self._max_running
+        largest = StepShape(
+            self._max_tokens, sequences, sequences, self._table_width, sequences, most, sequences, DECODE_HEIGHT
+        )
+        self._buffer = StepBuffer(largest.total, device)
+        self._wants_graphs = config.cuda_graphs and device.type == "cuda"
+
+    def start(self, adapters: AdapterPool) -> None:
+        """Reserve what adapters need in a step, and capture graphs."""
+        self._adapters = adapters
+        self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
+        self._memory = LoraMemory.of(adapters.arena, self._table.rows, self._max_tokens, self._lora_width)
+        if self._wants_graphs:
+            self.graphs = self.decode_graphs(capture_on_cuda(self.device))
+
+    def decode_graphs(self, capture: Capture) -> DecodeGraphs:
+        """Graphs of what `forward` does for decode steps."""
+        return DecodeGraphs(self.forward, self._max_running, self._table_width, self._lora_width, capture)
+
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        ordered = sorted(
+            chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence))
+        )
+        slots, width = self._adapter_slots(ordered)
+        decodes, tokens = sum(chunk.length == 1 for chunk in ordered), sum(chunk.length for chunk in ordered)
+        height = tile_height(decodes, tokens)
+        adapted = sum(slot != BASE for slot in slots)
+        sampled = sum(chunk.samples for chunk in ordered)
+        tiles = most_tiles(tokens, adapted, height) if adapted else 0
+        logit_tiles = most_tiles(sampled, adapted, height) if adapted else 0
+        shape = step_shape(ordered, self.block_size, tiles, logit_tiles, height)
+        if self.graphs is not None:
+            shape = self.graphs.padded(shape, width)
+        write_step(ordered, shape, self.block_size, slots, self._buffer.on_host(shape))
+        self._buffer.upload(shape)
+        self._shape, self._width = shape, width
+        self._sampling = [chunk.sequence for chunk in ordered if chunk.samples]
+        return ordered
+
+    def _adapter_slots(self, chunks: Sequence[Chunk]) -> tuple[list[int], int]:
+        """The slot of each chunk's adapter, BASE where none applies, and the most ranks that any has at a site."""
+        slots, width = [], 0
+        for sequence, start, length, _ in chunks:
+            if sequence.adapter is None or start + length <= sequence.activation:
+                slots.append(BASE)
+                continue
+            layout, first = self._adapters.placement(sequence.adapter)
+            slots.append(self._table.slot_of(sequence.adapter, layout, first))
+            width = max(width, widest(layout))
+        return slots, width
+
+    @torch.inference_mode()
+    def run(self) -> list[Sampled]:
+        graph = None if self.graphs is None else self.graphs.of(self._shape)
+        logits = self.forward(self._shape, self._width) if graph is None else graph()
+        return sample_on_device(logits[: len(self._sampling)], self._sampling, self.gpu)
+
+    @torch.inference_mode()
+    def forward(self, shape: StepShape, width: int) -> Tensor:
+        """The logits of what lies in the buffer in a shape, under adapters of at most `width` ranks at a site."""
+        step = self._buffer.on_device(shape)
+        lora = TiledLora(self.model, self._memory, step, width, self.gpu) if shape.tiles else None
+        return self.decoder.forward(step, self.kv.layers, lora)
