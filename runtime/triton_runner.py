@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
+from kernels.interpreter import interpreted
 from kernels.lora_tiles import BASE, most_tiles
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_table import AdapterTable, widest
@@ -26,7 +26,7 @@ class TritonRunner(LoadedModel):
     """Runs the model with the Triton kernels; decode steps replay CUDA graphs where there are any."""
 
     def __init__(self, config: EngineConfig, device: torch.device):
-        if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        if device.type == "cpu" and not interpreted():
             raise ValueError(
                 "kernels (--kernels) triton need a CUDA device; TRITON_INTERPRET=1 interprets them on a CPU"
             )

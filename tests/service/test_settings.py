@@ -47,7 +47,8 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         *("--max-waiting", "0", "--no-prefix-cache", "--max-lora-rank", "64", "--host-adapter-bytes", "3G"),
         *("--allow-source", f"file://{tmp_path}", "--allow-source", "s3://bucket/team-a", "--max-uploads", "3"),
         *("--cache-directory", str(tmp_path), "--disk-cache-bytes", "5M", "--refresh-seconds", "0.5"),
-        *("--collect-after-seconds", "60", "--host-kv-bytes", "4G"),
+        *("--collect-after-seconds", "60", "--host-kv-bytes", "0"),
+        *("--device", "cpu", "--kernels", "triton", "--no-cuda-graphs"),
         *("--max-upload-bytes", "10M", "--max-body-bytes", "1000", "--served-name", "base", "--api-key", "secret"),
     )
     assert found.engine == EngineConfig(
@@ -64,7 +65,9 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         prefix_cache=False,
         max_lora_rank=64,
         host_adapter_bytes=3072 * MIB,
-        host_kv_bytes=4096 * MIB,
+        device="cpu",
+        kernels="triton",
+        cuda_graphs=False,
     )
     assert found.allowed_sources == (f"file://{tmp_path}", "s3://bucket/team-a")
     assert (found.cache_directory, found.disk_cache_bytes, found.max_uploads) == (tmp_path, 5 * MIB, 3)
@@ -83,6 +86,8 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         (["--max-model-len", "-1"], "max-model-len"),
         (["--max-running", "600"], "max_batch_tokens (256) must be at least max_running (600)"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--host-kv-bytes", "1G", "--no-prefix-cache"], "host_kv_bytes must be 0 without prefix_cache"),
         (["--max-body-bytes", "0"], "max_body_bytes must be at least 1"),
         (["--served-name", "a@b"], "must not be empty or contain"),
         (["--allow-source", "file:///nowhere/at/all"], "'file:///nowhere/at/all' is not a directory"),
