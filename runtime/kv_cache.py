@@ -23,7 +23,7 @@ class KvCache:
     def __init__(
         self, model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.block_size = block_size
+        self.block_size, self.device = block_size, device
         shape = (model.num_layers, num_blocks * block_size, 2, model.num_kv_heads, model.head_dim)
         self._whole = torch.zeros(shape, dtype=dtype, device=device)
         self.layers: list[Tensor] = list(self._whole)
@@ -33,8 +33,9 @@ class KvCache:
         return self._whole[:, block * self.block_size : (block + 1) * self.block_size]
 
     def empty_blocks(self, count: int) -> Tensor:
-        """Ordinary memory for the content of `count` blocks, each in one piece and shaped as `block` has it."""
-        return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype)
+        """Host memory for the content of `count` blocks, each in one piece and shaped as `block` has it."""
+        page_locked = self.device.type == "cuda"
+        return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype, pin_memory=page_locked)
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[KvCopy]) -> None:

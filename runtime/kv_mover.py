@@ -27,10 +27,11 @@ class KvMover:
         self._pacer = pacer
         self._thread = ThreadPoolExecutor(1, "kv-mover", yield_to_others)
         self._saving: dict[int, Future[None]] = {}  # by block
+        self._stream = torch.cuda.Stream(kv.device) if kv.device.type == "cuda" else None
 
     def save(self, block: int, slot: int) -> None:
         """Move the content of a block that is about to be used for something else."""
-        self._saving[block] = self._thread.submit(self._move, [(self._kv.block(block), self._slots[slot])])
+        self._saving[block] = self._submit([(self._kv.block(block), self._slots[slot])])
 
     def settle(self, blocks: Iterable[int]) -> None:
         """Wait until what was in `blocks` has been saved: they are going to be written to."""
@@ -42,7 +43,7 @@ class KvMover:
     def load(self, slots: Sequence[int], blocks: Sequence[int]) -> "Future[None]":
         """Move content back, from each of `slots` to one of `blocks`."""
         pairs = [(self._slots[slot], self._kv.block(block)) for slot, block in zip(slots, blocks, strict=True)]
-        loading = self._thread.submit(self._move, pairs)
+        loading = self._submit(pairs)
         loading.add_done_callback(lambda _: self._notify())
         return loading
 
@@ -53,10 +54,26 @@ class KvMover:
         if self.on_move is not None:
             self.on_move()
 
+    def _submit(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> "Future[None]":
+        if self._stream is None:
+            return self._thread.submit(self._move, pairs)
+        asked = torch.cuda.Event()
+        asked.record()  # behind the steps that have been launched: they may read or write the same blocks
+        return self._thread.submit(self._move_on, self._stream, asked, pairs)
+
     def _move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for source, target in pairs:
             self._pacer.pause()
             np.copyto(_bytes(target), _bytes(source))  # torch would enlist the threads that compute the step
+
+    def _move_on(
+        self, stream: torch.cuda.Stream, asked: torch.cuda.Event, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        with torch.cuda.stream(stream):
+            stream.wait_event(asked)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+            stream.synchronize()  # by this thread, never by a step
 
 
 def _bytes(block: Tensor) -> np.ndarray:

@@ -44,10 +44,10 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
     found = settings(
         *("--dtype", "float32", "--kv-cache-bytes", "64M", "--max-model-len", "512", "--max-running", "8"),
         *("--max-batch-tokens", "128", "--adapter-bytes", "1G", "--threads", "2", "--load-format", "dummy"),
-        *("--max-waiting", "0", "--no-prefix-cache", "--max-lora-rank", "64", "--host-adapter-bytes", "3G"),
+        *("--max-waiting", "0", "--max-lora-rank", "64", "--host-adapter-bytes", "3G"),
         *("--allow-source", f"file://{tmp_path}", "--allow-source", "s3://bucket/team-a", "--max-uploads", "3"),
         *("--cache-directory", str(tmp_path), "--disk-cache-bytes", "5M", "--refresh-seconds", "0.5"),
-        *("--collect-after-seconds", "60", "--host-kv-bytes", "0"),
+        *("--collect-after-seconds", "60", "--host-kv-bytes", "4G"),
         *("--device", "cpu", "--kernels", "triton", "--no-cuda-graphs"),
         *("--max-upload-bytes", "10M", "--max-body-bytes", "1000", "--served-name", "base", "--api-key", "secret"),
     )
@@ -62,9 +62,9 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         threads=2,
         load_format="dummy",
         max_waiting=0,
-        prefix_cache=False,
         max_lora_rank=64,
         host_adapter_bytes=3072 * MIB,
+        host_kv_bytes=4096 * MIB,
         device="cpu",
         kernels="triton",
         cuda_graphs=False,
@@ -74,6 +74,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
     assert (found.refresh_seconds, found.collect_after_seconds) == (0.5, 60.0)
     assert (found.max_upload_bytes, found.max_body_bytes) == (10 * MIB, 1000)
     assert (found.served_name, found.api_key) == ("base", "secret")
+    assert (found.engine.prefix_cache, settings("--no-prefix-cache").engine.prefix_cache) == (True, False)
 
 
 @pytest.mark.parametrize(
