@@ -136,7 +136,7 @@ class BlockPool:
         self._index[identity.key] = block
         self._known[block] = identity
         self._children.add(block, identity)
-        self._evictable.begin(block, identity.key)
+        self._evictable.begin(block, identity.key, previous)
         return block
 
     def knows(self, block: int) -> bool:
@@ -168,12 +168,12 @@ class BlockPool:
         return self._index.keys()
 
     def _evict(self) -> None:
-        block, rule = self._evictable.choose()
+        block = self._evictable.choose()
         identity = self._known[block]
         if self.on_evict is not None:
             self.on_evict(block, identity)
         self.evictions += 1
-        self._evictable.evicted(identity.key, rule)
+        self._evictable.gone(block, identity.key)
         self._forget(block)
 
     def _forget(self, block: int) -> None:

@@ -23,13 +23,15 @@ WARM_UP_RUNS = 2  # that compile what is captured, and let libraries take their 
 class DecodeGraphs:
     """Graphs for decode steps of up to `most` sequences, and which of them a step fits into when it is padded.
 
-    `forward(shape, width)` runs what lies in the step's buffer; `capture` makes a replay of a call. Every graph reads
-    the buffer where a step of its shape is written. A graph without adapters is that of an engine without LoRA.
+    `forward(shape, width)` runs what lies in the step's buffer, and `lay_out_nothing(shape)` has it hold padding alone,
+    so that captures write no K/V; `capture` makes a replay of a call. Every graph reads the buffer where a step of its
+    shape is written. A graph without adapters is that of an engine without LoRA.
     """
 
     def __init__(
         self,
         forward: Callable[[StepShape, int], Tensor],
+        lay_out_nothing: Callable[[StepShape], None],
         most: int,
         table_width: int,
         lora_width: int,
@@ -42,19 +44,22 @@ class DecodeGraphs:
         for size in reversed(self._sizes):  # the largest first: the others find room in its memory
             for adapted in (False, True):
                 shape = self._shape(size, adapted=adapted)
+                lay_out_nothing(shape)
                 self._graphs[shape] = capture(lambda shape=shape: forward(shape, self.width))  # type: ignore[misc]
         log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
 
     def padded(self, shape: StepShape, width: int) -> StepShape:
         """The shape of the smallest graph that a step fits into; its own if there is none."""
-        fits = shape.prefills == 0 and shape.decodes <= self._sizes[-1] and (not shape.tiles or width <= self.width)
-        if not fits:
+        if shape.prefills or shape.decodes > self._sizes[-1] or self._too_wide(shape, width):
             return shape
         return self._shape(next(size for size in self._sizes if shape.decodes <= size), adapted=shape.tiles > 0)
 
-    def of(self, shape: StepShape) -> Replay | None:
-        """The graph for exactly this shape, if there is one."""
-        return self._graphs.get(shape)
+    def of(self, shape: StepShape, width: int) -> Replay | None:
+        """The graph for exactly this shape, if there is one and it has programs for all `width` ranks."""
+        return None if self._too_wide(shape, width) else self._graphs.get(shape)
+
+    def _too_wide(self, shape: StepShape, width: int) -> bool:
+        return shape.tiles > 0 and width > self.width
 
     def _shape(self, size: int, *, adapted: bool) -> StepShape:
         tiles = most_tiles(size, size, DECODE_HEIGHT) if adapted else 0

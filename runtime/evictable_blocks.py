@@ -1,37 +1,36 @@
-"""Which known block goes next: the least recently or the least often used of a sample, whichever has been right."""
+"""Which known block goes next: the one whose next use is thought to be furthest away."""
 
-import math
 import random
 from collections import OrderedDict
-from typing import Literal
 
-Rule = Literal["recency", "frequency"]
-
-SAMPLE = 12
-REGRET = 0.2  # how much of its share a rule loses at most for one block that it should have kept
-LEAST_SHARE = 0.02  # of either rule: it can come back
-FORGIVEN = 0.005  # what is left of a regret for a block that was evicted as many evictions ago as there are blocks
+SAMPLE = 16
+MEMORY = 4  # blocks that went are remembered, so many times as many as there are: they may come back after that long
+# What is overdue by this much is over. With less, turns that are a little late are; with more, what is over stays.
+LATE = 1.5
+FADING = 0.97  # of an interval at each shorter one: a turn's calls come close together, and the next turn far from them
+NEWS = 0.02  # how much each interval counts in what is usual
 
 
 class EvictableBlocks:
     """Blocks that may be evicted now, in no order, and how the next one is chosen.
 
-    The oldest is right to go for conversations that come and go. Where a working set larger than the cache is used in
-    turns it is wrong: the oldest is just what comes next, and nothing would ever be found; there what was found often
-    has to stay. So both rules are followed, each in its share; when a block comes back that one of them has evicted,
-    that rule's share shrinks (as in LeCaR, Vietri et al. 2018). Each chooses from a random sample, in constant time.
+    Time is counted in uses of blocks. A block's interval is how long it went unused between two uses; what is used
+    in turns is used again an interval after its last use, so that of a working set larger than the cache a part
+    stays and is found at each turn, where the least recently used would be just what comes next. A block that has
+    not been used for longer than that is thought to stay unused for as long again: it goes before others
+    the older it is, as do conversations that have ended. A new block has the interval of the one before it, or the
+    usual one. The choice is among a random sample, in constant time.
     """
 
     def __init__(self, num_blocks: int, seed: int = 0) -> None:
         self._blocks: list[int] = []
         self._places: dict[int, int] = {}
         self._last_use = [0] * num_blocks
-        self._uses = [0] * num_blocks
+        self._interval = [0.0] * num_blocks  # 0: not known
+        self._usual_interval = 0.0
         self._now = 0
         self._random = random.Random(seed)
-        self._recency_share = 0.5
-        self._evicted: OrderedDict[bytes, tuple[Rule, int]] = OrderedDict()  # at most as many as there are blocks
-        self._evictions = 0
+        self._gone: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # last use and interval
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -51,51 +50,45 @@ class EvictableBlocks:
 
     # ------------------------------------------------------------------ what happens to blocks
 
-    def begin(self, block: int, key: bytes) -> None:
-        """A block has become known by a key, maybe once more."""
-        self._uses[block] = 0
+    def begin(self, block: int, key: bytes, previous: int | None = None) -> None:
+        """A block has become known by a key, maybe once more; `previous` is the one before it."""
+        self._interval[block] = 0.0 if previous is None else self._interval[previous]
+        if key in self._gone:
+            self._last_use[block], self._interval[block] = self._gone.pop(key)
+            self.found(block)
         self.touch(block)
-        if key in self._evicted:
-            self._regret(*self._evicted.pop(key))
 
     def found(self, block: int) -> None:
-        """A block has been found again."""
-        self._uses[block] += 1
+        """A block is used again."""
+        interval = max(self._now - self._last_use[block], FADING * self._interval[block])
+        self._interval[block] = interval
+        self._usual_interval += NEWS * (interval - self._usual_interval)
 
     def touch(self, block: int) -> None:
         """A block is in use until now."""
         self._now += 1
         self._last_use[block] = self._now
 
+    def gone(self, block: int, key: bytes) -> None:
+        """A block went, and may come back under its key."""
+        self._gone[key] = self._last_use[block], self._interval[block]
+        if len(self._gone) > MEMORY * len(self._last_use):
+            self._gone.popitem(last=False)
+
     # ------------------------------------------------------------------ choosing
 
-    def choose(self) -> tuple[int, Rule]:
-        """The next one to go, and by which rule; there must be one."""
+    def choose(self) -> int:
+        """The next one to go; there must be one."""
         count, draw = len(self._blocks), self._random.random
-        sample = [self._blocks[int(draw() * count)] for _ in range(SAMPLE)]
-        if draw() < self._recency_share:
-            return min(sample, key=self._last_use.__getitem__), "recency"
-        return min(sample, key=self._uses.__getitem__), "frequency"
+        return max((self._blocks[int(draw() * count)] for _ in range(SAMPLE)), key=self._wait)
 
-    def evicted(self, key: bytes, rule: Rule) -> None:
-        """A block was evicted by a rule: was that right?"""
-        self._evictions += 1
-        self._evicted[key] = rule, self._evictions
-        if len(self._evicted) > len(self._uses):
-            self._evicted.popitem(last=False)
-
-    def _regret(self, rule: Rule, eviction: int) -> None:
-        age = (self._evictions - eviction) / len(self._uses)
-        kept = math.exp(-REGRET * FORGIVEN**age)
-        recency, frequency = self._recency_share, 1 - self._recency_share
-        if rule == "recency":
-            recency *= kept
-        else:
-            frequency *= kept
-        share = recency / (recency + frequency)
-        self._recency_share = min(max(share, LEAST_SHARE), 1 - LEAST_SHARE)
+    def _wait(self, block: int) -> float:
+        """How long a block will stay unused, as far as one can tell."""
+        unused = self._now - self._last_use[block]
+        interval = self._interval[block] or self._usual_interval
+        return interval - unused if unused <= LATE * interval else unused
 
     def check(self) -> None:
         assert self._places == {block: place for place, block in enumerate(self._blocks)}
-        assert LEAST_SHARE <= self._recency_share <= 1 - LEAST_SHARE
-        assert len(self._evicted) <= len(self._uses)
+        assert len(self._gone) <= MEMORY * len(self._last_use)
+        assert all(last_use <= self._now for last_use in self._last_use)

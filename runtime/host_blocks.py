@@ -50,7 +50,11 @@ class HostBlocks:
         return slot
 
     def take(self, slot: int) -> BlockIdentity:
-        """Forget a block that goes back to the device. Its slot is used for no other until it is freed."""
+        """Take out a block that goes elsewhere. Its slot is used for no other until it is freed."""
+        self._evictable.gone(slot, self._known[slot].key)
+        return self._remove(slot)
+
+    def _remove(self, slot: int) -> BlockIdentity:
         identity = self._known.pop(slot)
         del self._index[identity.key]
         self._children.remove(slot, identity)
@@ -85,7 +89,7 @@ class HostBlocks:
         self.drop_after(identity.key for identity in dropped)
         for identity in dropped:
             if identity.key in self._index:
-                self._remove(self._index[identity.key])
+                self._forget(self._index[identity.key])
 
     def drop_after(self, keys: Iterable[bytes]) -> None:
         """Forget all that comes after blocks, which are here or not."""
@@ -93,7 +97,7 @@ class HostBlocks:
         for slot in after:
             after += self._children.of(self._known[slot].key)
         for slot in dict.fromkeys(after):
-            self._remove(slot)
+            self._forget(slot)
 
     @property
     def keys(self) -> Collection[bytes]:
@@ -104,13 +108,13 @@ class HostBlocks:
         """How many blocks of each namespace are here."""
         return Counter(identity.namespace for identity in self._known.values())
 
-    def _evict(self) -> None:
-        slot, rule = self._evictable.choose()
-        self.evictions += 1
-        self._evictable.evicted(self._known[slot].key, rule)
+    def _forget(self, slot: int) -> None:
         self._remove(slot)
+        self._free.append(slot)
 
-    def _remove(self, slot: int) -> None:
+    def _evict(self) -> None:
+        slot = self._evictable.choose()
+        self.evictions += 1
         self.take(slot)
         self._free.append(slot)
 

@@ -56,7 +56,13 @@ class TritonRunner(LoadedModel):
 
     def decode_graphs(self, capture: Capture) -> DecodeGraphs:
         """Graphs of what `forward` does for decode steps."""
-        return DecodeGraphs(self.forward, self._max_running, self._table_width, self._lora_width, capture)
+
+        def lay_out_nothing(shape: StepShape) -> None:
+            self._lay_out([], shape, [])
+
+        return DecodeGraphs(
+            self.forward, lay_out_nothing, self._max_running, self._table_width, self._lora_width, capture
+        )
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         ordered = sorted(
@@ -72,11 +78,14 @@ class TritonRunner(LoadedModel):
         shape = step_shape(ordered, self.block_size, tiles, logit_tiles, height)
         if self.graphs is not None:
             shape = self.graphs.padded(shape, width)
-        write_step(ordered, shape, self.block_size, slots, self._buffer.on_host(shape))
-        self._buffer.upload(shape)
+        self._lay_out(ordered, shape, slots)
         self._shape, self._width = shape, width
         self._sampling = [chunk.sequence for chunk in ordered if chunk.samples]
         return ordered
+
+    def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: Sequence[int]) -> None:
+        write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape))
+        self._buffer.upload(shape)
 
     def _adapter_slots(self, chunks: Sequence[Chunk]) -> tuple[list[int], int]:
         """The slot of each chunk's adapter, BASE where none applies, and the most ranks that any has at a site."""
@@ -92,7 +101,7 @@ class TritonRunner(LoadedModel):
 
     @torch.inference_mode()
     def run(self) -> list[Sampled]:
-        graph = None if self.graphs is None else self.graphs.of(self._shape)
+        graph = None if self.graphs is None else self.graphs.of(self._shape, self._width)
         logits = self.forward(self._shape, self._width) if graph is None else graph()
         return sample_on_device(logits[: len(self._sampling)], self._sampling, self.gpu)
 

@@ -70,6 +70,25 @@ def growing(order):
     return requests(), 12 * TURNS // B * TALKS + 10
 
 
+def checked_in_turn(order):
+    """Long conversations, all of which have their turn before all are checked: each comes back after all others."""
+    talks, tokens = [[1000 + talk] for talk in range(TALKS)], random.Random(0)
+
+    def requests():
+        for turn in range(TURNS):
+            for talk in order():
+                talks[talk] += tokens.choices(range(100), k=10 * B if turn == 0 else B)
+                yield list(talks[talk]), {}
+            for check in range(CHECKS):
+                for talk in order():
+                    yield (
+                        [*talks[talk], 500 + check, 501],
+                        {"adapter": f"check {check}", "activation": len(talks[talk])},
+                    )
+
+    return requests(), (10 + TURNS) * TALKS
+
+
 def repeating(order):
     """Documents that are asked about again and again."""
     tokens = random.Random(0)
@@ -97,7 +116,7 @@ def coming_and_going(order):
 
 
 def hit_rate(cache, requests):
-    """Of the prompt tokens of calls to the base: what a check finds is what its turn has just computed."""
+    """Of the prompt tokens of calls to the base: what a check finds is often what its turn has just computed."""
     asked = found = 0
     for token_ids, fields in requests:
         hits = cache.ask(token_ids, **fields)
@@ -112,14 +131,14 @@ def both(scene, order, times):
 
 
 @pytest.mark.parametrize("order", [in_turn, at_random])
-@pytest.mark.parametrize("scene", [growing, repeating])
+@pytest.mark.parametrize("scene", [growing, checked_in_turn, repeating])
 def test_a_pipeline_that_overflows_the_cache_degrades_slowly(scene, order):
     whole, _ = both(scene, order, 0.5)
-    for times in (1.0, 1.5, 2.0):
+    for times in (1.0, 1.5, 2.0, 3.0):
         ours, least_recent = both(scene, order, times)
         assert ours >= least_recent - 0.05
-        if order is in_turn and times <= 1.5:
-            assert ours > least_recent + 0.05
+        if order is in_turn:
+            assert ours > min(least_recent + 0.05, whole - 0.1)
             assert ours > 0.7 * whole / times
 
 
