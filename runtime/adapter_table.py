@@ -30,8 +30,8 @@ class AdapterTable:
         place = digest, first
         slot = self._slots.get(place)
         if slot is None:
-            slot = len(self._slots) if len(self._slots) < len(self.rows) else self._slots.popitem(last=False)[1]
             rows = table_rows([self._entry(*each, first) for each in enumerate(layout.sites)], self.width)
+            slot = len(self._slots) if len(self._slots) < len(self.rows) else self._slots.popitem(last=False)[1]
             if self.rows.is_cuda:
                 rows = rows.pin_memory()
             self.rows[slot].copy_(rows, non_blocking=True)

@@ -85,9 +85,9 @@ class BlockTables:
         sequence.blocks += taken or []
         return taken is not None
 
-    def register(self, sequence: Sequence, since: int) -> None:
-        """Make known the blocks that became full since `since` tokens had been computed."""
-        for index in range(since // self.block_size, sequence.computed // self.block_size):
+    def register(self, sequence: Sequence, since: int, until: int) -> None:
+        """Make known the blocks that became full between `since` and `until` computed tokens."""
+        for index in range(since // self.block_size, until // self.block_size):
             self._register(sequence, index)
 
     def register_tail(self, sequence: Sequence) -> None:
@@ -118,7 +118,7 @@ class BlockTables:
 
     def blocks_for(self, sequence: Sequence) -> int:
         """How many blocks all tokens of a sequence take."""
-        return -(-len(sequence.token_ids) // self.block_size)
+        return -(-len(sequence) // self.block_size)
 
     def check(self, sequences: Iterable[Sequence], others: Iterable[list[int]] = ()) -> None:
         """Recount the pool against what sequences and `others` hold."""

@@ -35,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA device if there is one
     kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: triton on a CUDA device, else reference
     cuda_graphs: bool = True  # of decode steps, where there is a CUDA device
+    overlap: bool = True  # the triton kernels' steps: the next one is laid out and launched while one runs
 
     def __post_init__(self) -> None:
         positive = (

@@ -1,4 +1,4 @@
-"""Sampling where the logits are: one wait for the chosen tokens of all rows."""
+"""Sampling where the logits are, so that the next step can begin before anybody here knows the tokens."""
 
 from collections.abc import Sequence as Seq
 
@@ -10,11 +10,48 @@ from kernels.reference.sampling import RowParams
 from runtime.sampler import Sampled, adjust, adjusts, logprobs_of, uniform
 from runtime.sequence import Sequence
 
+NOTHING = -1  # the token of a row whose logits are not finite
 
-def sample_on_device(logits: Tensor, sequences: Seq[Sequence], gpu: str) -> list[Sampled]:
-    """One token for each row of `logits` (n, vocab), as `runtime.sampler.sample` chooses it."""
+
+class DeviceSamples:
+    """The tokens that a step has chosen, on the device and, a little later, here."""
+
+    def __init__(self, logits: Tensor, sequences: Seq[Sequence], gpu: str):
+        self._logits, self._sequences = logits, sequences
+        self.chosen = choose_on_device(logits, sequences, gpu)
+        self._here = self.chosen
+        if logits.is_cuda:
+            self._here = torch.empty(self.chosen.shape, dtype=self.chosen.dtype, pin_memory=True)
+            self._here.copy_(self.chosen, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether `wait` reads the logits once more."""
+        return any(sequence.params.logprobs is not None for sequence in self._sequences)
+
+    def wait(self) -> list[Sampled]:
+        """A choice for each row, when it has been made."""
+        if self._logits.is_cuda:
+            self._arrived.synchronize()
+        return [self._sampled(row, token_id) for row, token_id in enumerate(self._here.tolist())]
+
+    def _sampled(self, row: int, token_id: int) -> Sampled:
+        if token_id == NOTHING:
+            return Sampled(None)
+        alternatives = self._sequences[row].params.logprobs
+        logprobs = None if alternatives is None else logprobs_of(self._logits[row].float(), token_id, alternatives)
+        return Sampled(token_id, logprobs)
+
+
+def choose_on_device(logits: Tensor, sequences: Seq[Sequence], gpu: str) -> Tensor:
+    """One token for each row of `logits` (n, vocab), as `runtime.sampler.sample` chooses it; NOTHING where it cannot.
+
+    Waits for nothing on the device, but where penalties of a sequence count its tokens.
+    """
     if not sequences:
-        return []
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
     finite = torch.isfinite(logits.amax(-1))
     adjusting = [row for row, sequence in enumerate(sequences) if adjusts(sequence)]
     adjusted = logits
@@ -25,13 +62,7 @@ def sample_on_device(logits: Tensor, sequences: Seq[Sequence], gpu: str) -> list
     params = _row_params(sequences, logits.shape[1], logits.device)
     cut = "sample with cuts" if len(params.cut_rows) else "sample"
     token_ids, _ = sampling.sample(adjusted, params, tuned.lookup(gpu, cut, len(sequences)).config)
-    chosen = torch.where(finite, token_ids, -1).tolist()
-    return [
-        Sampled(token_id, logprobs_of(logits[row].float(), token_id, sequences[row].params.logprobs))
-        if token_id >= 0
-        else Sampled(None)
-        for row, token_id in enumerate(chosen)
-    ]
+    return torch.where(finite, token_ids, NOTHING)
 
 
 def _row_params(sequences: Seq[Sequence], vocab: int, device: torch.device) -> RowParams:

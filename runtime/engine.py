@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,20 @@ from runtime.messages import (
     Stats,
     Tokens,
 )
+from runtime.model_runner import Results
 from runtime.prefix_holds import PrefixHolds, as_generate
 from runtime.runners import make_runner
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk, QueueFull, Scheduler
 from runtime.sequence import FinishReason, Sequence
+
+
+class Launched(NamedTuple):
+    """A step under way: its chunks in row order, its results, and whether they may be asked for after the next."""
+
+    chunks: list[Chunk]
+    results: Results
+    may_wait: bool
 
 
 class Engine:
@@ -66,6 +75,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
         )
         self.holds = PrefixHolds(self.blocks, block_size=config.block_size, longest=self.runner.max_model_len)
+        self._under_way: Launched | None = None
         self.tallies = NamespaceTallies()
         self.sequences: dict[str, Sequence] = {}
         self._own_adapters = OwnAdapters(self.runner.model)
@@ -163,28 +173,44 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether there is any request to work on."""
-        return bool(self.sequences)
+        """Whether there is any request to work on, or a step under way."""
+        return bool(self.sequences) or self._under_way is not None
 
     def step(self) -> list[Event]:
         """Compute one batch, if any sequence can run; returns what happened. Empty-handed steps are cheap."""
         self._news += [*self.adapters.poll(), *self.holds.expire()]
         self.host_kv.land()
+        if not self.scheduler.may_go_ahead:
+            self._take_in()
         chunks, rejected = self.scheduler.schedule()
         for sequence, error in rejected:
             self._forget(sequence)
             self._news.append(Failed(request_id=sequence.request_id, code="adapter_failed", message=str(error)))
-        if chunks:
-            ordered = self.runner.prepare(chunks)
-            self.host_kv.settle(self.scheduler.written_blocks(chunks))
-            self.runner.kv.copy(self.scheduler.tables.copies)
-            self.scheduler.tables.copied()
-            with self.adapters.pacer.computing():
-                sampled = self.runner.run()
-            self._news += self._commit(ordered, sampled)
-            self.steps += 1
+        launched = self._launch(chunks) if chunks else None
+        self._take_in()  # the step before, after which the device goes on at once
+        self._under_way = launched
+        if launched is not None and not launched.may_wait:
+            self._take_in()
         events, self._news = self._news, []
         return events
+
+    def _launch(self, chunks: Seq[Chunk]) -> Launched:
+        """Start to compute a step; its results are for `_take_in`."""
+        ordered = self.runner.prepare(chunks)
+        self.host_kv.settle(self.scheduler.written_blocks(chunks))
+        self.runner.kv.copy(self.scheduler.tables.copies)
+        self.scheduler.tables.copied()
+        with self.adapters.pacer.computing():
+            results, may_wait = self.runner.launch()
+        self.scheduler.advance(ordered)
+        self.steps += 1
+        return Launched(ordered, results, may_wait)
+
+    def _take_in(self) -> None:
+        """Commit the step that is under way, if there is one."""
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            self._news += self._commit(step.chunks, step.results())
 
     def _commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[Event]:
         """Take in what a step computed; one event for each sequence that got a token, or failed to get one."""
@@ -192,19 +218,21 @@ class Engine:
         choices = iter(sampled)
         for chunk in chunks:
             choice = next(choices) if chunk.samples else None
+            if self.sequences.get(chunk.sequence.request_id) is not chunk.sequence:
+                continue  # it has ended while this was under way
             if choice is not None and choice.token_id is None:
                 events.append(self._fail_non_finite(chunk.sequence))
                 continue
             sequence = chunk.sequence
-            first = sequence.num_generated == 0
+            end = chunk.start + chunk.length
             reason = self.scheduler.commit(chunk, None if choice is None else choice.token_id)
             if choice is not None:
-                events.append(self._emit(sequence, choice, reason, first))
-            elif sequence.prefix_id is not None and sequence.missing == 0:
+                events.append(self._emit(sequence, choice, reason, first=end == sequence.num_prompt))
+            elif sequence.prefix_id is not None and end == len(sequence):
                 events.append(self._hold(sequence))
         return events
 
-    def _emit(self, sequence: Sequence, choice: Sampled, reason: FinishReason | None, first: bool) -> Tokens:
+    def _emit(self, sequence: Sequence, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
         assert choice.token_id is not None
         assert sequence.started_at is not None
         self.generated_tokens += 1
@@ -252,6 +280,7 @@ class Engine:
 
     def fail_all(self, code: str, message: str) -> list[Event]:
         """End every request with the same reason."""
+        self._under_way = None
         failed = list(self.sequences)
         for request_id in failed:
             self.abort(request_id)

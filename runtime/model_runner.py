@@ -1,6 +1,6 @@
 """The model, its K/V cache and the device they live on: a step's chunks in, sampled tokens out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from runtime.models.decoder import Decoder
 from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled, sample
 from runtime.scheduler import Chunk
+
+Results = Callable[[], list[Sampled]]  # a choice for each chunk of a step that samples
 
 
 class Runner(Protocol):
@@ -38,8 +40,11 @@ class Runner(Protocol):
         """Lay out a step, and return its chunks in the order of its rows."""
         ...
 
-    def run(self) -> list[Sampled]:
-        """Compute the step that was laid out: a choice for each chunk that samples. Writes the K/V of every token."""
+    def launch(self) -> tuple[Results, bool]:
+        """Start to compute the step that was laid out, which writes the K/V of every token.
+
+        What waits for its results, and whether the next step may be laid out and launched before.
+        """
         ...
 
 
@@ -99,8 +104,9 @@ class ReferenceRunner(LoadedModel):
         self._batch = build_batch(chunks, self.model, self.block_size, lookup, self.dtype, self.device)
         return self._batch.chunks
 
-    def run(self) -> list[Sampled]:
-        return sample(self.forward(self._batch), self._batch.sampling)
+    def launch(self) -> tuple[Results, bool]:
+        sampled = sample(self.forward(self._batch), self._batch.sampling)
+        return lambda: sampled, False
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

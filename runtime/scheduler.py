@@ -98,6 +98,9 @@ class Scheduler:
         preemptions, index = self.preemptions, 0
         while index < len(self.running):
             sequence = self.running[index]
+            if sequence.is_whole:
+                index += 1
+                continue
             missing = sequence.missing
             prompts -= missing > 1
             if sequence.lacks_adapter and not self._may_go_on(sequence, rejected):
@@ -244,12 +247,25 @@ class Scheduler:
             yield from sequence.blocks[start // size : -(-(start + length) // size)]
         yield from (copy.target for copy in self.tables.copies)
 
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether the next step can be scheduled while nobody knows the results of the one under way.
+
+        Not if somebody might have to be set back or sent to wait, whose blocks are not known as what they are yet.
+        """
+        if self.blocks.available < len(self.running):
+            return False
+        return not any(sequence.needs_tokens or sequence.lacks_adapter for sequence in self.running)
+
+    def advance(self, chunks: Iterable[Chunk]) -> None:
+        """A step of these chunks is under way: `commit` each of them, in order, when its result is known."""
+        for sequence, _, length, samples in chunks:
+            sequence.advance(length, samples=samples)
+
     def commit(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
         """Take in a computed chunk and the token sampled after it, if any; frees the sequence if that ends it."""
         sequence = chunk.sequence
-        before = sequence.computed
-        sequence.computed += chunk.length
-        self.tables.register(sequence, since=before)
+        self.tables.register(sequence, chunk.start, chunk.start + chunk.length)
         if token_id is None:
             return None
         reason = sequence.append(token_id)
@@ -278,6 +294,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        sequence.forget_pending()
         self.tables.give_back(sequence)
         self._release_adapter(sequence)
         sequence.recalled = False
@@ -293,7 +310,8 @@ class Scheduler:
         assert len(self.running) <= self.max_running
         assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)
         for sequence in self.running:
-            assert sequence.computed < len(sequence) <= sequence.max_tokens
+            assert sequence.computed <= len(sequence) <= sequence.max_tokens
+            assert sequence.computed < len(sequence) or sequence.prefix_id is not None
             assert not sequence.lacks_adapter or sequence.computed <= sequence.activation
         assert len(set(map(id, self._all()))) == len(self.running) + len(self.waiting)
 

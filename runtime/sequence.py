@@ -22,7 +22,8 @@ class KvCopy(NamedTuple):
 class Sequence:
     """Prompt and generated tokens of one request, from admission to its end.
 
-    `computed` counts the tokens whose K/V is in the cache. `activation` is the first position that the adapter
+    `computed` counts the tokens whose K/V is in the cache, or will be after the steps under way; `pending` those that
+    such steps sample, which count although nobody knows them yet. `activation` is the first position that the adapter
     applies to; it is fixed at admission and outlives preemption. `kv_adapter` is the adapter that K/V from there on
     belong to, None if it leaves them as the base's. `seed` is the request's own or drawn here. `max_tokens` bounds
     prompt and output together; `eos_token_ids` end it unless the request ignores them. With a `prefix_id`, nothing is
@@ -50,7 +51,7 @@ class Sequence:
         self.num_prompt = len(request.token_ids)
         self.max_tokens = min(max_tokens, self.num_prompt + params.max_tokens)
         self.root = root_key(request.cache_salt)
-        self.computed = 0
+        self.computed = self.pending = 0
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
         self.copy: KvCopy | None = None  # ordered and not done yet: the source is held until then
@@ -63,12 +64,12 @@ class Sequence:
         self.started_at: float | None = None
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.pending
 
     @property
     def missing(self) -> int:
         """Tokens whose K/V is still to be computed: one while it decodes."""
-        return len(self.token_ids) - self.computed
+        return len(self) - self.computed
 
     @property
     def lacks_adapter(self) -> bool:
@@ -84,15 +85,37 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return len(self) - self.num_prompt
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is to be computed beside what is under way."""
+        return len(self) >= self.max_tokens or self.missing == 0
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether its tokens must be known to sample the next one."""
+        params = self.params
+        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
     @property
     def forbidden_ids(self) -> frozenset[int]:
         """Tokens that may not be sampled now: what would end the sequence before its least length."""
         return self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
 
+    def advance(self, tokens: int, *, samples: bool) -> None:
+        """A step is under way that computes the next `tokens`, and samples one after them if it `samples`."""
+        self.computed += tokens
+        self.pending += samples
+
+    def forget_pending(self) -> None:
+        """Nobody waits any more for what is under way; of the K/V, those of known tokens will be there."""
+        self.pending = 0
+        self.computed = min(self.computed, len(self.token_ids))
+
     def append(self, token_id: int) -> FinishReason | None:
-        """Take a sampled token; the reason when it ends the sequence."""
+        """Take the first pending token; the reason when it ends the sequence."""
+        self.pending -= 1
         self.token_ids.append(token_id)
         if token_id in self.stop_ids:
             return "stop"

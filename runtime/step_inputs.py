@@ -1,7 +1,8 @@
 """What a step's kernels read besides weights and K/V: integers, laid out on the host and uploaded in one copy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
 from runtime.scheduler import Chunk
+from runtime.sequence import Sequence as SequenceState
 
 ALIGNMENT = 16  # integers: kernels are compiled for pointers that are aligned, and would be again for others
 NO_SLOT = -1  # of a padding row: its K/V go nowhere
@@ -66,16 +68,23 @@ class StepInputs(NamedTuple):
 
 
 class StepBuffer:
-    """Room for any step of at most `capacity` integers on the host and on the device, at addresses that stay."""
+    """Room for any step of at most `capacity` integers on the host and on the device, at addresses that stay.
+
+    A CUDA device has two on the host, by turns: one may still be on its way when the next step is written.
+    """
 
     def __init__(self, capacity: int, device: torch.device):
-        page_locked = device.type == "cuda"
-        self._host = torch.zeros(capacity, dtype=torch.int32, pin_memory=page_locked)
-        self._device = torch.zeros(capacity, dtype=torch.int32, device=device) if page_locked else self._host
+        on_cuda = device.type == "cuda"
+        self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=on_cuda) for _ in range(1 + on_cuda)]
+        self._uploads = [torch.cuda.Event() for _ in self._hosts] if on_cuda else []
+        self._device = torch.zeros(capacity, dtype=torch.int32, device=device) if on_cuda else self._hosts[0]
+        self._turn = 0
 
     def on_host(self, shape: StepShape) -> StepInputs:
-        """Where a step of a shape is to be written."""
-        return _parts(self._host, shape)
+        """Where a step of a shape is to be written; what was there has been uploaded."""
+        if self._uploads:
+            self._uploads[self._turn].synchronize()
+        return _parts(self._hosts[self._turn], shape)
 
     def on_device(self, shape: StepShape) -> StepInputs:
         """Where kernels find it after `upload`: for a shape always in the same places."""
@@ -83,8 +92,10 @@ class StepBuffer:
 
     def upload(self, shape: StepShape) -> None:
         """Copy what was written, in order with the kernels and without waiting."""
-        if self._device is not self._host:
-            self._device[: shape.total].copy_(self._host[: shape.total], non_blocking=True)
+        if self._uploads:
+            self._device[: shape.total].copy_(self._hosts[self._turn][: shape.total], non_blocking=True)
+            self._uploads[self._turn].record()
+            self._turn = (self._turn + 1) % len(self._hosts)
 
 
 def step_shape(chunks: Sequence[Chunk], block_size: int, tiles: int, logit_tiles: int, height: int) -> StepShape:
@@ -104,11 +115,17 @@ def step_shape(chunks: Sequence[Chunk], block_size: int, tiles: int, logit_tiles
 
 
 def write_step(
-    chunks: Sequence[Chunk], shape: StepShape, block_size: int, slots_of: Sequence[int], out: StepInputs
+    chunks: Sequence[Chunk],
+    shape: StepShape,
+    block_size: int,
+    slots_of: Sequence[int],
+    out: StepInputs,
+    carried: Mapping[SequenceState, int] = MappingProxyType({}),
 ) -> None:
     """Lay chunks out in a shape that has room for them; `slots_of` is each chunk's adapter slot, BASE for none.
 
-    Rows and sequences that are left over read nothing, write nothing and give zeros.
+    A token that nobody knows yet, as the step before samples it, is -1 - i where it is the i-th of that step's: which,
+    `carried` says of a sequence. Rows and sequences that are left over read nothing, write nothing and give zeros.
     """
     parts = [_numpy(part) for part in out[:7]]
     token_ids, positions, slots, tables, contexts, starts, logit_rows = parts
@@ -119,7 +136,7 @@ def write_step(
         stop, rows = start + length, slice(row, row + length)
         blocks = np.array(sequence.blocks[: -(-stop // block_size)], np.int32)
         place = np.arange(start, stop, dtype=np.int32)
-        token_ids[rows] = sequence.token_ids[start:stop]
+        token_ids[rows] = sequence.token_ids[start:stop] or [-1 - carried[sequence]]
         positions[rows] = place
         slots[rows] = blocks[place // block_size] * block_size + place % block_size
         tables[index, : len(blocks)] = blocks

@@ -1,6 +1,6 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from runtime.adapter_pool import AdapterPool
 from runtime.adapter_table import AdapterTable, widest
 from runtime.config import EngineConfig
 from runtime.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
-from runtime.device_sampler import sample_on_device
-from runtime.model_runner import LoadedModel
+from runtime.device_sampler import DeviceSamples
+from runtime.model_runner import LoadedModel, Results
 from runtime.models.fused_decoder import FusedDecoder
-from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
+from runtime.sequence import Sequence
 from runtime.step_inputs import StepBuffer, StepShape, step_shape, write_step
 from runtime.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
 
@@ -44,6 +44,9 @@ class TritonRunner(LoadedModel):
             self._max_tokens, sequences, sequences, self._table_width, sequences, most, sequences, DECODE_HEIGHT
         )
         self._buffer = StepBuffer(largest.total, device)
+        self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # that the last step sampled
+        self._carried: dict[Sequence, int] = {}
+        self._overlap = config.overlap
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
 
     def start(self, adapters: AdapterPool) -> None:
@@ -64,7 +67,7 @@ class TritonRunner(LoadedModel):
             self.forward, lay_out_nothing, self._max_running, self._table_width, self._lora_width, capture
         )
 
-    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+    def prepare(self, chunks: Seq[Chunk]) -> list[Chunk]:
         ordered = sorted(
             chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence))
         )
@@ -83,11 +86,11 @@ class TritonRunner(LoadedModel):
         self._sampling = [chunk.sequence for chunk in ordered if chunk.samples]
         return ordered
 
-    def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: Sequence[int]) -> None:
-        write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape))
+    def _lay_out(self, chunks: Seq[Chunk], shape: StepShape, slots: Seq[int]) -> None:
+        write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape), self._carried)
         self._buffer.upload(shape)
 
-    def _adapter_slots(self, chunks: Sequence[Chunk]) -> tuple[list[int], int]:
+    def _adapter_slots(self, chunks: Seq[Chunk]) -> tuple[list[int], int]:
         """The slot of each chunk's adapter, BASE where none applies, and the most ranks that any has at a site."""
         slots, width = [], 0
         for sequence, start, length, _ in chunks:
@@ -100,14 +103,19 @@ class TritonRunner(LoadedModel):
         return slots, width
 
     @torch.inference_mode()
-    def run(self) -> list[Sampled]:
+    def launch(self) -> tuple[Results, bool]:
         graph = None if self.graphs is None else self.graphs.of(self._shape, self._width)
         logits = self.forward(self._shape, self._width) if graph is None else graph()
-        return sample_on_device(logits[: len(self._sampling)], self._sampling, self.gpu)
+        samples = DeviceSamples(logits[: len(self._sampling)], self._sampling, self.gpu)
+        self._tokens[: len(self._sampling)] = samples.chosen.clamp(min=0)
+        self._carried = {sequence: index for index, sequence in enumerate(self._sampling)}
+        return samples.wait, self._overlap and not samples.needs_logits
 
     @torch.inference_mode()
     def forward(self, shape: StepShape, width: int) -> Tensor:
         """The logits of what lies in the buffer in a shape, under adapters of at most `width` ranks at a site."""
         step = self._buffer.on_device(shape)
+        carried = self._tokens[(-1 - step.token_ids).clamp(min=0)]  # see `write_step`
+        step = step._replace(token_ids=torch.where(step.token_ids < 0, carried, step.token_ids))
         lora = TiledLora(self.model, self._memory, step, width, self.gpu) if shape.tiles else None
         return self.decoder.forward(step, self.kv.layers, lora)

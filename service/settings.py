@@ -186,6 +186,7 @@ def add_engine_options(arguments: argparse.ArgumentParser) -> None:
     )
     add("--kernels", choices=get_args(kinds["kernels"]), default=ENGINE.kernels, help="auto: triton on a CUDA device")
     add("--no-cuda-graphs", dest="cuda_graphs", action="store_false", default=ENGINE.cuda_graphs)
+    add("--no-overlap", dest="overlap", action="store_false", default=ENGINE.overlap, help="of steps on a GPU")
     add("--threads", type=count, help="of the engine; default: one a core")
 
 

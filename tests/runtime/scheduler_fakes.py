@@ -94,6 +94,7 @@ def step(s, token=7):
     assert not rejected
     s.check()
     s.tables.copied()
+    s.advance(chunks)
     for chunk in chunks:
         s.commit(chunk, token if chunk.samples else None)
     s.check()

@@ -107,7 +107,7 @@ class Moves:
         for position in range(first, len(sequence)):
             self.write(sequence, position)
         sequence.computed = len(sequence)
-        self.tables.register(sequence, since=first)
+        self.tables.register(sequence, first, len(sequence))
         self.remember(sequence)
 
     def write(self, sequence, position):

@@ -1,4 +1,5 @@
-"""Requests, adapters that come and go, tenants and too few blocks, in any order: never another output than uncached."""
+"""Requests, adapters that come and go, tenants and too few blocks, in any order, with results that come at once
+or after the next step: never another output than uncached."""
 
 import contextlib
 import itertools
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from runtime.admission import RequestRefused
 from runtime.block_keys import root_key
 from runtime.messages import Failed, Generate, HoldPrefix, SamplingParams, Tokens
+from tests.runtime.late_runner import LateRunner
 from tests.runtime.peft_engine import PeftOracle, engines
 from tests.runtime.tiny_engine import BLOCK_BYTES, prompt
 
@@ -37,11 +39,16 @@ class Interleavings(RuleBasedStateMachine):
     start = uncached = oracle = None
 
     @initialize(
-        blocks=st.integers(9, 24), host_blocks=st.sampled_from([0, 3, 12, 60]), budget=st.sampled_from([5, 16, 48])
+        blocks=st.integers(9, 24),
+        host_blocks=st.sampled_from([0, 3, 12, 60]),
+        budget=st.sampled_from([5, 16, 48]),
+        late=st.booleans(),
     )
-    def begin(self, blocks, host_blocks, budget):
+    def begin(self, blocks, host_blocks, budget, late):
         host = host_blocks * BLOCK_BYTES
         self.engine = self.start(blocks=blocks, host_kv_bytes=host, max_batch_tokens=budget, max_running=4)
+        if late:
+            self.engine.runner = LateRunner(self.engine.runner)
         self.digests = dict(self.engine.digests)
         self.names = map(str, itertools.count())
         self.texts = [prompt(30)]

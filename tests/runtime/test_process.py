@@ -75,11 +75,11 @@ class StumblingRunner:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
-    def run(self):
+    def launch(self):
         if not self._stumbled:
             self._stumbled = True
             raise RuntimeError("the device stumbled")
-        return self._runner.run()
+        return self._runner.launch()
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):

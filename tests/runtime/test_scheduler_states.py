@@ -36,9 +36,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sum(chunk.length for chunk in chunks) <= 6
         self.s.check()
         self.s.tables.copied()
+        self.s.advance(chunks)
         for chunk in chunks:
             assert chunk.length >= 1
-            assert chunk.start == chunk.sequence.computed
+            assert chunk.start + chunk.length == chunk.sequence.computed
             held = chunk.sequence.adapter is None or chunk.sequence.holds_adapter
             assert held or chunk.start + chunk.length <= chunk.sequence.activation
             if self.s.commit(chunk, token if chunk.samples else None):

@@ -48,7 +48,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         *("--allow-source", f"file://{tmp_path}", "--allow-source", "s3://bucket/team-a", "--max-uploads", "3"),
         *("--cache-directory", str(tmp_path), "--disk-cache-bytes", "5M", "--refresh-seconds", "0.5"),
         *("--collect-after-seconds", "60", "--host-kv-bytes", "4G"),
-        *("--device", "cpu", "--kernels", "triton", "--no-cuda-graphs"),
+        *("--device", "cpu", "--kernels", "triton", "--no-cuda-graphs", "--no-overlap"),
         *("--max-upload-bytes", "10M", "--max-body-bytes", "1000", "--served-name", "base", "--api-key", "secret"),
     )
     assert found.engine == EngineConfig(
@@ -68,6 +68,7 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         device="cpu",
         kernels="triton",
         cuda_graphs=False,
+        overlap=False,
     )
     assert found.allowed_sources == (f"file://{tmp_path}", "s3://bucket/team-a")
     assert (found.cache_directory, found.disk_cache_bytes, found.max_uploads) == (tmp_path, 5 * MIB, 3)
