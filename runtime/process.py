@@ -74,9 +74,9 @@ class EngineProcess:
                 self._sleep()
             events = [event for command in self._commands() for event in self._obey(command)]
             steps = self.engine.steps
-            events += self._step()
-            progressed = self.engine.steps > steps
-            self._send(events)
+            told = self._step()
+            progressed = self.engine.steps > steps or bool(told)  # whatever has ended may have made room
+            self._send(events + told)
 
     def _step(self) -> list[Event]:
         try:
