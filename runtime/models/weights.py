@@ -63,7 +63,7 @@ def load_weights(
     """
     shapes = tensor_shapes(config)
     if load_format == "dummy":
-        return _Assembly(config, shapes, dtype, device, _dummy(shapes)).weights()
+        return _Assembly(config, shapes, dtype, device, _dummy(shapes, device)).weights()
     with ExitStack() as stack:
         return _Assembly(config, shapes, dtype, device, _open(config, directory, shapes, stack)).weights()
 
@@ -148,15 +148,15 @@ class _Assembly:
         return out
 
 
-def _dummy(shapes: Shapes) -> Read:
-    """Random tensors of a size that keeps activations near 1; norms are ones."""
-    generator = torch.Generator().manual_seed(0)
+def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
+    """Random tensors of a size that keeps activations near 1, made where they are used; norms are ones."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def read(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1 and name.endswith("norm.weight"):
-            return torch.ones(shape)
-        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            return torch.ones(shape, device=device)
+        return torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5
 
     return read
 
