@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import onednn
 from kernels.reference.elementwise import rms_norm
 from runtime.models.config import RopeConfig
 
@@ -20,22 +21,13 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self.packed = weight.device.type == "cpu" and _can_pack(weight.dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
+        self.packed = weight.device.type == "cpu" and onednn.computes(weight.dtype)
+        self.weight = onednn.packed(weight) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return onednn.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build and this CPU have the packed kernels for the dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
 
 
 class RmsNorm:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference.paged_attention import AttentionGroup, paged_attention
+from kernels.reference.paged_attention import BY_HEAD_SCORES, AttentionGroup, paged_attention
 
 # Float32 sums of up to 64 products and 40 rows; in bfloat16 the weights and the result are each rounded once.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
@@ -17,12 +17,12 @@ BLOCK, SLOTS, SCALE = 4, 400, 0.15
 class Pool:
     """A cache whose unused slots hold NaN, handing out scattered slots; the first block is null, all zeros."""
 
-    def __init__(self, heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    def __init__(self, heads: int, kv_heads: int, size: int, dtype: torch.dtype, slots: int = SLOTS):
         self.heads, self.size, self.dtype = heads, size, dtype
         self.random = torch.Generator().manual_seed(heads * size)
-        self.kv = torch.full((SLOTS, 2, kv_heads, size), float("nan"), dtype=dtype)
+        self.kv = torch.full((slots, 2, kv_heads, size), float("nan"), dtype=dtype)
         self.kv[:BLOCK] = 0
-        self.free = (torch.randperm(SLOTS - BLOCK, generator=self.random) + BLOCK).tolist()
+        self.free = (torch.randperm(slots - BLOCK, generator=self.random) + BLOCK).tolist()
 
     def context(self, length: int) -> Tensor:
         slots = torch.tensor([self.free.pop() for _ in range(length)])
@@ -88,6 +88,22 @@ def test_a_prompt_sees_what_precedes_each_token(
     context, q = pool.context(before + queries), pool.queries(queries)
     out = paged_attention(q, pool.kv, [pool.prefill(context, queries)], SCALE)
     assert_close(out, [pool.exact(q[row], context[: before + row + 1]) for row in range(queries)], dtype)
+
+
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize(("before", "queries"), [(0, 330), (2600, 150)])
+def test_a_long_prompt_sees_what_precedes_each_token_whatever_is_computed_at_once(
+    heads: int, kv_heads: int, size: int, dtype: torch.dtype, before: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.reference.paged_attention.SCORE_BYTES", 1 << 20)
+    length, shared = before + queries, heads // kv_heads
+    assert queries * length * shared >= BY_HEAD_SCORES
+    pool = Pool(heads, kv_heads, size, dtype, 3000)
+    context, q = pool.context(length), pool.queries(queries)
+    out = paged_attention(q, pool.kv, [pool.prefill(context, queries)], SCALE)
+    rows = [*range(0, queries, 7), queries - 1]
+    assert_close(out[rows], [pool.exact(q[row], context[: before + row + 1]) for row in rows], dtype)
 
 
 @DTYPES
