@@ -110,11 +110,23 @@ def _attention(
     for chunk in prefills:
         slots = _slots([chunk], block_size)
         written.append(slots[0, chunk.start :])
-        keys = torch.arange(slots.shape[1])
-        mask = _additive(keys <= keys[chunk.start :, None], dtype)[None, None]
-        groups.append(AttentionGroup(slice(row, row + chunk.length), 1, chunk.length, slots, mask))
-        row += chunk.length
+        for first, last in pairwise(_base_and_adapted(chunk)):
+            keys = torch.arange(last)
+            mask = _additive(keys <= keys[first:, None], dtype)[None, None]
+            groups.append(AttentionGroup(slice(row, row + last - first), 1, last - first, slots[:, :last], mask))
+            row += last - first
     return groups, torch.cat(written)
+
+
+def _base_and_adapted(chunk: Chunk) -> list[int]:
+    """Where the parts of a chunk begin and end that see each other under a mask.
+
+    The base's part sees nothing of the adapted one: an infinity there, though masked, would reach K/V that all share.
+    """
+    stop, activation = chunk.start + chunk.length, chunk.sequence.activation
+    if chunk.sequence.adapter is not None and chunk.start < activation < stop:
+        return [chunk.start, activation, stop]
+    return [chunk.start, stop]
 
 
 def _group_bounds(lengths: list[int]) -> list[int]:

@@ -211,3 +211,22 @@ def test_warm_equals_cold_for_every_adapter_at_every_length(engine, uncached, na
         base = conversation(engine, length, seed=length)
         tokens = invoked(base, name if INVOCATIONS[name] else "attention")
         assert ask(engine, tokens, name).token_ids == ask(uncached, tokens, name).token_ids
+
+
+@pytest.mark.parametrize("budget", [64, 256])
+def test_an_adapter_that_breaks_reaches_no_kv_that_the_base_shares(start, uncached, oracle, budget):
+    """Its own tokens share a chunk with the base's before them, which sees them under a mask only."""
+    engine = start(max_batch_tokens=budget)
+    tensors, config = oracle.adapter("linears")
+    broken = engine.add_adapter({name: tensor * 1e18 for name, tensor in tensors.items()}, config)
+    engine.adapters.load(broken, "device")
+    while not engine.adapters.device.holds(broken):
+        engine.wait(timeout=1.0)
+        engine.step()
+    talk = prompt(70)
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    request = Generate(request_id="r", token_ids=[*talk, *prompt(50, 1)], params=params, adapter=broken, activation=37)
+    assert run(engine, request)["r"] == ([], "non_finite_logits")
+    after = ask(engine, talk)
+    assert after.cached_tokens == 32, "the block that straddles was the adapter's"
+    assert after.token_ids == ask(uncached, talk).token_ids
