@@ -213,8 +213,8 @@ def test_warm_equals_cold_for_every_adapter_at_every_length(engine, uncached, na
         assert ask(engine, tokens, name).token_ids == ask(uncached, tokens, name).token_ids
 
 
-@pytest.mark.parametrize("budget", [64, 256])
-def test_an_adapter_that_breaks_reaches_no_kv_that_the_base_shares(start, uncached, oracle, budget):
+@pytest.mark.parametrize(("budget", "found"), [(64, 32), (100, 32), (256, 0)])
+def test_an_adapter_that_breaks_reaches_no_kv_that_the_base_shares(start, uncached, oracle, budget, found):
     """Its own tokens share a chunk with the base's before them, which sees them under a mask only."""
     engine = start(max_batch_tokens=budget)
     tensors, config = oracle.adapter("linears")
@@ -228,5 +228,5 @@ def test_an_adapter_that_breaks_reaches_no_kv_that_the_base_shares(start, uncach
     request = Generate(request_id="r", token_ids=[*talk, *prompt(50, 1)], params=params, adapter=broken, activation=37)
     assert run(engine, request)["r"] == ([], "non_finite_logits")
     after = ask(engine, talk)
-    assert after.cached_tokens == 32, "the block that straddles was the adapter's"
+    assert after.cached_tokens == found, "the block that straddles was the adapter's, and what fails leaves nothing"
     assert after.token_ids == ask(uncached, talk).token_ids
