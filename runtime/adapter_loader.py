@@ -44,7 +44,8 @@ class Content(NamedTuple):
 class Task(NamedTuple):
     """What to do for one adapter, in this order: read and verify `source`, or take `content`; pack it; copy.
 
-    `copy` is from where to where. The extents are the loader's until the result has been taken.
+    `copy` is from where to where. The extents are the loader's until the result has been taken; on a CUDA device, a
+    step that was launched when the task was `asked` for may still read what lies there, and is waited for.
     """
 
     digest: str
@@ -52,6 +53,7 @@ class Task(NamedTuple):
     content: Content | None = None
     pack: Tensor | None = None
     copy: tuple[Tensor, Tensor] | None = None
+    asked: torch.cuda.Event | None = None
 
 
 class Finished(NamedTuple, Generic[Key]):
@@ -89,6 +91,10 @@ class AdapterLoader(Generic[Key]):
     def submit(self, key: Key, task: Task) -> None:
         """Start a task; its result comes out of `take`."""
         self._in_flight += 1
+        if task.copy is not None and any(extent.is_cuda for extent in task.copy):
+            asked = torch.cuda.Event()
+            asked.record()
+            task = task._replace(asked=asked)
         threads = self._copier if task.source is None and task.content is None else self._readers
         seconds: dict[str, float] = {}
         threads.submit(self._run, task, seconds).add_done_callback(partial(self._finish, key, seconds))
@@ -151,7 +157,7 @@ class AdapterLoader(Generic[Key]):
             seconds["pack"] = (copying := time.monotonic()) - started
             started = copying
         if task.copy is not None:
-            _copy(*task.copy, self.pacer.pause)
+            _copy(*task.copy, task.asked, self.pacer.pause)
             seconds["copy"] = time.monotonic() - started
         return content
 
@@ -194,9 +200,9 @@ def _pack(content: Content, extent: Tensor, pause: Pause) -> None:
     extent.copy_(torch.from_numpy(packed))
 
 
-def _copy(source: Tensor, target: Tensor, pause: Pause) -> None:
+def _copy(source: Tensor, target: Tensor, asked: torch.cuda.Event | None, pause: Pause) -> None:
     """One copy of all bytes. In numpy between ordinary memory: torch would enlist the threads that compute the step."""
-    if source.device.type == target.device.type == "cpu":
+    if asked is None:
         ours, theirs = target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy()
         for start in range(0, len(ours), PIECE_BYTES):
             pause()
@@ -204,5 +210,6 @@ def _copy(source: Tensor, target: Tensor, pause: Pause) -> None:
         return
     stream = torch.cuda.Stream(source.device if source.is_cuda else target.device)
     with torch.cuda.stream(stream):
+        stream.wait_event(asked)
         target.copy_(source, non_blocking=True)
         stream.synchronize()  # by this thread, never by a step

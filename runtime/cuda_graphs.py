@@ -25,7 +25,8 @@ class DecodeGraphs:
 
     `forward(shape, width)` runs what lies in the step's buffer, and `lay_out_nothing(shape)` has it hold padding alone,
     so that captures write no K/V; `capture` makes a replay of a call. Every graph reads the buffer where a step of its
-    shape is written. A graph without adapters is that of an engine without LoRA.
+    shape is written. A graph without adapters is that of an engine without LoRA; those with them have no programs for
+    the head, whose columns are so many that even idle ones cost: a step with an adapter of it runs without a graph.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class DecodeGraphs:
                 shape = self._shape(size, adapted=adapted)
                 lay_out_nothing(shape)
                 self._graphs[shape] = capture(lambda shape=shape: forward(shape, self.width))  # type: ignore[misc]
-        log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        log.info("captured %d CUDA graphs in %.1f s; torch holds %d MiB", len(self._graphs), seconds, _reserved_mib())
 
     def padded(self, shape: StepShape, width: int) -> StepShape:
         """The shape of the smallest graph that a step fits into; its own if there is none."""
-        if shape.prefills or shape.decodes > self._sizes[-1] or self._too_wide(shape, width):
+        fits = shape.decodes <= self._sizes[-1] and not shape.prefills and not shape.logit_tiles
+        if not fits or self._too_wide(shape, width):
             return shape
         return self._shape(next(size for size in self._sizes if shape.decodes <= size), adapted=shape.tiles > 0)
 
@@ -63,7 +66,7 @@ class DecodeGraphs:
 
     def _shape(self, size: int, *, adapted: bool) -> StepShape:
         tiles = most_tiles(size, size, DECODE_HEIGHT) if adapted else 0
-        return StepShape(size, size, 0, self._table_width, size, tiles, tiles, DECODE_HEIGHT)
+        return StepShape(size, size, 0, self._table_width, size, tiles, 0, DECODE_HEIGHT)
 
 
 def sizes(most: int) -> Iterator[int]:
@@ -77,24 +80,33 @@ def sizes(most: int) -> Iterator[int]:
     yield most
 
 
+def _reserved_mib() -> int:
+    return torch.cuda.memory_reserved() >> 20 if torch.cuda.is_available() else 0
+
+
 def capture_on_cuda(device: torch.device) -> Capture:
-    """Captures share one pool of memory: only one of their graphs runs at a time."""
-    pool = torch.cuda.graph_pool_handle()
+    """Captures share a stream, a pool of memory and the tensor of their logits: one of their graphs runs at a time.
+
+    The first one is the largest.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    results: list[Tensor] = []
 
     def capture(call: Callable[[], Tensor]) -> Replay:
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
-                call()
+                logits = call()
+            if not results:
+                results.append(torch.empty_like(logits))
         torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits = call()
+        graph, out = torch.cuda.CUDAGraph(), results[0][: len(logits)]
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            out.copy_(call())
 
         def replay() -> Tensor:
             graph.replay()
-            return logits
+            return out
 
         return replay
 

@@ -21,8 +21,8 @@ class StepShape(NamedTuple):
     """How large the parts of a step are; a CUDA graph is captured for one.
 
     `tokens` rows, of which the first `decodes` are a sequence each; then `prefills` sequences with several. `width`
-    blocks of the longest table, `logits` rows that are sampled, `tiles` and `logit_tiles` under adapters, 0 for none,
-    of `height` rows at most.
+    blocks of the longest table, `logits` rows that are sampled, `tiles` and `logit_tiles` under adapters, 0 where none
+    applies to any row or to any logits, of `height` rows at most.
     """
 
     tokens: int
@@ -153,6 +153,7 @@ def write_step(
     starts[:] = [0, *accumulate(lengths)]
     if shape.tiles:
         lay_tiles(lora_slots, shape.height, _numpy(out.tiles.fields))
+    if shape.logit_tiles:
         wanted = lora_slots[logit_rows]
         wanted[sampled:] = BASE
         lay_tiles(wanted, shape.height, _numpy(out.logit_tiles.fields))

@@ -13,11 +13,12 @@ from runtime.models.config import ModelConfig
 from runtime.step_inputs import StepInputs
 
 DECODE_HEIGHT, PREFILL_HEIGHT = DECODE.heights[0], PREFILL.heights[1]  # rows of a tile; not measured
-MOST_SPLITS = max(config.split_k for config in (*DECODE.shrink, *PREFILL.shrink))
+DECODE_SPLITS = max(config.split_k for config in DECODE.shrink)
+PREFILL_SPLITS = max(config.split_k for config in PREFILL.shrink)
 
 
 class LoraMemory(NamedTuple):
-    """The arena that adapters lie in, the table of where, and room between shrink and expand: (tokens, splits, ranks).
+    """The arena that adapters lie in, the table of where, and room for what a shrink leaves to its expand.
 
     All stay where they are for as long as the engine runs.
     """
@@ -27,9 +28,10 @@ class LoraMemory(NamedTuple):
     between: Tensor
 
     @classmethod
-    def of(cls, arena: Tensor, table: Tensor, tokens: int, width: int) -> "LoraMemory":
-        between = torch.empty((tokens, MOST_SPLITS, width), dtype=torch.float32, device=arena.device)
-        return cls(arena, table, between)
+    def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int) -> "LoraMemory":
+        """For steps of so many tokens, or so many sequences that decode, with at most `width` ranks at a site."""
+        rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS)
+        return cls(arena, table, torch.empty(rows * width, dtype=torch.float32, device=arena.device))
 
 
 class TiledLora:
@@ -37,7 +39,9 @@ class TiledLora:
 
     def __init__(self, model: ModelConfig, memory: LoraMemory, step: StepInputs, width: int, gpu: str):
         self._memory = memory
-        self._between = memory.between[:, :, :width]
+        tokens = len(step.token_ids)
+        splits = DECODE_SPLITS if step.tiles.height == DECODE_HEIGHT else PREFILL_SPLITS
+        self._between = memory.between[: tokens * splits * width].view(tokens, splits, width)
         self._step = step
         self._widths = [[part.out_features for part in site.parts] for site in model.sites()]
         self._embed_site, self._lm_head_site = model.embed_site, model.lm_head_site
@@ -49,7 +53,8 @@ class TiledLora:
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None:
         """As `apply`, for the rows that the logits are computed of."""
-        self._apply(self._lm_head_site, x, y, self._step.logit_tiles)
+        if len(self._step.logit_tiles.fields):
+            self._apply(self._lm_head_site, x, y, self._step.logit_tiles)
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None:
         """x += A[:, token_ids]ᵀ B in place, on the rows that carry an adapter."""

@@ -53,7 +53,9 @@ class TritonRunner(LoadedModel):
         """Reserve what adapters need in a step, and capture graphs."""
         self._adapters = adapters
         self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
-        self._memory = LoraMemory.of(adapters.arena, self._table.rows, self._max_tokens, self._lora_width)
+        self._memory = LoraMemory.of(
+            adapters.arena, self._table.rows, self._max_tokens, self._max_running, self._lora_width
+        )
         if self._wants_graphs:
             self.graphs = self.decode_graphs(capture_on_cuda(self.device))
 
@@ -71,13 +73,13 @@ class TritonRunner(LoadedModel):
         ordered = sorted(
             chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence))
         )
-        slots, width = self._adapter_slots(ordered)
+        slots, width, of_head = self._adapter_slots(ordered)
         decodes, tokens = sum(chunk.length == 1 for chunk in ordered), sum(chunk.length for chunk in ordered)
         height = tile_height(decodes, tokens)
         adapted = sum(slot != BASE for slot in slots)
         sampled = sum(chunk.samples for chunk in ordered)
         tiles = most_tiles(tokens, adapted, height) if adapted else 0
-        logit_tiles = most_tiles(sampled, adapted, height) if adapted else 0
+        logit_tiles = most_tiles(sampled, adapted, height) if of_head else 0
         shape = step_shape(ordered, self.block_size, tiles, logit_tiles, height)
         if self.graphs is not None:
             shape = self.graphs.padded(shape, width)
@@ -90,9 +92,9 @@ class TritonRunner(LoadedModel):
         write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape), self._carried)
         self._buffer.upload(shape)
 
-    def _adapter_slots(self, chunks: Seq[Chunk]) -> tuple[list[int], int]:
-        """The slot of each chunk's adapter, BASE where none applies, and the most ranks that any has at a site."""
-        slots, width = [], 0
+    def _adapter_slots(self, chunks: Seq[Chunk]) -> tuple[list[int], int, bool]:
+        """Each chunk's adapter slot, BASE where none applies; the most ranks at a site; whether any is of the head."""
+        slots, width, of_head = [], 0, False
         for sequence, start, length, _ in chunks:
             if sequence.adapter is None or start + length <= sequence.activation:
                 slots.append(BASE)
@@ -100,7 +102,8 @@ class TritonRunner(LoadedModel):
             layout, first = self._adapters.placement(sequence.adapter)
             slots.append(self._table.slot_of(sequence.adapter, layout, first))
             width = max(width, widest(layout))
-        return slots, width
+            of_head = of_head or layout.sites[self.model.lm_head_site] is not None
+        return slots, width, of_head
 
     @torch.inference_mode()
     def launch(self) -> tuple[Results, bool]:

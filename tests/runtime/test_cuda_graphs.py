@@ -77,10 +77,10 @@ def graphs(most=MOST, lora_width=768, forward=None):
     return made, called
 
 
-def shape(decodes, prefills=0, tiles=0, width=3, logits=None):
+def shape(decodes, prefills=0, tiles=0, width=3, logits=None, logit_tiles=0):
     tokens = decodes + 5 * prefills
     return StepShape(
-        tokens, decodes, prefills, width, decodes if logits is None else logits, tiles, tiles, DECODE_HEIGHT
+        tokens, decodes, prefills, width, decodes if logits is None else logits, tiles, logit_tiles, DECODE_HEIGHT
     )
 
 
@@ -117,7 +117,7 @@ def test_a_step_is_padded_to_the_smallest_graph_that_holds_it(tiles):
         padded = made.padded(shape(decodes, tiles=tiles), width=12)
         size = next(size for size in sizes(MOST) if size >= decodes)
         rows = size if tiles else 0
-        assert padded == StepShape(size, size, 0, TABLE_WIDTH, size, rows, rows, DECODE_HEIGHT)
+        assert padded == StepShape(size, size, 0, TABLE_WIDTH, size, rows, 0, DECODE_HEIGHT)
         assert made.of(padded, 12) is not None
 
 
@@ -129,8 +129,9 @@ def test_a_step_is_padded_to_the_smallest_graph_that_holds_it(tiles):
         (shape(MOST + 1), 0),
         (shape(2, tiles=2), MOST_RANKS + 1),
         (shape(2, prefills=1, tiles=2), 12),
+        (shape(2, tiles=2, logit_tiles=2), 12),
     ],
-    ids=["prefill beside decodes", "prefill", "too many", "too wide", "prefill with adapters"],
+    ids=["prefill beside decodes", "prefill", "too many", "too wide", "prefill with adapters", "adapters of the head"],
 )
 def test_what_fits_no_graph_keeps_its_shape_and_has_none(step, width):
     made, _ = graphs()
@@ -178,7 +179,8 @@ def test_padded_batches_give_the_tokens_of_those_that_are_not(reference, graphed
     engine, captures = graphed
     before = captures.replays.total()
     assert run(engine, names[:count], seed=count) == run(reference, names[:count], seed=count)
-    assert captures.replays.total() >= before + 2, "its decode steps"
+    replayed = captures.replays.total() - before
+    assert replayed >= 2 or "head" in names[:count], "its decode steps, but for those with an adapter of the head"
 
 
 def test_adapters_wider_than_the_graphs_run_without_one_to_the_end_of_the_table(reference, graphed):
