@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import sampling, tuned
 from kernels.reference.sampling import RowParams
+from runtime.messages import Generate, SamplingParams
 from runtime.sampler import Sampled, adjust, adjusts, logprobs_of, uniform
 from runtime.sequence import Sequence
 
@@ -63,6 +64,13 @@ def choose_on_device(logits: Tensor, sequences: Seq[Sequence], gpu: str) -> Tens
     cut = "sample with cuts" if len(params.cut_rows) else "sample"
     token_ids, _ = sampling.sample(adjusted, params, tuned.lookup(gpu, cut, len(sequences)).config)
     return torch.where(finite, token_ids, NOTHING)
+
+
+def warm_up_sampling(logits: Tensor, gpu: str) -> None:
+    """Compile what rows of every kind are sampled by, on whatever logits there are."""
+    for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)):
+        sequence = Sequence(Generate(request_id="", token_ids=[0], params=params), max_tokens=2)
+        choose_on_device(logits[:1], [sequence], gpu)
 
 
 def _row_params(sequences: Seq[Sequence], vocab: int, device: torch.device) -> RowParams:

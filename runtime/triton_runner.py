@@ -1,6 +1,7 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
 from collections.abc import Sequence as Seq
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from runtime.adapter_pool import AdapterPool
 from runtime.adapter_table import AdapterTable, widest
 from runtime.config import EngineConfig
 from runtime.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
-from runtime.device_sampler import DeviceSamples
+from runtime.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.model_runner import LoadedModel, Results
 from runtime.models.fused_decoder import FusedDecoder
 from runtime.scheduler import Chunk
 from runtime.sequence import Sequence
 from runtime.step_inputs import StepBuffer, StepShape, step_shape, write_step
-from runtime.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
+from runtime.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT, LoraMemory, TiledLora, tile_height
 
 STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
 
@@ -56,8 +57,25 @@ class TritonRunner(LoadedModel):
         self._memory = LoraMemory.of(
             adapters.arena, self._table.rows, self._max_tokens, self._max_running, self._lora_width
         )
+        if self.device.type == "cuda":
+            self.warm_up()
         if self._wants_graphs:
             self.graphs = self.decode_graphs(capture_on_cuda(self.device))
+
+    def warm_up(self) -> None:
+        """Compile what prompts run through, which graphs of decode steps do not, so that no request waits for it."""
+        sequences = 1
+        while sequences <= self._max_running:  # kernels are compiled for powers of two of them
+            for decodes, adapted in product((0, 1), (False, True)):  # what follows a decode begins at other alignments
+                tokens = decodes + sequences
+                tiles = most_tiles(tokens, tokens, PREFILL_HEIGHT) if adapted else 0
+                shape = StepShape(
+                    tokens, decodes, sequences, self._table_width, sequences, tiles, tiles, PREFILL_HEIGHT
+                )
+                self._lay_out([], shape, [])
+                logits = self.forward(shape, self._lora_width)
+            sequences *= 2
+        warm_up_sampling(logits, self.gpu)
 
     def decode_graphs(self, capture: Capture) -> DecodeGraphs:
         """Graphs of what `forward` does for decode steps."""

@@ -218,3 +218,11 @@ def test_padding_writes_no_kv(graphed):
             assert set(changed) == written
             assert not new[:16].any(), "block 0 stays zero"
     engine.fail_all("test_over", "")
+
+
+def test_a_warm_up_of_prompts_writes_no_kv(graphed):
+    engine, _ = graphed
+    runner = engine.runner
+    before = [layer.clone() for layer in runner.kv.layers]
+    runner.warm_up()
+    assert all(torch.equal(old, new) for old, new in zip(before, runner.kv.layers, strict=True))
