@@ -115,6 +115,7 @@ class Sequence:
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the first pending token; the reason when it ends the sequence."""
+        assert self.pending > 0, "no step that samples is under way"
         self.pending -= 1
         self.token_ids.append(token_id)
         if token_id in self.stop_ids:

@@ -19,7 +19,7 @@ def sequence(prompt=(1, 2, 3), generated=(), **params):
         eos_token_ids=(9,),
     )
     for token in generated:
-        made.append(token)
+        made.token_ids.append(token)
     return made
 
 
