@@ -90,8 +90,8 @@ def measure(client: AdapterClient, model: Model, rank: int, rounds: int) -> list
     client.delete(name)
     copy, memcpy, huge_memcpy, call = medians(figures)
     share = verdict(f"{memcpy / copy:.0%}", met=memcpy / copy >= GOAL)
-    cells = [f"{1000 * copy:.2f}", f"{size / copy / 1e9:.2f}", f"{1000 * memcpy:.2f}", share]
-    return [str(rank), f"{size / 1e6:.2f}", *cells, f"{1000 * huge_memcpy:.2f}", f"{1000 * call:.2f}"]
+    cells = [f"{1000 * copy:.3g}", f"{size / copy / 1e9:.3g}", f"{1000 * memcpy:.3g}", share]
+    return [str(rank), f"{size / 1e6:.2f}", *cells, f"{1000 * huge_memcpy:.3g}", f"{1000 * call:.3g}"]
 
 
 def load_seconds(client: AdapterClient, name: str) -> tuple[float, float]:
