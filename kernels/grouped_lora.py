@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import adapter_table, lora_tiles
+from kernels.interpreter import interpreted
 from kernels.lora_configs import ExpandConfig, ShrinkConfig
 from kernels.lora_tiles import Tiles
 
@@ -58,6 +59,7 @@ def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: 
         SPLIT_K=config.split_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     return t[:, : config.split_k]
 
@@ -81,6 +83,7 @@ def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor,
         site,
         BLOCK_M=tiles.height,
         BLOCK_R=_EMBEDDING_RANKS,
+        enable_fp_fusion=True,
     )
     return t[:, :1]
 
@@ -128,12 +131,13 @@ def expand(
         BLOCK_R=config.block_r,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
 
 
 def _dot_dtype(*factors: Tensor) -> tl.dtype:
     """What is multiplied on tensor cores: bfloat16 where all is. Triton's interpreter multiplies its bit patterns."""
-    narrow = all(factor.dtype == torch.bfloat16 and factor.is_cuda for factor in factors)
+    narrow = all(factor.dtype == torch.bfloat16 for factor in factors) and not interpreted()
     return tl.bfloat16 if narrow else tl.float32
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.attention_tile import attend, normalised
 
 MIN_DOT = 16  # the least extent of a matrix product's operands
+LEAST_SEQUENCES = 64  # that the prefill kernel is compiled for; more of them, for powers of two
 
 
 class DecodeConfig(NamedTuple):
@@ -50,6 +51,10 @@ PREFILL_CANDIDATES = [
     ]
 ]
 PREFILL = PREFILL_CANDIDATES[0]  # not measured
+# In float32 there are no tensor cores to leave a tile's results with: as compiled for an H100, larger ones than these
+# find no room in registers (at d=128, the ones above put 2 and 9 KB a thread elsewhere).
+FLOAT32_DECODE = DecodeConfig(splits=8, keys=16, num_warps=8, num_stages=2)
+FLOAT32_PREFILL = PrefillConfig(rows=32, keys=16, num_warps=8, num_stages=2)
 
 
 def paged_decode(
@@ -120,7 +125,8 @@ def paged_prefill(
     _prefill_kernel[(rows // queries + sequences + 1, layout["KV_HEADS"])](
         q, kv, block_tables, context_lens, query_starts, out, scale / math.log(2), sequences, rows,
         q.stride(0), block_tables.stride(0), out.stride(0), **layout,
-        SEQUENCES=triton.next_power_of_2(sequences + 1), QUERIES=queries, ROWS=tile_rows, KEYS=config.keys,
+        SEQUENCES=max(LEAST_SEQUENCES, triton.next_power_of_2(sequences + 1)), QUERIES=queries, ROWS=tile_rows,
+        KEYS=config.keys,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -144,13 +150,17 @@ def _layout(q: Tensor, kv: Tensor, block_tables: Tensor, out: Tensor, block_size
     }
 
 
+# What differs from step to step, and is read a number at a time: kernels are compiled once for all of it.
+_TABLES = ["block_tables", "context_lens", "query_starts"]
+
+
 @triton.jit
 def _span(context: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
     """How many keys each split takes: whole steps, so that only the last split that has any ends within one."""
     return tl.cdiv(tl.cdiv(context, KEYS), SPLITS) * KEYS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_TABLES)
 def _decode_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, out: tl.tensor,
     sums: tl.tensor, stats: tl.tensor, scale: tl.tensor, q_row: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
@@ -214,7 +224,7 @@ def _reduce_kernel(
     tl.store(out + sequence * out_row + head * HEAD_DIM + dims, result, dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "table_row"], do_not_specialize_on_alignment=_TABLES)
 def _prefill_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, query_starts: tl.tensor,
     out: tl.tensor, scale: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,

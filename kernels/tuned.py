@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import torch
+
 from kernels import kv_write, lora_configs, paged_attention, rms_norm, sampling, silu_mul
 
 NOT_MEASURED = "not measured"
@@ -33,14 +35,23 @@ DEFAULTS: dict[str, Any] = {
     "prefill shrink": lora_configs.PREFILL_SHRINK,
     "prefill expand": lora_configs.PREFILL_EXPAND,
 }
+FLOAT32 = {"paged_decode": paged_attention.FLOAT32_DECODE, "paged_prefill": paged_attention.FLOAT32_PREFILL}
 
 
-def lookup(gpu: str, kernel: str, rows: int, tables: dict[str, dict[str, tuple[Tuned, ...]]] = TABLES) -> Tuned:
+def lookup(
+    gpu: str,
+    kernel: str,
+    rows: int,
+    dtype: torch.dtype = torch.bfloat16,
+    tables: dict[str, dict[str, tuple[Tuned, ...]]] = TABLES,
+) -> Tuned:
     """The configuration of a kernel for batches of `rows` rows, the largest one measured where that is less.
 
-    Where nothing was measured on the GPU it is the kernel's default, with NOT_MEASURED for its measurement. A kernel
-    that there is none of is a KeyError.
+    Where nothing was measured on the GPU it is the kernel's default, with NOT_MEASURED for its measurement; so it is
+    for float32 where the kernel has another default for it. A kernel that there is none of is a KeyError.
     """
     default = Tuned(rows, DEFAULTS[kernel], NOT_MEASURED)
+    if dtype == torch.float32 and kernel in FLOAT32:
+        return default._replace(config=FLOAT32[kernel])
     measured = tables.get(gpu, {}).get(kernel, ())
     return next((tuned for tuned in measured if rows <= tuned.rows), measured[-1] if measured else default)

@@ -31,7 +31,7 @@ class LoraMemory(NamedTuple):
     def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int) -> "LoraMemory":
         """For steps of so many tokens, or so many sequences that decode, with at most `width` ranks at a site."""
         rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS)
-        return cls(arena, table, torch.empty(rows * width, dtype=torch.float32, device=arena.device))
+        return cls(arena, table, torch.empty((rows, width), dtype=torch.float32, device=arena.device))
 
 
 class TiledLora:
@@ -41,7 +41,8 @@ class TiledLora:
         self._memory = memory
         tokens = len(step.token_ids)
         splits = DECODE_SPLITS if step.tiles.height == DECODE_HEIGHT else PREFILL_SPLITS
-        self._between = memory.between[: tokens * splits * width].view(tokens, splits, width)
+        # Strides are the same for all widths: kernels are compiled for what they are multiples of.
+        self._between = memory.between[: tokens * splits].unflatten(0, (tokens, splits))[..., :width]
         self._step = step
         self._widths = [[part.out_features for part in site.parts] for site in model.sites()]
         self._embed_site, self._lm_head_site = model.embed_site, model.lm_head_site

@@ -1,13 +1,15 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from kernels.interpreter import interpreted
+from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
+from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_table import AdapterTable, widest
 from runtime.config import EngineConfig
@@ -18,7 +20,7 @@ from runtime.models.fused_decoder import FusedDecoder
 from runtime.scheduler import Chunk
 from runtime.sequence import Sequence
 from runtime.step_inputs import StepBuffer, StepShape, step_shape, write_step
-from runtime.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT, LoraMemory, TiledLora, tile_height
+from runtime.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
 
 STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
 
@@ -27,7 +29,7 @@ class TritonRunner(LoadedModel):
     """Runs the model with the Triton kernels; decode steps replay CUDA graphs where there are any."""
 
     def __init__(self, config: EngineConfig, device: torch.device):
-        if device.type == "cpu" and not interpreted():
+        if not can_run_on(device):
             raise ValueError(
                 "kernels (--kernels) triton need a CUDA device; TRITON_INTERPRET=1 interprets them on a CPU"
             )
@@ -63,19 +65,24 @@ class TritonRunner(LoadedModel):
             self.graphs = self.decode_graphs(capture_on_cuda(self.device))
 
     def warm_up(self) -> None:
-        """Compile what prompts run through, which graphs of decode steps do not, so that no request waits for it."""
-        sequences = 1
-        while sequences <= self._max_running:  # kernels are compiled for powers of two of them
-            for decodes, adapted in product((0, 1), (False, True)):  # what follows a decode begins at other alignments
-                tokens = decodes + sequences
-                tiles = most_tiles(tokens, tokens, PREFILL_HEIGHT) if adapted else 0
-                shape = StepShape(
-                    tokens, decodes, sequences, self._table_width, sequences, tiles, tiles, PREFILL_HEIGHT
-                )
-                self._lay_out([], shape, [])
-                logits = self.forward(shape, self._lora_width)
-            sequences *= 2
+        """Compile whatever a step may launch, so that no request waits for it: prompts, and decoding without graphs."""
+        for (decodes, prefills), adapted in product(self._steps_to_compile(), (False, True)):
+            rows = decodes + prefills
+            height = tile_height(decodes, rows)
+            tiles = most_tiles(rows, rows, height) if adapted else 0
+            shape = StepShape(rows, decodes, prefills, self._table_width, rows, tiles, tiles, height)
+            self._lay_out([], shape, [])
+            logits = self.forward(shape, self._lora_width)
         warm_up_sampling(logits, self.gpu)
+
+    def _steps_to_compile(self) -> Iterator[tuple[int, int]]:
+        """Numbers of sequences that decode and of prompts: one for each range that kernels are compiled for."""
+        yield 1, 0
+        yield 0, 1
+        prefills = LEAST_SEQUENCES
+        while prefills <= min(self._max_running, self._max_tokens):
+            yield 0, prefills
+            prefills *= 2
 
     def decode_graphs(self, capture: Capture) -> DecodeGraphs:
         """Graphs of what `forward` does for decode steps."""

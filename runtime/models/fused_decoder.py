@@ -130,4 +130,4 @@ class FusedDecoder:
         return rms_norm.add_rms_norm(residual, y, alpha, norm.weight, norm.floor, config)
 
     def _tuned(self, kernel: str, rows: int):  # type: ignore[no-untyped-def]
-        return tuned.lookup(self.gpu, kernel, rows).config
+        return tuned.lookup(self.gpu, kernel, rows, self.weights.embedding.dtype).config

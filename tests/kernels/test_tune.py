@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from triton.runtime.errors import OutOfResources
 
-from kernels import silu_mul, tune, tuned
+from kernels import paged_attention, silu_mul, tune, tuned
 from kernels.choosing import Case, NoRightConfig, choose
 from kernels.tune_rows import ModelShape
 from kernels.tuned import DEFAULTS, NOT_MEASURED, Tuned, lookup
@@ -121,7 +121,7 @@ def test_what_is_printed_is_an_entry_of_the_tables() -> None:
     table: dict[str, Any] = eval("{" + text + "}", {"Tuned": Tuned, "SiluMulConfig": silu_mul.SiluMulConfig})
     assert not broken
     assert [tuned.rows for tuned in table["GPU"]["silu_mul"]] == [1, 3, 20]
-    found = lookup("GPU", "silu_mul", 3, table)
+    found = lookup("GPU", "silu_mul", 3, tables=table)
     assert found.config == silu_mul.SiluMulConfig(256, 1)
     assert found.measurement == "0.3 µs, slowest of 8 2.0; n=40"
 
@@ -136,7 +136,7 @@ def test_a_kernel_that_is_never_right_does_not_keep_others_from_the_table(capsys
 def test_a_lookup_takes_the_entry_that_the_rows_fit_and_the_last_one_beyond() -> None:
     small, large = Tuned(8, "small", "1 µs"), Tuned(64, "large", "2 µs")
     tables = {"GPU": {"silu_mul": (small, large)}}
-    found = [lookup("GPU", "silu_mul", rows, tables) for rows in (1, 8, 9, 64, 65)]
+    found = [lookup("GPU", "silu_mul", rows, tables=tables) for rows in (1, 8, 9, 64, 65)]
     assert found == [small, small, large, large, large]
 
 
@@ -173,3 +173,15 @@ def test_the_reference_is_imported_without_triton() -> None:
         assert "triton" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_attention_in_float32_has_tiles_of_its_own_whatever_was_measured_in_bfloat16() -> None:
+    tables = {"GPU": {"paged_prefill": (Tuned(8, "measured", "1 µs"),), "silu_mul": (Tuned(8, "measured", "1 µs"),)}}
+    found = [lookup("GPU", name, 5, torch.float32, tables) for name in ("paged_prefill", "paged_decode", "silu_mul")]
+    assert [each.config for each in found] == [
+        paged_attention.FLOAT32_PREFILL,
+        paged_attention.FLOAT32_DECODE,
+        "measured",
+    ]
+    assert found[0].measurement == NOT_MEASURED
+    assert lookup("GPU", "paged_prefill", 5, torch.bfloat16, tables).config == "measured"

@@ -1,16 +1,16 @@
 """Graphs of decode steps, with captures that call the function again: the padding and the choice of a graph."""
 
-from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
 
 from runtime import cuda_graphs
-from runtime.cuda_graphs import MOST_RANKS, WARM_UP_RUNS, DecodeGraphs, sizes
+from runtime.cuda_graphs import MOST_RANKS, DecodeGraphs, sizes
 from runtime.messages import Generate, SamplingParams
 from runtime.step_inputs import StepShape
 from runtime.tiled_lora import DECODE_HEIGHT
+from tests.runtime.eager_captures import EagerCaptures
 from tests.runtime.peft_engine import INVOCATIONS, PeftOracle, engines
 from tests.runtime.tiny_engine import adapter_tensors, prompt
 
@@ -20,26 +20,6 @@ LIMIT = 48  # tokens, three blocks
 OPTIONS = {"max_running": MOST, "max_batch_tokens": 64, "max_model_len": LIMIT, "max_lora_rank": 16}
 RANKS = 12  # at a site, of the widest adapter with a graph here: r4 on q, k and v
 WIDE = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
-
-
-class EagerCaptures:
-    """Captures as on a GPU, with warm-up, whose replays call the function again; `replays` counts them."""
-
-    def __init__(self):
-        self.captured = 0
-        self.replays = Counter()
-
-    def __call__(self, call):
-        for _ in range(WARM_UP_RUNS):
-            call()
-        index = self.captured
-        self.captured += 1
-
-        def replay():
-            self.replays[index] += 1
-            return call()
-
-        return replay
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""An H100 as far as Triton's compiler is concerned: kernels are compiled as they are launched, and nothing runs.
+
+The interpreter takes much that the compiler refuses, and knows nothing of registers. Tensors are the CPU's. For a
+process of its own that imports no kernel as interpreted.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+SHARED_BYTES = 227 * 1024  # of a program, at most
+
+
+class Compiled(NamedTuple):
+    """A kernel as it would run: bytes of shared memory a program, and the machine's code."""
+
+    name: str
+    shared_bytes: int
+    binary: bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What finds no room in a thread's registers."""
+        return int(_cuobjdump("--dump-resource-usage", self.binary).partition("STACK:")[2].split()[0])
+
+    def count(self, *instructions: str, width: str = "") -> int:
+        """How many instructions of these names there are in the code, of a width such as `.128` bits if one is given.
+
+        LDG reads global memory, LDGSTS copies it to shared memory, HMMA and HGMMA are products on tensor cores.
+        """
+        code = re.findall(r"\s([A-Z][A-Z0-9_.x]*[A-Z0-9])(?= .*;)", _cuobjdump("-sass", self.binary))
+        return sum(each.split(".")[0] in instructions and width in each for each in code)
+
+
+class PretendGpu(DriverBase):
+    """Triton's driver for it; `compiled` are the kernels that were launched for the first time, in order."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.launcher_cls = _no_launcher
+        self.compiled: list[Compiled] = []
+
+    @classmethod
+    def install(cls) -> "PretendGpu":
+        assert not triton.knobs.runtime.interpret, "kernels are interpreted in this process"
+        gpu = cls()
+        driver.set_active(gpu)
+        return gpu
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
+        self.compiled.append(Compiled(name, shared, binary))
+        registers = spilled = 0  # nobody asks
+        return object(), object(), registers, spilled, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_BYTES, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def _no_launcher(source: object, metadata: object) -> Any:
+    return lambda *arguments: None
+
+
+def _cuobjdump(what: str, binary: bytes) -> str:
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch, "kernel.cubin")
+        file.write_bytes(binary)
+        command = [triton.knobs.nvidia.cuobjdump.path, what, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,110 @@
+"""Every kernel through Triton's compiler for an H100, which needs no GPU; run as a program, it compiles them.
+
+What is compiled here has not run anywhere.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = 227 * 1024  # of a program, at most
+SPILLED_BYTES = 16  # a few addresses
+PRODUCTS = {"_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel"}
+# What these read or write a thread is one number, or lies in an order of its own.
+NARROW = {"_reduce_kernel", "_cut_kernel", "_embedding_shrink_kernel", "_qkv_write_kernel"}
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    pytest.importorskip("triton", reason="needs triton")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-W", "error", __file__, request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [kernel | {"dtype": request.param} for kernel in json.loads(done.stdout)]
+
+
+def test_every_kernel_fits_an_h100_and_keeps_its_numbers_in_registers(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
+        assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
+
+
+def test_products_of_bfloat16_are_made_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    assert {kernel["name"] for kernel in compiled} >= PRODUCTS
+    for kernel in compiled:
+        wanted = kernel["dtype"] == "bfloat16" and kernel["name"] in PRODUCTS
+        assert (kernel["products"] > 0) == wanted, kernel
+
+
+def test_what_is_much_is_read_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        assert kernel["wide_reads"] > 0 or kernel["name"] in NARROW, kernel
+
+
+def launches(dtype: str) -> Iterator[Any]:
+    """Calls that launch every kernel as it is launched when nothing has been tuned, at Qwen3-8B's shapes."""
+    import torch
+
+    from kernels import grouped_lora, tune, tuned
+    from kernels.lora_tiles import Tiles
+    from kernels.tune_lora import lora_cases
+    from kernels.tune_rows import ModelShape
+    from runtime.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT
+
+    model = ModelShape(dtype=getattr(torch, dtype), device="cpu")
+    for case in tune.all_cases(model, decode=(1, 32), prefill=256, context=64):
+        config, inputs = tuned.lookup("", case.kernel, case.rows, model.dtype).config, case.prepare(0)
+        heights = {each.height for each in inputs if isinstance(each, Tiles)}
+        if heights <= {DECODE_HEIGHT, PREFILL_HEIGHT}:
+            yield partial(case.launch, *inputs, config=config)
+    shrink, _ = lora_cases(model, 32, 8, 16, "decode")
+    _, site, arena, table, tiles, ranks = shrink.prepare(0)
+    token_ids, t = torch.zeros(32, dtype=torch.int64), torch.empty(32, 1, ranks)
+    yield partial(grouped_lora.embedding_shrink, token_ids, site, arena, table, tiles, t)
+
+
+def compile_all(dtype: str) -> Iterator[dict[str, Any]]:
+    from tests.kernels.pretend_gpu import PretendGpu
+
+    gpu = PretendGpu.install()
+    for launch in launches(dtype):
+        launch()
+    assert {kernel.name for kernel in gpu.compiled} == set(kernel_names())
+    for kernel in gpu.compiled:
+        yield {
+            "name": kernel.name,
+            "shared_bytes": kernel.shared_bytes,
+            "spilled_bytes": kernel.spilled_bytes,
+            "products": kernel.count("HMMA", "HGMMA"),
+            "wide_reads": kernel.count("LDG", "LDGSTS", width=".128"),
+        }
+
+
+def kernel_names() -> Iterator[str]:
+    """The kernels that there are."""
+    import importlib
+    import pkgutil
+
+    from triton import JITFunction
+
+    import kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+        found = vars(importlib.import_module(module.name))
+        yield from (
+            name for name, value in found.items() if isinstance(value, JITFunction) and name.endswith("_kernel")
+        )
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(compile_all(sys.argv[1]))))
