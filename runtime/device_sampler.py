@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kernels import sampling, tuned
 from kernels.reference.sampling import RowParams
+from runtime.adjustments import Adjustments
 from runtime.messages import Generate, SamplingParams
-from runtime.sampler import Sampled, adjust, adjusts, logprobs_of, uniform
+from runtime.sampler import Sampled, adjusts, logprobs_of, uniform
 from runtime.sequence import Sequence
 
 NOTHING = -1  # the token of a row whose logits are not finite
@@ -49,26 +50,24 @@ class DeviceSamples:
 def choose_on_device(logits: Tensor, sequences: Seq[Sequence], gpu: str) -> Tensor:
     """One token for each row of `logits` (n, vocab), as `runtime.sampler.sample` chooses it; NOTHING where it cannot.
 
-    Waits for nothing on the device, but where penalties of a sequence count its tokens.
+    Waits for nothing on the device. There are two uploads at most: the rows' parameters, and adjustments if any.
     """
     if not sequences:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
     finite = torch.isfinite(logits.amax(-1))
-    adjusting = [row for row, sequence in enumerate(sequences) if adjusts(sequence)]
-    adjusted = logits
-    if adjusting:
-        adjusted = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        for row in adjusting:
-            adjusted[row] = adjust(adjusted[row], sequences[row])
+    if any(adjusts(sequence) for sequence in sequences):
+        logits = Adjustments.build(sequences, logits.shape[1], logits.device).apply(logits)
     params = _row_params(sequences, logits.shape[1], logits.device)
     cut = "sample with cuts" if len(params.cut_rows) else "sample"
-    token_ids, _ = sampling.sample(adjusted, params, tuned.lookup(gpu, cut, len(sequences)).config)
+    token_ids, _ = sampling.sample(logits, params, tuned.lookup(gpu, cut, len(sequences)).config)
     return torch.where(finite, token_ids, NOTHING)
 
 
 def warm_up_sampling(logits: Tensor, gpu: str) -> None:
     """Compile what rows of every kind are sampled by, on whatever logits there are."""
-    for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)):
+    # Adjusted logits are float32 whatever the model's are, and kernels are compiled for each dtype.
+    adjusted = SamplingParams(top_p=0.5, repetition_penalty=2.0, min_tokens=1, stop_token_ids=(0,))
+    for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5), adjusted):
         sequence = Sequence(Generate(request_id="", token_ids=[0], params=params), max_tokens=2)
         choose_on_device(logits[:1], [sequence], gpu)
 

@@ -12,9 +12,9 @@ _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 1024
 # Beyond these, parameters make no more difference and float32 would make infinities of them. A forbidden token is less
 # likely than any other, yet finite: if all are forbidden, one is drawn all the same.
-_LEAST_DIVISOR = 1e-6
-_LARGEST_LOGIT = 1e30
-_FORBIDDEN = -1e31
+LEAST_DIVISOR = 1e-6
+LARGEST_LOGIT = 1e30
+FORBIDDEN = -1e31
 
 
 class Sampled(NamedTuple):
@@ -46,9 +46,8 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
 
 
 def adjusts(sequence: Sequence) -> bool:
-    params = sequence.params
-    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-    return penalised or bool(sequence.forbidden_ids)
+    """Whether `adjust` changes anything."""
+    return sequence.needs_tokens or bool(sequence.forbidden_ids)
 
 
 def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
@@ -59,22 +58,22 @@ def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
-        values, penalty = logits[seen], max(params.repetition_penalty, _LEAST_DIVISOR)
+        values, penalty = logits[seen], max(params.repetition_penalty, LEAST_DIVISOR)
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     generated = sequence.token_ids[sequence.num_prompt :]
     if generated and (params.presence_penalty or params.frequency_penalty):
         ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    logits.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+    logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
     if forbidden:
-        logits[torch.tensor(sorted(forbidden), device=logits.device)] = _FORBIDDEN
+        logits[torch.tensor(sorted(forbidden), device=logits.device)] = FORBIDDEN
     return logits
 
 
 def _draw(logits: Tensor, sequence: Sequence) -> int:
     """Draw from softmax(logits / temperature) cut by top_k, then top_p of what is left, then min_p of the likeliest."""
     params = sequence.params
-    probabilities = ((logits - logits.max()) / max(params.temperature, _LEAST_DIVISOR)).softmax(-1)
+    probabilities = ((logits - logits.max()) / max(params.temperature, LEAST_DIVISOR)).softmax(-1)
     draw = uniform(sequence.seed, params.choice, sequence.num_generated)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         return _invert(probabilities, draw)

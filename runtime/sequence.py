@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from runtime.block_keys import BlockIdentity, block_key, block_salt, root_key
 from runtime.messages import Generate
+from runtime.token_counts import TokenCounts
 
 FinishReason = Literal["stop", "length"]
 
@@ -49,6 +50,7 @@ class Sequence:
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
         self.token_ids = list(request.token_ids)
         self.num_prompt = len(request.token_ids)
+        self._penalised: TokenCounts | None = None
         self.max_tokens = min(max_tokens, self.num_prompt + params.max_tokens)
         self.root = root_key(request.cache_salt)
         self.computed = self.pending = 0
@@ -97,6 +99,18 @@ class Sequence:
         """Whether its tokens must be known to sample the next one."""
         params = self.params
         return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+    @property
+    def penalised(self) -> TokenCounts:
+        """The tokens whose logits its penalties change, counted as far as they are known; if any penalty is asked for.
+
+        Those of the prompt are among them only where repetition is penalised.
+        """
+        if self._penalised is None:
+            prompt = self.token_ids[: self.num_prompt] if self.params.repetition_penalty != 1.0 else ()
+            self._penalised = TokenCounts(prompt, self.num_prompt)
+        self._penalised.catch_up(self.token_ids)
+        return self._penalised
 
     @property
     def forbidden_ids(self) -> frozenset[int]:

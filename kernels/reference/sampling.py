@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.uploads import host_buffer, upload
+
 # A temperature below this makes no more difference.
 LEAST_TEMPERATURE = 1e-6
 
@@ -42,14 +44,14 @@ class RowParams(NamedTuple):
         candidates = max((top_k[row] for row in cut), default=0) if all(top_k[row] for row in cut) else None
         count = len(temperature)
         # Rows of an even length: 16-byte alignment is part of what a kernel is compiled for.
-        host = torch.zeros((6, count + count % 2), dtype=torch.float64)
+        width = count + count % 2
+        buffer = host_buffer(6 * width, torch.float64, device)
+        host = buffer.view(6, width)
         host[:4, :count] = torch.tensor([temperature, top_p, min_p, draw], dtype=torch.float64)
         integers = host[4:].view(torch.int64)
         integers[0, :count] = torch.tensor(top_k, dtype=torch.int64)
         integers[1, : len(cut)] = torch.tensor(cut, dtype=torch.int64)
-        if torch.device(device).type == "cuda":
-            host = host.pin_memory()
-        numbers = host.to(device, non_blocking=True)
+        numbers = upload(buffer, device).view(6, width)
         integers = numbers[4:].view(torch.int64)
         t, p, least, u = numbers[:4, :count]
         return cls(t, integers[0, :count], p, least, u, integers[1, : len(cut)], candidates)

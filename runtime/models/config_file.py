@@ -103,12 +103,16 @@ def read_config(directory: Path) -> ConfigFile:
 
 
 def read_eos_token_ids(directory: Path, config: ConfigFile) -> tuple[int, ...]:
-    """The tokens that end a generation: those of `generation_config.json` where it names any, or else `config`'s."""
+    """The tokens that end a generation: those of `generation_config.json` where it names any, or else `config`'s.
+
+    One that is not in the vocabulary ends none, and has no logit that could be forbidden.
+    """
     path = directory / "generation_config.json"
     ids = _read(path, GenerationFile).eos_token_id if path.exists() else None
     if ids is None:
         ids = config.eos_token_id
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+    each = () if ids is None else (ids,) if isinstance(ids, int) else ids
+    return tuple(token_id for token_id in each if 0 <= token_id < config.vocab_size)
 
 
 def refuse(field: str, value: object, supported: str) -> NoReturn:

@@ -116,6 +116,10 @@ def test_end_tokens_come_from_the_generation_config_and_else_from_the_config(tmp
     assert read(tmp_path, LLAMA).eos_token_ids == (7,)
 
 
+def test_end_tokens_that_are_not_in_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA, eos_token_id=[-1, 99, 100]).eos_token_ids == (99,)
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "words"),
     [

@@ -9,8 +9,8 @@ from runtime.sequence import Sequence
 B = 4
 
 
-def sequence(tokens=10, computed=0, **fields):
-    request = Generate(request_id="r", token_ids=list(range(tokens)), params=SamplingParams(), **fields)
+def sequence(tokens=10, computed=0, params=None, **fields):
+    request = Generate(request_id="r", token_ids=list(range(tokens)), params=params or SamplingParams(), **fields)
     made = Sequence(request, max_tokens=100)
     made.computed = computed
     return made
@@ -51,3 +51,19 @@ def test_rule_9_without_its_adapter_a_sequence_reaches_its_activation(computed, 
     made.holds_adapter = True
     assert made.reach == 10 - computed
     assert sequence(computed=computed).reach == 10 - computed
+
+
+@pytest.mark.parametrize(
+    ("penalty", "prompt"), [({"repetition_penalty": 1.5}, [0, 1]), ({"presence_penalty": 1.0}, [])]
+)
+def test_what_penalties_apply_to_is_counted_as_it_is_generated(penalty, prompt):
+    made = sequence(2, params=SamplingParams(max_tokens=20, **penalty))
+    generated = []
+    for more in ([], [7], [7, 1, 8], [8, 7]):
+        for token in more:
+            made.advance(1, samples=True)
+            made.append(token)
+        generated += more
+        tokens = made.penalised
+        assert list(tokens.ids) == list(dict.fromkeys(prompt + generated))
+        assert list(tokens.counts) == [generated.count(token) for token in tokens.ids]

@@ -28,6 +28,19 @@ SAMPLING = {
     "penalties": {"temperature": 1.0, "seed": 7, "repetition_penalty": 1.4, "presence_penalty": 0.5},
     "greedy penalties": {"temperature": 0.0, "repetition_penalty": 1.8, "frequency_penalty": 1.5},
     "penalties and cuts": {"temperature": 1.5, "seed": 8, "frequency_penalty": 2.0, "top_p": 0.9},
+    "least length": {"temperature": 2.0, "seed": 9, "min_tokens": 2, "stop_token_ids": tuple(range(0, 300, 2))},
+    "everything": {
+        "temperature": 2.0,
+        "seed": 10,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": -0.2,
+        "min_tokens": 3,
+        "stop_token_ids": tuple(range(1, 300, 3)),
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.01,
+    },
 }
 
 
