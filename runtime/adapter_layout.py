@@ -47,6 +47,14 @@ class AdapterLayout(NamedTuple):
     sites: tuple[SiteLayout | None, ...]
     elements: int
 
+    def check_ranks(self, most: int) -> None:
+        """Raises InvalidAdapter for the first module of a rank over `most`, an engine's max_lora_rank."""
+        for site in filter(None, self.sites):
+            for module, _, ranks, _, _ in site.parts:
+                rank = ranks.stop - ranks.start
+                if rank > most:
+                    raise InvalidAdapter(module, f"has rank {rank}, and max_lora_rank (--max-lora-rank) is {most}")
+
     def pack(
         self,
         config: AdapterConfig,

@@ -72,14 +72,15 @@ class AdapterLoader(Generic[Key]):
     """Runs tasks on its own threads, in the order asked for; results wait in a queue until they are asked for.
 
     A task that only copies waits for none that reads: it has a thread to itself. `on_change` is called after each
-    result, from a thread, and by `notify`. Files of more than `max_file_bytes` are not read.
+    result, from a thread, and by `notify`. Files of more than `max_file_bytes` are not read, and what has a module of
+    more than `max_rank` ranks is refused: files of a server that allows more may lie in a store that others share.
     """
 
-    def __init__(self, model: ModelConfig, max_file_bytes: int) -> None:
+    def __init__(self, model: ModelConfig, max_file_bytes: int, max_rank: int) -> None:
         self.pacer = Pacer()
         self.on_change: Callable[[], None] | None = None
         self._model = model
-        self._max_file_bytes = max_file_bytes
+        self._max_file_bytes, self._max_rank = max_file_bytes, max_rank
         self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", yield_to_others)
         self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
         self._toucher = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
@@ -169,6 +170,7 @@ class AdapterLoader(Generic[Key]):
         self.pacer.pause()
         config, header, _ = read_canonical(data.data)
         layout = layout_adapter(self._model, config, header)
+        layout.check_ranks(self._max_rank)
         return Content(config, header, layout, data)
 
     def _memory(self, size: int) -> np.ndarray:

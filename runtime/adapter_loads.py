@@ -25,11 +25,14 @@ class AdapterLoads:
     which there is no room keeps its place; if it is for the device, it is in host memory by then.
     """
 
-    def __init__(self, model: ModelConfig, host: AdapterTier, device: AdapterTier, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, model: ModelConfig, host: AdapterTier, device: AdapterTier, max_rank: int, clock: Callable[[], float]
+    ) -> None:
         self.tiers: dict[Tier, AdapterTier] = {"host": host, "device": device}
         self._due = False  # the next poll has room that this one has not, without any event before
         # The widest a file can be for what it takes packed: float32 for an arena of half its width.
-        self.loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model, 2 * host.capacity_bytes + MAX_HEADER_BYTES)
+        max_file_bytes = 2 * host.capacity_bytes + MAX_HEADER_BYTES
+        self.loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model, max_file_bytes, max_rank)
         self._host, self._device = host, device
         self._queue: dict[RegisteredAdapter, None] = {}
         self._reading: set[RegisteredAdapter] = set()

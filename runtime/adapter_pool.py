@@ -1,5 +1,6 @@
 """Which adapters are resident, in host and in device memory: one contiguous extent each, packed at its own ranks."""
 
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -26,7 +27,8 @@ class AdapterPool:
 
     All methods are for the engine's thread and none of them waits, but for `wait`; what becomes of a call comes out of
     `poll`. An adapter that is referenced or pinned is never evicted. `dtype` is the tiers': float32 on a CPU whatever
-    the model's dtype, for its small products are twice as fast in it as in bfloat16. `clock` is in seconds.
+    the model's dtype, for its small products are twice as fast in it as in bfloat16. An adapter with a module of more
+    than `max_rank` ranks fails its load. `clock` is in seconds.
     """
 
     def __init__(
@@ -36,13 +38,14 @@ class AdapterPool:
         host_bytes: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        max_rank: int = sys.maxsize,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         page_locked = torch.device(device).type == "cuda"
         self.host = AdapterTier("host", host_bytes, dtype, "cpu", page_locked=page_locked)
         self.device = AdapterTier("device", device_bytes, dtype, device, page_locked=False)
         self._tiers = (self.host, self.device)
-        self._loads = AdapterLoads(model, self.host, self.device, clock)
+        self._loads = AdapterLoads(model, self.host, self.device, max_rank, clock)
         self.pacer = self._loads.loader.pacer  # keeps the loads out of the way of whoever computes
         self._answers = AdapterAnswers(self.host, self.device)
         self._pins = AdapterPins(self._loads, self._answers)

@@ -60,7 +60,12 @@ class Engine:
         self.runner = make_runner(config)
         runner = self.runner
         self.adapters = AdapterPool(
-            runner.model, config.adapter_bytes, config.host_adapter_bytes, runner.adapter_dtype, runner.device
+            runner.model,
+            config.adapter_bytes,
+            config.host_adapter_bytes,
+            runner.adapter_dtype,
+            runner.device,
+            config.max_lora_rank,
         )
         runner.start(self.adapters)
         self.blocks = BlockPool(self.runner.num_blocks, config.prefix_cache)

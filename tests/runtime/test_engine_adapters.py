@@ -219,6 +219,26 @@ def test_the_reason_why_a_file_cannot_be_had_reaches_the_request_that_waits_and_
     assert run(engine)["runs"][1] == "length"
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_file_from_where_larger_ranks_are_allowed_fails_its_load_by_the_module(start, tmp_path, in_memory):
+    engine = start(max_lora_rank=3)
+    digest, content = canonical(engine)
+    (tmp_path / "adapter").write_bytes(content)
+    engine.register_adapter(digest, content if in_memory else tmp_path / "adapter")
+    reason = "model.layers.0.self_attn.q_proj: has rank 4, and max_lora_rank (--max-lora-rank) is 3"
+    engine.add_request(request("adapted", digest))
+    engine.add_request(request("plain"))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    states = [event for event in events if isinstance(event, AdapterState)]
+    assert [(each.digest, each.state, each.reason) for each in states][-1:] == [(digest, "failed", reason)]
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert (failed.request_id, failed.code) == ("adapted", "adapter_failed")
+    assert reason in failed.message
+    assert engine.adapters.host.bytes_used == engine.adapters.device.bytes_used == 0
+
+
 def test_weights_are_the_same_after_a_trip_through_host_memory(start):
     engine = start(adapter_bytes=SIZE)
     digests = [engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(2)]
