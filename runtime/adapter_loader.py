@@ -153,7 +153,7 @@ class AdapterLoader(Generic[Key]):
             started = packing
         if task.pack is not None:
             assert content is not None
-            _pack(content, task.pack, self.pacer.pause)
+            content.layout.pack(content.config, content.header, content.data, task.pack, self.pacer.pause)
             content = self._without_data(content)
             seconds["pack"] = (copying := time.monotonic()) - started
             started = copying
@@ -190,16 +190,6 @@ class AdapterLoader(Generic[Key]):
 def _touch(memory: Tensor, pause: Pause) -> None:
     pause()
     touch(memory)
-
-
-def _pack(content: Content, extent: Tensor, pause: Pause) -> None:
-    config, header, layout, data = content
-    if extent.dtype == torch.float32:
-        layout.pack(config, header, data, extent.numpy(), pause)
-        return
-    packed = np.empty(layout.elements, np.float32)
-    layout.pack(config, header, data, packed, pause)
-    extent.copy_(torch.from_numpy(packed))
 
 
 def _copy(source: Tensor, target: Tensor, asked: torch.cuda.Event | None, pause: Pause) -> None:

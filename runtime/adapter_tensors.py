@@ -220,10 +220,14 @@ def numpy_dtype(dtype: str, *, integers: bool = False) -> np.dtype:
 
 
 def widened(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values held as `numpy_dtype` says, as float32."""
-    if dtype == "BF16":
-        return (values.astype("<u4") << 16).view("<f4")
-    return values.astype("<f4", copy=False)
+    """Values held as `numpy_dtype` says, as float32; in row order, unless they are float32 already."""
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        return values.astype("<f4", order="C")
+    bits = values.astype("<u4", order="C")
+    bits <<= 16
+    return bits.view("<f4")
 
 
 def _foreign_name(name: str) -> str:
