@@ -4,7 +4,6 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -15,20 +14,18 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import SiteWeights
 from runtime.adapter_file import PIECE_BYTES, Pause, read_verified
-from runtime.adapter_format import AdapterConfig, read_canonical
+from runtime.adapter_format import AdapterConfig, CanonicalFile, read_canonical
 from runtime.adapter_layout import AdapterLayout, layout_adapter
 from runtime.models.config import ModelConfig
 from runtime.pacer import Pacer, yield_to_others
 from runtime.safetensors_header import Header
+from runtime.spare_memory import SpareMemory
 from runtime.tier_memory import touch
 
 THREADS = 2
 MEMORY_NICENESS = 19  # of the one that only finds memory for later loads
-
-SPARE_BYTES = 64 << 20  # the largest file whose memory is kept for the next one, one a thread
-
 Key = TypeVar("Key")
-Source = Path | bytes
+Source = Path | bytes | CanonicalFile
 Sites = list[SiteWeights | None]
 
 
@@ -84,7 +81,7 @@ class AdapterLoader(Generic[Key]):
         self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", yield_to_others)
         self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
         self._toucher = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
-        self._spare: list[np.ndarray] = []
+        self.memory = SpareMemory(THREADS)  # for files
         self._finished: queue.SimpleQueue[Finished[Key]] = queue.SimpleQueue()
         self._arrived: list[Finished[Key]] = []
         self._in_flight = 0
@@ -154,7 +151,7 @@ class AdapterLoader(Generic[Key]):
         if task.pack is not None:
             assert content is not None
             content.layout.pack(content.config, content.header, content.data, task.pack, self.pacer.pause)
-            content = self._without_data(content)
+            content = content._replace(data=np.empty(0, np.uint8))
             seconds["pack"] = (copying := time.monotonic()) - started
             started = copying
         if task.copy is not None:
@@ -163,28 +160,18 @@ class AdapterLoader(Generic[Key]):
         return content
 
     def _read(self, source: Source, digest: str) -> Content:
-        if isinstance(source, Path):
-            data = read_verified(source, digest, self._max_file_bytes, self._memory, self.pacer.pause)
+        if isinstance(source, CanonicalFile):
+            config, header, data = source
         else:
-            data = np.frombuffer(source, np.uint8)
-        self.pacer.pause()
-        config, header, _ = read_canonical(data.data)
+            if isinstance(source, Path):
+                data = read_verified(source, digest, self._max_file_bytes, self.memory.take, self.pacer.pause)
+            else:
+                data = np.frombuffer(source, np.uint8)
+            self.pacer.pause()
+            config, header, _ = read_canonical(data.data)
         layout = layout_adapter(self._model, config, header)
         layout.check_ranks(self._max_rank)
         return Content(config, header, layout, data)
-
-    def _memory(self, size: int) -> np.ndarray:
-        """Memory for a file, from an earlier one if that had enough: 39 MB took 8 ms to read then, and 25 without."""
-        with suppress(IndexError):
-            if len(spare := self._spare.pop()) >= size:
-                return spare[:size]
-        return np.frombuffer(bytearray(size), np.uint8)  # numpy's own would come in huge pages: see `touch`
-
-    def _without_data(self, content: Content) -> Content:
-        data = content.data.base if isinstance(content.data.base, np.ndarray) else content.data
-        if data.flags.writeable and len(data) <= SPARE_BYTES and len(self._spare) < THREADS:
-            self._spare.append(data)
-        return content._replace(data=np.empty(0, np.uint8))
 
 
 def _touch(memory: Tensor, pause: Pause) -> None:

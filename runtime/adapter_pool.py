@@ -19,6 +19,7 @@ from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
 from runtime.messages import AdapterState, Answer, Tier
 from runtime.models.config import ModelConfig
 from runtime.registered_adapter import FIRST_RETRY_SECONDS, RegisteredAdapter
+from runtime.spare_memory import SpareMemory
 from runtime.tier_entry import Claim
 
 
@@ -74,6 +75,11 @@ class AdapterPool:
         return {digest: adapter.reason for digest, adapter in self._adapters.items() if adapter.wanted}
 
     # ------------------------------------------------------------------ known adapters
+
+    @property
+    def file_memory(self) -> SpareMemory:
+        """Memory for the files of adapters that are registered from memory."""
+        return self._loads.loader.memory
 
     def register(self, digest: str, source: Source) -> None:
         """Make a canonical file known, to be read when it is needed.

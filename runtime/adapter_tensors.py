@@ -1,17 +1,17 @@
 """The tensors of a stranger's adapter: each is matched to a module of the model, or the adapter is refused."""
 
 import re
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.models.config import ModelConfig
 from runtime.peft_config import PeftConfig
-from runtime.safetensors_header import FILE, TensorEntry, read_header
+from runtime.safetensors_header import FILE, TensorEntry
+from runtime.tensor_source import TensorSource
 
-CHUNK_BYTES = 1024 * 1024  # a multiple of every item size
 MAGNITUDE_BITS = {"F32": 0x7FFFFFFF, "F16": 0x7FFF, "BF16": 0x7FFF}
 INFINITY_BITS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -43,23 +43,21 @@ BaseTensor = Callable[[str], StoredTensor]
 class AdapterTensors:
     """An adapter's tensors under canonical names, sorted; `ranks` and `scales` are by module.
 
-    Raises InvalidAdapter unless every tensor of the file has its place, shape and rank in the model, and
+    Raises InvalidAdapter unless every tensor of the source has its place, shape and rank in the model, and
     at least one module is adapted. Of the data only copies of the base are read before `finite_chunks`.
     """
 
     def __init__(
-        self, source: BinaryIO, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
+        self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
     ) -> None:
         self._source = source
-        header = read_header(source)
-        self._data_offset = header.data_offset
         self._model = model
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
-        self._names: dict[str, str] = {}  # canonical to the file's own
+        self._names: dict[str, str] = {}  # canonical to the source's own
         self.tensors: dict[str, TensorEntry] = {}
-        copies = self._normalise(header.tensors)
+        copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
         if not modules:
             raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
@@ -72,14 +70,14 @@ class AdapterTensors:
         for own_name, entry in copies.items():
             self._check_base_copy(own_name, entry, base_tensor)
 
-    def finite_chunks(self, name: str) -> Iterator[bytes]:
+    def finite_chunks(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes, scanned on the way.
 
         Raises InvalidAdapter at the first NaN or infinity, or where the scale makes float32 overflow.
         """
         entry, own_name = self.tensors[name], self._names[name]
         scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
-        for chunk in self._read(entry):
+        for chunk in self._source.chunks(own_name):
             largest = largest_magnitude(chunk, entry.dtype)
             if largest is None:
                 raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights")
@@ -87,17 +85,7 @@ class AdapterTensors:
                 raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}")
             yield chunk
 
-    def _read(self, entry: TensorEntry) -> Iterator[bytes]:
-        self._source.seek(self._data_offset + entry.start)
-        left = entry.stop - entry.start
-        while left:
-            chunk = self._source.read(min(left, CHUNK_BYTES))
-            if not chunk or len(chunk) % 2:
-                raise InvalidAdapter(FILE, "was truncated while it was read")
-            left -= len(chunk)
-            yield chunk
-
-    def _normalise(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    def _normalise(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         """Fill `tensors` and `_names`; the copies of the base's tensors are returned, under their own names."""
         found: dict[str, TensorEntry] = {}
         copies: dict[str, TensorEntry] = {}
@@ -179,23 +167,23 @@ class AdapterTensors:
         if base_tensor is None:
             raise InvalidAdapter(own_name, "repeats the base's weight, and the base is not at hand to compare")
         base = base_tensor(name)
-        equal = entry.shape == base.shape and self._equal_values(entry, base)
+        equal = entry.shape == base.shape and self._equal_values(own_name, base)
         if not equal:
             raise InvalidAdapter(own_name, f"differs from the base's {name}, which an adapter cannot replace")
 
-    def _equal_values(self, entry: TensorEntry, base: StoredTensor) -> bool:
+    def _equal_values(self, own_name: str, base: StoredTensor) -> bool:
         """Compare in float32, where every dtype's values are exact, a chunk at a time."""
         stored = np.frombuffer(base.data, numpy_dtype(base.dtype))
-        done = 0
-        for chunk in self._read(entry):
-            values = float32_values(chunk, entry.dtype)
+        dtype, done = self._source.tensors[own_name].dtype, 0
+        for chunk in self._source.chunks(own_name):
+            values = float32_values(chunk, dtype)
             if not np.array_equal(values, widened(stored[done : done + len(values)], base.dtype)):
                 return False
             done += len(values)
         return True
 
 
-def largest_magnitude(data: bytes, dtype: str) -> float | None:
+def largest_magnitude(data: memoryview, dtype: str) -> float | None:
     """The largest magnitude in raw little-endian data, None if a value is not finite.
 
     Found on the bits as integers: magnitudes of one sign order like their bits, and NaN is over infinity.

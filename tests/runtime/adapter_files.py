@@ -69,7 +69,13 @@ def adapter(seed=0, rank=4, modules=(Q, V)):
     """The digest and the canonical file of a small adapter."""
 
     config = CONFIG | {"r": rank, "target_modules": ".*"}
-    return canonical_from_tensors(lora(*modules, rank=rank, seed=seed), config, MODEL, max_rank=64)
+    return canonical_bytes(lora(*modules, rank=rank, seed=seed), config)
+
+
+def canonical_bytes(tensors, config, model=MODEL):
+    """The digest and the bytes of the canonical file of an adapter."""
+    digest, file = canonical_from_tensors(tensors, config, model, max_rank=64)
+    return digest, file.data.tobytes()
 
 
 ONE = adapter()

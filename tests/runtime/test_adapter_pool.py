@@ -5,11 +5,21 @@ import threading
 import pytest
 import torch
 
-from runtime.adapter_format import canonical_from_tensors
 from runtime.adapter_loads import GRACE_POLLS
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
-from tests.runtime.adapter_files import CONFIG, DEADLINE_SECONDS, MODEL, ONE, SIZE, Q, adapter, lora, settle
+from tests.runtime.adapter_files import (
+    CONFIG,
+    DEADLINE_SECONDS,
+    MODEL,
+    ONE,
+    SIZE,
+    Q,
+    adapter,
+    canonical_bytes,
+    lora,
+    settle,
+)
 
 
 @pytest.fixture
@@ -287,7 +297,7 @@ def test_the_engine_is_woken_when_a_stage_has_finished(make_pool):
 
 def test_an_adapter_of_another_model_fails_to_load(make_pool):
     pool = make_pool()
-    digest, content = canonical_from_tensors(lora(Q), CONFIG, MODEL, max_rank=64)
+    digest, content = canonical_bytes(lora(Q), CONFIG)
     pool.register(digest, content.replace(b"layers.0", b"layers.7"))
     pool.prefetch(digest)
     assert settle(pool)[-1] == (digest, "failed", None)

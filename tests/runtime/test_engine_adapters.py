@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from runtime.adapter_format import canonical_from_tensors
 from runtime.admission import RequestRefused
 from runtime.messages import AdapterState, Failed, Generate, SamplingParams, Tokens
 from runtime.scheduler import ADAPTER_PATIENCE_SECONDS
+from tests.runtime.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 SIZE = 4 * 2 * 4 * (32 + 32 + 32 + 16)  # bytes of an adapter: two layers, rank 4, A and B of q and v
@@ -25,7 +25,7 @@ def request(name, adapter=None, max_tokens=20, seed=0):
 
 def canonical(engine, seed=0):
     arrays = {name: tensor.numpy() for name, tensor in adapter_tensors(seed).items()}
-    return canonical_from_tensors(arrays, ADAPTER_CONFIG, engine.runner.model, max_rank=64)
+    return canonical_bytes(arrays, ADAPTER_CONFIG, engine.runner.model)
 
 
 def test_more_adapters_than_memory_holds_take_turns(start):
@@ -150,6 +150,27 @@ def test_a_training_loop_that_replaces_its_adapter_does_not_grow(start):
         used.append((engine.adapters.device.bytes_used, engine.adapters.host.bytes_used))
     assert set(used) == {(SIZE, SIZE)}
     assert len(engine.adapters.digests) == 1
+
+
+def test_what_was_added_from_memory_stays_as_it_was_whatever_comes_and_goes(start):
+    """Three lie in one's room, so each is read anew from the engine's own memory; others take turns in that."""
+    engine, reference = start(adapter_bytes=SIZE, host_adapter_bytes=SIZE), start()
+    tensors = [adapter_tensors(seed) for seed in range(3)]
+    expected = [
+        reference.generate([prompt(20)], GREEDY, reference.add_adapter(each, ADAPTER_CONFIG))[0] for each in tensors
+    ]
+    digests = [engine.add_adapter(each, ADAPTER_CONFIG) for each in tensors]
+    for each in tensors:
+        for tensor in each.values():
+            tensor.zero_()
+    for seed in range(3, 6):
+        passing = engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG)
+        engine.generate([prompt(20)], GREEDY, passing)
+        engine.retire_adapter(passing)
+        for digest, completion in zip(digests, expected, strict=True):
+            engine.drop_namespace(digest)
+            assert engine.generate([prompt(20)], GREEDY, digest)[0].token_ids == completion.token_ids
+    assert engine.adapters.host.loads == 12
 
 
 def test_while_requests_stream_on_one_generation_the_next_is_installed_and_used(start):

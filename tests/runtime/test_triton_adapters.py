@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from runtime.adapter_format import canonical_from_tensors
 from runtime.admission import RequestRefused
 from runtime.messages import Generate, SamplingParams
+from tests.runtime.adapter_files import canonical_bytes
 from tests.runtime.peft_engine import LINEAR, PeftOracle, engines
 from tests.runtime.tiny_engine import BLOCK_BYTES, prompt, run
 
@@ -158,7 +158,7 @@ def test_while_one_generation_runs_it_is_retired_and_the_next_takes_its_place(st
 def test_a_file_from_where_larger_ranks_are_allowed_fails_its_load_by_the_module(start, reference, tmp_path, modules):
     tensors, config = adapter(reference, modules, everywhere(modules, 48) | {"q_proj": 49})
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    digest, content = canonical_from_tensors(arrays, config, reference.runner.model, max_rank=64)
+    digest, content = canonical_bytes(arrays, config, reference.runner.model)
     (tmp_path / "adapter").write_bytes(content)
     reason = "model.layers.0.self_attn.q_proj: has rank 49, and max_lora_rank (--max-lora-rank) is 48"
     engine = start()
