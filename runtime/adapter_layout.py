@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import PartWeights, SiteWeights
 from runtime.adapter_format import AdapterConfig
-from runtime.adapter_tensors import numpy_dtype
 from runtime.extent_writer import ExtentWriter
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.models.config import ModelConfig, Site
 from runtime.safetensors_header import Header
+from runtime.weight_dtypes import HELD
 
 ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and a vector
 
@@ -165,7 +165,7 @@ def _tensor_names(module: str, embedding: bool) -> _TensorNames:
 def _stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     """A tensor as the file holds it, and its dtype there."""
     dtype, shape, start, stop = header.tensors[name]
-    held = data[header.data_offset + start : header.data_offset + stop].view(numpy_dtype(dtype))
+    held = data[header.data_offset + start : header.data_offset + stop].view(HELD[dtype])
     return held.reshape(shape), dtype
 
 

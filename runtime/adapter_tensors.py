@@ -11,9 +11,8 @@ from runtime.models.config import ModelConfig
 from runtime.peft_config import PeftConfig
 from runtime.safetensors_header import FILE, TensorEntry
 from runtime.tensor_source import TensorSource
+from runtime.weight_dtypes import HELD, INFINITY_BITS, largest_magnitude, value_of, widened
 
-MAGNITUDE_BITS = {"F32": 0x7FFFFFFF, "F16": 0x7FFF, "BF16": 0x7FFF}
-INFINITY_BITS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -79,9 +78,9 @@ class AdapterTensors:
         scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
         for chunk in self._source.chunks(own_name):
             largest = largest_magnitude(chunk, entry.dtype)
-            if largest is None:
+            if largest >= INFINITY_BITS[entry.dtype]:
                 raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights")
-            if largest * scale > LARGEST_FLOAT32:
+            if scale > 1.0 and value_of(largest, entry.dtype) * scale > LARGEST_FLOAT32:
                 raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}")
             yield chunk
 
@@ -173,49 +172,14 @@ class AdapterTensors:
 
     def _equal_values(self, own_name: str, base: StoredTensor) -> bool:
         """Compare in float32, where every dtype's values are exact, a chunk at a time."""
-        stored = np.frombuffer(base.data, numpy_dtype(base.dtype))
+        stored = np.frombuffer(base.data, HELD[base.dtype])
         dtype, done = self._source.tensors[own_name].dtype, 0
         for chunk in self._source.chunks(own_name):
-            values = float32_values(chunk, dtype)
+            values = widened(np.frombuffer(chunk, HELD[dtype]), dtype)
             if not np.array_equal(values, widened(stored[done : done + len(values)], base.dtype)):
                 return False
             done += len(values)
         return True
-
-
-def largest_magnitude(data: memoryview, dtype: str) -> float | None:
-    """The largest magnitude in raw little-endian data, None if a value is not finite.
-
-    Found on the bits as integers: magnitudes of one sign order like their bits, and NaN is over infinity.
-    """
-    bits = np.frombuffer(data, numpy_dtype(dtype, integers=True)) & MAGNITUDE_BITS[dtype]
-    largest = bits.max()
-    if largest >= INFINITY_BITS[dtype]:
-        return None
-    return float(float32_values(largest.tobytes(), dtype)[0])
-
-
-def float32_values(data: bytes | memoryview, dtype: str) -> np.ndarray:
-    """Raw little-endian data of a safetensors dtype as float32, which holds every value of each exactly."""
-    return widened(np.frombuffer(data, numpy_dtype(dtype)), dtype)
-
-
-def numpy_dtype(dtype: str, *, integers: bool = False) -> np.dtype:
-    """How numpy holds a safetensors dtype, which has no bfloat16: as its bits, as all are if `integers`."""
-    if dtype == "F32":
-        return np.dtype("<u4" if integers else "<f4")
-    return np.dtype("<f2" if dtype == "F16" and not integers else "<u2")
-
-
-def widened(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values held as `numpy_dtype` says, as float32; in row order, unless they are float32 already."""
-    if dtype == "F32":
-        return values
-    if dtype == "F16":
-        return values.astype("<f4", order="C")
-    bits = values.astype("<u4", order="C")
-    bits <<= 16
-    return bits.view("<f4")
 
 
 def _foreign_name(name: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.adapter_tensors import widened
+from runtime.weight_dtypes import widened
 
 PIECE_ELEMENTS = (1 << 15) - 1  # so few torch computes on the calling thread: it enlists others for more
 
@@ -22,7 +22,7 @@ class ExtentWriter:
         self._elements = (extent.view(torch.uint16) if self._bfloat16 else extent).numpy()
 
     def write(self, place: slice, values: np.ndarray, dtype: str, scale: float = 1.0) -> None:
-        """Fill a place with a matrix in row order; its values are held as `numpy_dtype` says, and may be a view."""
+        """Fill a place with a matrix in row order; its values are held as in `weight_dtypes`, and may be a view."""
         target = self._elements[place].reshape(values.shape)
         if not self._bfloat16:
             np.multiply(widened(values, dtype), np.float32(scale), out=target)

@@ -8,9 +8,9 @@ import numpy as np
 
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.safetensors_header import FILE, ITEM_BYTES, TensorEntry, consecutive, read_header
+from runtime.weight_dtypes import NAMES
 
 CHUNK_BYTES = 1024 * 1024  # a multiple of every item size
-NUMPY_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
 class TensorSource(Protocol):
@@ -49,9 +49,10 @@ class ArrayTensors:
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         shapes = {}
         for name, array in arrays.items():
-            if array.dtype.name not in NUMPY_DTYPES:
+            dtype = NAMES.get(array.dtype)
+            if dtype is None:
                 raise InvalidAdapter(name, f"is {array.dtype}, expected float32, float16 or uint16 (bfloat16's bits)")
-            shapes[name] = NUMPY_DTYPES[array.dtype.name], array.shape
+            shapes[name] = dtype, array.shape
         self.tensors = consecutive(shapes)
         self._arrays = arrays
 

@@ -115,6 +115,16 @@ def test_memory_and_file_give_one_digest(tmp_path):
     assert (file.config, file.header) == read_canonical(content)[:2]
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("<f4", 0x7F7FFFFF), ("<f2", 0x7BFF), ("<u2", 0x7F7F)])
+@pytest.mark.parametrize("sign", [0, 1])
+def test_the_largest_finite_values_are_accepted(dtype, largest, sign):
+    bits = largest | sign << (8 * np.dtype(dtype).itemsize - 1)
+    extreme = np.array([bits], f"<u{np.dtype(dtype).itemsize}").view(dtype)
+    tensors = {name: np.full(tensor.shape, extreme) for name, tensor in lora().items()}
+    _, content = canonical_bytes(tensors, CONFIG | {"lora_alpha": 4})
+    assert content.endswith(4 * extreme.tobytes())
+
+
 def test_arrays_in_memory_need_not_be_contiguous():
     tensors = lora()
     turned = {name: np.asfortranarray(tensor) for name, tensor in tensors.items()}
