@@ -25,7 +25,6 @@ from runtime.tier_memory import touch
 THREADS = 2
 MEMORY_NICENESS = 19  # of the one that only finds memory for later loads
 Key = TypeVar("Key")
-Source = Path | bytes | CanonicalFile
 Sites = list[SiteWeights | None]
 
 
@@ -36,6 +35,9 @@ class Content(NamedTuple):
     header: Header
     layout: AdapterLayout
     data: np.ndarray
+
+
+Source = Path | bytes | Content
 
 
 class Task(NamedTuple):
@@ -96,6 +98,12 @@ class AdapterLoader(Generic[Key]):
         threads = self._copier if task.source is None and task.content is None else self._readers
         seconds: dict[str, float] = {}
         threads.submit(self._run, task, seconds).add_done_callback(partial(self._finish, key, seconds))
+
+    def content_of(self, file: CanonicalFile) -> Content:
+        """What a task works on. Raises InvalidAdapter for a file of another model, or of larger ranks than allowed."""
+        layout = layout_adapter(self._model, file.config, file.header)
+        layout.check_ranks(self._max_rank)
+        return Content(file.config, file.header, layout, file.data)
 
     def touch(self, memory: Tensor) -> None:
         """Have the system find memory before it is written to, when there is nothing else to do."""
@@ -160,18 +168,15 @@ class AdapterLoader(Generic[Key]):
         return content
 
     def _read(self, source: Source, digest: str) -> Content:
-        if isinstance(source, CanonicalFile):
-            config, header, data = source
+        if isinstance(source, Content):
+            return source
+        if isinstance(source, Path):
+            data = read_verified(source, digest, self._max_file_bytes, self.memory.take, self.pacer.pause)
         else:
-            if isinstance(source, Path):
-                data = read_verified(source, digest, self._max_file_bytes, self.memory.take, self.pacer.pause)
-            else:
-                data = np.frombuffer(source, np.uint8)
-            self.pacer.pause()
-            config, header, _ = read_canonical(data.data)
-        layout = layout_adapter(self._model, config, header)
-        layout.check_ranks(self._max_rank)
-        return Content(config, header, layout, data)
+            data = np.frombuffer(source, np.uint8)
+        self.pacer.pause()
+        config, header, _ = read_canonical(data.data)
+        return self.content_of(CanonicalFile(config, header, data))
 
 
 def _touch(memory: Tensor, pause: Pause) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from runtime.adapter_file import FileWanted
-from runtime.adapter_loader import THREADS, AdapterLoader, Finished, Source, Task
+from runtime.adapter_loader import THREADS, AdapterLoader, Content, Finished, Source, Task
 from runtime.adapter_tier import AdapterTier
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.messages import Tier
@@ -183,20 +183,22 @@ class AdapterLoads:
     def _fill_host(self, adapter: RegisteredAdapter) -> None:
         """Read the file and pack it; both at once if the file's size is known, so that only what has room is read."""
         digest, content = adapter.digest, adapter.content
-        if content is None and len(self._reading) >= FILES_IN_MEMORY:
+        unread = content is None and not isinstance(adapter.source, Content)
+        if unread and len(self._reading) >= FILES_IN_MEMORY:
             return
         if adapter.size is not None and not self._host.reserve(digest, adapter.size, adapter.claim):
             adapter.content = None
             self._reading.discard(adapter)
             return
-        self._reading.add(adapter)
+        if unread:
+            self._reading.add(adapter)
         source: Source | None = adapter.source if content is None else None
         if adapter.size is None:
             self._start(adapter, Task(digest, source))
             return
         extent = self._host.extent(digest)
         # The device's extent is taken once it is certain that there is something to put there.
-        ready = content is not None and adapter.goal == "device" and self._may_take(adapter, self._device)
+        ready = not unread and adapter.goal == "device" and self._may_take(adapter, self._device)
         if ready and self._device.reserve(digest, adapter.size, adapter.claim):
             copy = (extent, self._device.extent(digest))
             self._start(adapter, Task(digest, source, content, extent, copy), "host", "device")

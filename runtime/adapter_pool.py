@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import SiteWeights
 from runtime.adapter_answers import AdapterAnswers
+from runtime.adapter_format import CanonicalFile
 from runtime.adapter_layout import AdapterLayout
-from runtime.adapter_loader import Source
+from runtime.adapter_loader import Content, Source
 from runtime.adapter_loads import AdapterLoads
 from runtime.adapter_pins import AdapterPins
 from runtime.adapter_reports import AdapterReports
@@ -87,10 +88,11 @@ class AdapterPool:
         Again for a known digest: its file has been brought, a retired or failed one gets a new start.
         """
         adapter = self._adapters.get(digest)
+        size = source.layout.elements * self.host.itemsize if isinstance(source, Content) else None
         if adapter is None:
-            adapter = self._adapters[digest] = RegisteredAdapter(digest=digest, source=source)
+            adapter = self._adapters[digest] = RegisteredAdapter(digest=digest, source=source, size=size)
         else:
-            adapter.source, adapter.retired = source, False
+            adapter.source, adapter.size, adapter.retired = source, adapter.size or size, False
             adapter.registrations += 1
             if adapter.failed:
                 adapter.start_anew()
@@ -100,6 +102,13 @@ class AdapterPool:
                 adapter.wanted, adapter.brought, adapter.reason = False, True, ""
                 self._loads.enqueue(adapter)
         self._reports.touch(adapter)
+
+    def add(self, digest: str, file: CanonicalFile) -> None:
+        """Make a canonical file in memory known, of which nothing is left to read; its data is not to change.
+
+        Raises InvalidAdapter as reading it would.
+        """
+        self.register(digest, self._loads.loader.content_of(file))
 
     def retire(self, digest: str) -> None:
         """Forget a digest at once, and free its memory when its last reference is released."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.adapter_format import canonical_from_tensors
+from runtime.adapter_format import CanonicalFile, canonical_from_tensors, read_canonical
 from runtime.messages import AdapterState
 from runtime.models.config import ModelConfig, RopeConfig
 from runtime.safetensors_header import write_header
@@ -80,6 +80,12 @@ def canonical_bytes(tensors, config, model=MODEL):
 
 ONE = adapter()
 SIZE = 4 * (64 + 64) * 4 + 4 * (64 + 32) * 4  # bytes of ONE in float32: A and B of Q, A and B of V
+
+
+def in_memory(content):
+    """A canonical file as an engine has it that made it itself."""
+    config, header, _ = read_canonical(content)
+    return CanonicalFile(config, header, np.frombuffer(content, np.uint8))
 
 
 class Clock:
