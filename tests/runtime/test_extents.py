@@ -1,5 +1,9 @@
 """What lies in an extent, bit for bit: each weight's product with its scale in float32, rounded once."""
 
+import sys
+import threading
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -7,6 +11,8 @@ import torch
 
 from runtime.adapter_format import canonical_from_tensors
 from runtime.adapter_pool import AdapterPool
+from runtime.extent_writer import PIECE_ELEMENTS, ExtentWriter
+from runtime.weight_dtypes import HELD
 from tests.runtime.adapter_files import DEADLINE_SECONDS, MODEL
 
 # Wide enough for matrices of several pieces, and of a size at which what follows an odd tensor lies at an odd place.
@@ -114,3 +120,33 @@ def test_every_weight_is_its_product_with_the_scale_rounded_once(modules, dtype,
         assert np.array_equal(bits_of(b), exact(stored[1], applied, dtype)), f"B of {module}"
         if modules is LINEARS:
             assert np.array_equal(bits_of(bias), exact(tensors[f"{module}.lora_B.bias"], applied, dtype)), module
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_thread_is_enlisted_to_write_a_large_matrix(dtype):
+    """On a new thread, for which torch has none yet: for a larger piece it would start some."""
+    elements = 8 * PIECE_ELEMENTS
+    matrices = [(name, np.ones((8, PIECE_ELEMENTS), held)) for name, held in HELD.items()]
+    writer = ExtentWriter(torch.from_numpy(np.zeros(elements * dtype.itemsize, np.uint8)).view(dtype))
+    counts = []
+
+    def write():
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+        for name, matrix in matrices:
+            writer.write(slice(0, elements), matrix, name, 1 / 3)
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert counts[0] == counts[1]
