@@ -5,28 +5,29 @@ or the field. The same maths always makes the same bytes: names are normalised a
 is reduced to each module's scale and the aLoRA invocation, and tensors keep their own dtype and bits.
 """
 
-import io
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 from blake3 import blake3
 
-from runtime.adapter_tensors import CHUNK_BYTES, AdapterTensors, BaseTensor, StoredTensor
+from runtime.adapter_tensors import AdapterTensors, BaseTensor, StoredTensor
 from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.models.config import ModelConfig
 from runtime.peft_config import PeftConfig, parse_peft_config
-from runtime.safetensors_header import Header, header_in, read_header, write_header
+from runtime.safetensors_header import Header, consecutive, header_in, read_header, write_header
+from runtime.tensor_source import CHUNK_BYTES, ArrayTensors, FileTensors
 
 __all__ = [
     "AdapterConfig",
     "AdapterSummary",
     "BaseTensor",
+    "CanonicalFile",
     "InvalidAdapter",
     "StoredTensor",
     "canonical_from_tensors",
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 CONFIG_KEY = "adapter_config"
-NUMPY_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +44,14 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     alora_invocation_tokens: tuple[int, ...] | None
     scales: dict[str, float]
+
+
+class CanonicalFile(NamedTuple):
+    """A canonical file in memory: `data` is all of it, in bytes."""
+
+    config: AdapterConfig
+    header: Header
+    data: np.ndarray
 
 
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,16 +92,31 @@ def canonicalise(
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
     warnings = [*peft.warnings, *_base_name_warnings(peft, base_model_names, strict)]
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        with weights.open("rb") as source, partial.open("xb") as out:
-            summary = _write_canonical(source, peft, model, base_tensor, warnings, out, pause)
+        with weights.open("rb") as source, unfinished.open("xb") as out:
+            pause()
+            adapter = AdapterTensors(FileTensors(source), peft, model, base_tensor)
+            digest, size = _write_canonical(adapter, _head(adapter, peft).text, out, pause)
             out.flush()
             os.fsync(out.fileno())
-        partial.replace(target)
+        unfinished.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
-    return summary
+        unfinished.unlink(missing_ok=True)
+    return AdapterSummary(
+        digest=digest,
+        rank=max(adapter.ranks.values()),
+        targets=sorted({module.rpartition(".")[2] for module in adapter.scales}),
+        kind="lora" if peft.alora_invocation_tokens is None else "alora",
+        bytes=size,
+        warnings=warnings,
+        invocation_tokens=peft.alora_invocation_tokens,
+        leaves_kv=leaves_kv(adapter.scales, model),
+    )
+
+
+def _new_memory(size: int) -> np.ndarray:
+    return np.empty(size, np.uint8)
 
 
 def canonical_from_tensors(
@@ -103,23 +126,26 @@ def canonical_from_tensors(
     *,
     max_rank: int,
     base_tensor: BaseTensor | None = None,
-) -> tuple[str, bytes]:
+    memory: Callable[[int], np.ndarray] = _new_memory,
+) -> tuple[str, CanonicalFile]:
     """The digest and the canonical file of an adapter in memory: what the file route makes of the same content.
 
-    float32 and float16 arrays are what they are; a uint16 array holds the bits of bfloat16.
+    float32 and float16 arrays are what they are; a uint16 array holds the bits of bfloat16. `memory` gives as many
+    bytes as it is asked for, to write the file to.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
-    with io.BytesIO() as source, io.BytesIO() as out:
-        shapes = {}
-        for name, array in tensors.items():
-            if array.dtype.name not in NUMPY_DTYPES:
-                raise InvalidAdapter(name, f"is {array.dtype}, expected float32, float16 or uint16 (bfloat16's bits)")
-            shapes[name] = NUMPY_DTYPES[array.dtype.name], array.shape
-        source.write(write_header(shapes, {}))
-        for array in tensors.values():
-            source.write(np.ascontiguousarray(array).data)
-        summary = _write_canonical(source, peft, model, base_tensor, list(peft.warnings), out)
-        return summary.digest, out.getvalue()
+    adapter = AdapterTensors(ArrayTensors(tensors), peft, model, base_tensor)
+    head = _head(adapter, peft)
+    end = head.header.data_offset
+    data = memory(end + sum(entry.stop - entry.start for entry in adapter.tensors.values()))
+    data[:end] = np.frombuffer(head.text, np.uint8)
+    for name in adapter.tensors:
+        for chunk in adapter.finite_chunks(name):
+            start, end = end, end + len(chunk)
+            data[start:end] = chunk
+    # All threads at once: whoever calls this waits for it, and computes nothing meanwhile.
+    digest = blake3(data.data, max_threads=blake3.AUTO).hexdigest()
+    return digest, CanonicalFile(head.config, head.header, data)
 
 
 def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, Header, int]:
@@ -150,41 +176,36 @@ def leaves_kv(modules: Iterable[str], model: ModelConfig) -> bool:
     return all(module.startswith(harmless) for module in modules)
 
 
-def _write_canonical(
-    source: BinaryIO,
-    peft: PeftConfig,
-    model: ModelConfig,
-    base_tensor: BaseTensor | None,
-    warnings: list[str],
-    out: BinaryIO,
-    pause: Callable[[], None] = lambda: None,
-) -> AdapterSummary:
-    pause()
-    adapter = AdapterTensors(source, peft, model, base_tensor)
+class _Head(NamedTuple):
+    """What a canonical file begins with, and its bytes."""
+
+    config: AdapterConfig
+    header: Header
+    text: bytes
+
+
+def _head(adapter: AdapterTensors, peft: PeftConfig) -> _Head:
     config = AdapterConfig(alora_invocation_tokens=peft.alora_invocation_tokens, scales=adapter.scales)
     metadata = {CONFIG_KEY: msgspec.json.encode(config, order="sorted").decode()}
-    header = write_header({n: (e.dtype, e.shape) for n, e in adapter.tensors.items()}, metadata)
+    shapes = {name: (entry.dtype, entry.shape) for name, entry in adapter.tensors.items()}
+    text = write_header(shapes, metadata)
+    return _Head(config, Header(consecutive(shapes), metadata, len(text)), text)
+
+
+def _write_canonical(adapter: AdapterTensors, head: bytes, out: BinaryIO, pause: Callable[[], None]) -> tuple[str, int]:
+    """Write a canonical file piece by piece; its digest and its size."""
     digest, size, due = blake3(), 0, 0
-    for chunk in _chunks(header, adapter):
+    for chunk in _chunks(head, adapter):
         if size >= due:
             pause()
             due = size + CHUNK_BYTES
         digest.update(chunk)
         size += out.write(chunk)
-    return AdapterSummary(
-        digest=digest.hexdigest(),
-        rank=max(adapter.ranks.values()),
-        targets=sorted({module.rpartition(".")[2] for module in adapter.scales}),
-        kind="lora" if config.alora_invocation_tokens is None else "alora",
-        bytes=size,
-        warnings=warnings,
-        invocation_tokens=config.alora_invocation_tokens,
-        leaves_kv=leaves_kv(adapter.scales, model),
-    )
+    return digest.hexdigest(), size
 
 
-def _chunks(header: bytes, adapter: AdapterTensors) -> Iterator[bytes]:
-    yield header
+def _chunks(head: bytes, adapter: AdapterTensors) -> Iterator[bytes | memoryview]:
+    yield head
     for name in adapter.tensors:
         yield from adapter.finite_chunks(name)
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import PartWeights, SiteWeights
 from runtime.adapter_format import AdapterConfig
-from runtime.adapter_tensors import float32_values
+from runtime.extent_writer import ExtentWriter
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.models.config import ModelConfig, Site
 from runtime.safetensors_header import Header
+from runtime.weight_dtypes import HELD
 
 ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and a vector
 
@@ -40,6 +41,13 @@ class SiteLayout(NamedTuple):
     embedding: bool
     parts: tuple[PartLayout, ...]
 
+    def rows(self, part: PartLayout) -> slice:
+        """The elements of a part's A; the embedding has one part, whose A is all that there is."""
+        if self.embedding:
+            return self.a
+        first, last = part.ranks.start * self.in_features, part.ranks.stop * self.in_features
+        return slice(self.a.start + first, self.a.start + last)
+
 
 class AdapterLayout(NamedTuple):
     """The layout of one adapter; `sites[i]` is None where it does not adapt site i."""
@@ -47,31 +55,39 @@ class AdapterLayout(NamedTuple):
     sites: tuple[SiteLayout | None, ...]
     elements: int
 
+    def check_ranks(self, most: int) -> None:
+        """Raises InvalidAdapter for the first module of a rank over `most`, an engine's max_lora_rank."""
+        for site in filter(None, self.sites):
+            for module, _, ranks, _, _ in site.parts:
+                rank = ranks.stop - ranks.start
+                if rank > most:
+                    raise InvalidAdapter(module, f"has rank {rank}, and max_lora_rank (--max-lora-rank) is {most}")
+
     def pack(
         self,
         config: AdapterConfig,
         header: Header,
         data: np.ndarray,
-        out: np.ndarray,
+        extent: Tensor,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
-        """Widen, scale, transpose and stack a canonical file, `data` (bytes), into `out` (float32, `elements`).
+        """Scale, transpose and stack a canonical file, `data` (bytes), into an extent of at least `elements`.
 
         `pause` is called before each matrix.
         """
+        writer = ExtentWriter(extent)
         for site in filter(None, self.sites):
-            a = out[site.a].reshape((site.in_features, site.rank) if site.embedding else (site.rank, site.in_features))
-            rows = a.T if site.embedding else a
             for part in site.parts:
-                scale = np.float32(config.scales[part.module])
+                scale = config.scales[part.module]
                 names = _tensor_names(part.module, site.embedding)
                 pause()
-                rows[part.ranks] = _values(header, data, names.a)
+                a, dtype = _stored(header, data, names.a)
+                writer.write(site.rows(part), a.T if site.embedding else a, dtype)
                 pause()
-                b = _values(header, data, names.b).T
-                np.multiply(b, scale, out=out[part.b].reshape(b.shape))
+                b, dtype = _stored(header, data, names.b)
+                writer.write(part.b, b.T, dtype, scale)
                 if part.bias is not None:
-                    np.multiply(_values(header, data, names.bias), scale, out=out[part.bias])
+                    writer.write(part.bias, *_stored(header, data, names.bias), scale)
 
     def views(self, extent: Tensor) -> list[SiteWeights | None]:
         """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
@@ -146,10 +162,11 @@ def _tensor_names(module: str, embedding: bool) -> _TensorNames:
     return _TensorNames(f"{module}.{a}", f"{module}.{b}", f"{module}.lora_B.bias")
 
 
-def _values(header: Header, data: np.ndarray, name: str) -> np.ndarray:
-    entry = header.tensors[name]
-    start, stop = header.data_offset + entry.start, header.data_offset + entry.stop
-    return float32_values(data[start:stop].data, entry.dtype).reshape(entry.shape)
+def _stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """A tensor as the file holds it, and its dtype there."""
+    dtype, shape, start, stop = header.tensors[name]
+    held = data[header.data_offset + start : header.data_offset + stop].view(HELD[dtype])
+    return held.reshape(shape), dtype
 
 
 def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:

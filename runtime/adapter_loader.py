@@ -4,7 +4,6 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -15,20 +14,17 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import SiteWeights
 from runtime.adapter_file import PIECE_BYTES, Pause, read_verified
-from runtime.adapter_format import AdapterConfig, read_canonical
+from runtime.adapter_format import AdapterConfig, CanonicalFile, read_canonical
 from runtime.adapter_layout import AdapterLayout, layout_adapter
 from runtime.models.config import ModelConfig
 from runtime.pacer import Pacer, yield_to_others
 from runtime.safetensors_header import Header
+from runtime.spare_memory import SpareMemory
 from runtime.tier_memory import touch
 
 THREADS = 2
 MEMORY_NICENESS = 19  # of the one that only finds memory for later loads
-
-SPARE_BYTES = 64 << 20  # the largest file whose memory is kept for the next one, one a thread
-
 Key = TypeVar("Key")
-Source = Path | bytes
 Sites = list[SiteWeights | None]
 
 
@@ -39,6 +35,9 @@ class Content(NamedTuple):
     header: Header
     layout: AdapterLayout
     data: np.ndarray
+
+
+Source = Path | bytes | Content
 
 
 class Task(NamedTuple):
@@ -72,18 +71,19 @@ class AdapterLoader(Generic[Key]):
     """Runs tasks on its own threads, in the order asked for; results wait in a queue until they are asked for.
 
     A task that only copies waits for none that reads: it has a thread to itself. `on_change` is called after each
-    result, from a thread, and by `notify`. Files of more than `max_file_bytes` are not read.
+    result, from a thread, and by `notify`. Files of more than `max_file_bytes` are not read, and what has a module of
+    more than `max_rank` ranks is refused: files of a server that allows more may lie in a store that others share.
     """
 
-    def __init__(self, model: ModelConfig, max_file_bytes: int) -> None:
+    def __init__(self, model: ModelConfig, max_file_bytes: int, max_rank: int) -> None:
         self.pacer = Pacer()
         self.on_change: Callable[[], None] | None = None
         self._model = model
-        self._max_file_bytes = max_file_bytes
+        self._max_file_bytes, self._max_rank = max_file_bytes, max_rank
         self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", yield_to_others)
         self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
         self._toucher = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
-        self._spare: list[np.ndarray] = []
+        self.memory = SpareMemory(THREADS)  # for files
         self._finished: queue.SimpleQueue[Finished[Key]] = queue.SimpleQueue()
         self._arrived: list[Finished[Key]] = []
         self._in_flight = 0
@@ -98,6 +98,12 @@ class AdapterLoader(Generic[Key]):
         threads = self._copier if task.source is None and task.content is None else self._readers
         seconds: dict[str, float] = {}
         threads.submit(self._run, task, seconds).add_done_callback(partial(self._finish, key, seconds))
+
+    def content_of(self, file: CanonicalFile) -> Content:
+        """What a task works on. Raises InvalidAdapter for a file of another model, or of larger ranks than allowed."""
+        layout = layout_adapter(self._model, file.config, file.header)
+        layout.check_ranks(self._max_rank)
+        return Content(file.config, file.header, layout, file.data)
 
     def touch(self, memory: Tensor) -> None:
         """Have the system find memory before it is written to, when there is nothing else to do."""
@@ -152,8 +158,8 @@ class AdapterLoader(Generic[Key]):
             started = packing
         if task.pack is not None:
             assert content is not None
-            _pack(content, task.pack, self.pacer.pause)
-            content = self._without_data(content)
+            content.layout.pack(content.config, content.header, content.data, task.pack, self.pacer.pause)
+            content = content._replace(data=np.empty(0, np.uint8))
             seconds["pack"] = (copying := time.monotonic()) - started
             started = copying
         if task.copy is not None:
@@ -162,42 +168,20 @@ class AdapterLoader(Generic[Key]):
         return content
 
     def _read(self, source: Source, digest: str) -> Content:
+        if isinstance(source, Content):
+            return source
         if isinstance(source, Path):
-            data = read_verified(source, digest, self._max_file_bytes, self._memory, self.pacer.pause)
+            data = read_verified(source, digest, self._max_file_bytes, self.memory.take, self.pacer.pause)
         else:
             data = np.frombuffer(source, np.uint8)
         self.pacer.pause()
         config, header, _ = read_canonical(data.data)
-        layout = layout_adapter(self._model, config, header)
-        return Content(config, header, layout, data)
-
-    def _memory(self, size: int) -> np.ndarray:
-        """Memory for a file, from an earlier one if that had enough: 39 MB took 8 ms to read then, and 25 without."""
-        with suppress(IndexError):
-            if len(spare := self._spare.pop()) >= size:
-                return spare[:size]
-        return np.frombuffer(bytearray(size), np.uint8)  # numpy's own would come in huge pages: see `touch`
-
-    def _without_data(self, content: Content) -> Content:
-        data = content.data.base if isinstance(content.data.base, np.ndarray) else content.data
-        if data.flags.writeable and len(data) <= SPARE_BYTES and len(self._spare) < THREADS:
-            self._spare.append(data)
-        return content._replace(data=np.empty(0, np.uint8))
+        return self.content_of(CanonicalFile(config, header, data))
 
 
 def _touch(memory: Tensor, pause: Pause) -> None:
     pause()
     touch(memory)
-
-
-def _pack(content: Content, extent: Tensor, pause: Pause) -> None:
-    config, header, layout, data = content
-    if extent.dtype == torch.float32:
-        layout.pack(config, header, data, extent.numpy(), pause)
-        return
-    packed = np.empty(layout.elements, np.float32)
-    layout.pack(config, header, data, packed, pause)
-    extent.copy_(torch.from_numpy(packed))
 
 
 def _copy(source: Tensor, target: Tensor, asked: torch.cuda.Event | None, pause: Pause) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from runtime.adapter_file import FileWanted
-from runtime.adapter_loader import THREADS, AdapterLoader, Finished, Source, Task
+from runtime.adapter_loader import THREADS, AdapterLoader, Content, Finished, Source, Task
 from runtime.adapter_tier import AdapterTier
 from runtime.invalid_adapter import InvalidAdapter
 from runtime.messages import Tier
@@ -25,11 +25,14 @@ class AdapterLoads:
     which there is no room keeps its place; if it is for the device, it is in host memory by then.
     """
 
-    def __init__(self, model: ModelConfig, host: AdapterTier, device: AdapterTier, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, model: ModelConfig, host: AdapterTier, device: AdapterTier, max_rank: int, clock: Callable[[], float]
+    ) -> None:
         self.tiers: dict[Tier, AdapterTier] = {"host": host, "device": device}
         self._due = False  # the next poll has room that this one has not, without any event before
         # The widest a file can be for what it takes packed: float32 for an arena of half its width.
-        self.loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model, 2 * host.capacity_bytes + MAX_HEADER_BYTES)
+        max_file_bytes = 2 * host.capacity_bytes + MAX_HEADER_BYTES
+        self.loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model, max_file_bytes, max_rank)
         self._host, self._device = host, device
         self._queue: dict[RegisteredAdapter, None] = {}
         self._reading: set[RegisteredAdapter] = set()
@@ -180,20 +183,22 @@ class AdapterLoads:
     def _fill_host(self, adapter: RegisteredAdapter) -> None:
         """Read the file and pack it; both at once if the file's size is known, so that only what has room is read."""
         digest, content = adapter.digest, adapter.content
-        if content is None and len(self._reading) >= FILES_IN_MEMORY:
+        unread = content is None and not isinstance(adapter.source, Content)
+        if unread and len(self._reading) >= FILES_IN_MEMORY:
             return
         if adapter.size is not None and not self._host.reserve(digest, adapter.size, adapter.claim):
             adapter.content = None
             self._reading.discard(adapter)
             return
-        self._reading.add(adapter)
+        if unread:
+            self._reading.add(adapter)
         source: Source | None = adapter.source if content is None else None
         if adapter.size is None:
             self._start(adapter, Task(digest, source))
             return
         extent = self._host.extent(digest)
         # The device's extent is taken once it is certain that there is something to put there.
-        ready = content is not None and adapter.goal == "device" and self._may_take(adapter, self._device)
+        ready = not unread and adapter.goal == "device" and self._may_take(adapter, self._device)
         if ready and self._device.reserve(digest, adapter.size, adapter.claim):
             copy = (extent, self._device.extent(digest))
             self._start(adapter, Task(digest, source, content, extent, copy), "host", "device")

@@ -1,5 +1,6 @@
 """Which adapters are resident, in host and in device memory: one contiguous extent each, packed at its own ranks."""
 
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import SiteWeights
 from runtime.adapter_answers import AdapterAnswers
+from runtime.adapter_format import CanonicalFile
 from runtime.adapter_layout import AdapterLayout
-from runtime.adapter_loader import Source
+from runtime.adapter_loader import Content, Source
 from runtime.adapter_loads import AdapterLoads
 from runtime.adapter_pins import AdapterPins
 from runtime.adapter_reports import AdapterReports
@@ -18,6 +20,7 @@ from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
 from runtime.messages import AdapterState, Answer, Tier
 from runtime.models.config import ModelConfig
 from runtime.registered_adapter import FIRST_RETRY_SECONDS, RegisteredAdapter
+from runtime.spare_memory import SpareMemory
 from runtime.tier_entry import Claim
 
 
@@ -26,7 +29,8 @@ class AdapterPool:
 
     All methods are for the engine's thread and none of them waits, but for `wait`; what becomes of a call comes out of
     `poll`. An adapter that is referenced or pinned is never evicted. `dtype` is the tiers': float32 on a CPU whatever
-    the model's dtype, for its small products are twice as fast in it as in bfloat16. `clock` is in seconds.
+    the model's dtype, for its small products are twice as fast in it as in bfloat16. An adapter with a module of more
+    than `max_rank` ranks fails its load. `clock` is in seconds.
     """
 
     def __init__(
@@ -36,13 +40,14 @@ class AdapterPool:
         host_bytes: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        max_rank: int = sys.maxsize,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         page_locked = torch.device(device).type == "cuda"
         self.host = AdapterTier("host", host_bytes, dtype, "cpu", page_locked=page_locked)
         self.device = AdapterTier("device", device_bytes, dtype, device, page_locked=False)
         self._tiers = (self.host, self.device)
-        self._loads = AdapterLoads(model, self.host, self.device, clock)
+        self._loads = AdapterLoads(model, self.host, self.device, max_rank, clock)
         self.pacer = self._loads.loader.pacer  # keeps the loads out of the way of whoever computes
         self._answers = AdapterAnswers(self.host, self.device)
         self._pins = AdapterPins(self._loads, self._answers)
@@ -72,16 +77,22 @@ class AdapterPool:
 
     # ------------------------------------------------------------------ known adapters
 
+    @property
+    def file_memory(self) -> SpareMemory:
+        """Memory for the files of adapters that are registered from memory."""
+        return self._loads.loader.memory
+
     def register(self, digest: str, source: Source) -> None:
         """Make a canonical file known, to be read when it is needed.
 
         Again for a known digest: its file has been brought, a retired or failed one gets a new start.
         """
         adapter = self._adapters.get(digest)
+        size = source.layout.elements * self.host.itemsize if isinstance(source, Content) else None
         if adapter is None:
-            adapter = self._adapters[digest] = RegisteredAdapter(digest=digest, source=source)
+            adapter = self._adapters[digest] = RegisteredAdapter(digest=digest, source=source, size=size)
         else:
-            adapter.source, adapter.retired = source, False
+            adapter.source, adapter.size, adapter.retired = source, adapter.size or size, False
             adapter.registrations += 1
             if adapter.failed:
                 adapter.start_anew()
@@ -91,6 +102,13 @@ class AdapterPool:
                 adapter.wanted, adapter.brought, adapter.reason = False, True, ""
                 self._loads.enqueue(adapter)
         self._reports.touch(adapter)
+
+    def add(self, digest: str, file: CanonicalFile) -> None:
+        """Make a canonical file in memory known, of which nothing is left to read; its data is not to change.
+
+        Raises InvalidAdapter as reading it would.
+        """
+        self.register(digest, self._loads.loader.content_of(file))
 
     def retire(self, digest: str) -> None:
         """Forget a digest at once, and free its memory when its last reference is released."""

@@ -1,19 +1,18 @@
 """The tensors of a stranger's adapter: each is matched to a module of the model, or the adapter is refused."""
 
 import re
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime.invalid_adapter import InvalidAdapter, shown
 from runtime.models.config import ModelConfig
 from runtime.peft_config import PeftConfig
-from runtime.safetensors_header import FILE, TensorEntry, read_header
+from runtime.safetensors_header import FILE, TensorEntry
+from runtime.tensor_source import TensorSource
+from runtime.weight_dtypes import HELD, INFINITY_BITS, largest_magnitude, value_of, widened
 
-CHUNK_BYTES = 1024 * 1024  # a multiple of every item size
-MAGNITUDE_BITS = {"F32": 0x7FFFFFFF, "F16": 0x7FFF, "BF16": 0x7FFF}
-INFINITY_BITS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -43,23 +42,21 @@ BaseTensor = Callable[[str], StoredTensor]
 class AdapterTensors:
     """An adapter's tensors under canonical names, sorted; `ranks` and `scales` are by module.
 
-    Raises InvalidAdapter unless every tensor of the file has its place, shape and rank in the model, and
+    Raises InvalidAdapter unless every tensor of the source has its place, shape and rank in the model, and
     at least one module is adapted. Of the data only copies of the base are read before `finite_chunks`.
     """
 
     def __init__(
-        self, source: BinaryIO, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
+        self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
     ) -> None:
         self._source = source
-        header = read_header(source)
-        self._data_offset = header.data_offset
         self._model = model
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
-        self._names: dict[str, str] = {}  # canonical to the file's own
+        self._names: dict[str, str] = {}  # canonical to the source's own
         self.tensors: dict[str, TensorEntry] = {}
-        copies = self._normalise(header.tensors)
+        copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
         if not modules:
             raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
@@ -72,32 +69,22 @@ class AdapterTensors:
         for own_name, entry in copies.items():
             self._check_base_copy(own_name, entry, base_tensor)
 
-    def finite_chunks(self, name: str) -> Iterator[bytes]:
+    def finite_chunks(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes, scanned on the way.
 
         Raises InvalidAdapter at the first NaN or infinity, or where the scale makes float32 overflow.
         """
         entry, own_name = self.tensors[name], self._names[name]
         scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
-        for chunk in self._read(entry):
+        for chunk in self._source.chunks(own_name):
             largest = largest_magnitude(chunk, entry.dtype)
-            if largest is None:
+            if largest >= INFINITY_BITS[entry.dtype]:
                 raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights")
-            if largest * scale > LARGEST_FLOAT32:
+            if scale > 1.0 and value_of(largest, entry.dtype) * scale > LARGEST_FLOAT32:
                 raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}")
             yield chunk
 
-    def _read(self, entry: TensorEntry) -> Iterator[bytes]:
-        self._source.seek(self._data_offset + entry.start)
-        left = entry.stop - entry.start
-        while left:
-            chunk = self._source.read(min(left, CHUNK_BYTES))
-            if not chunk or len(chunk) % 2:
-                raise InvalidAdapter(FILE, "was truncated while it was read")
-            left -= len(chunk)
-            yield chunk
-
-    def _normalise(self, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    def _normalise(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         """Fill `tensors` and `_names`; the copies of the base's tensors are returned, under their own names."""
         found: dict[str, TensorEntry] = {}
         copies: dict[str, TensorEntry] = {}
@@ -179,51 +166,20 @@ class AdapterTensors:
         if base_tensor is None:
             raise InvalidAdapter(own_name, "repeats the base's weight, and the base is not at hand to compare")
         base = base_tensor(name)
-        equal = entry.shape == base.shape and self._equal_values(entry, base)
+        equal = entry.shape == base.shape and self._equal_values(own_name, base)
         if not equal:
             raise InvalidAdapter(own_name, f"differs from the base's {name}, which an adapter cannot replace")
 
-    def _equal_values(self, entry: TensorEntry, base: StoredTensor) -> bool:
+    def _equal_values(self, own_name: str, base: StoredTensor) -> bool:
         """Compare in float32, where every dtype's values are exact, a chunk at a time."""
-        stored = np.frombuffer(base.data, numpy_dtype(base.dtype))
-        done = 0
-        for chunk in self._read(entry):
-            values = float32_values(chunk, entry.dtype)
+        stored = np.frombuffer(base.data, HELD[base.dtype])
+        dtype, done = self._source.tensors[own_name].dtype, 0
+        for chunk in self._source.chunks(own_name):
+            values = widened(np.frombuffer(chunk, HELD[dtype]), dtype)
             if not np.array_equal(values, widened(stored[done : done + len(values)], base.dtype)):
                 return False
             done += len(values)
         return True
-
-
-def largest_magnitude(data: bytes, dtype: str) -> float | None:
-    """The largest magnitude in raw little-endian data, None if a value is not finite.
-
-    Found on the bits as integers: magnitudes of one sign order like their bits, and NaN is over infinity.
-    """
-    bits = np.frombuffer(data, numpy_dtype(dtype, integers=True)) & MAGNITUDE_BITS[dtype]
-    largest = bits.max()
-    if largest >= INFINITY_BITS[dtype]:
-        return None
-    return float(float32_values(largest.tobytes(), dtype)[0])
-
-
-def float32_values(data: bytes | memoryview, dtype: str) -> np.ndarray:
-    """Raw little-endian data of a safetensors dtype as float32, which holds every value of each exactly."""
-    return widened(np.frombuffer(data, numpy_dtype(dtype)), dtype)
-
-
-def numpy_dtype(dtype: str, *, integers: bool = False) -> np.dtype:
-    """How numpy holds a safetensors dtype, which has no bfloat16: as its bits, as all are if `integers`."""
-    if dtype == "F32":
-        return np.dtype("<u4" if integers else "<f4")
-    return np.dtype("<f2" if dtype == "F16" and not integers else "<u2")
-
-
-def widened(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values held as `numpy_dtype` says, as float32."""
-    if dtype == "BF16":
-        return (values.astype("<u4") << 16).view("<f4")
-    return values.astype("<f4", copy=False)
 
 
 def _foreign_name(name: str) -> str:

@@ -60,7 +60,12 @@ class Engine:
         self.runner = make_runner(config)
         runner = self.runner
         self.adapters = AdapterPool(
-            runner.model, config.adapter_bytes, config.host_adapter_bytes, runner.adapter_dtype, runner.device
+            runner.model,
+            config.adapter_bytes,
+            config.host_adapter_bytes,
+            runner.adapter_dtype,
+            runner.device,
+            config.max_lora_rank,
         )
         runner.start(self.adapters)
         self.blocks = BlockPool(self.runner.num_blocks, config.prefix_cache)
@@ -151,9 +156,10 @@ class Engine:
         tensor or the field.
         """
         arrays = {name: array_of(tensor) for name, tensor in tensors.items()}
-        digest, file = canonical_from_tensors(arrays, config, self.runner.model, max_rank=self.config.max_lora_rank)
-        self._own_adapters.add(digest, file)
-        self.register_adapter(digest, file)
+        model, most, memory = self.runner.model, self.config.max_lora_rank, self.adapters.file_memory
+        digest, file = canonical_from_tensors(arrays, config, model, max_rank=most, memory=memory.take)
+        self._own_adapters.add(digest, file.config)
+        self.adapters.add(digest, file)
         return digest
 
     def register_adapter(self, digest: str, source: Path | bytes) -> None:

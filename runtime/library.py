@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.activation import find_activation
-from runtime.adapter_format import leaves_kv, read_canonical
+from runtime.adapter_format import AdapterConfig, leaves_kv
 from runtime.adapter_pool import AdapterPool
 from runtime.admission import RequestRefused
 from runtime.messages import Event, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
@@ -47,8 +47,7 @@ class OwnAdapters:
         self._model = model
         self._adapters: dict[str, OwnAdapter] = {}
 
-    def add(self, digest: str, file: bytes) -> None:
-        config, _, _ = read_canonical(file)
+    def add(self, digest: str, config: AdapterConfig) -> None:
         self._adapters[digest] = OwnAdapter(config.alora_invocation_tokens, leaves_kv(config.scales, self._model))
 
     def remove(self, digest: str) -> None:

@@ -85,14 +85,20 @@ def _header(read: Callable[[int], bytes], size: int) -> Header:
 def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The header of a file that holds `tensors` (name to dtype and shape) in the order given, without gaps."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        stop = offset + ITEM_BYTES[dtype] * math.prod(shape)
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, stop)}
-        offset = stop
+    for name, (dtype, shape, start, stop) in consecutive(tensors).items():
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def consecutive(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
+    """The entries of tensors, name to dtype and shape, that lie end to end in the order given."""
+    entries, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, offset = offset, offset + ITEM_BYTES[dtype] * math.prod(shape)
+        entries[name] = TensorEntry(dtype, shape, start, offset)
+    return entries
 
 
 def exact_json_object(text: bytes, field: str) -> dict[str, Any]:

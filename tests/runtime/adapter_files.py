@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.adapter_format import canonical_from_tensors
+from runtime.adapter_format import CanonicalFile, canonical_from_tensors, read_canonical
 from runtime.messages import AdapterState
 from runtime.models.config import ModelConfig, RopeConfig
 from runtime.safetensors_header import write_header
@@ -69,11 +69,23 @@ def adapter(seed=0, rank=4, modules=(Q, V)):
     """The digest and the canonical file of a small adapter."""
 
     config = CONFIG | {"r": rank, "target_modules": ".*"}
-    return canonical_from_tensors(lora(*modules, rank=rank, seed=seed), config, MODEL, max_rank=64)
+    return canonical_bytes(lora(*modules, rank=rank, seed=seed), config)
+
+
+def canonical_bytes(tensors, config, model=MODEL):
+    """The digest and the bytes of the canonical file of an adapter."""
+    digest, file = canonical_from_tensors(tensors, config, model, max_rank=64)
+    return digest, file.data.tobytes()
 
 
 ONE = adapter()
 SIZE = 4 * (64 + 64) * 4 + 4 * (64 + 32) * 4  # bytes of ONE in float32: A and B of Q, A and B of V
+
+
+def in_memory(content):
+    """A canonical file as an engine has it that made it itself."""
+    config, header, _ = read_canonical(content)
+    return CanonicalFile(config, header, np.frombuffer(content, np.uint8))
 
 
 class Clock:

@@ -13,7 +13,7 @@ from runtime.adapter_format import (
     canonicalise,
     read_canonical,
 )
-from tests.runtime.adapter_files import CONFIG, MODEL, SHAPES, Q, V, file_bytes, lora, write
+from tests.runtime.adapter_files import CONFIG, MODEL, SHAPES, Q, V, canonical_bytes, file_bytes, lora, write
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 
@@ -110,15 +110,25 @@ def test_memory_and_file_give_one_digest(tmp_path):
         tensors[name] = bfloat16(tensors[name])
     config = CONFIG | {"target_modules": ".*"}
     summary, content = canonical(tmp_path, tensors, config)
-    assert canonical_from_tensors(tensors, config, MODEL, max_rank=64) == (summary.digest, content)
+    digest, file = canonical_from_tensors(tensors, config, MODEL, max_rank=64)
+    assert (digest, file.data.tobytes()) == (summary.digest, content)
+    assert (file.config, file.header) == read_canonical(content)[:2]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("<f4", 0x7F7FFFFF), ("<f2", 0x7BFF), ("<u2", 0x7F7F)])
+@pytest.mark.parametrize("sign", [0, 1])
+def test_the_largest_finite_values_are_accepted(dtype, largest, sign):
+    bits = largest | sign << (8 * np.dtype(dtype).itemsize - 1)
+    extreme = np.array([bits], f"<u{np.dtype(dtype).itemsize}").view(dtype)
+    tensors = {name: np.full(tensor.shape, extreme) for name, tensor in lora().items()}
+    _, content = canonical_bytes(tensors, CONFIG | {"lora_alpha": 4})
+    assert content.endswith(4 * extreme.tobytes())
 
 
 def test_arrays_in_memory_need_not_be_contiguous():
     tensors = lora()
     turned = {name: np.asfortranarray(tensor) for name, tensor in tensors.items()}
-    assert canonical_from_tensors(turned, CONFIG, MODEL, max_rank=64) == canonical_from_tensors(
-        tensors, CONFIG, MODEL, max_rank=64
-    )
+    assert canonical_bytes(turned, CONFIG) == canonical_bytes(tensors, CONFIG)
 
 
 def test_canonical_files_are_fixed_points(tmp_path):

@@ -5,11 +5,23 @@ import threading
 import pytest
 import torch
 
-from runtime.adapter_format import canonical_from_tensors
+from runtime.adapter_format import InvalidAdapter
 from runtime.adapter_loads import GRACE_POLLS
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
-from tests.runtime.adapter_files import CONFIG, DEADLINE_SECONDS, MODEL, ONE, SIZE, Q, adapter, lora, settle
+from tests.runtime.adapter_files import (
+    CONFIG,
+    DEADLINE_SECONDS,
+    MODEL,
+    ONE,
+    SIZE,
+    Q,
+    adapter,
+    canonical_bytes,
+    in_memory,
+    lora,
+    settle,
+)
 
 
 @pytest.fixture
@@ -85,6 +97,30 @@ def test_a_file_and_bytes_load_the_same(make_pool, tmp_path):
     for one, other in zip(*weights, strict=True):
         assert torch.equal(one.a, other.a)
         assert torch.equal(one.parts[0].b, other.parts[0].b)
+
+
+def test_of_what_is_in_memory_nothing_is_left_to_read_before_there_can_be_room_for_it(make_pool):
+    pool = make_pool(2 * SIZE)
+    digest, content = adapter(seed=5)
+    pool.add(digest, in_memory(content))
+    pool.load(digest, "device")
+    assert pool.wait(DEADLINE_SECONDS)
+    pool.poll()
+    assert pool.device.adapters == [digest], "it took one wait"
+    large, content = adapter(seed=6, rank=12)
+    pool.add(large, in_memory(content))
+    pool.load(large, "device")
+    [state] = [event for event in pool.poll() if event.digest == large]
+    assert (state.state, state.tier) == ("failed", None)
+    assert "device adapter memory has" in state.reason
+
+
+def test_an_adapter_in_memory_of_another_model_is_refused_and_not_known(make_pool):
+    pool = make_pool()
+    digest, content = ONE
+    with pytest.raises(InvalidAdapter, match=r"layers\.7"):
+        pool.add(digest, in_memory(content.replace(b"layers.0", b"layers.7")))
+    assert pool.digests == []
 
 
 def test_an_arena_of_another_dtype_holds_the_same_values_rounded(make_pool):
@@ -287,7 +323,7 @@ def test_the_engine_is_woken_when_a_stage_has_finished(make_pool):
 
 def test_an_adapter_of_another_model_fails_to_load(make_pool):
     pool = make_pool()
-    digest, content = canonical_from_tensors(lora(Q), CONFIG, MODEL, max_rank=64)
+    digest, content = canonical_bytes(lora(Q), CONFIG)
     pool.register(digest, content.replace(b"layers.0", b"layers.7"))
     pool.prefetch(digest)
     assert settle(pool)[-1] == (digest, "failed", None)

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_unavailable import AdapterFailed, UnknownAdapter
 from runtime.messages import Answer
-from tests.runtime.adapter_files import DEADLINE_SECONDS, MODEL, SIZE, Clock, adapter, settle, settled
+from tests.runtime.adapter_files import DEADLINE_SECONDS, MODEL, SIZE, Clock, adapter, in_memory, settle, settled
 
 RANKS = (4, 4, 8, 12, 2, 16)
 ADAPTERS = dict(adapter(seed, rank) for seed, rank in enumerate(RANKS))
@@ -64,9 +64,12 @@ class AnyOrder(RuleBasedStateMachine):
                     assert event != self.states[event.digest], "the same report twice"
                 self.states[event.digest] = event
 
-    @rule(digest=digests, in_memory=st.booleans())
-    def register(self, digest, in_memory):
-        self.pool.register(digest, ADAPTERS[digest] if in_memory else self.path(digest))
+    @rule(digest=digests, form=st.sampled_from(["file", "bytes", "in memory"]))
+    def register(self, digest, form):
+        if form == "in memory":
+            self.pool.add(digest, in_memory(ADAPTERS[digest]))
+        else:
+            self.pool.register(digest, ADAPTERS[digest] if form == "bytes" else self.path(digest))
         self.known.add(digest)
 
     @rule(digest=digests)
@@ -76,7 +79,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(old=digests, new=digests)
     def replace(self, old, new):
-        self.register(new, False)
+        self.register(new, "file")
         if old != new:
             self.retire(old)
 

@@ -122,8 +122,8 @@ def edited(*removed, **added):
     return tensors | {name.replace("__", "."): tensor for name, tensor in added.items()}
 
 
-def with_value(name, value, dtype=np.float32):
-    tensors = {n: np.ones_like(t, dtype) for n, t in lora().items()}
+def with_value(name, value, dtype=np.float32, others=1):
+    tensors = {n: np.full_like(t, others, dtype) for n, t in lora().items()}
     tensors[name][1, 2] = value
     return tensors
 
@@ -156,7 +156,12 @@ TENSORS = {
     "nan in float16": (with_value(QA, np.nan, np.float16), CONFIG, QA),
     "nan in bfloat16": (with_value(QA, BF16_NAN, np.uint16), CONFIG, QA),
     "infinity in bfloat16": (with_value(QB, BF16_INFINITY, np.uint16), CONFIG, QB),
+    "infinity in float16": (with_value(QA, -np.inf, np.float16), CONFIG, QA),
+    "infinity among what is below zero": (with_value(QA, np.inf, others=-1), CONFIG, QA),
+    "a nan without a sign among what is below zero": (with_value(QA, 0x7FC0, np.uint16, others=0xBF80), CONFIG, QA),
     "a scaled B that overflows": (with_value(QB, 3e38), CONFIG, QB),
+    "a scaled B that overflows below zero": (with_value(QB, -3e38), CONFIG, QB),
+    "a scaled B that overflows in bfloat16": (with_value(QB, 0xFF7F, np.uint16), CONFIG, QB),
     "the base's weight": (edited(**{f"{P}{Q}.weight": np.ones((64, 64), np.float32)}), CONFIG, f"{Q}.weight"),
     "the base's norm": (edited(**{"model.norm.weight": np.ones(64, np.float32)}), CONFIG, "model.norm.weight"),
     "the base's head": (edited(**{"lm_head.weight": np.ones((96, 64), np.float32)}), CONFIG, "lm_head.weight"),
@@ -204,6 +209,7 @@ TENSORS = {
     "diffusers": ({"unet.mid_block.to_q.lora.up.lora_up.weight": A}, ANY, "diffusers"),
     "mlx": ({"model.layers.0.self_attn.q_proj.lora_a": A}, ANY, "mlx"),
     "integers": (lora() | {QA: A.astype(np.int8)}, CONFIG, QA),
+    "the other byte order": (lora() | {QA: A.astype(">f4")}, CONFIG, QA),
     "float64": (lora() | {QA: A.astype(np.float64)}, CONFIG, QA),
     "a control character in a name": ({"a\x1b[31m.lora_A.weight": A}, ANY, r"a\x1b[31m"),
 }

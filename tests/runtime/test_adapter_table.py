@@ -5,10 +5,10 @@ import torch
 
 from kernels import adapter_table
 from kernels.adapter_table import FIELDS, NO_BIAS
-from runtime.adapter_format import canonical_from_tensors, read_canonical
+from runtime.adapter_format import read_canonical
 from runtime.adapter_layout import layout_adapter
 from runtime.adapter_table import AdapterTable, widest
-from tests.runtime.adapter_files import MODEL, SHAPES, Q, V, adapter, lora
+from tests.runtime.adapter_files import MODEL, SHAPES, Q, V, adapter, canonical_bytes, lora
 
 MLP = "model.layers.1.mlp."
 EVERYTHING = sorted(SHAPES)
@@ -27,7 +27,7 @@ def some(*modules, rank=4, bias=False):
         for module in modules:
             tensors[f"base_model.model.{module}.lora_B.bias"] = torch.randn(SHAPES[module][1]).numpy()
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ".*", "lora_bias": bias}
-    return layout_of(canonical_from_tensors(tensors, config, MODEL, max_rank=16)[1])
+    return layout_of(canonical_bytes(tensors, config)[1])
 
 
 def table(slots=2, width=WIDTH):

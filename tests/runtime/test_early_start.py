@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from runtime.adapter_format import canonical_from_tensors
 from runtime.messages import Failed, Generate, HoldPrefix, PrefixHeld, SamplingParams, Tokens
+from tests.runtime.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 
@@ -21,7 +21,7 @@ def canonical(tmp_path):
 
     def register(engine):
         arrays = {name: tensor.numpy() for name, tensor in adapter_tensors().items()}
-        digest, content = canonical_from_tensors(arrays, ADAPTER_CONFIG, engine.runner.model, max_rank=64)
+        digest, content = canonical_bytes(arrays, ADAPTER_CONFIG, engine.runner.model)
         engine.register_adapter(digest, tmp_path / "adapter")
         return digest, tmp_path / "adapter", content
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from runtime.adapter_format import canonical_from_tensors
 from runtime.admission import RequestRefused
 from runtime.messages import AdapterState, Failed, Generate, SamplingParams, Tokens
 from runtime.scheduler import ADAPTER_PATIENCE_SECONDS
+from tests.runtime.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 SIZE = 4 * 2 * 4 * (32 + 32 + 32 + 16)  # bytes of an adapter: two layers, rank 4, A and B of q and v
@@ -25,7 +25,7 @@ def request(name, adapter=None, max_tokens=20, seed=0):
 
 def canonical(engine, seed=0):
     arrays = {name: tensor.numpy() for name, tensor in adapter_tensors(seed).items()}
-    return canonical_from_tensors(arrays, ADAPTER_CONFIG, engine.runner.model, max_rank=64)
+    return canonical_bytes(arrays, ADAPTER_CONFIG, engine.runner.model)
 
 
 def test_more_adapters_than_memory_holds_take_turns(start):
@@ -152,6 +152,27 @@ def test_a_training_loop_that_replaces_its_adapter_does_not_grow(start):
     assert len(engine.adapters.digests) == 1
 
 
+def test_what_was_added_from_memory_stays_as_it_was_whatever_comes_and_goes(start):
+    """Three lie in one's room, so each is read anew from the engine's own memory; others take turns in that."""
+    engine, reference = start(adapter_bytes=SIZE, host_adapter_bytes=SIZE), start()
+    tensors = [adapter_tensors(seed) for seed in range(3)]
+    expected = [
+        reference.generate([prompt(20)], GREEDY, reference.add_adapter(each, ADAPTER_CONFIG))[0] for each in tensors
+    ]
+    digests = [engine.add_adapter(each, ADAPTER_CONFIG) for each in tensors]
+    for each in tensors:
+        for tensor in each.values():
+            tensor.zero_()
+    for seed in range(3, 6):
+        passing = engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG)
+        engine.generate([prompt(20)], GREEDY, passing)
+        engine.retire_adapter(passing)
+        for digest, completion in zip(digests, expected, strict=True):
+            engine.drop_namespace(digest)
+            assert engine.generate([prompt(20)], GREEDY, digest)[0].token_ids == completion.token_ids
+    assert engine.adapters.host.loads == 12
+
+
 def test_while_requests_stream_on_one_generation_the_next_is_installed_and_used(start):
     engine = start()
     old, new = (engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(2))
@@ -217,6 +238,26 @@ def test_the_reason_why_a_file_cannot_be_had_reaches_the_request_that_waits_and_
     assert (failed.request_id, failed.code) == ("waits", "adapter_failed")
     assert "the bucket said 403" in failed.message
     assert run(engine)["runs"][1] == "length"
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_file_from_where_larger_ranks_are_allowed_fails_its_load_by_the_module(start, tmp_path, in_memory):
+    engine = start(max_lora_rank=3)
+    digest, content = canonical(engine)
+    (tmp_path / "adapter").write_bytes(content)
+    engine.register_adapter(digest, content if in_memory else tmp_path / "adapter")
+    reason = "model.layers.0.self_attn.q_proj: has rank 4, and max_lora_rank (--max-lora-rank) is 3"
+    engine.add_request(request("adapted", digest))
+    engine.add_request(request("plain"))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    states = [event for event in events if isinstance(event, AdapterState)]
+    assert [(each.digest, each.state, each.reason) for each in states][-1:] == [(digest, "failed", reason)]
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert (failed.request_id, failed.code) == ("adapted", "adapter_failed")
+    assert reason in failed.message
+    assert engine.adapters.host.bytes_used == engine.adapters.device.bytes_used == 0
 
 
 def test_weights_are_the_same_after_a_trip_through_host_memory(start):

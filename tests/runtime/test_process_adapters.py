@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from runtime.adapter_format import canonical_from_tensors
 from runtime.messages import (
     AdapterState,
     Answer,
@@ -21,6 +20,7 @@ from runtime.messages import (
     UnloadAdapter,
 )
 from runtime.models.config import ModelConfig
+from tests.runtime.adapter_files import canonical_bytes
 from tests.runtime.engine_peer import Peer, generate
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, adapter_tensors
 from tests.runtime.tiny_model import TINY
@@ -40,7 +40,7 @@ def adapter(engine, tmp_path):
     """The digest of an adapter, its path, and its file, which is not there yet."""
     arrays = {name: tensor.numpy() for name, tensor in adapter_tensors().items()}
     model = ModelConfig.from_directory(tmp_path)
-    digest, content = canonical_from_tensors(arrays, ADAPTER_CONFIG, model, max_rank=64)
+    digest, content = canonical_bytes(arrays, ADAPTER_CONFIG, model)
     return digest, tmp_path / f"{digest}.safetensors", content
 
 

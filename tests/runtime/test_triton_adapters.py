@@ -1,9 +1,13 @@
 """Adapters on the Triton kernels: of all shapes, moving about in too little memory, replaced while they run."""
 
+import re
+
 import pytest
 import torch
 
+from runtime.admission import RequestRefused
 from runtime.messages import Generate, SamplingParams
+from tests.runtime.adapter_files import canonical_bytes
 from tests.runtime.peft_engine import LINEAR, PeftOracle, engines
 from tests.runtime.tiny_engine import BLOCK_BYTES, prompt, run
 
@@ -148,6 +152,21 @@ def test_while_one_generation_runs_it_is_retired_and_the_next_takes_its_place(st
     assert engine.adapters.device.adapters == [new]
     assert engine.add_adapter(*first) == old
     assert ask(engine, [prompt(9)], old, max_tokens=6) == [expected_old]
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], ["v_proj", "q_proj", "k_proj"], LINEAR])
+def test_a_file_from_where_larger_ranks_are_allowed_fails_its_load_by_the_module(start, reference, tmp_path, modules):
+    tensors, config = adapter(reference, modules, everywhere(modules, 48) | {"q_proj": 49})
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    digest, content = canonical_bytes(arrays, config, reference.runner.model)
+    (tmp_path / "adapter").write_bytes(content)
+    reason = "model.layers.0.self_attn.q_proj: has rank 49, and max_lora_rank (--max-lora-rank) is 48"
+    engine = start()
+    for each in (engine, reference):
+        each.register_adapter(digest, tmp_path / "adapter")
+        with pytest.raises(RequestRefused, match=re.escape(reason)):
+            ask(each, [prompt(4), prompt(5)], [None, digest])
+    assert ask(engine, [prompt(4)], None) == ask(reference, [prompt(4)], None)
 
 
 @pytest.mark.parametrize("name", ["plain", "linears"])
