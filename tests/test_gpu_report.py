@@ -135,10 +135,10 @@ def test_a_section_that_never_looks_at_the_clock_is_stopped_and_what_has_no_time
 
 
 def test_kernel_tests_that_fail_or_take_too_long_are_wrong() -> None:
-    (failed,) = kernels("tests/no_such_file.py", Clock.of(60))
+    (failed,) = kernels(["tests/no_such_file.py"], Clock.of(60))
     assert failed.goal == Goal("exit status", 4, 0)
     assert "no_such_file.py" in failed.note
-    (stopped,) = kernels("tests/kernels", Clock.of(0.1))
+    (stopped,) = kernels(["tests/kernels"], Clock.of(0.1))
     assert stopped.goal == Goal("exit status", None, 0)
     assert stopped.note.startswith("stopped when its time was used up")
 

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     families: tuple[str, ...] = ("qwen3", "llama", "qwen2", "granite")
     check_prompts: int = 4
     check_tokens: int = 12
-    kernel_tests: str = "tests/kernels"
+    kernel_tests: tuple[str, ...] = ("tests/kernels", "tests/runtime/test_device_sampler.py")
     dtype: str = "bfloat16"
     kv_tokens: int = 160_000
     max_batch_tokens: int = 2048
@@ -72,7 +72,7 @@ TINY = Plan(
     families=("qwen3",),
     check_prompts=1,
     check_tokens=2,
-    kernel_tests="tests/kernels/test_lora_tiles.py",
+    kernel_tests=("tests/kernels/test_lora_tiles.py",),
     dtype="float32",
     kv_tokens=512,
     max_batch_tokens=32,

@@ -20,10 +20,10 @@ WORKERS = 8  # of the kernels' tests, which mostly wait for compilers
 STARTING_SECONDS = 5.0  # of a part of the report
 
 
-def kernels(tests: str, clock: Clock) -> Iterator[Row]:
+def kernels(tests: Sequence[str], clock: Clock) -> Iterator[Row]:
     """The kernels' own tests. What they print when they fail goes to standard error."""
     # Warnings are errors for the versions that we pin, and a GPU box has others.
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", tests]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", *tests]
     if find_spec("xdist") and (workers := min(WORKERS, len(os.sched_getaffinity(0)) // 2)) > 1:
         command += ["-n", str(workers)]
     started = time.perf_counter()
@@ -33,7 +33,7 @@ def kernels(tests: str, clock: Clock) -> Iterator[Row]:
     summary = text.strip().rpartition("\n")[2].strip("= ") or "it printed nothing"
     note = summary if status is not None else f"stopped when its time was used up, at: {summary[-80:]}"
     seconds = [[time.perf_counter() - started]]
-    yield Row(name=tests, unit="s", rounds=seconds, goal=Goal("exit status", status, 0), note=note)
+    yield Row(name=" ".join(tests), unit="s", rounds=seconds, goal=Goal("exit status", status, 0), note=note)
 
 
 def apart(name: str, parts: Sequence[Sequence[str]], clock: Clock) -> Iterator[Row]:
