@@ -131,6 +131,7 @@ def test_a_cold_adapter_gets_its_turn_among_requests_that_never_let_the_device_g
         for digest in hot:
             if not any(other.adapter == digest and other.num_generated < 10 for other in engine.sequences.values()):
                 engine.add_request(request(f"{next(names)}", digest))
+        engine.adapters.wait(timeout=30)  # for a load that is under way: the clock goes by steps, and threads do not
         engine.step()
         engine.check()
         waited = engine.scheduler.clock() - began
