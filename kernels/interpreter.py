@@ -11,8 +11,12 @@ def interpreted() -> bool:
 
 
 def can_run_on(device: torch.device) -> bool:
-    """Whether kernels take tensors of a device; interpreted ones take any."""
-    if interpreted():
+    """Whether kernels take tensors of a device; interpreted ones take any.
+
+    Of a CUDA device Triton is not asked: if it cannot have it, for want of a C compiler say, its own error at the first
+    launch says why.
+    """
+    if interpreted() or device.type == "cuda":
         return True
     try:
         return bool(driver.active.get_active_torch_device().type == device.type)

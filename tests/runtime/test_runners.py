@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 
+from kernels import interpreter
 from runtime.config import EngineConfig
 from runtime.model_runner import ReferenceRunner
 from runtime.runners import make_runner
@@ -48,6 +49,18 @@ def test_triton_on_a_cpu_is_refused_unless_it_is_interpreted(config, without_cud
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match=r"kernels \(--kernels\) triton need a CUDA device; TRITON_INTERPRET=1"):
         make_runner(config(device=device, kernels="triton"))
+
+
+def test_what_triton_lacks_on_a_cuda_device_is_told_by_triton(monkeypatch):
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(interpreter, "driver", Driver())
+    assert interpreter.can_run_on(torch.device("cuda", 0)), "the first launch says what is missing"
+    assert not interpreter.can_run_on(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
