@@ -222,6 +222,22 @@ def _embedding_shrink_kernel(
     tl.store(t + first_row * t_row + (row[:, None] * t_row + ranks[None, :]), a.to(tl.float32), mask=mask)
 
 
+@triton.jit
+def _part_of(
+    block: tl.tensor, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, WIDTH_2: tl.constexpr, BLOCK_N: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The part of a site's columns that a block lies in, its width and first column, and which block of it this is.
+
+    No block has columns of two parts.
+    """
+    BLOCKS_0: tl.constexpr = (WIDTH_0 + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_1: tl.constexpr = BLOCKS_0 + (WIDTH_1 + BLOCK_N - 1) // BLOCK_N
+    part = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_1).to(tl.int32)
+    width = tl.where(part == 0, WIDTH_0, tl.where(part == 1, WIDTH_1, WIDTH_2))
+    first_column = tl.where(part == 0, 0, tl.where(part == 1, WIDTH_0, WIDTH_0 + WIDTH_1))
+    return part, width, first_column, block - tl.where(part == 0, 0, tl.where(part == 1, BLOCKS_0, BLOCKS_1))
+
+
 @triton.jit(do_not_specialize=["sites", "site"])
 def _expand_kernel(
     t: tl.tensor,
@@ -249,14 +265,7 @@ def _expand_kernel(
     count = tl.load(tile + _ROWS)
     if count == 0:
         return
-    # No block has columns of two parts.
-    BLOCKS_0: tl.constexpr = (WIDTH_0 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS_1: tl.constexpr = BLOCKS_0 + (WIDTH_1 + BLOCK_N - 1) // BLOCK_N
-    block = tl.program_id(1)
-    part = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_1).to(tl.int32)
-    width = tl.where(part == 0, WIDTH_0, tl.where(part == 1, WIDTH_1, WIDTH_2))
-    first_column = tl.where(part == 0, 0, tl.where(part == 1, WIDTH_0, WIDTH_0 + WIDTH_1))
-    block -= tl.where(part == 0, 0, tl.where(part == 1, BLOCKS_0, BLOCKS_1))
+    part, width, first_column, block = _part_of(tl.program_id(1), WIDTH_0, WIDTH_1, WIDTH_2, BLOCK_N)
     entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS + part
     first_rank = tl.load(entry + _RANKS).to(tl.int32)
     rank = tl.load(entry + _RANKS + 1).to(tl.int32) - first_rank

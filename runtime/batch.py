@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels.reference.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
 from kernels.reference.paged_attention import AttentionGroup
+from runtime.chunk import Chunk
 from runtime.models.config import ModelConfig
-from runtime.scheduler import Chunk
 from runtime.sequence import Sequence
 
 AdapterSites = Seq[SiteWeights | None]

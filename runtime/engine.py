@@ -14,8 +14,9 @@ from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.admission import RequestRefused, check_request
 from runtime.block_pool import BlockPool
 from runtime.block_tables import BlockTables
+from runtime.chunk import Chunk
 from runtime.config import EngineConfig
-from runtime.engine_stats import NamespaceTallies, introduction, snapshot
+from runtime.engine_stats import Tallies, introduction, snapshot
 from runtime.host_kv import HostKv
 from runtime.kv_mover import KvMover
 from runtime.library import Completion, OwnAdapters, array_of, complete
@@ -34,7 +35,7 @@ from runtime.model_runner import Results
 from runtime.prefix_holds import PrefixHolds, as_generate
 from runtime.runners import make_runner
 from runtime.sampler import Sampled
-from runtime.scheduler import Chunk, QueueFull, Scheduler
+from runtime.scheduler import QueueFull, Scheduler
 from runtime.sequence import FinishReason, Sequence
 
 
@@ -81,11 +82,11 @@ class Engine:
         )
         self.holds = PrefixHolds(self.blocks, block_size=config.block_size, longest=self.runner.max_model_len)
         self._under_way: Launched | None = None
-        self.tallies = NamespaceTallies()
+        self.tallies = Tallies()
         self.sequences: dict[str, Sequence] = {}
         self._own_adapters = OwnAdapters(self.runner.model)
         self._news: list[Event] = []  # what a step that fails has not told yet, and what commands have done
-        self.steps = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.steps = 0
 
     # ------------------------------------------------------------------ requests
 
@@ -158,8 +159,8 @@ class Engine:
         arrays = {name: array_of(tensor) for name, tensor in tensors.items()}
         model, most, memory = self.runner.model, self.config.max_lora_rank, self.adapters.file_memory
         digest, file = canonical_from_tensors(arrays, config, model, max_rank=most, memory=memory.take)
-        self._own_adapters.add(digest, file.config)
         self.adapters.add(digest, file)
+        self._own_adapters.add(digest, file.config)
         return digest
 
     def register_adapter(self, digest: str, source: Path | bytes) -> None:
@@ -241,9 +242,9 @@ class Engine:
     def _emit(self, sequence: Sequence, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
         assert choice.token_id is not None
         assert sequence.started_at is not None
-        self.generated_tokens += 1
+        self.tallies.generated_tokens += 1
         if first:
-            self._count_prompt(sequence)
+            self.tallies.count_prompt(sequence)
         if reason is not None:
             del self.sequences[sequence.request_id]
         stopped = reason == "stop"
@@ -259,17 +260,12 @@ class Engine:
 
     def _hold(self, sequence: Sequence) -> PrefixHeld | Failed:
         """A prefix has been computed: hold its blocks."""
-        self._count_prompt(sequence)
+        self.tallies.count_prompt(sequence)
         del self.sequences[sequence.request_id]
         try:
             return self.holds.keep(sequence, self.scheduler.finish_prefix(sequence))
         except RequestRefused as refusal:
             return Failed(request_id=sequence.request_id, code=refusal.code, message=str(refusal))
-
-    def _count_prompt(self, sequence: Sequence) -> None:
-        self.prompt_tokens += sequence.num_prompt
-        self.cached_tokens += sequence.cached_tokens or 0
-        self.tallies.count(sequence)
 
     def _fail_non_finite(self, sequence: Sequence) -> Failed:
         """End a sequence whose logits are not finite, and let nobody find K/V of the same weights again."""

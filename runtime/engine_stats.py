@@ -22,15 +22,22 @@ class Tally(NamedTuple):
     hits: int = 0
 
 
-class NamespaceTallies:
-    """Counts prompt tokens by the namespace of their K/V: before the activation that is the base."""
+class Tallies:
+    """Counts tokens: of prompts, those of them that were found, and what was generated.
+
+    Prompts are counted by the namespace of their K/V too, of adapters that are known; before the activation that is the
+    base.
+    """
 
     def __init__(self) -> None:
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.by_namespace: dict[str | None, Tally] = {}
 
-    def count(self, sequence: Sequence) -> None:
+    def count_prompt(self, sequence: Sequence) -> None:
         """A sequence's prompt has been computed."""
         prompt, cached = sequence.num_prompt, sequence.cached_tokens or 0
+        self.prompt_tokens += prompt
+        self.cached_tokens += cached
         of_base = prompt if sequence.kv_adapter is None else min(sequence.activation, prompt)
         self._add(None, of_base, min(cached, of_base))
         if sequence.kv_adapter is not None and not sequence.keeps_kv_to_itself:
@@ -55,11 +62,8 @@ class Watched(Protocol):
     holds: PrefixHolds
     host_kv: HostKv
     scheduler: Scheduler
-    tallies: NamespaceTallies
+    tallies: Tallies
     steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
 
 
 def introduction(engine: Watched) -> Ready:
@@ -86,9 +90,9 @@ def snapshot(engine: Watched) -> Stats:
         blocks_held=engine.holds.blocks_held,
         host_kv=engine.host_kv.stats(),
         namespaces=_namespaces(engine),
-        prompt_tokens=engine.prompt_tokens,
-        cached_tokens=engine.cached_tokens,
-        generated_tokens=engine.generated_tokens,
+        prompt_tokens=engine.tallies.prompt_tokens,
+        cached_tokens=engine.tallies.cached_tokens,
+        generated_tokens=engine.tallies.generated_tokens,
         preemptions=engine.scheduler.preemptions,
         steps=engine.steps,
         device=engine.adapters.device.stats(),

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from runtime.adapter_pool import AdapterPool
 from runtime.batch import Batch, build_batch
+from runtime.chunk import Chunk
 from runtime.config import EngineConfig
 from runtime.kv_cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
 from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled, sample
-from runtime.scheduler import Chunk
 
 Results = Callable[[], list[Sampled]]  # a choice for each chunk of a step that samples
 

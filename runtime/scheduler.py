@@ -4,10 +4,11 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from runtime.adapter_unavailable import AdapterUnavailable
 from runtime.block_tables import BlockTables
+from runtime.chunk import Chunk
 from runtime.sequence import FinishReason, Sequence
 
 # How long a sequence may be passed over for want of adapter memory before later ones have to wait for it.
@@ -31,15 +32,6 @@ class EvictedKv(Protocol):
     """What the scheduler asks of the K/V in host memory."""
 
     def awaits(self, sequence: Sequence, spare: int) -> bool: ...
-
-
-class Chunk(NamedTuple):
-    """Tokens `start` to `start + length` of a sequence, computed in one step; `samples` if that reaches its end."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: bool
 
 
 Rejected = list[tuple[Sequence, Exception]]

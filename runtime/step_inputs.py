@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
-from runtime.scheduler import Chunk
+from runtime.chunk import Chunk
 from runtime.sequence import Sequence as SequenceState
 
 ALIGNMENT = 16  # integers: kernels are compiled for pointers that are aligned, and would be again for others

@@ -12,12 +12,12 @@ from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapter_pool import AdapterPool
 from runtime.adapter_table import AdapterTable, widest
+from runtime.chunk import Chunk
 from runtime.config import EngineConfig
 from runtime.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
 from runtime.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.model_runner import LoadedModel, Results
 from runtime.models.fused_decoder import FusedDecoder
-from runtime.scheduler import Chunk
 from runtime.sequence import Sequence
 from runtime.step_inputs import StepBuffer, StepShape, step_shape, write_step
 from runtime.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height

@@ -81,14 +81,14 @@ def test_namespaces_and_tenants_stay_apart_there(engine):
     run(engine, request("plain", "plain"))
     run(engine, request("tenant", salt="one"))
     overflow(engine)
-    found = engine.cached_tokens
+    found = engine.tallies.cached_tokens
     for name, adapter, salt in (("a", None, ""), ("b", "attention", "two"), ("c", "plain", "one")):
         run(engine, request(name, adapter, salt))
-        assert engine.cached_tokens == found, name
+        assert engine.tallies.cached_tokens == found, name
     run(engine, request("d", "attention", "one"))
-    assert engine.cached_tokens == found + 37, "what the tenant's base computed, up to the activation"
+    assert engine.tallies.cached_tokens == found + 37, "what the tenant's base computed, up to the activation"
     run(engine, request("e", "plain"))
-    assert engine.cached_tokens == found + 37 + len(tokens) - 1
+    assert engine.tallies.cached_tokens == found + 37 + len(tokens) - 1
 
 
 def test_dropping_a_namespace_and_retiring_an_adapter_reach_it_there(engine):

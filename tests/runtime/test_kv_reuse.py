@@ -149,12 +149,12 @@ def test_rule_5_tenants_share_nothing_before_the_activation_either(engine):
         )
 
     run(engine, request("a", "one"))
-    found = engine.cached_tokens
+    found = engine.tallies.cached_tokens
     run(engine, request("b", "two", "attention"))
     run(engine, request("c", ""))
-    assert engine.cached_tokens == found
+    assert engine.tallies.cached_tokens == found
     run(engine, request("d", "two"))
-    assert engine.cached_tokens == found + 37
+    assert engine.tallies.cached_tokens == found + 37
 
 
 def test_rule_7_a_full_hit_computes_the_last_token_under_the_weights_of_its_position(engine, oracle):

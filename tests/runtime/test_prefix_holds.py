@@ -55,9 +55,9 @@ def held(engine, *args, **fields):
 
 def cached(engine, length, seed=0, **fields):
     """How many tokens of a prompt are found."""
-    before = engine.cached_tokens
+    before = engine.tallies.cached_tokens
     run(engine, Generate(request_id="ask", token_ids=prompt(length, seed), params=ONE_TOKEN, **fields))
-    return engine.cached_tokens - before
+    return engine.tallies.cached_tokens - before
 
 
 def flood(engine, seeds=range(100, 130)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.lora_tiles import BASE, FIRST_ROW, ROWS, SLOT, TILE_FIELDS, most_tiles
-from runtime.scheduler import Chunk
+from runtime.chunk import Chunk
 from runtime.step_inputs import ALIGNMENT, NO_SLOT, StepBuffer, StepShape, step_shape, write_step
 from runtime.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT, tile_height
 from tests.runtime.scheduler_fakes import sequence
