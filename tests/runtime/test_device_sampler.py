@@ -51,6 +51,11 @@ def extreme_logits(rows, seed):
     return logits
 
 
+def bits(values):
+    """What is compared; which of all NaN an operation gives is a GPU's own affair."""
+    return (values if DEVICE == "cpu" else values.masked_fill(values.isnan(), torch.nan)).view(torch.int32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(10))
 def test_a_batch_is_adjusted_to_the_bit_as_its_rows_are_one_by_one(seed, dtype):
@@ -62,7 +67,7 @@ def test_a_batch_is_adjusted_to_the_bit_as_its_rows_are_one_by_one(seed, dtype):
         adjusted = Adjustments.build(sequences, VOCAB, DEVICE).apply(there).cpu()
         rows = zip(logits.float(), sequences, strict=True)
         expected = torch.stack([adjust(row, each) for row, each in rows])
-        torch.testing.assert_close(adjusted.view(torch.int32), expected.view(torch.int32), rtol=0, atol=0)
+        torch.testing.assert_close(bits(adjusted), bits(expected), rtol=0, atol=0)
         assert torch.equal(there.cpu(), before)
         for each in sequences:
             generate(each, rng, rng.randrange(3))
