@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from runtime.models.config import UnsupportedModel
 from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
-from service.engine_process import EngineStartFailed
+from service.engine.process import EngineStartFailed
+from service.openai.tokenizer import TokenizerMissing
 from service.settings import Arguments, Settings, read
-from service.tokenizer import TokenizerMissing
 from storage.store import StoreError
 
 BAD_VALUE, CANNOT_START = 2, 1
