@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
-from service.adapters.files import PREFIX, SUFFIX, open_remote
-from service.adapters.names import AdapterNames
+from service.catalog.files import PREFIX, SUFFIX, open_remote
+from service.catalog.names import AdapterNames
 from service.settings import add_store_location, seconds
 from storage.local import LocalStore
 from storage.store import Entry, Store, StoreError

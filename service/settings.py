@@ -10,7 +10,7 @@ from typing import get_args
 import msgspec
 
 from runtime.config import MIB, EngineConfig
-from service.ingest.source_urls import AllowedSources, store_of
+from service.source_urls import AllowedSources, store_of
 
 UNITS = {"": 1, "K": 1024, "M": MIB, "G": 1024 * MIB}
 ENGINE = EngineConfig(model="")  # the engine's own defaults, so that they are written in one place
