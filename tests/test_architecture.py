@@ -52,13 +52,7 @@ LIBRARIES = {
         "safetensors",
     },
 }
-# Settings read the command line and the environment; the programs hand the environment to them.
-ENVIRONMENT_READERS = {
-    "service/settings.py",
-    "service/__main__.py",
-    "service/collect.py",
-    "service/default_model.py",
-}
+ENVIRONMENT_READERS = {"service/settings.py"}
 
 
 def sources(*rooms: str) -> list[Path]:

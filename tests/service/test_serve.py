@@ -56,7 +56,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model: Path, tmp_path: Path) -> None:
-    with service(tiny_model, tmp_path, "--load-format", "dummy", "--served-name", "base") as process:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", ROOTSTOCK_SERVED_MODEL_NAME="base") as process:
         url = said(process, r"serves base at (http://127\.0\.0\.1:\d+)$")
         engine = engine_of(process)
         answer = httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "hello", "max_tokens": 4})
@@ -68,6 +68,17 @@ def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model:
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=10) == 0
         assert not alive(engine)
+
+
+def test_log_records_of_the_engine_have_a_time_a_level_and_a_name(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", ROOTSTOCK_LOG_LEVEL="info") as process:
+        record = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO runtime\.process: started with (\S+) in \d+\.\d s$"
+        assert said(process, record) == str(tiny_model)
+
+
+def test_the_log_level_reaches_the_engine(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", "--log-level", "warning") as process:
+        assert said(process, r"(runtime\.process|at http://)") == "at http://"
 
 
 def test_a_signal_while_the_engine_starts_ends_both(tiny_model: Path, tmp_path: Path) -> None:
