@@ -13,8 +13,12 @@ import msgspec
 from starlette.routing import Route
 
 from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
-from service import adapter_resource, adapters, dialects, kv_resource, schemas
+from service.adapters import dialects
+from service.adapters import resource as adapter_resource
+from service.adapters import routes as adapters
 from service.app import routes
+from service.kv import resource as kv_resource
+from service.openai import schemas
 
 CONTRACT = Path(__file__).with_name("openapi.json")
 ERROR = {

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from service.adapter_queries import DeleteQuery, PutQuery, WaitQuery
-from service.adapter_resource import Adapter, AdapterList
-from service.adapters import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
-from service.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
-from service.invocations import ADAPTER_HEADER
-from service.kv_resource import HeldPrefix, KvCache, PrefixList, PrefixRequest
-from service.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, ModelCard, ModelList
+from service.adapters.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
+from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
+from service.adapters.resource import Adapter, AdapterList
+from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
+from service.kv.resource import HeldPrefix, KvCache, PrefixList, PrefixRequest
+from service.openai.sagemaker import ADAPTER_HEADER
+from service.openai.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, ModelCard, ModelList
 
 JSON, TEXT = "application/json", "text/plain"
 OPEN = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # answered without an API key

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.reference.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
-from kernels.reference.paged_attention import AttentionGroup
+from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
+from kernels.cpu.paged_attention import AttentionGroup
 from runtime.chunk import Chunk
 from runtime.models.config import ModelConfig
-from runtime.sequence import Sequence
+from runtime.request import Sequence
 
 AdapterSites = Seq[SiteWeights | None]
 

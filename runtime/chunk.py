@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from runtime.sequence import Sequence
+from runtime.request import Sequence
 
 
 class Chunk(NamedTuple):

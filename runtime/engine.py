@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.adapter_format import canonical_from_tensors
-from runtime.adapter_pool import AdapterPool
-from runtime.adapter_unavailable import AdapterUnavailable
+from runtime.adapter_format.canonical import canonical_from_tensors
+from runtime.adapters.pool import AdapterPool
+from runtime.adapters.unavailable import AdapterUnavailable
 from runtime.admission import RequestRefused, check_request
-from runtime.block_pool import BlockPool
-from runtime.block_tables import BlockTables
 from runtime.chunk import Chunk
 from runtime.config import EngineConfig
-from runtime.engine_stats import Tallies, introduction, snapshot
-from runtime.host_kv import HostKv
-from runtime.kv_mover import KvMover
+from runtime.kv.block_pool import BlockPool
+from runtime.kv.block_tables import BlockTables
+from runtime.kv.held_prefixes import PrefixHolds, as_generate
+from runtime.kv.offload import HostKv
+from runtime.kv.transfer import KvMover
 from runtime.library import Completion, OwnAdapters, array_of, complete
 from runtime.messages import (
     Event,
@@ -32,11 +32,11 @@ from runtime.messages import (
     Tokens,
 )
 from runtime.model_runner import Results
-from runtime.prefix_holds import PrefixHolds, as_generate
+from runtime.request import FinishReason, Sequence
 from runtime.runners import make_runner
 from runtime.sampler import Sampled
 from runtime.scheduler import QueueFull, Scheduler
-from runtime.sequence import FinishReason, Sequence
+from runtime.stats import Tallies, introduction, snapshot
 
 
 class Launched(NamedTuple):

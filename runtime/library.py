@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.activation import find_activation
-from runtime.adapter_format import AdapterConfig, leaves_kv
-from runtime.adapter_pool import AdapterPool
+from runtime.adapter_format.canonical import AdapterConfig, leaves_kv
+from runtime.adapters.pool import AdapterPool
 from runtime.admission import RequestRefused
+from runtime.invocation import find_activation
 from runtime.messages import Event, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
 from runtime.models.config import ModelConfig
-from runtime.sequence import FinishReason
+from runtime.request import FinishReason
 
 
 class Completion(msgspec.Struct, kw_only=True):

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from runtime.adapter_pool import AdapterPool
+from runtime.adapters.pool import AdapterPool
 from runtime.batch import Batch, build_batch
 from runtime.chunk import Chunk
 from runtime.config import EngineConfig
-from runtime.kv_cache import KvCache, bytes_per_block
+from runtime.kv.cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
 from runtime.models.weights import Weights, load_weights

@@ -13,7 +13,7 @@ def make_runner(config: EngineConfig) -> Runner:
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     kernels = ("triton" if on_cuda else "reference") if config.kernels == "auto" else config.kernels
     if kernels == "triton":
-        from runtime.triton_runner import TritonRunner  # triton need not be installed where it is not used
+        from runtime.gpu.triton_runner import TritonRunner  # triton need not be installed where it is not used
 
         return TritonRunner(
             config, torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

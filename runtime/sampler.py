@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from runtime.messages import SamplingParams, TokenLogprobs
-from runtime.sequence import Sequence
+from runtime.request import Sequence
 
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 1024

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from runtime.adapter_unavailable import AdapterUnavailable
-from runtime.block_tables import BlockTables
+from runtime.adapters.unavailable import AdapterUnavailable
 from runtime.chunk import Chunk
-from runtime.sequence import FinishReason, Sequence
+from runtime.kv.block_tables import BlockTables
+from runtime.request import FinishReason, Sequence
 
 # How long a sequence may be passed over for want of adapter memory before later ones have to wait for it.
 ADAPTER_PATIENCE_SECONDS = 1.0

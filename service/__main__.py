@@ -17,11 +17,11 @@ from starlette.applications import Starlette
 from runtime.models.config_file import UnsupportedModel
 from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
-from service.engine_process import EngineStartFailed
+from service.engine.process import EngineStartFailed
 from service.logs import say, set_up
+from service.openai.tokenizer import TokenizerMissing
 from service.options import BAD_VALUE
 from service.settings import Arguments, Settings, read
-from service.tokenizer import TokenizerMissing
 from storage.store import StoreError
 
 CANNOT_START = 1  # the exit status, beside BAD_VALUE

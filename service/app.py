@@ -14,23 +14,25 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from runtime.models.config import ModelConfig
-from service import adapters, dialects, kv
 from service.access import RequestId, RequireKey
-from service.adapter_storage import AdapterStorage, open_storage
-from service.catalog import Catalog
-from service.chat import chat_completions
-from service.completions import completions
-from service.engine_client import EngineClient
+from service.adapters import dialects
+from service.adapters import routes as adapters
+from service.adapters.catalog import Catalog
+from service.adapters.files import AdapterStorage, open_storage
+from service.engine.client import EngineClient
 from service.health import health, metrics, openapi, ready, version
-from service.imports import Imports
-from service.invocations import invocations
+from service.ingest.imports import Imports
+from service.ingest.sources import Sources
+from service.kv import routes as kv
+from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
-from service.models import get_model, list_models
-from service.prefixes import Prefixes
+from service.openai.chat import chat_completions
+from service.openai.completions import completions
+from service.openai.models import get_model, list_models
+from service.openai.sagemaker import invocations
+from service.openai.tokenizer import Tokenizer
 from service.responses import ApiError, on_api_error, on_client_disconnect, on_http_exception, on_unhandled
 from service.settings import Settings
-from service.sources import Sources
-from service.tokenizer import Tokenizer
 from storage.store import StoreError
 
 routes = [

@@ -1,4 +1,4 @@
-"""Deleting what nothing refers to: stored adapter files that no name points at.
+"""Garbage collection: delete stored adapter files that no name refers to.
 
 As a command: python -m service.collect [--store URL | --data-directory PATH] [--older-than SECONDS] [--dry-run]
 """
@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
-from service.adapter_names import AdapterNames
-from service.adapter_storage import PREFIX, SUFFIX, open_remote
+from service.adapters.files import PREFIX, SUFFIX, open_remote
+from service.adapters.names import AdapterNames
 from service.options import Parser, argument, declared
 from service.settings import Settings, read_with
 from storage.local import LocalStore
@@ -21,17 +21,17 @@ _log = logging.getLogger(__name__)
 
 
 class Collected(NamedTuple):
-    """What was deleted, or would be."""
+    """The files that were deleted, or would be in a dry run."""
 
     files: int
     bytes: int
 
 
 def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = (), dry_run: bool = False) -> Collected:
-    """Delete every file that no name points at, that is not in `keep`, and that nobody stored again lately; blocks.
+    """Delete the files that no name refers to, that are not in `keep`, and that are old enough; blocks.
 
-    A process that is about to name a file has just stored it, or made it new, so that its age protects it. Files are
-    listed before the names are read. Raises StoreError, also for an unreadable name, which may point at any file.
+    A process stores or touches a file just before it writes a name, so the file's age protects it. Files are listed
+    before the names are read. Raises StoreError, also for an unreadable name, because it may refer to any file.
     """
     newest = time.time() - older_than_seconds
     old = [entry for entry in store.list(PREFIX) if entry.modified_at <= newest and entry.key.endswith(SUFFIX)]
@@ -46,10 +46,10 @@ def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = 
 
 
 def _delete(store: Store, entry: Entry) -> bool:
-    """Delete a file, unless somebody has stored it again since it was listed."""
+    """Delete a file, unless it was stored again since it was listed."""
     deleted = store.delete(entry.key, unless_changed=entry)
     if deleted:
-        _log.info("deleted %s: no name pointed at it", entry.key)
+        _log.info("deleted %s: no name referred to it", entry.key)
     return deleted
 
 

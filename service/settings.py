@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import msgspec
 
 from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
+from service.ingest.source_urls import AllowedSources, store_of
 from service.options import AbsentOption, Parser, declared
-from service.source_urls import AllowedSources, store_of
 
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",

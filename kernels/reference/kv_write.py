@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.reference import elementwise
+from kernels.cpu import elementwise
 
 
 def qkv_write(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels.reference.elementwise import rms_norm
+from kernels.cpu.elementwise import rms_norm
 
 
 def add_rms_norm(residual: Tensor, y: Tensor, alpha: float, weight: Tensor, floor: Tensor) -> Tensor:

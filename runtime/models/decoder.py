@@ -6,8 +6,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.elementwise import kv_write, rotary, silu_mul
-from kernels.reference.paged_attention import AttentionGroup, paged_attention
+from kernels.cpu.elementwise import kv_write, rotary, silu_mul
+from kernels.cpu.paged_attention import AttentionGroup, paged_attention
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, Rotary
 from runtime.models.weights import LayerWeights, Weights

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import onednn
-from kernels.reference.elementwise import rms_norm
+from kernels.cpu import onednn
+from kernels.cpu.elementwise import rms_norm
 from runtime.models.config import RopeConfig
 
 

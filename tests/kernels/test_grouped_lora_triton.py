@@ -21,7 +21,7 @@ from kernels.lora_configs import (
     ShrinkConfig,
 )
 from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
-from kernels.reference import tiled_lora
+from kernels.reference import grouped_lora as tiled_lora
 
 grouped_lora = pytest.importorskip("kernels.grouped_lora", reason="needs triton")
 

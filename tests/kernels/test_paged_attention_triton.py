@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import paged_attention as kernels
 from kernels.paged_attention import DECODE_CANDIDATES, PREFILL_CANDIDATES, DecodeConfig, PrefillConfig
-from kernels.reference import paged_tables as reference
+from kernels.reference import paged_attention as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding to the dtype, of the weights and of the result. Not in the interpreter: its products of bfloat16 are

@@ -8,8 +8,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton")
 
 from kernels import rms_norm as triton_norm
+from kernels.cpu.elementwise import rms_norm as reference_norm
 from kernels.reference import rms_norm as reference
-from kernels.reference.elementwise import rms_norm as reference_norm
 from kernels.rms_norm import CANDIDATES, RmsNormConfig, add_rms_norm, rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from kernels.reference.sampling import RowParams
 from kernels.sampling import CANDIDATES, SamplingConfig, sample
 from runtime import sampler
 from runtime.messages import Generate, SamplingParams
-from runtime.sequence import Sequence
+from runtime.request import Sequence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALMOST_ONE = 1 - 2**-53

@@ -7,7 +7,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
-from kernels.reference.elementwise import silu_mul as reference
+from kernels.cpu.elementwise import silu_mul as reference
 from kernels.silu_mul import CANDIDATES, SiluMulConfig, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

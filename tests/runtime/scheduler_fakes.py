@@ -2,12 +2,12 @@
 
 import itertools
 
-from runtime.adapter_unavailable import AdapterUnavailable
-from runtime.block_pool import BlockPool
-from runtime.block_tables import BlockTables
+from runtime.adapters.unavailable import AdapterUnavailable
+from runtime.kv.block_pool import BlockPool
+from runtime.kv.block_tables import BlockTables
 from runtime.messages import Generate, SamplingParams
+from runtime.request import Sequence
 from runtime.scheduler import Scheduler
-from runtime.sequence import Sequence
 
 B = 4
 

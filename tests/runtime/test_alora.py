@@ -4,7 +4,7 @@ import pytest
 
 from runtime.admission import RequestRefused
 from runtime.messages import SamplingParams
-from tests.runtime.peft_engine import GREEDY, INVOCATIONS, TOKENS, PeftOracle, engines, forget
+from tests.runtime.adapters.peft_engine import GREEDY, INVOCATIONS, TOKENS, PeftOracle, engines, forget
 from tests.runtime.tiny_engine import prompt
 
 A, L = INVOCATIONS["attention"], INVOCATIONS["linears"]

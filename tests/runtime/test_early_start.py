@@ -5,7 +5,7 @@ import time
 import pytest
 
 from runtime.messages import Failed, Generate, HoldPrefix, PrefixHeld, SamplingParams, Tokens
-from tests.runtime.adapter_files import canonical_bytes
+from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 

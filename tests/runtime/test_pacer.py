@@ -4,9 +4,9 @@ import threading
 
 import torch
 
-from runtime.adapter_pool import AdapterPool
+from runtime.adapters.pool import AdapterPool
 from runtime.pacer import Pacer
-from tests.runtime.adapter_files import DEADLINE_SECONDS, MODEL, ONE, SIZE
+from tests.runtime.adapter_format.adapter_files import DEADLINE_SECONDS, MODEL, ONE, SIZE
 
 
 def test_a_piece_waits_for_the_gap_after_a_step() -> None:

@@ -8,9 +8,9 @@ import triton
 
 from kernels import interpreter
 from runtime.config import EngineConfig
+from runtime.gpu.triton_runner import TritonRunner
 from runtime.model_runner import ReferenceRunner
 from runtime.runners import make_runner
-from runtime.triton_runner import TritonRunner
 from tests.runtime.tiny_engine import BLOCK_BYTES
 from tests.runtime.tiny_model import TINY
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from runtime.messages import Generate, SamplingParams
+from runtime.request import Sequence
 from runtime.sampler import sample, uniform
-from runtime.sequence import Sequence
 
 VOCAB = 3000
 

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from runtime.config import EngineConfig
 from service.app import create_app
 from service.settings import Settings
-from tests.service import fake_engine
+from tests.service.engine import fake_engine
 
 NAME = "tiny"
 

@@ -1,4 +1,4 @@
-"""`python -m service` as a program, with the real engine on made-up weights: it starts, says so, and ends."""
+"""`python -m service` as a program, with the real engine on random weights: its start, its messages and its end."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def service(model: Path, data: Path, *options: str, **environment: str) -> Itera
 
 
 def said(process: subprocess.Popen[str], pattern: str) -> str:
-    """What the first group of a pattern matches in what the program says; fails if it ends without saying it."""
+    """The first group of a pattern in the first line of standard error that matches; fails if no line does."""
     assert process.stderr is not None
     text = ""
     for line in process.stderr:
@@ -48,7 +48,7 @@ def engine_of(process: subprocess.Popen[str]) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

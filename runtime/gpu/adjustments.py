@@ -1,0 +1,82 @@
+"""Penalties and forbidden tokens of a batch: laid out on the host, uploaded in one copy, applied on the device."""
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.uploads import host_buffer, upload
+from runtime.messages import SamplingParams
+from runtime.request import Sequence
+from runtime.sampler import FORBIDDEN, LARGEST_LOGIT, LEAST_DIVISOR, adjusts
+
+
+class Adjustments(NamedTuple):
+    """What `runtime.sampler.adjust` does to each of n rows of logits; every tensor is on their device.
+
+    A place is an index into the rows laid end to end. The logit at each of `places`, int64 and no two the same, is
+    divided by its float32 divisor if it is positive, else multiplied by it; then its amount is subtracted. `limits`,
+    (n,) float32, bound what a row then has, infinite where nothing is adjusted. Last come the places, int64, of
+    `forbidden` tokens.
+    """
+
+    places: Tensor
+    divisors: Tensor
+    amounts: Tensor
+    limits: Tensor
+    forbidden: Tensor
+
+    @classmethod
+    def build(cls, sequences: Seq[Sequence], vocab: int, device: torch.device | str) -> "Adjustments":
+        """Of a row for each sequence, in one copy that the host does not wait for."""
+        penalised = [
+            (row * vocab, sequence.params, sequence.penalised)
+            for row, sequence in enumerate(sequences)
+            if sequence.needs_tokens
+        ]
+        forbidden = [row * vocab + token_id for row, each in enumerate(sequences) for token_id in each.forbidden_ids]
+        sizes = sum(len(tokens.ids) for *_, tokens in penalised), len(forbidden), len(sequences)
+        buffer = host_buffer(_length(*sizes), torch.int64, device)
+        places, divisors, amounts, limits, last = (part.numpy() for part in _parts(buffer, *sizes))
+        limits[:] = [LARGEST_LOGIT if adjusts(sequence) else np.inf for sequence in sequences]
+        last[:] = forbidden
+        start = 0
+        for first, params, tokens in penalised:
+            entries = slice(start, start + len(tokens.ids))
+            np.add(tokens.ids, first, out=places[entries])
+            with np.errstate(over="ignore"):  # what is too large for float32 is infinite in it, as torch has it
+                divisors[entries] = max(params.repetition_penalty, LEAST_DIVISOR)
+                amounts[entries] = _amounts(np.asarray(tokens.counts), params)
+            start = entries.stop
+        return cls(*_parts(upload(buffer, device), *sizes))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """A changed copy of `logits` (n, vocab): float32, the bits that `adjust` gives on a CPU. Waits for nothing."""
+        adjusted = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        flat, limits = adjusted.view(-1), self.limits[:, None]
+        values = flat[self.places]
+        values = torch.where(values > 0, values / self.divisors, values * self.divisors)
+        flat[self.places] = values - self.amounts
+        adjusted.clamp_(-limits, limits)
+        flat.index_fill_(0, self.forbidden, FORBIDDEN)
+        return adjusted
+
+
+def _amounts(counts: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """What presence and frequency take from tokens, rounded to float32 where `adjust` rounds."""
+    presence, frequency = np.float32(params.presence_penalty), np.float32(params.frequency_penalty)
+    return np.where(counts > 0, presence + frequency * counts.astype(np.float32), np.float32(0))
+
+
+def _length(entries: int, forbidden: int, rows: int) -> int:
+    """Integers of 8 bytes that all parts take; two floats share one."""
+    return entries + forbidden + -(-(2 * entries + rows) // 2)
+
+
+def _parts(buffer: Tensor, entries: int, forbidden: int, rows: int) -> tuple[Tensor, ...]:
+    """Where the fields of Adjustments lie in a buffer."""
+    floats = buffer[entries + forbidden :].view(torch.float32)
+    divisors, amounts, limits = floats[: 2 * entries + rows].split([entries, entries, rows])
+    return buffer[:entries], divisors, amounts, limits, buffer[entries : entries + forbidden]

@@ -1,0 +1,149 @@
+"""The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from kernels.interpreter import can_run_on
+from kernels.lora_tiles import BASE, most_tiles
+from kernels.paged_attention import LEAST_SEQUENCES
+from runtime.adapters.pool import AdapterPool
+from runtime.chunk import Chunk
+from runtime.config import EngineConfig
+from runtime.gpu.adapter_table import AdapterTable, widest
+from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
+from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
+from runtime.gpu.fused_decoder import FusedDecoder
+from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
+from runtime.gpu.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
+from runtime.model_runner import LoadedModel, Results
+from runtime.request import Sequence
+
+STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
+
+
+class TritonRunner(LoadedModel):
+    """Runs the model with the Triton kernels; decode steps replay CUDA graphs where there are any."""
+
+    def __init__(self, config: EngineConfig, device: torch.device):
+        if not can_run_on(device):
+            raise ValueError(
+                "kernels (--kernels) triton need a CUDA device; TRITON_INTERPRET=1 interprets them on a CPU"
+            )
+        super().__init__(config, device)
+        self.adapter_dtype = self.dtype
+        self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.decoder = FusedDecoder(self.model, self.weights, config.block_size, self.gpu)
+        self.graphs: DecodeGraphs | None = None
+        self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
+        self._lora_width = STACKED * config.max_lora_rank
+        self._table_width = -(-self.max_model_len // config.block_size)
+        most = most_tiles(self._max_tokens, self._max_running, DECODE_HEIGHT)
+        sequences = self._max_running
+        largest = StepShape(
+            self._max_tokens, sequences, sequences, self._table_width, sequences, most, sequences, DECODE_HEIGHT
+        )
+        self._buffer = StepBuffer(largest.total, device)
+        self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # that the last step sampled
+        self._carried: dict[Sequence, int] = {}
+        self._overlap = config.overlap
+        self._wants_graphs = config.cuda_graphs and device.type == "cuda"
+
+    def start(self, adapters: AdapterPool) -> None:
+        """Reserve what adapters need in a step, and capture graphs."""
+        self._adapters = adapters
+        self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
+        self._memory = LoraMemory.of(
+            adapters.arena, self._table.rows, self._max_tokens, self._max_running, self._lora_width
+        )
+        if self.device.type == "cuda":
+            self.warm_up()
+        if self._wants_graphs:
+            self.graphs = self.decode_graphs(capture_on_cuda(self.device))
+
+    def warm_up(self) -> None:
+        """Compile whatever a step may launch, so that no request waits for it: prompts, and decoding without graphs."""
+        for (decodes, prefills), adapted in product(self._steps_to_compile(), (False, True)):
+            rows = decodes + prefills
+            height = tile_height(decodes, rows)
+            tiles = most_tiles(rows, rows, height) if adapted else 0
+            shape = StepShape(rows, decodes, prefills, self._table_width, rows, tiles, tiles, height)
+            self._lay_out([], shape, [])
+            logits = self.forward(shape, self._lora_width)
+        warm_up_sampling(logits, self.gpu)
+
+    def _steps_to_compile(self) -> Iterator[tuple[int, int]]:
+        """Numbers of sequences that decode and of prompts: one for each range that kernels are compiled for."""
+        yield 1, 0
+        yield 0, 1
+        prefills = LEAST_SEQUENCES
+        while prefills <= min(self._max_running, self._max_tokens):
+            yield 0, prefills
+            prefills *= 2
+
+    def decode_graphs(self, capture: Capture) -> DecodeGraphs:
+        """Graphs of what `forward` does for decode steps."""
+
+        def lay_out_nothing(shape: StepShape) -> None:
+            self._lay_out([], shape, [])
+
+        return DecodeGraphs(
+            self.forward, lay_out_nothing, self._max_running, self._table_width, self._lora_width, capture
+        )
+
+    def prepare(self, chunks: Seq[Chunk]) -> list[Chunk]:
+        ordered = sorted(
+            chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence))
+        )
+        slots, width, of_head = self._adapter_slots(ordered)
+        decodes, tokens = sum(chunk.length == 1 for chunk in ordered), sum(chunk.length for chunk in ordered)
+        height = tile_height(decodes, tokens)
+        adapted = sum(slot != BASE for slot in slots)
+        sampled = sum(chunk.samples for chunk in ordered)
+        tiles = most_tiles(tokens, adapted, height) if adapted else 0
+        logit_tiles = most_tiles(sampled, adapted, height) if of_head else 0
+        shape = step_shape(ordered, self.block_size, tiles, logit_tiles, height)
+        if self.graphs is not None:
+            shape = self.graphs.padded(shape, width)
+        self._lay_out(ordered, shape, slots)
+        self._shape, self._width = shape, width
+        self._sampling = [chunk.sequence for chunk in ordered if chunk.samples]
+        return ordered
+
+    def _lay_out(self, chunks: Seq[Chunk], shape: StepShape, slots: Seq[int]) -> None:
+        write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape), self._carried)
+        self._buffer.upload(shape)
+
+    def _adapter_slots(self, chunks: Seq[Chunk]) -> tuple[list[int], int, bool]:
+        """Each chunk's adapter slot, BASE where none applies; the most ranks at a site; whether any is of the head."""
+        slots, width, of_head = [], 0, False
+        for sequence, start, length, _ in chunks:
+            if sequence.adapter is None or start + length <= sequence.activation:
+                slots.append(BASE)
+                continue
+            layout, first = self._adapters.placement(sequence.adapter)
+            slots.append(self._table.slot_of(sequence.adapter, layout, first))
+            width = max(width, widest(layout))
+            of_head = of_head or layout.sites[self.model.lm_head_site] is not None
+        return slots, width, of_head
+
+    @torch.inference_mode()
+    def launch(self) -> tuple[Results, bool]:
+        graph = None if self.graphs is None else self.graphs.of(self._shape, self._width)
+        logits = self.forward(self._shape, self._width) if graph is None else graph()
+        samples = DeviceSamples(logits[: len(self._sampling)], self._sampling, self.gpu)
+        self._tokens[: len(self._sampling)] = samples.chosen.clamp(min=0)
+        self._carried = {sequence: index for index, sequence in enumerate(self._sampling)}
+        return samples.wait, self._overlap and not samples.needs_logits
+
+    @torch.inference_mode()
+    def forward(self, shape: StepShape, width: int) -> Tensor:
+        """The logits of what lies in the buffer in a shape, under adapters of at most `width` ranks at a site."""
+        step = self._buffer.on_device(shape)
+        carried = self._tokens[(-1 - step.token_ids).clamp(min=0)]  # see `write_step`
+        step = step._replace(token_ids=torch.where(step.token_ids < 0, carried, step.token_ids))
+        lora = TiledLora(self.model, self._memory, step, width, self.gpu) if shape.tiles else None
+        return self.decoder.forward(step, self.kv.layers, lora)

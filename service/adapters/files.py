@@ -1,0 +1,179 @@
+"""Where adapters are kept for good, and where their files lie on this machine."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from blake3 import blake3
+
+from service.ingest.source_urls import store_of
+from service.settings import Settings
+from storage.cache import DiskCache
+from storage.local import LocalStore
+from storage.s3 import S3Store
+from storage.store import Corrupt, NotFound, OnProgress, Store
+
+PREFIX, SUFFIX = "blobs/", ".safetensors"
+_THREADS = 16  # at once; a store that does not answer holds some of them for seconds, and none of anybody else's
+_ROOM_SECONDS = 60.0  # that a file waits for room in the cache, which others on their way take
+_T = TypeVar("_T")
+
+
+class AdapterFiles(Protocol):
+    """The canonical files of stored adapters, by digest; all but `path`, `has`, `hold` and `release` block."""
+
+    @property
+    def scratch(self) -> Path:
+        """Where uploads are staged, on the same file system."""
+        ...
+
+    def path(self, digest: str) -> Path:
+        """Where the file is, or would be."""
+        ...
+
+    def has(self, digest: str) -> bool:
+        """Whether there is a file at the path."""
+        ...
+
+    def add(self, digest: str, file: Path, *, replace: bool) -> None:
+        """Store a file durably, unless the store has it and `replace` is false; StoreError, OSError."""
+        ...
+
+    def confirm(self, digest: str, file: Path) -> None:
+        """Store a file that was added once more if the store has lost it since; StoreError, OSError."""
+        ...
+
+    def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
+        """See to it that the file is there and whole. Raises StoreError with the reason why it cannot be."""
+        ...
+
+    def hold(self, digest: str, *, pinned: bool = False) -> None:
+        """Keep the file here until it is released as often as it was held; `pinned` says that this may be for ever."""
+        ...
+
+    def release(self, digest: str, *, pinned: bool = False) -> None: ...
+
+
+class AdapterStorage:
+    """A store for names and files, and this machine's way to the files; `disk` is the cache of a remote store."""
+
+    def __init__(self, store: Store, files: AdapterFiles, disk: DiskCache | None = None) -> None:
+        self.store, self.files, self.disk = store, files, disk
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
+
+    async def run(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+        """One blocking call, on a thread of the storage's own."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
+
+    def close(self) -> None:
+        """Let go of the store; a call that it does not answer is left to itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.store.close()  # first: it ends what is on its way to the disk
+        if self.disk is not None:
+            self.disk.close()
+
+
+def open_storage(settings: Settings) -> AdapterStorage:
+    """The storage that the settings name; blocks. Raises StoreError with a sentence."""
+    if settings.store is None:
+        return local_storage(settings.data_directory)
+    disk = DiskCache(settings.cache_directory, settings.disk_cache_bytes)
+    return cached_storage(open_remote(settings.store), disk)
+
+
+def open_remote(url: str) -> S3Store:
+    """The store at an s3:// URL. Raises ValueError with a sentence for another one."""
+    bucket, *prefix = store_of(url).path
+    return S3Store(bucket, "/".join(prefix))
+
+
+def local_storage(directory: Path) -> AdapterStorage:
+    """A directory on this machine."""
+    store = LocalStore(directory)
+    return AdapterStorage(store, StoredFiles(store))
+
+
+def cached_storage(store: Store, disk: DiskCache) -> AdapterStorage:
+    """A remote store behind a cache on this machine."""
+    return AdapterStorage(store, CachedFiles(store, disk), disk)
+
+
+class StoredFiles:
+    """The files of a store that is a directory: they lie where they are stored."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+
+    @property
+    def scratch(self) -> Path:
+        return self._store.scratch.path
+
+    def path(self, digest: str) -> Path:
+        return self._store.path(blob_key(digest))
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).exists()
+
+    def add(self, digest: str, file: Path, *, replace: bool) -> None:
+        _store_file(self._store, digest, file, replace)
+
+    def confirm(self, digest: str, file: Path) -> None:
+        if not self.has(digest):
+            self._store.put(blob_key(digest), file)
+
+    def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
+        path = self.path(digest)
+        if not path.exists():
+            raise NotFound(f"its file {blob_key(digest)} is missing from the store")
+        found = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+        if found != digest:
+            raise Corrupt(f"its file {blob_key(digest)} is corrupt: its digest is {found}")
+
+    def hold(self, digest: str, *, pinned: bool = False) -> None:
+        pass  # nothing is evicted from a store
+
+    def release(self, digest: str, *, pinned: bool = False) -> None:
+        pass
+
+
+class CachedFiles:
+    """The files of a remote store: fetched into a cache when they are wanted."""
+
+    def __init__(self, store: Store, disk: DiskCache) -> None:
+        self._store, self._disk = store, disk
+        self.path, self.has = disk.path, disk.has
+        self.hold, self.release = disk.hold, disk.release
+
+    @property
+    def scratch(self) -> Path:
+        return self._disk.scratch.path
+
+    def add(self, digest: str, file: Path, *, replace: bool) -> None:
+        _store_file(self._store, digest, file, replace)
+        self._disk.add(digest, file)
+
+    def confirm(self, digest: str, file: Path) -> None:
+        if not self._store.list(blob_key(digest)):
+            self._store.put(blob_key(digest), file if file.exists() else self._disk.path(digest))
+
+    def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
+        def download(destination: Path) -> None:
+            self._store.fetch(blob_key(digest), destination, max_bytes=size, on_progress=on_progress)
+
+        self._disk.fetch(digest, size, download, wait_seconds=_ROOM_SECONDS)
+
+
+def _store_file(store: Store, digest: str, file: Path, replace: bool) -> None:
+    """Put a file, or make the one that is stored new, so that no collector takes it before a name points at it."""
+    key, size = blob_key(digest), file.stat().st_size
+    same = not replace and any(entry.bytes == size for entry in store.list(key) if entry.key == key)
+    if not (same and store.touch(key)):
+        store.put(key, file)
+
+
+def blob_key(digest: str) -> str:
+    return f"{PREFIX}{digest}{SUFFIX}"

@@ -1,0 +1,217 @@
+"""Blocks between the device and host memory: nothing is ever found whose K/V are not what it is known by."""
+
+import itertools
+import random
+from collections import deque
+from concurrent.futures import Future
+
+import pytest
+
+from runtime.kv.block_keys import root_key
+from runtime.kv.block_pool import BlockPool
+from runtime.kv.block_tables import BlockTables
+from runtime.kv.offload import HostKv
+from runtime.messages import Generate, SamplingParams
+from runtime.request import Sequence
+from tests.runtime.kv.block_chains import B
+
+SALTS = ("", "tenant")
+EMPTY = (None,) * B
+
+
+class QueuedMover:
+    """Moves what stands for K/V when the test says so, in the order asked for; `device` and `host` are the contents."""
+
+    slot_bytes = 10
+
+    def __init__(self, num_blocks, num_slots):
+        self.num_slots = num_slots
+        self.device = [EMPTY] * num_blocks
+        self.host = [EMPTY] * num_slots
+        self.queue = deque()
+
+    def save(self, block, slot):
+        self.queue.append(("save", [(block, slot)], Future()))
+
+    def load(self, slots, blocks):
+        self.queue.append(("load", list(zip(blocks, slots, strict=True)), Future()))
+        return self.queue[-1][2]
+
+    def move(self):
+        what, pairs, done = self.queue.popleft()
+        for block, slot in pairs:
+            if what == "save":
+                self.host[slot] = self.device[block]
+            else:
+                self.device[block] = self.host[slot]
+        done.set_result(None)
+
+    def settle(self, blocks):
+        wanted = set(blocks)
+        while any(what == "save" and pairs[0][0] in wanted for what, pairs, _ in self.queue):
+            self.move()
+
+
+class Moves:
+    """Sequences of the base, of tenants and of adapters begin, end and are dropped while blocks come and go."""
+
+    def __init__(self, seed, blocks=None, slots=None):
+        self.random = random.Random(seed)
+        blocks = blocks or self.random.randint(5, 12)
+        slots = slots or self.random.choice([0, 1, 3, 8, 16, 40])
+        self.pool = BlockPool(blocks + 1)
+        self.tables = BlockTables(self.pool, B)
+        self.mover = QueuedMover(blocks + 1, slots)
+        self.host = HostKv(self.tables, self.mover)
+        self.running = []
+        self.waiting = []
+        self.known = {}  # by key, what its block must hold
+        self.names = itertools.count()
+
+    def ask(self):
+        draw = self.random
+        first, length = 100 * draw.randrange(2), draw.choice([8, 15, 16, 18])
+        tokens = [*range(first, first + length), *draw.choices([0, 1], k=draw.randrange(2))]
+        adapter = draw.choice([None, None, "a", "b"])
+        activation = min(draw.choice([0, 5, 8, 13, 30]), len(tokens)) if adapter else 0
+        self.waiting.append(self.sequence(tokens, adapter, activation, draw.choice(["", "", "", *SALTS])))
+
+    def sequence(self, tokens, adapter=None, activation=0, salt=""):
+        request = Generate(
+            request_id=str(next(self.names)),
+            token_ids=list(tokens),
+            params=SamplingParams(seed=0),
+            adapter=adapter,
+            activation=activation,
+            cache_salt=salt,
+        )
+        return Sequence(request, max_tokens=100)
+
+    def start(self):
+        if self.waiting:
+            self.run(self.random.choice(self.waiting))
+
+    def run(self, sequence):
+        """As the scheduler does, with a step that computes all of it."""
+        self.host.land()
+        if self.host.awaits(sequence, len(self.running)) or not self.tables.take(sequence, len(self.running)):
+            return
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.running.append(sequence)
+        first = sequence.computed
+        self.host.settle([*sequence.blocks[first // B :], *(copy.target for copy in self.tables.copies)])
+        for source, target, count in self.tables.copies:
+            self.mover.device[target] = (*self.mover.device[source][:count], *self.mover.device[target][count:])
+        self.tables.copied()
+        for position in range(first, len(sequence)):
+            self.write(sequence, position)
+        sequence.computed = len(sequence)
+        self.tables.register(sequence, first, len(sequence))
+        self.remember(sequence)
+
+    def write(self, sequence, position):
+        block = sequence.blocks[position // B]
+        content = list(self.mover.device[block])
+        content[position % B] = self.truth(sequence, position)
+        self.mover.device[block] = tuple(content)
+
+    def truth(self, sequence, position):
+        """What stands for the K/V of a position: all that they depend on."""
+        applies = sequence.adapter is not None and position >= sequence.activation
+        whose = (sequence.adapter, sequence.activation) if applies else None
+        return sequence.root, tuple(sequence.token_ids[: position + 1]), whose
+
+    def remember(self, sequence):
+        for index in range(-(-len(sequence) // B)):
+            identity = sequence.identity_of(index, B)
+            held = range(index * B, index * B + len(identity.token_ids))
+            self.known[identity.key] = tuple(self.truth(sequence, position) for position in held)
+        for index, block in enumerate(sequence.blocks):
+            for position in range(index * B, min(index * B + B, len(sequence))):
+                assert self.mover.device[block][position % B] == self.truth(sequence, position)
+
+    def end(self):
+        if self.running:
+            self.tables.give_back(self.running.pop(self.random.randrange(len(self.running))))
+
+    def abort(self):
+        if self.waiting:
+            self.waiting.pop(self.random.randrange(len(self.waiting)))
+
+    def move(self):
+        if self.mover.queue:
+            self.mover.move()
+
+    def drop(self):
+        """A namespace and all after it: none of it may be found again before it is computed again."""
+        namespace = self.random.choice([None, "a", "b"])
+        self.host.drop(namespace, self.pool.drop_namespace(namespace))
+        for sequence in self.running:
+            sequence.keeps_kv_to_itself |= sequence.kv_adapter == namespace
+        dropped = [key for key, content in self.known.items() if belongs(content, namespace)]
+        for key in dropped:
+            del self.known[key]
+
+    def finish(self):
+        """All ends, and nothing is left held."""
+        while self.running:
+            self.end()
+        while self.mover.queue:
+            self.mover.move()
+        self.host.land()
+        assert self.host.held == []
+        assert self.pool.used == 0
+
+    def check(self):
+        used, cached = self.pool.by_namespace()
+        for key, content in self.known.items():
+            for block in self.pool.match([key]):
+                assert self.mover.device[block][: len(content)] == content
+        assert sum((used + cached).values()) == sum(bool(self.pool.match([key])) for key in self.known)
+        assert set(self.host.keys) <= self.known.keys()
+        self.tables.check(self.running, self.host.held)
+        self.host.check(tuple(map(root_key, SALTS)))
+        stats = self.host.stats()
+        assert stats.bytes_used == stats.blocks * 10 <= stats.bytes_total
+
+
+def belongs(content, namespace):
+    """Whether a block is of a namespace, or comes after one that is."""
+    whose, activation = content[-1][2] or (None, B)
+    return whose == namespace or (namespace is None and activation >= B)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_moves_when_and_is_dropped_meanwhile_what_is_found_is_right(seed):
+    moves = Moves(seed)
+    each = [*[moves.ask] * 3, *[moves.start] * 8, *[moves.end] * 3, *[moves.move] * 5, moves.abort]
+    for number in range(1000):
+        moves.random.choice(each)() if number % (50 if seed % 2 else 9) else moves.drop()
+        moves.check()
+    moves.finish()
+    assert not seed % 2 or moves.mover.num_slots < 8 or moves.host.stats().loads > 20, (
+        "hardly anything came back: nothing was shown"
+    )
+
+
+@pytest.mark.parametrize("namespace", [None, "a"])
+def test_what_comes_back_while_it_is_dropped_is_not_found_nor_what_comes_after_it(namespace):
+    moves = Moves(seed=0, blocks=8, slots=20)
+    moves.run(moves.sequence(range(18), "a", activation=8))
+    moves.end()
+    for tokens in (range(100, 118), range(200, 204)):  # of the eight blocks, three of the adapter's must go
+        moves.run(moves.sequence(tokens))
+    for _ in moves.running[:]:
+        moves.end()
+    assert len(moves.host.keys) == 3
+    wanting = moves.sequence([*range(12), 77], "a", activation=8)
+    assert moves.host.awaits(wanting, spare=0)
+    assert len(moves.host.held[0]) == 3, "the base's two blocks, and the one that comes"
+    assert moves.host.by_namespace()["a"] == 2, "what comes after it is still there"
+    moves.host.drop(namespace, moves.pool.drop_namespace(namespace))
+    assert not moves.host.by_namespace()["a"]
+    moves.finish()
+    used, cached = moves.pool.by_namespace()
+    assert not (used + cached)["a"]
+    assert moves.host.by_namespace()["a"] == 0
