@@ -54,8 +54,8 @@ class Prefix:
             token_ids=prompt.token_ids,
             ttl_seconds=self.wanted.ttl_seconds,
             adapter=prompt.adapter,
-            activation=prompt.activation,
-            shares_kv=prompt.shares_kv,
+            invocation_start=prompt.activation,
+            kv_is_base=prompt.shares_kv,
             cache_salt=self.wanted.cache_salt,
         )
 
