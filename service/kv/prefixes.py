@@ -55,8 +55,8 @@ class Prefix:
             token_ids=prompt.token_ids,
             ttl_seconds=self.wanted.ttl_seconds,
             adapter=prompt.adapter,
-            activation=prompt.invocation_start,
-            shares_kv=prompt.kv_is_base,
+            invocation_start=prompt.invocation_start,
+            kv_is_base=prompt.kv_is_base,
             cache_salt=self.wanted.cache_salt,
         )
 

@@ -169,8 +169,8 @@ class Generation:
             token_ids=prompt.token_ids,
             params=msgspec.structs.replace(self._plan.params, choice=choice) if choice else self._plan.params,
             adapter=prompt.adapter,
-            activation=prompt.invocation_start,
-            shares_kv=prompt.kv_is_base,
+            invocation_start=prompt.invocation_start,
+            kv_is_base=prompt.kv_is_base,
             cache_salt=self._plan.cache_salt,
         )
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from runtime.invocation import find_activation
+from runtime.invocation import find_invocation
 from service.catalog.record import AdapterRecord, AdapterVersion
 from service.errors import RequestError
 from service.openai.schemas import Alora, OnMissing
@@ -46,7 +46,7 @@ async def invoked(prompts: Sequence[list[int]], version: AdapterVersion | None) 
 def _invoked(token_ids: list[int], record: AdapterRecord) -> Prompt | None:
     if record.invocation_tokens is None:
         return Prompt(token_ids, record.digest, 0, record.leaves_kv)
-    start = find_activation(token_ids, record.invocation_tokens)
+    start = find_invocation(token_ids, record.invocation_tokens)
     return None if start is None else Prompt(token_ids, record.digest, start, record.leaves_kv, "found")
 
 
