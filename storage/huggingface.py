@@ -8,8 +8,13 @@ from threading import Event
 from typing import Any, BinaryIO, TypeVar
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from storage.files import CHUNK_BYTES, atomic_file, disk_errors
 from storage.store import (

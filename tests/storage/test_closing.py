@@ -35,7 +35,7 @@ def s3(s3_server: str) -> Iterator[FaultyS3]:
 def store(s3: FaultyS3, s3_client: Any, aws_environment: None) -> Iterator[S3Store]:
     with new_bucket(s3_client) as bucket:
         s3_client.put_object(Bucket=bucket, Key="blobs/big", Body=BIG)
-        opened = S3Store(bucket, endpoint=s3.endpoint, part_bytes=PART)
+        opened = S3Store(bucket, endpoint=s3.endpoint, part_bytes=PART, split_after_seconds=0.0)
         yield opened
         opened.close()
 

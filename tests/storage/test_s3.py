@@ -26,7 +26,7 @@ def proxy(s3_server: str) -> Iterator[FaultyS3]:
 
 @pytest.fixture
 def store(proxy: FaultyS3, bucket: str) -> Iterator[S3Store]:
-    opened = S3Store(bucket, endpoint=proxy.endpoint, attempts=2, part_bytes=MIB)
+    opened = S3Store(bucket, endpoint=proxy.endpoint, attempts=2, part_bytes=MIB, split_after_seconds=0.0)
     yield opened
     opened.close()
 
@@ -44,7 +44,7 @@ def test_a_large_object_is_fetched_in_parts_of_one_version(proxy: FaultyS3, stor
 
 def test_a_fast_connection_brings_a_large_object_alone(proxy: FaultyS3, bucket: str, tmp_path: Path) -> None:
     content = bytes(range(250)) * 17_000
-    with closing(S3Store(bucket, endpoint=proxy.endpoint, part_bytes=MIB)) as store:
+    with closing(S3Store(bucket, endpoint=proxy.endpoint, part_bytes=MIB, split_after_seconds=60.0)) as store:
         store.put("blobs/big", content)
         proxy.requests.clear()
 
@@ -196,7 +196,7 @@ import resource, sys
 from pathlib import Path
 from storage.s3 import S3Store
 from storage.store import StoreFull
-store = S3Store(sys.argv[1], endpoint=sys.argv[2], part_bytes=100_000)
+store = S3Store(sys.argv[1], endpoint=sys.argv[2], part_bytes=100_000, split_after_seconds=0.0)
 store.put("blobs/big", b"x" * 1_000_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 try:

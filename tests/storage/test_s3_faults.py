@@ -49,6 +49,7 @@ def proxied(s3_server: str, s3_client: Any, aws_environment: None) -> Iterator[t
             read_timeout_seconds=0.5,
             attempts=ATTEMPTS,
             part_bytes=PART,
+            split_after_seconds=0.0,
         )
         yield proxy, opened, bucket
         opened.close()
