@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from runtime.messages import AdapterState, Tier
 from service.adapter_storage import SUFFIX, AdapterStorage
-from service.private_directory import memory_scratch
+from storage.scratch import memory_scratch
 from storage.store import AccessDenied, Corrupt, NotFound, ObjectTooLarge, StoreError, StoreFull, StoreUnavailable
 
 _log = logging.getLogger(__name__)
