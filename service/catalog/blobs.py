@@ -15,7 +15,7 @@ from runtime.messages import AdapterState
 from service.catalog.files import SUFFIX, AdapterStorage
 from service.engine.adapters import EngineAdapters
 from service.metrics import Metrics
-from service.private_directory import memory_scratch
+from storage.scratch import memory_scratch
 from storage.store import AccessDenied, Corrupt, NotFound, ObjectTooLarge, StoreError, StoreFull, StoreUnavailable
 
 _log = logging.getLogger(__name__)
