@@ -6,8 +6,8 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from runtime.messages import HoldPrefix, PrefixHeld
-from service.adapters.record import AdapterVersion
-from service.adapters.versions import AdapterView
+from service.catalog.record import AdapterVersion
+from service.catalog.versions import AdapterView
 from service.engine.adapters import RequestFailed
 from service.engine.prefixes import EnginePrefixes
 from service.openai.invocation import Prompt

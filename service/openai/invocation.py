@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from runtime.invocation import find_activation
-from service.adapters.record import AdapterRecord, AdapterVersion
+from service.catalog.record import AdapterRecord, AdapterVersion
 from service.openai.schemas import Alora, OnMissing
 from service.openai.tokenizer import Tokenizer
 from service.responses import ApiError
