@@ -9,10 +9,10 @@ from typing import NamedTuple
 from starlette.datastructures import State
 from starlette.requests import Request
 
+from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
 from runtime.adapter_format.errors import InvalidAdapter
 from service.catalog.record import Condition, Upload
-from service.ingest.base_tensors import base_tensors
 from service.ingest.bundle import Bundle
 from service.ingest.imports import Import, Imports, Published
 from service.ingest.throttle import Pace
