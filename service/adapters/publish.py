@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 
+from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
 from service.catalog.record import Condition, Upload
-from service.ingest.base_tensors import base_tensors
 from service.ingest.bundle import Bundle
 from service.ingest.imports import Import, Published
 from service.ingest.throttle import Pace
