@@ -24,6 +24,7 @@ EngineCode = Literal[
     "invalid_invocation_start",
     "invalid_max_tokens",
     "invalid_token_id",
+    "load_cancelled",
     "non_finite_logits",
     "pins_full",
     "prefix_cache_off",

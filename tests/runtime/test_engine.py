@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from runtime.adapter_format.canonical import InvalidAdapter
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.config import EngineConfig
 from runtime.messages import Generate, SamplingParams, Tokens
 from runtime.request import RequestRefused
