@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
-from runtime.chunk import Chunk
 from runtime.request import Request
+from runtime.scheduler import Chunk
 
 ALIGNMENT = 16  # integers: kernels are compiled for pointers that are aligned, and would be again for others
 NO_SLOT = -1  # of a padding row: its K/V go nowhere

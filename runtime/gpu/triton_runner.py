@@ -10,7 +10,6 @@ from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapters.pool import AdapterPool
-from runtime.chunk import Chunk
 from runtime.config import EngineConfig
 from runtime.gpu.adapter_table import AdapterTable, widest
 from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
@@ -18,13 +17,14 @@ from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
 from runtime.gpu.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
-from runtime.model_runner import LoadedModel, Results
 from runtime.request import Request
+from runtime.runner import Results, Runner
+from runtime.scheduler import Chunk
 
 STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
 
 
-class TritonRunner(LoadedModel):
+class TritonRunner(Runner):
     """Runs the model with the Triton kernels; decode steps replay CUDA graphs where there are any."""
 
     def __init__(self, config: EngineConfig, device: torch.device):
