@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from kernels.adapter_table import FIELDS, PartEntry, SiteEntry, table_rows
+from kernels.offset_table import FIELDS, PartEntry, SiteEntry, table_rows
 from runtime.adapters.layout import AdapterLayout, SiteLayout
 from runtime.models.config import Site
 

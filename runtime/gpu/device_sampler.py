@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import sampling, tuned
-from kernels.reference.sampling import RowParams
+from kernels.row_params import RowParams
 from runtime.gpu.adjustments import Adjustments
 from runtime.messages import Generate, SamplingParams
 from runtime.request import Sequence

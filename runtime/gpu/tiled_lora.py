@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import tuned
-from kernels.grouped_lora import embedding_shrink, expand, shrink
-from kernels.lora_configs import DECODE, PREFILL, ExpandConfig, ShrinkConfig
+from kernels.grouped_lora import DECODE, PREFILL, ExpandConfig, ShrinkConfig, embedding_shrink, expand, shrink
 from kernels.lora_tiles import Tiles
 from runtime.gpu.step_inputs import StepInputs
 from runtime.models.config import ModelConfig
