@@ -17,8 +17,8 @@ from runtime.models.config import ModelConfig
 from service.access import RequestId, RequireKey
 from service.adapters import dialects
 from service.adapters import routes as adapters
-from service.adapters.catalog import Catalog
-from service.adapters.files import AdapterStorage, open_storage
+from service.catalog.catalog import Catalog
+from service.catalog.files import AdapterStorage, open_storage
 from service.engine.client import EngineClient
 from service.health import health, metrics, openapi, ready, version
 from service.ingest.imports import Imports

@@ -32,7 +32,7 @@ __all__ = [
     "StoredTensor",
     "canonical_from_tensors",
     "canonicalise",
-    "leaves_kv",
+    "kv_is_base",
     "read_canonical",
 ]
 
@@ -57,7 +57,7 @@ class CanonicalFile(NamedTuple):
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a canonical adapter is: `rank` is its largest, `bytes` the file's size, `targets` short module names.
 
-    `leaves_kv` when every K and V under it are the base's, so that all its K/V can be shared with the base.
+    `kv_is_base` when every K and V under it are the base's, so that all its K/V can be shared with the base.
     """
 
     digest: str
@@ -67,7 +67,7 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     warnings: list[str]
     invocation_tokens: tuple[int, ...] | None
-    leaves_kv: bool
+    kv_is_base: bool
 
 
 def canonicalise(
@@ -111,7 +111,7 @@ def canonicalise(
         bytes=size,
         warnings=warnings,
         invocation_tokens=peft.alora_invocation_tokens,
-        leaves_kv=leaves_kv(adapter.scales, model),
+        kv_is_base=kv_is_base(adapter.scales, model),
     )
 
 
@@ -165,7 +165,7 @@ def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, He
     return config, header, header.data_offset
 
 
-def leaves_kv(modules: Iterable[str], model: ModelConfig) -> bool:
+def kv_is_base(modules: Iterable[str], model: ModelConfig) -> bool:
     """Whether an adapter of these modules leaves every K and V as the base's.
 
     K and V of a layer follow from the hidden state before it, which only earlier layers and the embedding change: what

@@ -8,10 +8,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from service.adapters.publish import Wishes, remove, start_import
 from service.adapters.queries import new_name
-from service.adapters.record import Condition
 from service.bodies import read_json
-from service.ingest.publish import Wishes, remove, start_import
+from service.catalog.record import Condition
 from service.responses import ApiError, error_body, json_response
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import Request
 
-from service.adapters.record import NAME_PATTERN, Condition
+from service.catalog.record import NAME_PATTERN, Condition
 from service.responses import ApiError
 
 _T = TypeVar("_T")

@@ -6,8 +6,8 @@ import msgspec
 from starlette.datastructures import State
 
 from runtime.messages import AdapterState, Stats, Tier
-from service.adapters.catalog import Catalog
-from service.adapters.record import AdapterVersion
+from service.catalog.catalog import Catalog
+from service.catalog.record import AdapterVersion
 from service.ingest.imports import Import
 
 

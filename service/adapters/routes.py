@@ -6,12 +6,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from runtime.messages import Tier
-from service.adapters.catalog import Catalog
+from service.adapters.publish import Wishes, remove, start_import, translated_errors, upload
 from service.adapters.queries import DeleteQuery, NoQuery, PutQuery, WaitQuery, new_name, read_condition, read_query
-from service.adapters.record import AdapterVersion, Condition
 from service.adapters.resource import AdapterList, adapter_resource, find_adapter, list_adapters
 from service.bodies import read_json
-from service.ingest.publish import Wishes, remove, start_import, translated_errors, upload
+from service.catalog.catalog import Catalog
+from service.catalog.record import AdapterVersion, Condition
 from service.openai.streaming import until_disconnect
 from service.responses import ApiError, json_response
 

@@ -21,7 +21,7 @@ from runtime.messages import (
     UnloadAdapter,
 )
 
-log = logging.getLogger("rootstock.service")
+log = logging.getLogger(__name__)
 
 
 class RequestFailed(Exception):

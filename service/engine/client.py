@@ -28,7 +28,7 @@ from service.engine.adapters import RequestFailed
 from service.engine.prefixes import EnginePrefixes
 from service.engine.process import EngineProcess, EngineStartFailed
 
-log = logging.getLogger("rootstock.service")
+log = logging.getLogger(__name__)
 
 RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # before each attempt in a row; the last repeats
 STEADY_SECONDS = 60.0  # an engine that lived this long starts the row anew

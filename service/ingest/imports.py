@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from service.adapters.record import AdapterVersion
-from service.ingest.source_urls import Source
+from service.catalog.record import AdapterVersion
 from service.responses import ApiError
+from service.source_urls import Source
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 
 from service.ingest.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
 from service.ingest.source_files import copy_files
-from service.ingest.source_urls import AllowedSources, Source, check_revision, source_of
 from service.responses import ApiError
+from service.source_urls import AllowedSources, Source, check_revision, source_of
 from storage.huggingface import HubRepository
 from storage.s3 import S3Store
 from storage.store import (

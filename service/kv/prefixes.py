@@ -6,8 +6,8 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from runtime.messages import HoldPrefix, PrefixHeld
-from service.adapters.record import AdapterVersion
-from service.adapters.versions import AdapterView
+from service.catalog.record import AdapterVersion
+from service.catalog.versions import AdapterView
 from service.engine.adapters import RequestFailed
 from service.engine.prefixes import EnginePrefixes
 from service.openai.invocation import Prompt
@@ -54,8 +54,8 @@ class Prefix:
             token_ids=prompt.token_ids,
             ttl_seconds=self.wanted.ttl_seconds,
             adapter=prompt.adapter,
-            activation=prompt.activation,
-            shares_kv=prompt.shares_kv,
+            invocation_start=prompt.activation,
+            kv_is_base=prompt.shares_kv,
             cache_salt=self.wanted.cache_salt,
         )
 

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from runtime.messages import HostKvStats, KvNamespace, Stats
-from service.adapters.record import AdapterVersion
+from service.catalog.record import AdapterVersion
 from service.kv.prefixes import Prefix
 from service.openai.invocation import Invocation
 from service.openai.schemas import Alora, Count, Message, Name

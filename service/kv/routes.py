@@ -8,8 +8,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.adapters.queries import NoQuery, read_query
-from service.adapters.record import AdapterVersion
 from service.bodies import read_json
+from service.catalog.record import AdapterVersion
 from service.engine.adapters import RequestFailed
 from service.kv.prefixes import Prefixes, Wanted
 from service.kv.resource import PrefixList, PrefixRequest, held_prefix, kv_cache

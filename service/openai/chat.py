@@ -9,8 +9,8 @@ from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.adapters.record import AdapterVersion
 from service.bodies import read_json
+from service.catalog.record import AdapterVersion
 from service.openai.detokenizer import UNKNOWN
 from service.openai.generation import Delta
 from service.openai.prompts import chat_prompt

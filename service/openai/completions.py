@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.messages import TokenLogprobs
-from service.adapters.record import AdapterVersion
 from service.bodies import read_json
+from service.catalog.record import AdapterVersion
 from service.openai.generation import Delta
 from service.openai.prompts import text_prompts
 from service.openai.sampling import answer_length, sampling_params

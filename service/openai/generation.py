@@ -153,8 +153,8 @@ class Generation:
             token_ids=prompt.token_ids,
             params=msgspec.structs.replace(self._plan.params, choice=choice) if choice else self._plan.params,
             adapter=prompt.adapter,
-            activation=prompt.activation,
-            shares_kv=prompt.shares_kv,
+            invocation_start=prompt.activation,
+            kv_is_base=prompt.shares_kv,
             cache_salt=self._plan.cache_salt,
         )
 

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from runtime.invocation import find_activation
-from service.adapters.record import AdapterRecord, AdapterVersion
+from runtime.invocation import find_invocation
+from service.catalog.record import AdapterRecord, AdapterVersion
 from service.openai.schemas import Alora, OnMissing
 from service.openai.tokenizer import Tokenizer
 from service.responses import ApiError
@@ -50,7 +50,7 @@ async def activated(prompts: Sequence[list[int]], version: AdapterVersion | None
 def _activated(token_ids: list[int], record: AdapterRecord) -> Prompt | None:
     if record.invocation_tokens is None:
         return Prompt(token_ids, record.digest, 0, record.leaves_kv)
-    start = find_activation(token_ids, record.invocation_tokens)
+    start = find_invocation(token_ids, record.invocation_tokens)
     return None if start is None else Prompt(token_ids, record.digest, start, record.leaves_kv, "found")
 
 

@@ -5,8 +5,8 @@ import re
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.adapters.catalog import Catalog
-from service.adapters.record import AdapterVersion
+from service.catalog.catalog import Catalog
+from service.catalog.record import AdapterVersion
 from service.openai.schemas import GenerationRequest, ModelCard, ModelList
 from service.responses import ApiError, json_response
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.datastructures import State
 
-from service.adapters.record import AdapterVersion
+from service.catalog.record import AdapterVersion
 from service.openai.invocation import Prompt, activated, on_missing, without_invocation
 from service.openai.sampling import answer_length, check_token_ids, refuse_unbuilt
 from service.openai.schemas import Alora, Message

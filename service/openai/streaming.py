@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from runtime.messages import SamplingParams
-from service.adapters.record import AdapterVersion
+from service.catalog.record import AdapterVersion
 from service.engine.adapters import RequestFailed
 from service.openai.generation import Delta, Generation, Plan
 from service.openai.invocation import Prompt, alora_headers, require_applicable

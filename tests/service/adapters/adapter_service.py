@@ -22,13 +22,13 @@ from runtime.config import EngineConfig
 from runtime.models.config import ModelConfig, RopeConfig
 from service.adapters import dialects
 from service.adapters import routes as adapters
-from service.adapters.catalog import Catalog
-from service.adapters.files import open_storage
+from service.catalog.catalog import Catalog
+from service.catalog.files import open_storage
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
 from service.responses import ApiError, json_response, on_api_error, on_client_disconnect
 from service.settings import Settings
-from tests.service.adapters.adapter_engine import AdapterEngine
+from tests.service.catalog.adapter_engine import AdapterEngine
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",

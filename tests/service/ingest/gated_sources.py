@@ -4,10 +4,10 @@ import threading
 from pathlib import Path
 
 from service.ingest.bundle import CONFIG, WEIGHTS, Bundle
-from service.ingest.source_urls import Source
 from service.ingest.sources import Fetched, Sources
 from service.responses import ApiError
 from service.settings import Settings
+from service.source_urls import Source
 from storage.store import OnProgress
 from tests.service.adapters.adapter_service import bundle
 

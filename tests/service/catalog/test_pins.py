@@ -8,8 +8,8 @@ import pytest
 from runtime.messages import Tier
 from service.engine.adapters import RequestFailed
 from service.responses import ApiError
-from tests.service.adapters.adapter_engine import AdapterEngine
-from tests.service.adapters.catalogs import FREE, opened, publish, run
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, opened, publish, run
 
 
 def test_a_pin_is_durable_and_comes_back_with_the_next_start(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from starlette.requests import Request
 
 from runtime.adapter_format.canonical import canonicalise
 from runtime.adapter_format.errors import InvalidAdapter
-from service.adapters.record import Condition, Upload
+from service.catalog.record import Condition, Upload
 from service.ingest.base_tensors import base_tensors
 from service.ingest.bundle import Bundle
 from service.ingest.imports import Import, Imports, Published
-from service.ingest.source_urls import Source
 from service.ingest.throttle import Pace
 from service.ingest.upload_body import read_bundle
 from service.responses import ApiError
+from service.source_urls import Source
 from storage.store import StoreError, StoreFull
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

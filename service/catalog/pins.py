@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from runtime.messages import Tier
-from service.adapters.blobs import Engine
-from service.adapters.files import AdapterStorage
+from service.catalog.blobs import Engine
+from service.catalog.files import AdapterStorage
 from service.engine.adapters import RequestFailed
 from service.responses import ApiError
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from runtime.adapter_format.canonical import AdapterSummary, canonicalise
 from runtime.models.config import ModelConfig
-from service.adapters.catalog import Catalog
-from service.adapters.files import AdapterStorage, local_storage
-from service.adapters.record import AdapterVersion, Condition, Upload
-from tests.service.adapters.adapter_engine import AdapterEngine
+from service.catalog.catalog import Catalog
+from service.catalog.files import AdapterStorage, local_storage
+from service.catalog.record import AdapterVersion, Condition, Upload
 from tests.service.adapters.adapter_service import TINY, bundle
+from tests.service.catalog.adapter_engine import AdapterEngine
 
 FREE = Condition()
 NEVER = 3600.0  # seconds: a test follows and collects when it says so

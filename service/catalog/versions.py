@@ -13,9 +13,9 @@ import msgspec
 from blake3 import blake3
 
 from runtime.models.config import ModelConfig
-from service.adapters.blobs import Blobs, Download, Engine
-from service.adapters.files import AdapterStorage
-from service.adapters.record import AdapterRecord, AdapterVersion, Condition
+from service.catalog.blobs import Blobs, Download, Engine
+from service.catalog.files import AdapterStorage
+from service.catalog.record import AdapterRecord, AdapterVersion, Condition
 from service.responses import ApiError
 from storage.cache import DiskCache
 

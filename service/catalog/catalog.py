@@ -10,12 +10,12 @@ import msgspec
 
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
-from service.adapters.blobs import Engine
-from service.adapters.files import AdapterStorage
-from service.adapters.names import AdapterNames, UnreadableName
-from service.adapters.pins import Residency
-from service.adapters.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
-from service.adapters.versions import AdapterView, no_adapter
+from service.catalog.blobs import Engine
+from service.catalog.files import AdapterStorage
+from service.catalog.names import AdapterNames, UnreadableName
+from service.catalog.pins import Residency
+from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
+from service.catalog.versions import AdapterView, no_adapter
 from service.collect import Collected, collect
 from service.responses import ApiError
 from storage.store import PreconditionFailed, StoreError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.service.adapters.catalogs import blob, files, opened, publish, run
+from tests.service.catalog.catalogs import blob, files, opened, publish, run
 
 ROOT = Path(__file__).parents[3]
 FEWEST_STEPS = 15  # an operation with fewer than these has not been taken apart
@@ -30,7 +30,7 @@ def kill(operation: str, directory: Path) -> int:
     command = [
         sys.executable,
         "-m",
-        "tests.service.adapters.killed_catalog",
+        "tests.service.catalog.killed_catalog",
         operation,
         directory / "base",
         directory / "killed",

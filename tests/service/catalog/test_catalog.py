@@ -10,14 +10,14 @@ import msgspec
 import pytest
 
 from runtime.models.config import ModelConfig
-from service.adapters.blobs import Blobs
-from service.adapters.files import AdapterStorage, StoredFiles, local_storage
+from service.catalog.blobs import Blobs
+from service.catalog.files import AdapterStorage, StoredFiles, local_storage
 from service.responses import ApiError
 from storage.local import LocalStore
 from storage.store import StoreFull
-from tests.service.adapters.adapter_engine import AdapterEngine
 from tests.service.adapters.adapter_service import TINY
-from tests.service.adapters.catalogs import FREE, blob, files, opened, prepared, publish, run, stored
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, blob, files, opened, prepared, publish, run, stored
 
 
 def over(store: LocalStore) -> AdapterStorage:

@@ -12,14 +12,14 @@ import pytest
 from blake3 import blake3
 from moto.server import ThreadedMotoServer
 
-from service.adapters.files import AdapterStorage, cached_storage
-from service.adapters.record import Condition
+from service.catalog.files import AdapterStorage, cached_storage
+from service.catalog.record import Condition
 from service.responses import ApiError
 from storage.cache import DiskCache
 from storage.s3 import S3Store
-from tests.service.adapters.adapter_engine import AdapterEngine
-from tests.service.adapters.catalogs import FREE, blob, opened, publish, run
-from tests.service.adapters.test_catalog_kills import FIRST, OUTCOMES, ROOT
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, blob, opened, publish, run
+from tests.service.catalog.test_catalog_kills import FIRST, OUTCOMES, ROOT
 
 BUCKET = "adapters"
 
@@ -106,7 +106,7 @@ def test_a_kill_between_any_two_calls_shows_all_or_nothing(tmp_path: Path, opera
     command = [
         sys.executable,
         "-m",
-        "tests.service.adapters.killed_catalog",
+        "tests.service.catalog.killed_catalog",
         operation,
         "base",
         tmp_path / "killed",

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from service.adapters.files import cached_storage
+from service.catalog.files import cached_storage
 from service.responses import ApiError
 from storage.cache import DiskCache
 from storage.local import LocalStore
 from storage.store import StoreUnavailable
-from tests.service.adapters.adapter_engine import AdapterEngine
-from tests.service.adapters.catalogs import FREE, blob, opened, publish, run, stored
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, blob, opened, publish, run, stored
 
 
 class RemoteStore(LocalStore):

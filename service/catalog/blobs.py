@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from runtime.messages import AdapterState, Tier
-from service.adapters.files import SUFFIX, AdapterStorage
+from service.catalog.files import SUFFIX, AdapterStorage
 from service.private_directory import memory_scratch
 from storage.store import AccessDenied, Corrupt, NotFound, ObjectTooLarge, StoreError, StoreFull, StoreUnavailable
 

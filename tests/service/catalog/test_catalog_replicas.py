@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from service.adapters.catalog import Catalog
-from service.adapters.files import AdapterStorage, StoredFiles, local_storage
-from service.adapters.record import Condition
+from service.catalog.catalog import Catalog
+from service.catalog.files import AdapterStorage, StoredFiles, local_storage
+from service.catalog.record import Condition
 from service.responses import ApiError
 from storage.local import LocalStore
 from storage.store import StoreUnavailable
-from tests.service.adapters.adapter_engine import AdapterEngine
 from tests.service.adapters.adapter_service import TINY
-from tests.service.adapters.catalogs import FREE, NEVER, blob, files, opened, publish, run
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, NEVER, blob, files, opened, publish, run
 
 
 def test_names_that_another_process_writes_replaces_and_deletes_are_followed(tmp_path: Path) -> None:
