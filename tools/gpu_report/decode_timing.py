@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from runtime.gpu.triton_runner import TritonRunner
 from runtime.messages import Event, Tokens
 from tools.gpu_report.bench import Bench, Unsteady
 
@@ -79,10 +80,10 @@ def _timed_steps(bench: Bench, steps: int, batch: int, beside: Beside) -> list[f
 
 @torch.inference_mode()
 def _timed_forward(bench: Bench) -> list[float]:
-    """The last step's forward pass again: its graph, if it has one, writes to the same places."""
-    runner: Any = bench.engine.runner
-    graph = None if runner.graphs is None else runner.graphs.of(runner._shape, runner._width)
-    call = graph or (lambda: runner.forward(runner._shape, runner._width))
+    """Repeat the forward pass of the last step, by its graph if it has one."""
+    runner = bench.engine.runner
+    assert isinstance(runner, TritonRunner)
+    call = runner.forward_pass()
     if runner.device.type != "cuda":
         return [_milliseconds(call) for _ in range(bench.plan.forwards)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(bench.plan.forwards)]
