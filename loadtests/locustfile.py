@@ -13,6 +13,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
+import gevent
 from locust import HttpUser, between, events, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -25,7 +26,7 @@ def add_options(parser: ArgumentParser, **_: Any) -> None:
     options: list[tuple[str, str, type, Any, str]] = [
         ("--models", "LOAD_MODELS", str, "", "names, the most popular first, separated by commas; default: all served"),
         ("--popularity", "LOAD_POPULARITY", float, 1.0, "Zipf exponent of the models' popularity"),
-        ("--requests", "LOAD_REQUESTS", int, 0, "end the run after this many chats; default: none but --run-time"),
+        ("--requests", "LOAD_REQUESTS", int, 0, "end the run after this many requests; 0: no limit"),
         ("--max-tokens", "LOAD_MAX_TOKENS", int, 32, "tokens of an answer"),
         ("--api-key", "LOAD_API_KEY", str, "", "sent as a bearer token"),
         ("--seed", "LOAD_SEED", int, 0, "of the users' choices"),
@@ -35,12 +36,12 @@ def add_options(parser: ArgumentParser, **_: Any) -> None:
 
 
 def end_after_requests(environment: Environment, **_: Any) -> None:
-    chats = itertools.count(1)
+    numbers = itertools.count(1)
     options, hooks = vars(environment.parsed_options), cast(Any, environment.events)
 
     def count(request_type: str, **_: Any) -> None:
-        if request_type == "POST" and next(chats) == options["requests"] and environment.runner:
-            environment.runner.quit()
+        if request_type in ("GET", "POST") and next(numbers) == options["requests"] and environment.runner:
+            gevent.spawn(environment.runner.quit)  # it kills this user's greenlet, and must not run in it
 
     hooks.request.add_listener(count)
 

@@ -27,7 +27,7 @@ def locust(url: str, *options: str, file: str = "locustfile") -> subprocess.Comp
 def test_users_stream_through_every_adapter_and_the_popular_ones_most(server: str, tmp_path: Path) -> None:
     for seed, name in enumerate(("rare", "popular")):
         put_adapter(server, tmp_path, name, seed)
-    result = locust(server, "--requests", "60", "--models", "popular,tiny,rare", "--popularity", "2")
+    result = locust(server, "--requests", "40", "--models", "popular,tiny,rare", "--popularity", "2")
     assert result.returncode == 0, result.stderr
     entries = msgspec.json.decode(result.stdout)
     assert sum(entry["num_failures"] for entry in entries) == 0
@@ -49,7 +49,7 @@ def test_users_find_the_served_models_by_themselves(server: str, tmp_path: Path)
 
 
 def test_pipeline_users_find_the_alora_adapters_and_have_them_check_every_turn(server: str) -> None:
-    missing = locust(server, "--run-time", "2s", file="locust_pipeline")
+    missing = locust(server, "--requests", "1", file="locust_pipeline")
     assert "no aLoRA adapters" in missing.stderr
     with AdapterClient(server) as client:
         for seed, name in enumerate(("doubt", "trust")):
