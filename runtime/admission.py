@@ -11,9 +11,9 @@ class RequestRefused(ValueError):
         self.code = code
 
 
-def check_request(request: Generate, max_model_len: int, vocab_size: int) -> None:
+def check_request(command: Generate, max_model_len: int, vocab_size: int) -> None:
     """Raise RequestRefused for a request that no engine with these limits could run."""
-    tokens, params = request.token_ids, request.params
+    tokens, params = command.token_ids, command.params
     if not tokens:
         raise RequestRefused("empty_prompt", "the prompt has no tokens")
     if len(tokens) >= max_model_len:
@@ -21,9 +21,9 @@ def check_request(request: Generate, max_model_len: int, vocab_size: int) -> Non
         raise RequestRefused("context_length_exceeded", message)
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         raise RequestRefused("invalid_token_id", f"token ids must be between 0 and {vocab_size - 1}")
-    if not 0 <= request.activation <= len(tokens):
-        message = f"an adapter's activation must be between 0 and {len(tokens)}, not {request.activation}"
-        raise RequestRefused("invalid_activation", message)
+    if not 0 <= command.invocation_start <= len(tokens):
+        message = f"an adapter's invocation must be between 0 and {len(tokens)}, not {command.invocation_start}"
+        raise RequestRefused("invalid_invocation_start", message)
     if params.max_tokens < 1:
         raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 1, not {params.max_tokens}")
     if any(not 0 <= token < vocab_size for token in params.stop_token_ids):

@@ -1,14 +1,14 @@
-"""What a step computes of one sequence."""
+"""What a step computes of one request."""
 
 from typing import NamedTuple
 
-from runtime.request import Sequence
+from runtime.request import Request
 
 
 class Chunk(NamedTuple):
-    """Tokens `start` to `start + length` of a sequence, computed in one step; `samples` if that reaches its end."""
+    """Tokens `start` to `start + length` of a request, computed in one step; `samples` if that reaches its end."""
 
-    sequence: Sequence
+    request: Request
     start: int
     length: int
     samples: bool

@@ -1,7 +1,6 @@
 """The engine: tokens in, tokens out. One thread drives it, step by step."""
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from runtime.messages import (
     Tokens,
 )
 from runtime.model_runner import Results
-from runtime.request import FinishReason, Sequence
+from runtime.request import FinishReason, Request
 from runtime.runners import make_runner
 from runtime.sampler import Sampled
 from runtime.scheduler import QueueFull, Scheduler
@@ -83,57 +82,57 @@ class Engine:
         self.holds = PrefixHolds(self.blocks, block_size=config.block_size, longest=self.runner.max_model_len)
         self._under_way: Launched | None = None
         self.tallies = Tallies()
-        self.sequences: dict[str, Sequence] = {}
+        self.requests: dict[str, Request] = {}
         self._own_adapters = OwnAdapters(self.runner.model)
         self._news: list[Event] = []  # what a step that fails has not told yet, and what commands have done
         self.steps = 0
 
     # ------------------------------------------------------------------ requests
 
-    def add_request(self, request: Generate) -> None:
+    def add_request(self, command: Generate) -> None:
         """Queue a request. Raises RequestRefused, and leaves nothing behind then."""
-        self._queue(request)
+        self._queue(command)
 
-    def hold_prefix(self, request: HoldPrefix) -> None:
+    def hold_prefix(self, command: HoldPrefix) -> None:
         """Queue a prefix to be computed and held. Raises RequestRefused, and leaves nothing behind then."""
-        generate = as_generate(request)
+        generate = as_generate(command)
         self._check(generate)
-        self.holds.promise(request)
+        self.holds.promise(command)
         try:
-            self._queue(generate, request.prefix_id)
+            self._queue(generate, command.prefix_id)
         except RequestRefused:
-            self.holds.release(request.prefix_id)
+            self.holds.release(command.prefix_id)
             raise
 
-    def _check(self, request: Generate) -> None:
-        if request.request_id in self.sequences:
-            raise RequestRefused("duplicate_request", f"request {request.request_id} is running already")
-        check_request(request, self.runner.max_model_len, self.runner.model.vocab_size)
+    def _check(self, command: Generate) -> None:
+        if command.request_id in self.requests:
+            raise RequestRefused("duplicate_request", f"request {command.request_id} is running already")
+        check_request(command, self.runner.max_model_len, self.runner.model.vocab_size)
 
-    def _queue(self, request: Generate, prefix_id: str | None = None) -> None:
-        self._check(request)
+    def _queue(self, command: Generate, prefix_id: str | None = None) -> None:
+        self._check(command)
         eos = self.runner.model.eos_token_ids
-        sequence = Sequence(request, max_tokens=self.runner.max_model_len, eos_token_ids=eos, prefix_id=prefix_id)
+        request = Request(command, max_tokens=self.runner.max_model_len, eos_token_ids=eos, prefix_id=prefix_id)
         try:
-            self.scheduler.add(sequence)
+            self.scheduler.add(request)
         except QueueFull as error:
             raise RequestRefused("queue_full", str(error)) from None
         except AdapterUnavailable as error:
             raise RequestRefused("adapter_failed", str(error)) from None
-        self.sequences[request.request_id] = sequence
+        self.requests[command.request_id] = request
 
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds; one that has ended already is none of our business."""
-        sequence = self.sequences.get(request_id)
-        if sequence is not None:
-            self.scheduler.remove(sequence)
-            self._forget(sequence)
+        request = self.requests.get(request_id)
+        if request is not None:
+            self.scheduler.remove(request)
+            self._forget(request)
 
-    def _forget(self, sequence: Sequence) -> None:
-        """A sequence has ended without a result."""
-        del self.sequences[sequence.request_id]
-        if sequence.prefix_id is not None:
-            self.holds.release(sequence.prefix_id)
+    def _forget(self, request: Request) -> None:
+        """A request has ended without a result."""
+        del self.requests[request.request_id]
+        if request.prefix_id is not None:
+            self.holds.release(request.prefix_id)
 
     def release_prefix(self, prefix_id: str) -> None:
         """Hold a prefix no longer; one that is still being computed fails."""
@@ -181,18 +180,18 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is any request to work on, or a step under way."""
-        return bool(self.sequences) or self._under_way is not None
+        return bool(self.requests) or self._under_way is not None
 
     def step(self) -> list[Event]:
-        """Compute one batch, if any sequence can run; returns what happened. Empty-handed steps are cheap."""
+        """Compute one batch, if any request can run; returns what happened. Empty-handed steps are cheap."""
         self._news += [*self.adapters.poll(), *self.holds.expire()]
         self.host_kv.land()
         if not self.scheduler.may_go_ahead:
             self._take_in()
         chunks, rejected = self.scheduler.schedule()
-        for sequence, error in rejected:
-            self._forget(sequence)
-            self._news.append(Failed(request_id=sequence.request_id, code="adapter_failed", message=str(error)))
+        for request, error in rejected:
+            self._forget(request)
+            self._news.append(Failed(request_id=request.request_id, code="adapter_failed", message=str(error)))
         launched = self._launch(chunks) if chunks else None
         self._take_in()  # the step before, after which the device goes on at once
         self._under_way = launched
@@ -201,7 +200,7 @@ class Engine:
         events, self._news = self._news, []
         return events
 
-    def _launch(self, chunks: Seq[Chunk]) -> Launched:
+    def _launch(self, chunks: Sequence[Chunk]) -> Launched:
         """Start to compute a step; its results are for `_take_in`."""
         ordered = self.runner.prepare(chunks)
         self.host_kv.settle(self.scheduler.written_blocks(chunks))
@@ -220,62 +219,62 @@ class Engine:
             self._news += self._commit(step.chunks, step.results())
 
     def _commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[Event]:
-        """Take in what a step computed; one event for each sequence that got a token, or failed to get one."""
+        """Take in what a step computed; one event for each request that got a token, or failed to get one."""
         events: list[Event] = []
         choices = iter(sampled)
         for chunk in chunks:
             choice = next(choices) if chunk.samples else None
-            if self.sequences.get(chunk.sequence.request_id) is not chunk.sequence:
+            if self.requests.get(chunk.request.request_id) is not chunk.request:
                 continue  # it has ended while this was under way
             if choice is not None and choice.token_id is None:
-                events.append(self._fail_non_finite(chunk.sequence))
+                events.append(self._fail_non_finite(chunk.request))
                 continue
-            sequence = chunk.sequence
+            request = chunk.request
             end = chunk.start + chunk.length
             reason = self.scheduler.commit(chunk, None if choice is None else choice.token_id)
             if choice is not None:
-                events.append(self._emit(sequence, choice, reason, first=end == sequence.num_prompt))
-            elif sequence.prefix_id is not None and end == len(sequence):
-                events.append(self._hold(sequence))
+                events.append(self._emit(request, choice, reason, first=end == request.num_prompt))
+            elif request.prefix_id is not None and end == len(request):
+                events.append(self._hold(request))
         return events
 
-    def _emit(self, sequence: Sequence, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
+    def _emit(self, request: Request, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
         assert choice.token_id is not None
-        assert sequence.started_at is not None
+        assert request.started_at is not None
         self.tallies.generated_tokens += 1
         if first:
-            self.tallies.count_prompt(sequence)
+            self.tallies.count_prompt(request)
         if reason is not None:
-            del self.sequences[sequence.request_id]
+            del self.requests[request.request_id]
         stopped = reason == "stop"
         return Tokens(
-            request_id=sequence.request_id,
+            request_id=request.request_id,
             token_ids=[] if stopped else [choice.token_id],
             finish_reason=reason,
             stop_token=choice.token_id if stopped else None,
             logprobs=[choice.logprobs] if choice.logprobs and not stopped else None,
-            cached_tokens=sequence.cached_tokens if first else None,
-            queue_seconds=sequence.started_at - sequence.enqueued_at if first else None,
+            cached_tokens=request.cached_tokens if first else None,
+            queue_seconds=request.started_at - request.enqueued_at if first else None,
         )
 
-    def _hold(self, sequence: Sequence) -> PrefixHeld | Failed:
+    def _hold(self, request: Request) -> PrefixHeld | Failed:
         """A prefix has been computed: hold its blocks."""
-        self.tallies.count_prompt(sequence)
-        del self.sequences[sequence.request_id]
+        self.tallies.count_prompt(request)
+        del self.requests[request.request_id]
         try:
-            return self.holds.keep(sequence, self.scheduler.finish_prefix(sequence))
+            return self.holds.keep(request, self.scheduler.finish_prefix(request))
         except RequestRefused as refusal:
-            return Failed(request_id=sequence.request_id, code=refusal.code, message=str(refusal))
+            return Failed(request_id=request.request_id, code=refusal.code, message=str(refusal))
 
-    def _fail_non_finite(self, sequence: Sequence) -> Failed:
-        """End a sequence whose logits are not finite, and let nobody find K/V of the same weights again."""
-        self.abort(sequence.request_id)
-        if sequence.adapter is not None:
-            self.scheduler.keep_apart(sequence.adapter)
-        self.drop_namespace(sequence.adapter)
-        whose = "the base model" if sequence.adapter is None else f"adapter {sequence.adapter}"
+    def _fail_non_finite(self, request: Request) -> Failed:
+        """End a request whose logits are not finite, and let nobody find K/V of the same weights again."""
+        self.abort(request.request_id)
+        if request.adapter is not None:
+            self.scheduler.keep_apart(request.adapter)
+        self.drop_namespace(request.adapter)
+        whose = "the base model" if request.adapter is None else f"adapter {request.adapter}"
         return Failed(
-            request_id=sequence.request_id,
+            request_id=request.request_id,
             code="non_finite_logits",
             message=f"{whose} gave an output that is not finite",
         )
@@ -283,7 +282,7 @@ class Engine:
     def fail_all(self, code: str, message: str) -> list[Event]:
         """End every request with the same reason."""
         self._under_way = None
-        failed = list(self.sequences)
+        failed = list(self.requests)
         for request_id in failed:
             self.abort(request_id)
         return [Failed(request_id=request_id, code=code, message=message) for request_id in failed]
@@ -292,23 +291,23 @@ class Engine:
 
     def generate(
         self,
-        prompts: Seq[Seq[int]],
-        params: SamplingParams | Seq[SamplingParams],
-        adapters: str | Seq[str | None] | None = None,
-        activations: Seq[int | None] | None = None,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        adapters: str | Sequence[str | None] | None = None,
+        invocation_starts: Sequence[int | None] | None = None,
     ) -> list[Completion]:
         """Complete token-id prompts together and return their outputs in order.
 
         `params` and `adapters` (digests from `add_adapter`, None for the base) are one for all or one for each prompt.
-        `activations` are where adapters begin to apply; without one, an aLoRA adapter does so at the last of its
+        `invocation_starts` are where adapters begin to apply; without one, an aLoRA adapter does so at the last of its
         invocations, and others do from the first token on. Raises RequestRefused for the first prompt that cannot run;
         the others are then dropped.
         """
         each_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         each_adapter = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
-        each_activation = [None] * len(prompts) if activations is None else list(activations)
-        each = zip(prompts, each_params, each_adapter, each_activation, strict=True)
-        return complete(self, [self._own_adapters.request(f"generate-{i}", *one) for i, one in enumerate(each)])
+        each_start = [None] * len(prompts) if invocation_starts is None else list(invocation_starts)
+        each = zip(prompts, each_params, each_adapter, each_start, strict=True)
+        return complete(self, [self._own_adapters.command(f"generate-{i}", *one) for i, one in enumerate(each)])
 
     def wait(self, timeout: float) -> None:
         """Block until something has come that requests wait for, or `timeout` seconds pass: when no step can run."""
@@ -335,9 +334,9 @@ class Engine:
         """Recount the invariants of everything the engine owns."""
         self.scheduler.check([*self.holds.held, *self.host_kv.held])
         self.host_kv.check()
-        self.holds.check({s.prefix_id for s in self.sequences.values() if s.prefix_id is not None})
+        self.holds.check({s.prefix_id for s in self.requests.values() if s.prefix_id is not None})
         self.adapters.check()
-        assert set(self.sequences.values()) == {*self.scheduler.running, *self.scheduler.waiting}
+        assert set(self.requests.values()) == {*self.scheduler.running, *self.scheduler.waiting}
 
     def close(self) -> None:
         self.host_kv.close()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def find_activation(token_ids: Sequence[int], invocation_token_ids: Sequence[int]) -> int | None:
+def find_invocation(token_ids: Sequence[int], invocation_token_ids: Sequence[int]) -> int | None:
     """The index of the first token of the last match, None when there is none.
 
     PEFT's rule: matches are of whole token ids, side by side, and may overlap. The search (Knuth, Morris and Pratt's)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.adapter_format.canonical import AdapterConfig, leaves_kv
+from runtime.adapter_format.canonical import AdapterConfig, kv_is_base
 from runtime.adapters.pool import AdapterPool
 from runtime.admission import RequestRefused
-from runtime.invocation import find_activation
+from runtime.invocation import find_invocation
 from runtime.messages import Event, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
 from runtime.models.config import ModelConfig
 from runtime.request import FinishReason
@@ -37,7 +37,7 @@ class OwnAdapter(NamedTuple):
     """What a request must know of an adapter."""
 
     invocation_tokens: tuple[int, ...] | None
-    leaves_kv: bool
+    kv_is_base: bool
 
 
 class OwnAdapters:
@@ -48,24 +48,24 @@ class OwnAdapters:
         self._adapters: dict[str, OwnAdapter] = {}
 
     def add(self, digest: str, config: AdapterConfig) -> None:
-        self._adapters[digest] = OwnAdapter(config.alora_invocation_tokens, leaves_kv(config.scales, self._model))
+        self._adapters[digest] = OwnAdapter(config.alora_invocation_tokens, kv_is_base(config.scales, self._model))
 
     def remove(self, digest: str) -> None:
         self._adapters.pop(digest, None)
 
-    def request(
+    def command(
         self,
         request_id: str,
         prompt: Sequence[int],
         params: SamplingParams,
         adapter: str | None,
-        activation: int | None,
+        invocation_start: int | None,
     ) -> Generate:
         """A request for one prompt. Raises RequestRefused when it lacks the invocation of an aLoRA adapter."""
         own = self._adapters.get(adapter or "", OwnAdapter(None, False))
-        if activation is None and own.invocation_tokens is not None:
-            activation = find_activation(prompt, own.invocation_tokens)
-            if activation is None:
+        if invocation_start is None and own.invocation_tokens is not None:
+            invocation_start = find_invocation(prompt, own.invocation_tokens)
+            if invocation_start is None:
                 message = f"the prompt lacks the invocation of adapter {adapter}, the tokens {[*own.invocation_tokens]}"
                 raise RequestRefused("alora_invocation_missing", message)
         return Generate(
@@ -73,8 +73,8 @@ class OwnAdapters:
             token_ids=list(prompt),
             params=params,
             adapter=adapter,
-            activation=activation or 0,
-            shares_kv=own.leaves_kv,
+            invocation_start=invocation_start or 0,
+            kv_is_base=own.kv_is_base,
         )
 
 
@@ -84,18 +84,18 @@ class Driven(Protocol):
     adapters: AdapterPool
     steps: int
 
-    def add_request(self, request: Generate) -> None: ...
+    def add_request(self, command: Generate) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Event]: ...
     def wait(self, timeout: float) -> None: ...
 
 
-def complete(engine: Driven, requests: Sequence[Generate]) -> list[Completion]:
+def complete(engine: Driven, commands: Sequence[Generate]) -> list[Completion]:
     """Run requests to their end. Raises RequestRefused for the first that cannot run; the others are then dropped."""
-    outputs = {request.request_id: Completion(token_ids=[], logprobs=[]) for request in requests}
+    outputs = {command.request_id: Completion(token_ids=[], logprobs=[]) for command in commands}
     try:
-        for request in requests:
-            engine.add_request(request)
+        for command in commands:
+            engine.add_request(command)
         while any(output.finish_reason is None for output in outputs.values()):
             _collect(engine, outputs)
     finally:

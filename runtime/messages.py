@@ -36,17 +36,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """Run one sequence. `activation` is the index of the first prompt token the adapter applies to.
+    """Run one request. `invocation_start` is the index of the first prompt token the adapter applies to.
 
-    `shares_kv` says that the adapter leaves every K and V as the base's, so that its blocks are the base's.
+    `kv_is_base` says that the adapter leaves every K and V as the base's, so that its blocks are the base's.
     """
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
     adapter: str | None = None
-    activation: int = 0
-    shares_kv: bool = False
+    invocation_start: int = 0
+    kv_is_base: bool = False
     cache_salt: str = ""
 
 
@@ -96,7 +96,7 @@ class PinAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="pin_adapter"):
 
 
 class RetireAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="retire_adapter"):
-    """Forget a digest: running sequences finish on it, then its memory and its cached blocks go."""
+    """Forget a digest: running requests finish on it, then its memory and its cached blocks go."""
 
     digest: str
 
@@ -109,8 +109,8 @@ class HoldPrefix(msgspec.Struct, frozen=True, kw_only=True, tag="hold_prefix"):
     token_ids: list[int]
     ttl_seconds: float
     adapter: str | None = None
-    activation: int = 0
-    shares_kv: bool = False
+    invocation_start: int = 0
+    kv_is_base: bool = False
     cache_salt: str = ""
 
 
@@ -176,7 +176,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     """New tokens of one request; `finish_reason` is set on its last event ("stop" or "length").
 
     `cached_tokens` (prompt tokens whose K/V were reused) and `queue_seconds` come with the first event.
-    A stop token that ended the sequence is not among `token_ids` and `stop_token` names it; each entry of
+    A stop token that ended the request is not among `token_ids` and `stop_token` names it; each entry of
     `token_ids` has one entry in `logprobs` when they were asked for.
     """
 

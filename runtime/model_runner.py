@@ -71,14 +71,14 @@ class LoadedModel:
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
     def _max_model_len(self, config: EngineConfig) -> int:
-        """The model's limit, the configured one, or what the K/V cache holds of a single sequence."""
+        """The model's limit, the configured one, or what the K/V cache holds of a single request."""
         room = (self.num_blocks - 1) * config.block_size
         wanted = config.max_model_len or min(self.model.max_position, max(room, 1))
         if wanted > self.model.max_position:
             raise ValueError(f"max_model_len is {wanted}, but the model takes at most {self.model.max_position} tokens")
         if wanted > room:
             raise ValueError(
-                f"kv_cache_bytes holds {max(room, 0)} tokens, but one sequence may need {wanted}: raise kv_cache_bytes "
+                f"kv_cache_bytes holds {max(room, 0)} tokens, but one request may need {wanted}: raise kv_cache_bytes "
                 "or lower max_model_len"
             )
         return wanted

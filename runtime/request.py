@@ -1,4 +1,4 @@
-"""One sequence: its tokens, how far its K/V has been computed, and the blocks that hold it."""
+"""One request: its tokens, how far its K/V has been computed, and the blocks that hold it."""
 
 import secrets
 import time
@@ -20,12 +20,12 @@ class KvCopy(NamedTuple):
     tokens: int
 
 
-class Sequence:
+class Request:
     """Prompt and generated tokens of one request, from admission to its end.
 
     `computed` counts the tokens whose K/V is in the cache, or will be after the steps under way; `pending` those that
-    such steps sample, which count although nobody knows them yet. `activation` is the first position that the adapter
-    applies to; it is fixed at admission and outlives preemption. `kv_adapter` is the adapter that K/V from there on
+    such steps sample, which count although nobody knows them yet. `invocation_start` is its adapter's first position:
+    it is fixed at admission and outlives preemption. `kv_namespace` is the adapter that K/V from there on
     belong to, None if it leaves them as the base's. `seed` is the request's own or drawn here. `max_tokens` bounds
     prompt and output together; `eos_token_ids` end it unless the request ignores them. With a `prefix_id`, nothing is
     generated: it is a prefix that is computed to be held.
@@ -33,34 +33,34 @@ class Sequence:
 
     def __init__(
         self,
-        request: Generate,
+        command: Generate,
         *,
         max_tokens: int,
         eos_token_ids: Iterable[int] = (),
         prefix_id: str | None = None,
     ):
-        params = request.params
-        self.request_id = request.request_id
+        params = command.params
+        self.request_id = command.request_id
         self.params = params
-        self.adapter = request.adapter
-        self.activation = request.activation
-        self.kv_adapter = None if request.shares_kv else request.adapter
+        self.adapter = command.adapter
+        self.invocation_start = command.invocation_start
+        self.kv_namespace = None if command.kv_is_base else command.adapter
         self.prefix_id = prefix_id
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
-        self.token_ids = list(request.token_ids)
-        self.num_prompt = len(request.token_ids)
+        self.token_ids = list(command.token_ids)
+        self.num_prompt = len(command.token_ids)
         self._penalised: TokenCounts | None = None
         self.max_tokens = min(max_tokens, self.num_prompt + params.max_tokens)
-        self.root = root_key(request.cache_salt)
+        self.root = root_key(command.cache_salt)
         self.computed = self.pending = 0
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
         self.copy: KvCopy | None = None  # ordered and not done yet: the source is held until then
         self.holds_adapter = False
-        self.may_start_early = True  # without its adapter, up to the activation: once
+        self.may_start_early = True  # without its adapter, up to the invocation: once
         self.recalled = False  # its K/V have been asked for in host memory since it began to wait
-        self.keeps_kv_to_itself = False  # its adapter has been forgotten, so what it computes is for nobody else
+        self.kv_is_private = False  # its adapter has been forgotten, so what it computes is for nobody else
         self.cached_tokens: int | None = None  # prompt tokens reused at the first admission
         self.enqueued_at = time.monotonic()
         self.started_at: float | None = None
@@ -75,15 +75,15 @@ class Sequence:
 
     @property
     def lacks_adapter(self) -> bool:
-        """Whether the sequence can go only as far as its activation for now."""
+        """Whether the request can go only as far as its invocation for now."""
         return self.adapter is not None and not self.holds_adapter
 
     @property
     def reach(self) -> int:
-        """Tokens that can be computed with what the sequence holds: those before the activation need no adapter."""
+        """Tokens that can be computed with what the request holds: those before the invocation need no adapter."""
         if not self.lacks_adapter:
             return self.missing
-        return min(self.missing, max(self.activation - self.computed, 0))
+        return min(self.missing, max(self.invocation_start - self.computed, 0))
 
     @property
     def num_generated(self) -> int:
@@ -114,7 +114,7 @@ class Sequence:
 
     @property
     def forbidden_ids(self) -> frozenset[int]:
-        """Tokens that may not be sampled now: what would end the sequence before its least length."""
+        """Tokens that may not be sampled now: what would end the request before its least length."""
         return self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
 
     def advance(self, tokens: int, *, samples: bool) -> None:
@@ -128,7 +128,7 @@ class Sequence:
         self.computed = min(self.computed, len(self.token_ids))
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Take the first pending token; the reason when it ends the sequence."""
+        """Take the first pending token; the reason when it ends the request."""
         assert self.pending > 0, "no step that samples is under way"
         self.pending -= 1
         self.token_ids.append(token_id)
@@ -142,7 +142,7 @@ class Sequence:
             start = len(self.keys) * block_size
             block_tokens = self.token_ids[start : start + block_size]
             parent = self.parent_of(len(self.keys))
-            self.keys.append(block_key(parent, block_tokens, start, self.kv_adapter, self.activation))
+            self.keys.append(block_key(parent, block_tokens, start, self.kv_namespace, self.invocation_start))
         return self.keys[: tokens // block_size]
 
     def parent_of(self, block_index: int) -> bytes:
@@ -150,7 +150,7 @@ class Sequence:
         return self.keys[block_index - 1] if block_index else self.root
 
     def identity_of(self, block_index: int, block_size: int) -> BlockIdentity:
-        """What a block of the sequence is known by, with as much of it as has been computed."""
+        """What a block of the request is known by, with as much of it as has been computed."""
         start = block_index * block_size
         tokens = tuple(self.token_ids[start : min(start + block_size, self.computed)])
         keys = self.keys_up_to(start + len(tokens), block_size)
@@ -158,11 +158,11 @@ class Sequence:
         key = (
             keys[block_index]
             if block_index < len(keys)
-            else block_key(parent, tokens, start, self.kv_adapter, self.activation)
+            else block_key(parent, tokens, start, self.kv_namespace, self.invocation_start)
         )
-        salt = block_salt(start, len(tokens), self.kv_adapter, self.activation)
+        salt = block_salt(start, len(tokens), self.kv_namespace, self.invocation_start)
         return BlockIdentity(key, parent, tokens, salt, self.namespace_of(start + len(tokens)))
 
     def namespace_of(self, stop: int) -> str | None:
-        """Whose the K/V of a block up to position `stop` are: the adapter's if it reaches past the activation."""
-        return self.kv_adapter if stop > self.activation else None
+        """Whose the K/V of a block up to position `stop` are: the adapter's if it reaches past the invocation."""
+        return self.kv_namespace if stop > self.invocation_start else None

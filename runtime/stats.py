@@ -9,7 +9,7 @@ from runtime.kv.held_prefixes import PrefixHolds
 from runtime.kv.offload import HostKv
 from runtime.messages import KvNamespace, Ready, Stats
 from runtime.model_runner import Runner
-from runtime.request import Sequence
+from runtime.request import Request
 from runtime.scheduler import Scheduler
 
 BASE = ""  # how messages name the base's namespace, None inside
@@ -25,7 +25,7 @@ class Tally(NamedTuple):
 class Tallies:
     """Counts tokens: of prompts, those of them that were found, and what was generated.
 
-    Prompts are counted by the namespace of their K/V too, of adapters that are known; before the activation that is the
+    Prompts are counted by the namespace of their K/V too, of adapters that are known; before the invocation that is the
     base.
     """
 
@@ -33,15 +33,15 @@ class Tallies:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.by_namespace: dict[str | None, Tally] = {}
 
-    def count_prompt(self, sequence: Sequence) -> None:
-        """A sequence's prompt has been computed."""
-        prompt, cached = sequence.num_prompt, sequence.cached_tokens or 0
+    def count_prompt(self, request: Request) -> None:
+        """A request's prompt has been computed."""
+        prompt, cached = request.num_prompt, request.cached_tokens or 0
         self.prompt_tokens += prompt
         self.cached_tokens += cached
-        of_base = prompt if sequence.kv_adapter is None else min(sequence.activation, prompt)
+        of_base = prompt if request.kv_namespace is None else min(request.invocation_start, prompt)
         self._add(None, of_base, min(cached, of_base))
-        if sequence.kv_adapter is not None and not sequence.keeps_kv_to_itself:
-            self._add(sequence.kv_adapter, prompt - of_base, max(cached - of_base, 0))
+        if request.kv_namespace is not None and not request.kv_is_private:
+            self._add(request.kv_namespace, prompt - of_base, max(cached - of_base, 0))
 
     def drop(self, namespace: str) -> None:
         """Forget an adapter."""

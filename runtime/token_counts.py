@@ -18,7 +18,7 @@ class TokenCounts:
         self._counted = start
 
     def catch_up(self, token_ids: list[int]) -> None:
-        """Count what a sequence, whose tokens only ever become more, has generated since the last call."""
+        """Count what a request, whose tokens only ever become more, has generated since the last call."""
         for token_id in token_ids[self._counted :]:
             place = self._places.setdefault(token_id, len(self.ids))
             if place == len(self.ids):

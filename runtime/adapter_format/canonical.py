@@ -52,7 +52,7 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int  # the file's size
     warnings: list[str]
     invocation_tokens: tuple[int, ...] | None
-    leaves_kv: bool  # K and V under the adapter equal the base's, so its whole K/V can be shared with the base
+    kv_is_base: bool  # K and V under the adapter equal the base's, so its whole K/V can be shared with the base
 
 
 def canonicalise(
@@ -96,7 +96,7 @@ def canonicalise(
         bytes=size,
         warnings=warnings,
         invocation_tokens=peft.alora_invocation_tokens,
-        leaves_kv=leaves_kv(adapter.scales, model),
+        kv_is_base=kv_is_base(adapter.scales, model),
     )
 
 
@@ -150,7 +150,7 @@ def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, He
     return config, header, header.data_offset
 
 
-def leaves_kv(modules: Iterable[str], model: ModelConfig) -> bool:
+def kv_is_base(modules: Iterable[str], model: ModelConfig) -> bool:
     """Return whether an adapter of these modules leaves every K and V equal to the base's.
 
     K and V of a layer depend on the hidden state before it, and so on earlier layers and the embedding. The modules

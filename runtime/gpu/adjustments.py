@@ -1,6 +1,6 @@
 """Penalties and forbidden tokens of a batch: laid out on the host, uploaded in one copy, applied on the device."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.uploads import host_buffer, upload
 from runtime.messages import SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 from runtime.sampler import FORBIDDEN, LARGEST_LOGIT, LEAST_DIVISOR, adjusts
 
 
@@ -29,18 +29,18 @@ class Adjustments(NamedTuple):
     forbidden: Tensor
 
     @classmethod
-    def build(cls, sequences: Seq[Sequence], vocab: int, device: torch.device | str) -> "Adjustments":
-        """Of a row for each sequence, in one copy that the host does not wait for."""
+    def build(cls, requests: Sequence[Request], vocab: int, device: torch.device | str) -> "Adjustments":
+        """Of a row for each request, in one copy that the host does not wait for."""
         penalised = [
-            (row * vocab, sequence.params, sequence.penalised)
-            for row, sequence in enumerate(sequences)
-            if sequence.needs_tokens
+            (row * vocab, request.params, request.penalised)
+            for row, request in enumerate(requests)
+            if request.needs_tokens
         ]
-        forbidden = [row * vocab + token_id for row, each in enumerate(sequences) for token_id in each.forbidden_ids]
-        sizes = sum(len(tokens.ids) for *_, tokens in penalised), len(forbidden), len(sequences)
+        forbidden = [row * vocab + token_id for row, each in enumerate(requests) for token_id in each.forbidden_ids]
+        sizes = sum(len(tokens.ids) for *_, tokens in penalised), len(forbidden), len(requests)
         buffer = host_buffer(_length(*sizes), torch.int64, device)
         places, divisors, amounts, limits, last = (part.numpy() for part in _parts(buffer, *sizes))
-        limits[:] = [LARGEST_LOGIT if adjusts(sequence) else np.inf for sequence in sequences]
+        limits[:] = [LARGEST_LOGIT if adjusts(request) else np.inf for request in requests]
         last[:] = forbidden
         start = 0
         for first, params, tokens in penalised:

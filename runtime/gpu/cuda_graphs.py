@@ -21,7 +21,7 @@ WARM_UP_RUNS = 2  # that compile what is captured, and let libraries take their 
 
 
 class DecodeGraphs:
-    """Graphs for decode steps of up to `most` sequences, and which of them a step fits into when it is padded.
+    """Graphs for decode steps of up to `most` requests, and which of them a step fits into when it is padded.
 
     `forward(shape, width)` runs what lies in the step's buffer, and `lay_out_nothing(shape)` has it hold padding alone,
     so that captures write no K/V; `capture` makes a replay of a call. Every graph reads the buffer where a step of its

@@ -1,6 +1,6 @@
 """Sampling where the logits are, so that the next step can begin before anybody here knows the tokens."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from kernels import sampling, tuned
 from kernels.reference.sampling import RowParams
 from runtime.gpu.adjustments import Adjustments
 from runtime.messages import Generate, SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 from runtime.sampler import Sampled, adjusts, logprobs_of, uniform
 
 NOTHING = -1  # the token of a row whose logits are not finite
@@ -18,9 +18,9 @@ NOTHING = -1  # the token of a row whose logits are not finite
 class DeviceSamples:
     """The tokens that a step has chosen, on the device and, a little later, here."""
 
-    def __init__(self, logits: Tensor, sequences: Seq[Sequence], gpu: str):
-        self._logits, self._sequences = logits, sequences
-        self.chosen = choose_on_device(logits, sequences, gpu)
+    def __init__(self, logits: Tensor, requests: Sequence[Request], gpu: str):
+        self._logits, self._requests = logits, requests
+        self.chosen = choose_on_device(logits, requests, gpu)
         self._here = self.chosen
         if logits.is_cuda:
             self._here = torch.empty(self.chosen.shape, dtype=self.chosen.dtype, pin_memory=True)
@@ -31,7 +31,7 @@ class DeviceSamples:
     @property
     def needs_logits(self) -> bool:
         """Whether `wait` reads the logits once more."""
-        return any(sequence.params.logprobs is not None for sequence in self._sequences)
+        return any(request.params.logprobs is not None for request in self._requests)
 
     def wait(self) -> list[Sampled]:
         """A choice for each row, when it has been made."""
@@ -42,24 +42,24 @@ class DeviceSamples:
     def _sampled(self, row: int, token_id: int) -> Sampled:
         if token_id == NOTHING:
             return Sampled(None)
-        alternatives = self._sequences[row].params.logprobs
+        alternatives = self._requests[row].params.logprobs
         logprobs = None if alternatives is None else logprobs_of(self._logits[row].float(), token_id, alternatives)
         return Sampled(token_id, logprobs)
 
 
-def choose_on_device(logits: Tensor, sequences: Seq[Sequence], gpu: str) -> Tensor:
+def choose_on_device(logits: Tensor, requests: Sequence[Request], gpu: str) -> Tensor:
     """One token for each row of `logits` (n, vocab), as `runtime.sampler.sample` chooses it; NOTHING where it cannot.
 
     Waits for nothing on the device. There are two uploads at most: the rows' parameters, and adjustments if any.
     """
-    if not sequences:
+    if not requests:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
     finite = torch.isfinite(logits.amax(-1))
-    if any(adjusts(sequence) for sequence in sequences):
-        logits = Adjustments.build(sequences, logits.shape[1], logits.device).apply(logits)
-    params = _row_params(sequences, logits.shape[1], logits.device)
+    if any(adjusts(request) for request in requests):
+        logits = Adjustments.build(requests, logits.shape[1], logits.device).apply(logits)
+    params = _row_params(requests, logits.shape[1], logits.device)
     cut = "sample with cuts" if len(params.cut_rows) else "sample"
-    token_ids, _ = sampling.sample(logits, params, tuned.lookup(gpu, cut, len(sequences)).config)
+    token_ids, _ = sampling.sample(logits, params, tuned.lookup(gpu, cut, len(requests)).config)
     return torch.where(finite, token_ids, NOTHING)
 
 
@@ -68,17 +68,17 @@ def warm_up_sampling(logits: Tensor, gpu: str) -> None:
     # Adjusted logits are float32 whatever the model's are, and kernels are compiled for each dtype.
     adjusted = SamplingParams(top_p=0.5, repetition_penalty=2.0, min_tokens=1, stop_token_ids=(0,))
     for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5), adjusted):
-        sequence = Sequence(Generate(request_id="", token_ids=[0], params=params), max_tokens=2)
-        choose_on_device(logits[:1], [sequence], gpu)
+        request = Request(Generate(request_id="", token_ids=[0], params=params), max_tokens=2)
+        choose_on_device(logits[:1], [request], gpu)
 
 
-def _row_params(sequences: Seq[Sequence], vocab: int, device: torch.device) -> RowParams:
-    params = [sequence.params for sequence in sequences]
+def _row_params(requests: Sequence[Request], vocab: int, device: torch.device) -> RowParams:
+    params = [request.params for request in requests]
     return RowParams.build(
         temperature=[each.temperature for each in params],
         top_k=[min(each.top_k, vocab) for each in params],
         top_p=[each.top_p for each in params],
         min_p=[each.min_p for each in params],
-        draw=[uniform(each.seed, each.params.choice, each.num_generated) for each in sequences],
+        draw=[uniform(each.seed, each.params.choice, each.num_generated) for each in requests],
         device=device,
     )

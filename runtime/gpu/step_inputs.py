@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
 from runtime.chunk import Chunk
-from runtime.request import Sequence as SequenceState
+from runtime.request import Request
 
 ALIGNMENT = 16  # integers: kernels are compiled for pointers that are aligned, and would be again for others
 NO_SLOT = -1  # of a padding row: its K/V go nowhere
@@ -20,7 +20,7 @@ NO_SLOT = -1  # of a padding row: its K/V go nowhere
 class StepShape(NamedTuple):
     """How large the parts of a step are; a CUDA graph is captured for one.
 
-    `tokens` rows, of which the first `decodes` are a sequence each; then `prefills` sequences with several. `width`
+    `tokens` rows, of which the first `decodes` are a request each; then `prefills` requests with several. `width`
     blocks of the longest table, `logits` rows that are sampled, `tiles` and `logit_tiles` under adapters, 0 where none
     applies to any row or to any logits, of `height` rows at most.
     """
@@ -37,9 +37,9 @@ class StepShape(NamedTuple):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Integers of each part, in the order of StepInputs."""
-        sequences = self.decodes + self.prefills
+        requests = self.decodes + self.prefills
         tiles, logit_tiles = TILE_FIELDS * self.tiles, TILE_FIELDS * self.logit_tiles
-        each = (sequences * self.width, sequences, self.prefills + 1, self.logits, tiles, logit_tiles)
+        each = (requests * self.width, requests, self.prefills + 1, self.logits, tiles, logit_tiles)
         return (self.tokens, self.tokens, self.tokens, *each)
 
     @property
@@ -51,7 +51,7 @@ class StepShape(NamedTuple):
 class StepInputs(NamedTuple):
     """The parts, all int32. `token_ids`, `positions` and `slots` (where K/V go) are (T,), `block_tables` (S, width).
 
-    `context_lens` (S,) count each sequence's tokens, the step's among them. `query_starts` (prefills + 1,) say where
+    `context_lens` (S,) count each request's tokens, the step's among them. `query_starts` (prefills + 1,) say where
     each prefill's rows begin behind the `decodes`. Tiles without a height are of no adapters.
     """
 
@@ -120,28 +120,28 @@ def write_step(
     block_size: int,
     slots_of: Sequence[int],
     out: StepInputs,
-    carried: Mapping[SequenceState, int] = MappingProxyType({}),
+    carried: Mapping[Request, int] = MappingProxyType({}),
 ) -> None:
     """Lay chunks out in a shape that has room for them; `slots_of` is each chunk's adapter slot, BASE for none.
 
     A token that nobody knows yet, as the step before samples it, is -1 - i where it is the i-th of that step's: which,
-    `carried` says of a sequence. Rows and sequences that are left over read nothing, write nothing and give zeros.
+    `carried` says of a request. Rows and requests that are left over read nothing, write nothing and give zeros.
     """
     parts = [_numpy(part) for part in out[:7]]
     token_ids, positions, slots, tables, contexts, starts, logit_rows = parts
     lora_slots = np.full(shape.tokens, BASE, np.int32)
     row = sampled = 0
     for index, (chunk, lora_slot) in enumerate(zip(chunks, slots_of, strict=True)):
-        sequence, start, length, samples = chunk
+        request, start, length, samples = chunk
         stop, rows = start + length, slice(row, row + length)
-        blocks = np.array(sequence.blocks[: -(-stop // block_size)], np.int32)
+        blocks = np.array(request.blocks[: -(-stop // block_size)], np.int32)
         place = np.arange(start, stop, dtype=np.int32)
-        token_ids[rows] = sequence.token_ids[start:stop] or [-1 - carried[sequence]]
+        token_ids[rows] = request.token_ids[start:stop] or [-1 - carried[request]]
         positions[rows] = place
         slots[rows] = blocks[place // block_size] * block_size + place % block_size
         tables[index, : len(blocks)] = blocks
         contexts[index] = stop
-        lora_slots[row + min(max(sequence.activation - start, 0), length) : row + length] = lora_slot
+        lora_slots[row + min(max(request.invocation_start - start, 0), length) : row + length] = lora_slot
         row += length
         if samples:
             logit_rows[sampled] = row - 1

@@ -29,7 +29,7 @@ class LoraMemory(NamedTuple):
 
     @classmethod
     def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int) -> "LoraMemory":
-        """For steps of so many tokens, or so many sequences that decode, with at most `width` ranks at a site."""
+        """For steps of so many tokens, or so many requests that decode, with at most `width` ranks at a site."""
         rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS)
         return cls(arena, table, torch.empty((rows, width), dtype=torch.float32, device=arena.device))
 
@@ -79,5 +79,5 @@ class TiledLora:
 
 
 def tile_height(decodes: int, tokens: int) -> int:
-    """Rows of a step's tiles: low where every row is a sequence's own."""
+    """Rows of a step's tiles: low where every row is a request's own."""
     return DECODE_HEIGHT if decodes == tokens else PREFILL_HEIGHT

@@ -1,7 +1,6 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -20,7 +19,7 @@ from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
 from runtime.gpu.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
 from runtime.model_runner import LoadedModel, Results
-from runtime.request import Sequence
+from runtime.request import Request
 
 STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
 
@@ -42,13 +41,13 @@ class TritonRunner(LoadedModel):
         self._lora_width = STACKED * config.max_lora_rank
         self._table_width = -(-self.max_model_len // config.block_size)
         most = most_tiles(self._max_tokens, self._max_running, DECODE_HEIGHT)
-        sequences = self._max_running
+        requests = self._max_running
         largest = StepShape(
-            self._max_tokens, sequences, sequences, self._table_width, sequences, most, sequences, DECODE_HEIGHT
+            self._max_tokens, requests, requests, self._table_width, requests, most, requests, DECODE_HEIGHT
         )
         self._buffer = StepBuffer(largest.total, device)
         self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # that the last step sampled
-        self._carried: dict[Sequence, int] = {}
+        self._carried: dict[Request, int] = {}
         self._overlap = config.overlap
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
 
@@ -76,7 +75,7 @@ class TritonRunner(LoadedModel):
         warm_up_sampling(logits, self.gpu)
 
     def _steps_to_compile(self) -> Iterator[tuple[int, int]]:
-        """Numbers of sequences that decode and of prompts: one for each range that kernels are compiled for."""
+        """Numbers of requests that decode and of prompts: one for each range that kernels are compiled for."""
         yield 1, 0
         yield 0, 1
         prefills = LEAST_SEQUENCES
@@ -94,10 +93,8 @@ class TritonRunner(LoadedModel):
             self.forward, lay_out_nothing, self._max_running, self._table_width, self._lora_width, capture
         )
 
-    def prepare(self, chunks: Seq[Chunk]) -> list[Chunk]:
-        ordered = sorted(
-            chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence))
-        )
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
         slots, width, of_head = self._adapter_slots(ordered)
         decodes, tokens = sum(chunk.length == 1 for chunk in ordered), sum(chunk.length for chunk in ordered)
         height = tile_height(decodes, tokens)
@@ -110,22 +107,22 @@ class TritonRunner(LoadedModel):
             shape = self.graphs.padded(shape, width)
         self._lay_out(ordered, shape, slots)
         self._shape, self._width = shape, width
-        self._sampling = [chunk.sequence for chunk in ordered if chunk.samples]
+        self._sampling = [chunk.request for chunk in ordered if chunk.samples]
         return ordered
 
-    def _lay_out(self, chunks: Seq[Chunk], shape: StepShape, slots: Seq[int]) -> None:
+    def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: Sequence[int]) -> None:
         write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape), self._carried)
         self._buffer.upload(shape)
 
-    def _adapter_slots(self, chunks: Seq[Chunk]) -> tuple[list[int], int, bool]:
+    def _adapter_slots(self, chunks: Sequence[Chunk]) -> tuple[list[int], int, bool]:
         """Each chunk's adapter slot, BASE where none applies; the most ranks at a site; whether any is of the head."""
         slots, width, of_head = [], 0, False
-        for sequence, start, length, _ in chunks:
-            if sequence.adapter is None or start + length <= sequence.activation:
+        for request, start, length, _ in chunks:
+            if request.adapter is None or start + length <= request.invocation_start:
                 slots.append(BASE)
                 continue
-            layout, first = self._adapters.placement(sequence.adapter)
-            slots.append(self._table.slot_of(sequence.adapter, layout, first))
+            layout, first = self._adapters.placement(request.adapter)
+            slots.append(self._table.slot_of(request.adapter, layout, first))
             width = max(width, widest(layout))
             of_head = of_head or layout.sites[self.model.lm_head_site] is not None
         return slots, width, of_head
@@ -136,7 +133,7 @@ class TritonRunner(LoadedModel):
         logits = self.forward(self._shape, self._width) if graph is None else graph()
         samples = DeviceSamples(logits[: len(self._sampling)], self._sampling, self.gpu)
         self._tokens[: len(self._sampling)] = samples.chosen.clamp(min=0)
-        self._carried = {sequence: index for index, sequence in enumerate(self._sampling)}
+        self._carried = {request: index for index, request in enumerate(self._sampling)}
         return samples.wait, self._overlap and not samples.needs_logits
 
     @torch.inference_mode()

@@ -1,11 +1,11 @@
 """What a block of K/V is known by: its tokens, all before them, and whose weights computed them.
 
 A block's key hashes its parent's key, its own tokens and a salt. The root of a chain is the tenant's
-`cache_salt` and nothing else. Blocks that end at or before the activation index carry no adapter salt: they
-are the base's blocks, whoever computed them. The first block that reaches past the activation index is
-salted with the adapter's digest and the offset of the activation inside the block, for the same tokens with
-two activation points hold different K/V; later blocks inherit the salt through their parent. Plain LoRA is
-activation index 0, and the base has no adapter. So is, for keys, an adapter that leaves K and V as the base's.
+`cache_salt` and nothing else. Blocks that end at or before the invocation index carry no adapter salt: they
+are the base's blocks, whoever computed them. The first block that reaches past the invocation index is
+salted with the adapter's digest and the offset of the invocation inside the block, for the same tokens with
+two invocation points hold different K/V; later blocks inherit the salt through their parent. Plain LoRA is
+invocation index 0, and the base has no adapter. So is, for keys, an adapter that leaves K and V as the base's.
 """
 
 from array import array
@@ -41,18 +41,18 @@ def root_key(cache_salt: str) -> bytes:
     return blake2b(b"root\0" + cache_salt.encode(), digest_size=KEY_BYTES).digest()
 
 
-def block_salt(start: int, length: int, adapter: str | None, activation: int) -> Salt | None:
+def block_salt(start: int, length: int, adapter: str | None, invocation_start: int) -> Salt | None:
     """The salt of the block whose `length` tokens begin at position `start`, if the adapter begins to apply in it."""
-    if adapter is not None and start <= activation < start + length:
-        return Salt(adapter, activation - start)
+    if adapter is not None and start <= invocation_start < start + length:
+        return Salt(adapter, invocation_start - start)
     return None
 
 
-def block_key(parent: bytes, token_ids: Sequence[int], start: int, adapter: str | None, activation: int) -> bytes:
-    """The key of the block whose first token stands at position `start` of its sequence."""
+def block_key(parent: bytes, token_ids: Sequence[int], start: int, adapter: str | None, invocation_start: int) -> bytes:
+    """The key of the block whose first token stands at position `start` of its request."""
     hasher = blake2b(parent, digest_size=KEY_BYTES)
     hasher.update(array("q", token_ids).tobytes())
-    salt = block_salt(start, len(token_ids), adapter, activation)
+    salt = block_salt(start, len(token_ids), adapter, invocation_start)
     if salt is not None:
         hasher.update(f"{salt.adapter}@{salt.offset}".encode())
     return hasher.digest()

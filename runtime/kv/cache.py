@@ -17,7 +17,7 @@ class KvCache:
     """`layers` has (num_blocks * block_size, 2, kv_heads, head_dim) for each layer; K is index 0, V is 1.
 
     Block b holds slots b * block_size onwards. Block 0 stays zero: padding reads it, so that what an unrelated
-    sequence left behind, a NaN above all, is never read under a mask.
+    request left behind, a NaN above all, is never read under a mask.
     """
 
     def __init__(

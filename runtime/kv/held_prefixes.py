@@ -8,7 +8,7 @@ from typing import Literal
 from runtime.admission import RequestRefused
 from runtime.kv.block_pool import BlockPool
 from runtime.messages import Generate, HoldPrefix, PrefixEnded, PrefixHeld, SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 
 EndReason = Literal["expired", "dropped", "adapter_retired"]
 
@@ -19,29 +19,29 @@ HELD_SHARE = 2  # prefixes may hold one block in so many
 class Hold:
     """A prefix: promised `size` blocks while it is computed, then holding `blocks` until `ends_at`."""
 
-    request: HoldPrefix
+    command: HoldPrefix
     size: int
     blocks: list[int]
     ends_at: float | None = None  # None while it is computed
 
 
-def as_generate(request: HoldPrefix) -> Generate:
+def as_generate(command: HoldPrefix) -> Generate:
     """The request that computes what is to be held, but for generating nothing."""
     return Generate(
-        request_id=request.request_id,
-        token_ids=request.token_ids,
+        request_id=command.request_id,
+        token_ids=command.token_ids,
         params=SamplingParams(max_tokens=1),
-        adapter=request.adapter,
-        activation=request.activation,
-        shares_kv=request.shares_kv,
-        cache_salt=request.cache_salt,
+        adapter=command.adapter,
+        invocation_start=command.invocation_start,
+        kv_is_base=command.kv_is_base,
+        cache_salt=command.cache_salt,
     )
 
 
 class PrefixHolds:
     """Owns held prefixes and their references to blocks, one for each prefix.
 
-    They hold at most half of all blocks, and leave what the longest sequence needs. `clock` is in seconds.
+    They hold at most half of all blocks, and leave what the longest request needs. `clock` is in seconds.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class PrefixHolds:
         """Different blocks held; a beginning that prefixes share counts once."""
         return len({block for hold in self._holds.values() for block in hold.blocks})
 
-    def promise(self, request: HoldPrefix) -> None:
+    def promise(self, command: HoldPrefix) -> None:
         """Keep room for a prefix that is about to be computed. Raises RequestRefused."""
         if not self._pool.prefix_cache:
             raise RequestRefused("prefix_cache_off", "the engine runs without a prefix cache: nothing would be found")
-        if request.prefix_id in self._holds:
-            raise RequestRefused("duplicate_prefix", f"prefix {request.prefix_id} is held already")
-        size = -(-len(request.token_ids) // self._block_size)
+        if command.prefix_id in self._holds:
+            raise RequestRefused("duplicate_prefix", f"prefix {command.prefix_id} is held already")
+        size = -(-len(command.token_ids) // self._block_size)
         taken = self.blocks_held + sum(hold.size for hold in self._holds.values() if hold.ends_at is None)
         if taken + size > self.limit:
             message = (
@@ -78,26 +78,26 @@ class PrefixHolds:
                 "half of all blocks, and as many as the longest request needs"
             )
             raise RequestRefused("prefixes_full", message)
-        self._holds[request.prefix_id] = Hold(request, size, [])
+        self._holds[command.prefix_id] = Hold(command, size, [])
 
-    def keep(self, sequence: Sequence, blocks: list[int]) -> PrefixHeld:
+    def keep(self, request: Request, blocks: list[int]) -> PrefixHeld:
         """A promised prefix has been computed: hold its blocks, whose references are handed over.
 
         Raises RequestRefused, and gives them back, when they cannot be found because their K/V was dropped meanwhile.
         """
-        assert sequence.prefix_id is not None
-        hold = self._holds[sequence.prefix_id]
+        assert request.prefix_id is not None
+        hold = self._holds[request.prefix_id]
         if not all(map(self._pool.knows, blocks)):
-            del self._holds[sequence.prefix_id]
+            del self._holds[request.prefix_id]
             self._pool.free(blocks)
             raise RequestRefused("prefix_dropped", "its K/V was dropped while it was computed")
-        hold.blocks, hold.ends_at = blocks, self.clock() + hold.request.ttl_seconds
+        hold.blocks, hold.ends_at = blocks, self.clock() + hold.command.ttl_seconds
         return PrefixHeld(
-            request_id=hold.request.request_id,
-            prefix_id=hold.request.prefix_id,
-            tokens=len(hold.request.token_ids),
+            request_id=hold.command.request_id,
+            prefix_id=hold.command.prefix_id,
+            tokens=len(hold.command.token_ids),
             blocks=len(blocks),
-            cached_tokens=sequence.cached_tokens or 0,
+            cached_tokens=request.cached_tokens or 0,
         )
 
     def release(self, prefix_id: str) -> str | None:
@@ -106,7 +106,7 @@ class PrefixHolds:
         if hold is None:
             return None
         self._pool.free(hold.blocks)
-        return hold.request.request_id if hold.ends_at is None else None
+        return hold.command.request_id if hold.ends_at is None else None
 
     def expire(self) -> list[PrefixEnded]:
         """End those whose time is over."""
@@ -132,7 +132,7 @@ class PrefixHolds:
         return [hold.blocks for hold in self._holds.values()]
 
     def check(self, computing: set[str]) -> None:
-        """Recount the bound; `computing` are the prefixes that sequences compute now."""
+        """Recount the bound; `computing` are the prefixes that requests compute now."""
         assert self.blocks_held <= self.limit
         assert {name for name, hold in self._holds.items() if hold.ends_at is None} == computing
         for hold in self._holds.values():

@@ -1,8 +1,7 @@
-"""Blocks of K/V that go to host memory when they are evicted, and come back when a sequence wants them."""
+"""Blocks of K/V that go to host memory when they are evicted, and come back when a request wants them."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from runtime.kv.block_tables import BlockTables, Found
 from runtime.kv.host_blocks import HostBlocks
 from runtime.kv.transfer import KvMover
 from runtime.messages import HostKvStats
-from runtime.request import Sequence
+from runtime.request import Request
 
 
 class Arrival(NamedTuple):
@@ -43,7 +42,7 @@ class Recall:
 class HostKv:
     """Owns the blocks that left the device for host memory, and those on their way back with their references.
 
-    Nothing waits in a step but for a block's old content to be saved before the block is written to. A sequence whose
+    Nothing waits in a step but for a block's old content to be saved before the block is written to. A request whose
     K/V come back waits meanwhile, once for each time that it wants to start, and finds them on the device then.
     """
 
@@ -81,39 +80,39 @@ class HostKv:
 
     # ------------------------------------------------------------------ and back
 
-    def awaits(self, sequence: Sequence, spare: int) -> bool:
-        """Whether a sequence that holds no blocks should wait for K/V that come back; starts that if there are any.
+    def awaits(self, request: Request, spare: int) -> bool:
+        """Whether a request that holds no blocks should wait for K/V that come back; starts that if there are any.
 
-        There must be room for the whole sequence with `spare` blocks left over, as to start it: else nothing comes.
+        There must be room for the whole request with `spare` blocks left over, as to start it: else nothing comes.
         """
         if not self._blocks and not self._recalls:
             return False
-        found = self._tables.find(sequence)
-        following = sequence.keys[len(found.blocks) :]
+        found = self._tables.find(request)
+        following = request.keys[len(found.blocks) :]
         if any(following[:1] == [arrival.identity.key] for recall in self._recalls for arrival in recall.arrivals):
             return True
-        if sequence.recalled:
+        if request.recalled:
             return False
-        slots = self._find(sequence, found)
-        missing = self._tables.blocks_for(sequence) - len(found.blocks)
+        slots = self._find(request, found)
+        missing = self._tables.blocks_for(request) - len(found.blocks)
         if not slots or max(missing, len(slots)) + spare > self._pool.available_beside(found.blocks):
             return False
-        sequence.recalled = True
+        request.recalled = True
         self._recall(found.blocks, slots)
         return True
 
-    def _find(self, sequence: Sequence, found: Found) -> list[int]:
+    def _find(self, request: Request, found: Found) -> list[int]:
         """The slots of what follows the blocks on the device: of whole ones, and of one that has some of the next."""
-        size, limit = self._tables.block_size, len(sequence) - 1
-        slots = self._blocks.match(sequence.keys_up_to(limit, size)[len(found.blocks) :])
+        size, limit = self._tables.block_size, len(request) - 1
+        slots = self._blocks.match(request.keys_up_to(limit, size)[len(found.blocks) :])
         index = len(found.blocks) + len(slots)
         start = index * size
-        wanted = sequence.token_ids[start : min(start + size, limit)]
-        salt = block_salt(start, size, sequence.kv_adapter, sequence.activation)
-        slot, tokens = self._blocks.match_within(sequence.parent_of(index), wanted, salt) if wanted else (0, 0)
+        wanted = request.token_ids[start : min(start + size, limit)]
+        salt = block_salt(start, size, request.kv_namespace, request.invocation_start)
+        slot, tokens = self._blocks.match_within(request.parent_of(index), wanted, salt) if wanted else (0, 0)
         return [*slots, slot] if tokens > (0 if slots else found.tokens) else slots
 
-    def _recall(self, held: list[int], slots: Seq[int]) -> None:
+    def _recall(self, held: list[int], slots: Sequence[int]) -> None:
         identities = [self._blocks.take(slot) for slot in slots]
         self._pool.share(held)
         blocks = self._pool.allocate(len(slots))
@@ -133,7 +132,7 @@ class HostKv:
                 blocks.append(self._pool.register(block, identity, blocks[-1] if blocks else None))
             self._pool.free([*blocks, *(arrival.block for arrival in recall.arrivals[recall.good :])])
 
-    def drop(self, namespace: str | None, dropped: Seq[bytes]) -> None:
+    def drop(self, namespace: str | None, dropped: Sequence[bytes]) -> None:
         """Forget a namespace, and what comes after the blocks whose keys were `dropped` from the device."""
         self._blocks.drop_namespace(namespace)
         self._blocks.drop_after(dropped)

@@ -1,4 +1,4 @@
-"""Known blocks by the block before them, to find the one that begins as a sequence goes on."""
+"""Known blocks by the block before them, to find the one that begins as a request goes on."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ NEIGHBOURS = 8  # how many entries with the same beginning are looked at for one
 class BlockChildren:
     """Indexes blocks under their parent's key, in sorted lists: one for each salt, and one for what is the base's.
 
-    A salted block is in two: in its salt's with all its tokens, and, with those before the activation, in the list
+    A salted block is in two: in its salt's with all its tokens, and, with those before the invocation, in the list
     without a salt, for there it holds what the base's blocks hold. Under an adapter's own blocks there is one list.
     """
 

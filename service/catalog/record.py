@@ -89,7 +89,7 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         pin = "device" if upload.pin else None
     pinned, pin_tier = pin is not None, pin or "device"
     if old is not None and old.digest == summary.digest:
-        return msgspec.structs.replace(old, pinned=pinned, pin_tier=pin_tier, base=base, leaves_kv=summary.leaves_kv)
+        return msgspec.structs.replace(old, pinned=pinned, pin_tier=pin_tier, base=base, leaves_kv=summary.kv_is_base)
     return AdapterRecord(
         name=name,
         digest=summary.digest,
@@ -105,5 +105,5 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         warnings=list(summary.warnings),
         base=base,
         invocation_tokens=None if summary.invocation_tokens is None else list(summary.invocation_tokens),
-        leaves_kv=summary.leaves_kv,
+        leaves_kv=summary.kv_is_base,
     )

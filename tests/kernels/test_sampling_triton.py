@@ -18,7 +18,7 @@ from kernels.reference.sampling import RowParams
 from kernels.sampling import CANDIDATES, SamplingConfig, sample
 from runtime import sampler
 from runtime.messages import Generate, SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALMOST_ONE = 1 - 2**-53
@@ -133,21 +133,21 @@ def test_every_row_has_the_token_of_the_formula(vocab: int, implementation: Call
 
 def test_the_engines_sampler_means_the_same() -> None:
     params = PARAMS * 2
-    sequences = [engine_sequence(row, seed) for seed, row in enumerate(params)]
+    requests = [engine_request(row, seed) for seed, row in enumerate(params)]
     rows = [row._replace(draw=sampler.uniform(seed, 0, 0)) for seed, row in enumerate(params)]
     logits = random(len(rows), 1500, seed=5)
-    engine = [chosen.token_id for chosen in sampler.sample(logits, sequences)]
+    engine = [chosen.token_id for chosen in sampler.sample(logits, requests)]
     ours = by_kernels(logits, rows)
     for index, row in enumerate(rows):
         assert {engine[index], ours[index]} <= within_rounding(logits[index], row), (index, row)
     assert sum(a != b for a, b in zip(engine, ours, strict=True)) <= 1
 
 
-def engine_sequence(row: Row, seed: int) -> Sequence:
+def engine_request(row: Row, seed: int) -> Request:
     params = SamplingParams(
         max_tokens=9, seed=seed, temperature=row.temperature, top_k=row.top_k, top_p=row.top_p, min_p=row.min_p
     )
-    return Sequence(Generate(request_id="r", token_ids=[1], params=params), max_tokens=100, eos_token_ids=())
+    return Request(Generate(request_id="r", token_ids=[1], params=params), max_tokens=100, eos_token_ids=())
 
 
 @IMPLEMENTATIONS

@@ -1,4 +1,4 @@
-"""A scheduler beside fakes of all that it asks, and sequences for it."""
+"""A scheduler beside fakes of all that it asks, and requests for it."""
 
 import itertools
 
@@ -6,7 +6,7 @@ from runtime.adapters.unavailable import AdapterUnavailable
 from runtime.kv.block_pool import BlockPool
 from runtime.kv.block_tables import BlockTables
 from runtime.messages import Generate, SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 from runtime.scheduler import Scheduler
 
 B = 4
@@ -43,13 +43,13 @@ class FakeAdapters:
 
 
 class FakeEvictedKv:
-    """Host memory from which K/V of some sequences come back."""
+    """Host memory from which K/V of some requests come back."""
 
     def __init__(self):
         self.on_their_way = set()
 
-    def awaits(self, sequence, spare):
-        return sequence in self.on_their_way
+    def awaits(self, request, spare):
+        return request in self.on_their_way
 
 
 class Clock:
@@ -74,22 +74,22 @@ def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, evicted
 names = itertools.count()
 
 
-def sequence(tokens, max_tokens=8, adapter=None, limit=64, activation=0, first=0, **params):
+def request(tokens, max_tokens=8, adapter=None, limit=64, invocation_start=0, first=0, **params):
     token_ids = list(range(first, first + tokens)) if isinstance(tokens, int) else tokens
-    request = Generate(
+    command = Generate(
         request_id=f"r{next(names)}",
         token_ids=token_ids,
         params=SamplingParams(max_tokens=max_tokens, seed=0, **params),
         adapter=adapter,
-        activation=activation,
+        invocation_start=invocation_start,
     )
-    made = Sequence(request, max_tokens=limit)
+    made = Request(command, max_tokens=limit)
     made.enqueued_at = 0.0
     return made
 
 
 def step(s, token=7):
-    """One step in which every sampling sequence gets `token`; returns {request: (start, count)}."""
+    """One step in which every sampling request gets `token`; returns {request: (start, count)}."""
     chunks, rejected = s.schedule()
     assert not rejected
     s.check()
@@ -98,4 +98,4 @@ def step(s, token=7):
     for chunk in chunks:
         s.commit(chunk, token if chunk.samples else None)
     s.check()
-    return {chunk.sequence: (chunk.start, chunk.length) for chunk in chunks}
+    return {chunk.request: (chunk.start, chunk.length) for chunk in chunks}

@@ -99,12 +99,18 @@ class Bench:
         """New random tokens."""
         return torch.randint(3, self.floors.shape.vocab_size, (tokens,), generator=self._random).tolist()
 
-    def submit(self, prompt: list[int], tokens: int, adapter: str | None = None, activation: int = 0) -> str:
+    def submit(self, prompt: list[int], tokens: int, adapter: str | None = None, invocation_start: int = 0) -> str:
         self._requests += 1
         request_id = f"bench-{self._requests}"
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         self.engine.add_request(
-            Generate(request_id=request_id, token_ids=prompt, params=params, adapter=adapter, activation=activation)
+            Generate(
+                request_id=request_id,
+                token_ids=prompt,
+                params=params,
+                adapter=adapter,
+                invocation_start=invocation_start,
+            )
         )
         return request_id
 
@@ -119,10 +125,10 @@ class Bench:
             self.engine.wait(1.0)
         return events
 
-    def first_token(self, prompt: list[int], adapter: str | None = None, activation: int = 0) -> float:
+    def first_token(self, prompt: list[int], adapter: str | None = None, invocation_start: int = 0) -> float:
         """Milliseconds from a request for one token to that token, with nothing else under way."""
         started = time.perf_counter()
-        self.submit(prompt, 1, adapter, activation)
+        self.submit(prompt, 1, adapter, invocation_start)
         while not any(isinstance(event, Tokens) for event in self.step()):
             pass
         milliseconds = 1e3 * (time.perf_counter() - started)

@@ -68,8 +68,8 @@ def alora(bench: Bench) -> Iterator[Row]:
             conversation = bench.prompt(length)
             bench.first_token(conversation)
             prompt = [*conversation, *bench.prompt(plan.alora_suffix)]
-            for into, activation in ((lora, 0), (activated, length))[:: -1 if number % 2 else 1]:
-                into.append([bench.first_token(prompt, adapter, activation)])
+            for into, invocation_start in ((lora, 0), (activated, length))[:: -1 if number % 2 else 1]:
+                into.append([bench.first_token(prompt, adapter, invocation_start)])
         del lora[0], activated[0]  # which may have compiled something
         total = length + plan.alora_suffix
         yield Row(name=f"LoRA after {length}", rounds=lora, floor=floors.prefill(total, rank=plan.rank))

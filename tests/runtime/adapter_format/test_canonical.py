@@ -229,7 +229,7 @@ LAST = "model.layers.1"
 )
 def test_an_adapter_that_leaves_every_k_and_v_as_the_bases_is_known_as_such(tmp_path, modules, leaves):
     summary, _ = canonical(tmp_path, lora(*modules), CONFIG | {"target_modules": ".*"})
-    assert summary.leaves_kv is leaves
+    assert summary.kv_is_base is leaves
 
 
 def test_the_summary_has_the_invocation_of_an_alora(tmp_path):

@@ -9,7 +9,7 @@ import transformers
 
 from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
-from runtime.invocation import find_activation
+from runtime.invocation import find_invocation
 from runtime.messages import SamplingParams
 from tests.oracle import logits_of_output
 from tests.runtime.tiny_engine import BLOCK_BYTES
@@ -59,20 +59,20 @@ class PeftOracle:
             self.model, adapter_name=name, save_embedding_layers=False
         ), self.model.peft_config[name].to_dict()
 
-    def agrees(self, name, prompt, output, activation=None):
+    def agrees(self, name, prompt, output, invocation_start=None):
         """Whether greedy decoding under an adapter, None for the base, gives `output` after `prompt`."""
-        return self.logits(name, prompt, output, activation).argmax(-1).tolist() == output
+        return self.logits(name, prompt, output, invocation_start).argmax(-1).tolist() == output
 
-    def logits(self, name, prompt, output, activation=None):
+    def logits(self, name, prompt, output, invocation_start=None):
         """What each token of `output` is chosen by, (tokens, vocabulary), under an adapter, None for the base."""
         if name is None:
             with self.model.disable_adapter():
                 return logits_of_output(self.model, prompt, output)
         self.model.set_adapter(name)
         invocation = INVOCATIONS[name]
-        if invocation is not None and activation is None:
-            activation = find_activation(prompt, invocation)
-        return logits_of_output(self.model, prompt, output, activation)
+        if invocation is not None and invocation_start is None:
+            invocation_start = find_invocation(prompt, invocation)
+        return logits_of_output(self.model, prompt, output, invocation_start)
 
 
 @contextlib.contextmanager

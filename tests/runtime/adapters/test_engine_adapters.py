@@ -125,11 +125,11 @@ def test_a_cold_adapter_gets_its_turn_among_requests_that_never_let_the_device_g
         engine.add_request(request(f"first {digest}", digest))
     engine.step()
     engine.add_request(request("cold", cold, max_tokens=1))
-    engine.sequences["cold"].enqueued_at = began = engine.scheduler.clock()
+    engine.requests["cold"].enqueued_at = began = engine.scheduler.clock()
     names = iter(range(1000))
-    while "cold" in engine.sequences:
+    while "cold" in engine.requests:
         for digest in hot:
-            if not any(other.adapter == digest and other.num_generated < 10 for other in engine.sequences.values()):
+            if not any(other.adapter == digest and other.num_generated < 10 for other in engine.requests.values()):
                 engine.add_request(request(f"{next(names)}", digest))
         engine.adapters.wait(timeout=30)  # for a load that is under way: the clock goes by steps, and threads do not
         engine.step()
@@ -212,7 +212,7 @@ def test_a_request_waits_for_a_file_that_is_wanted_while_others_run(start, tmp_p
     engine.add_request(request("waits", digest))
     engine.add_request(request("runs"))
     events = []
-    while "runs" in engine.sequences or not engine.adapters.wanted:
+    while "runs" in engine.requests or not engine.adapters.wanted:
         events += engine.step()
         engine.check()
     [wanted] = [event for event in events if isinstance(event, AdapterState) and event.state == "wanted"]

@@ -53,7 +53,7 @@ class Storm:
             token_ids=tokens,
             params=params,
             adapter=self.engine.digests[name],
-            activation=draw.randint(0, len(tokens)) if name in ("attention", "linears") else 0,
+            invocation_start=draw.randint(0, len(tokens)) if name in ("attention", "linears") else 0,
         )
         self.engine.add_request(request)
         self.asked[request.request_id], self.outputs[request.request_id] = request, []
@@ -71,13 +71,15 @@ class Storm:
             self.engine.wait(timeout=1.0)
 
     def compare(self, request, reason):
-        [expected] = self.uncached.generate([request.token_ids], request.params, request.adapter, [request.activation])
+        [expected] = self.uncached.generate(
+            [request.token_ids], request.params, request.adapter, [request.invocation_start]
+        )
         assert (self.outputs[request.request_id], reason) == (expected.token_ids, expected.finish_reason)
         self.compared += 1
 
     def blow(self, turns):
         for _ in range(turns):
-            if self.random.random() < 0.35 and len(self.engine.sequences) < 8:
+            if self.random.random() < 0.35 and len(self.engine.requests) < 8:
                 self.ask()
             if self.random.random() < 0.05 and self.asked:
                 request_id = self.random.choice(list(self.asked))

@@ -14,17 +14,17 @@ class LateRunner:
         return getattr(self._runner, name)
 
     def prepare(self, chunks):
-        unknown = [chunk.sequence for chunk in chunks if chunk.start >= len(chunk.sequence.token_ids)]
-        for sequence in unknown:
-            sequence.token_ids.append(self._tokens[sequence])
-            sequence.pending -= 1
+        unknown = [chunk.request for chunk in chunks if chunk.start >= len(chunk.request.token_ids)]
+        for request in unknown:
+            request.token_ids.append(self._tokens[request])
+            request.pending -= 1
         try:
             ordered = self._runner.prepare(chunks)
         finally:
-            for sequence in unknown:
-                sequence.token_ids.pop()
-                sequence.pending += 1
-        self._sampling = [chunk.sequence for chunk in ordered if chunk.samples]
+            for request in unknown:
+                request.token_ids.pop()
+                request.pending += 1
+        self._sampling = [chunk.request for chunk in ordered if chunk.samples]
         return ordered
 
     def launch(self):
@@ -32,8 +32,8 @@ class LateRunner:
         results, _ = self._runner.launch()
         sampled = results()
         self._tokens = {
-            sequence: choice.token_id if choice.token_id is not None else 0
-            for sequence, choice in zip(self._sampling, sampled, strict=True)
+            request: choice.token_id if choice.token_id is not None else 0
+            for request, choice in zip(self._sampling, sampled, strict=True)
         }
         self._open += 1
 

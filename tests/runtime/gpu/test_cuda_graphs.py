@@ -147,10 +147,10 @@ def run(engine, names, seed):
     params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
     digests = [engine.digests[name] for name in names]
     prompts = [prompt(9 + index, seed + index) for index in range(len(names))]
-    activations = [
+    invocation_starts = [
         0 if INVOCATIONS.get(name) is None else len(tokens) - 2 for name, tokens in zip(names, prompts, strict=True)
     ]
-    return [each.token_ids for each in engine.generate(prompts, params, digests, activations)]
+    return [each.token_ids for each in engine.generate(prompts, params, digests, invocation_starts)]
 
 
 @pytest.mark.parametrize("count", range(1, MOST + 1))
@@ -164,7 +164,7 @@ def test_padded_batches_give_the_tokens_of_those_that_are_not(reference, graphed
 
 
 def test_adapters_wider_than_the_graphs_run_without_one_to_the_end_of_the_table(reference, graphed):
-    """A step of as many sequences as a graph has, the longest as long as tables go, has that graph's shape."""
+    """A step of as many requests as a graph has, the longest as long as tables go, has that graph's shape."""
     engine, captures = graphed
     tensors = {
         name: torch.cat([tensor, tensor.flip(0, 1)], 0 if "lora_A" in name else 1)
@@ -185,12 +185,12 @@ def test_padding_writes_no_kv(graphed):
     for index, name in enumerate([None, "plain", "plain"]):
         tokens, digest = prompt(14 + index, 50 + index), engine.digests[name]
         engine.add_request(Generate(request_id=f"{index}", token_ids=tokens, params=params, adapter=digest))
-    while any(sequence.num_generated == 0 for sequence in engine.sequences.values()):
+    while any(request.num_generated == 0 for request in engine.requests.values()):
         engine.step()
     layers = engine.runner.kv.layers
     for _ in range(2):
         before = [layer.clone() for layer in layers]
-        places = [(sequence.blocks, sequence.computed) for sequence in engine.sequences.values()]
+        places = [(request.blocks, request.computed) for request in engine.requests.values()]
         engine.step()
         written = {blocks[place // 16] * 16 + place % 16 for blocks, place in places}
         for old, new in zip(before, layers, strict=True):

@@ -10,7 +10,7 @@ from kernels import sampling
 from runtime.gpu.adjustments import Adjustments
 from runtime.gpu.device_sampler import NOTHING, choose_on_device
 from runtime.messages import Generate, SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 from runtime.sampler import adjust, sample
 from tests.runtime.gpu import device_trace
 from tests.runtime.gpu.device_trace import DeviceTrace
@@ -26,12 +26,12 @@ OPTIONS = {
 }
 
 
-def sequence(rng, **params):
-    """A sequence with each option or without it, unless `params` say; its few tokens come up again and again."""
+def request(rng, **params):
+    """A request with each option or without it, unless `params` say; its few tokens come up again and again."""
     chosen = {name: rng.choice(values) for name, values in OPTIONS.items() if rng.random() < 0.4}
     prompt = [rng.randrange(12) for _ in range(rng.randrange(1, 30))]
-    request = Generate(request_id="", token_ids=prompt, params=SamplingParams(max_tokens=99, **chosen | params))
-    made = Sequence(request, max_tokens=999, eos_token_ids=(VOCAB - 1,))
+    command = Generate(request_id="", token_ids=prompt, params=SamplingParams(max_tokens=99, **chosen | params))
+    made = Request(command, max_tokens=999, eos_token_ids=(VOCAB - 1,))
     generate(made, rng, rng.choice((0, 1, 15)))
     return made
 
@@ -60,16 +60,16 @@ def bits(values):
 @pytest.mark.parametrize("seed", range(10))
 def test_a_batch_is_adjusted_to_the_bit_as_its_rows_are_one_by_one(seed, dtype):
     rng = random.Random(seed)
-    sequences = [sequence(rng) for _ in range(rng.randrange(1, 40))]
+    requests = [request(rng) for _ in range(rng.randrange(1, 40))]
     for step in range(4):
-        logits = extreme_logits(len(sequences), 10 * seed + step).to(dtype)
+        logits = extreme_logits(len(requests), 10 * seed + step).to(dtype)
         before, there = logits.clone(), logits.to(DEVICE)
-        adjusted = Adjustments.build(sequences, VOCAB, DEVICE).apply(there).cpu()
-        rows = zip(logits.float(), sequences, strict=True)
+        adjusted = Adjustments.build(requests, VOCAB, DEVICE).apply(there).cpu()
+        rows = zip(logits.float(), requests, strict=True)
         expected = torch.stack([adjust(row, each) for row, each in rows])
         torch.testing.assert_close(bits(adjusted), bits(expected), rtol=0, atol=0)
         assert torch.equal(there.cpu(), before)
-        for each in sequences:
+        for each in requests:
             generate(each, rng, rng.randrange(3))
 
 
@@ -77,22 +77,22 @@ def test_a_batch_is_adjusted_to_the_bit_as_its_rows_are_one_by_one(seed, dtype):
 def test_a_batch_is_chosen_from_as_its_rows_are_one_by_one(seed):
     """Rows that are not finite are among them; a draw is a matter of rounding, and tested elsewhere."""
     rng = random.Random(seed)
-    sequences = [sequence(rng, temperature=0.0) for _ in range(30)]
+    requests = [request(rng, temperature=0.0) for _ in range(30)]
     logits = torch.randn(30, VOCAB, generator=torch.Generator().manual_seed(seed))
     logits[rng.randrange(30), 5] = torch.nan
     logits[rng.randrange(30), 5] = torch.inf
     logits[rng.randrange(30)] = -torch.inf
-    expected = [NOTHING if token_id is None else token_id for token_id, _ in sample(logits, sequences)]
+    expected = [NOTHING if token_id is None else token_id for token_id, _ in sample(logits, requests)]
     with np.errstate(over="ignore", invalid="ignore"):  # the interpreter is numpy
-        assert choose_on_device(logits.to(DEVICE), sequences, "cpu").tolist() == expected
+        assert choose_on_device(logits.to(DEVICE), requests, "cpu").tolist() == expected
 
 
 def mixed(rows):
-    """Sequences of every kind, one of them penalised and cut for certain."""
+    """Requests of every kind, one of them penalised and cut for certain."""
     rng = random.Random(rows)
     kinds = [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.1}]
-    certain = sequence(rng, temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.1, top_p=0.9)
-    return [certain] + [sequence(rng, **rng.choice(kinds)) for _ in range(rows - 1)]
+    certain = request(rng, temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.1, top_p=0.9)
+    return [certain] + [request(rng, **rng.choice(kinds)) for _ in range(rows - 1)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
@@ -109,10 +109,10 @@ def test_no_operation_waits_and_there_are_two_uploads_whatever_the_rows(monkeypa
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: whether the host waits for one shows nowhere else")
 def test_nothing_waits_for_a_cuda_device():
-    logits, sequences = torch.randn(40, VOCAB, device=DEVICE), mixed(40)
-    choose_on_device(logits, sequences, "")
+    logits, requests = torch.randn(40, VOCAB, device=DEVICE), mixed(40)
+    choose_on_device(logits, requests, "")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        choose_on_device(logits, sequences, "")
+        choose_on_device(logits, requests, "")
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -38,12 +38,12 @@ def params(max_tokens=12, **fields):
 def both(engine, other, prompts, each, names=None):
     """The completions of an engine, which are those of another one that waits for each step."""
     names = names or [None] * len(prompts)
-    activations = [None if INVOCATIONS.get(name) else 0 for name in names]
-    late = engine.generate(prompts, each, [engine.digests[name] for name in names], activations)
+    invocation_starts = [None if INVOCATIONS.get(name) else 0 for name in names]
+    late = engine.generate(prompts, each, [engine.digests[name] for name in names], invocation_starts)
     while engine.busy:
         engine.step()
     engine.check()
-    waited = other.generate(prompts, each, [other.digests[name] for name in names], activations)
+    waited = other.generate(prompts, each, [other.digests[name] for name in names], invocation_starts)
     for ours, theirs in zip(late, waited, strict=True):
         assert ours.token_ids == theirs.token_ids
         assert (ours.finish_reason, ours.stop_token) == (theirs.finish_reason, theirs.stop_token)

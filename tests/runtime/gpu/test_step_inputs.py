@@ -10,7 +10,7 @@ from kernels.lora_tiles import BASE, FIRST_ROW, ROWS, SLOT, TILE_FIELDS, most_ti
 from runtime.chunk import Chunk
 from runtime.gpu.step_inputs import ALIGNMENT, NO_SLOT, StepBuffer, StepShape, step_shape, write_step
 from runtime.gpu.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT, tile_height
-from tests.runtime.scheduler_fakes import sequence
+from tests.runtime.scheduler_fakes import request
 from tests.runtime.tiny_engine import engines
 
 B = 4
@@ -33,10 +33,10 @@ def random_step(seed, *, decodes_only=False):
         start = draw.randint(0, 50)
         samples = draw.random() < 0.6
         tokens = [draw.randrange(1000) for _ in range(start + length + (0 if samples else draw.randint(1, 9)))]
-        made = sequence(tokens, activation=draw.randint(0, len(tokens)), limit=1000)
+        made = request(tokens, invocation_start=draw.randint(0, len(tokens)), limit=1000)
         made.blocks = draw.sample(range(1, 5000), -(-len(tokens) // B) + draw.randint(0, 2))
         chunks.append(Chunk(made, start, length, samples))
-        slots_of.append(draw.choice([BASE, 0, 1, 2]) if start + length > made.activation else BASE)
+        slots_of.append(draw.choice([BASE, 0, 1, 2]) if start + length > made.invocation_start else BASE)
     decodes, tokens = sum(chunk.length == 1 for chunk in chunks), sum(chunk.length for chunk in chunks)
     height, adapted = tile_height(decodes, tokens), sum(slot != BASE for slot in slots_of)
     tiles = most_tiles(tokens, adapted, height)
@@ -77,7 +77,7 @@ def assert_is(step, inputs):
         assert inputs.context_lens[index] == start + length
         for place in range(start, start + length):
             expected.append((made.token_ids[place], place, made.blocks[place // B] * B + place % B))
-            adapters.append(slot if place >= made.activation else BASE)
+            adapters.append(slot if place >= made.invocation_start else BASE)
         row += length
         if length > 1:
             prefill_rows.append(prefill_rows[-1] + length)
@@ -119,7 +119,7 @@ def test_a_step_of_nothing_is_all_padding():
 
 
 def test_a_token_that_the_step_before_samples_is_named_by_its_place_there():
-    known, first, second = (sequence(tokens, limit=100) for tokens in (5, 6, 7))
+    known, first, second = (request(tokens, limit=100) for tokens in (5, 6, 7))
     for made in (known, first, second):
         made.blocks = [1, 2, 3]
     chunks = [Chunk(known, 4, 1, True), Chunk(first, 6, 1, True), Chunk(second, 7, 1, True)]
@@ -143,10 +143,10 @@ def test_parts_are_as_large_as_the_shape_says_aligned_and_apart(seed):
     shape = random_step(seed).shape
     buffer = StepBuffer(shape.total, CPU)
     inputs = buffer.on_device(shape)
-    sequences = shape.decodes + shape.prefills
+    requests = shape.decodes + shape.prefills
     assert inputs.token_ids.shape == inputs.positions.shape == inputs.slots.shape == (shape.tokens,)
-    assert inputs.block_tables.shape == (sequences, shape.width)
-    assert inputs.context_lens.shape == (sequences,)
+    assert inputs.block_tables.shape == (requests, shape.width)
+    assert inputs.context_lens.shape == (requests,)
     assert inputs.query_starts.shape == (shape.prefills + 1,)
     assert inputs.logit_rows.shape == (shape.logits,)
     assert inputs.tiles.fields.shape == (shape.tiles, TILE_FIELDS)
@@ -175,10 +175,10 @@ def test_a_runners_buffer_holds_the_largest_step_there_can_be(tmp_path):
             for prefills in range(RUNNING + 1 - decodes):
                 tokens = TOKENS if prefills else decodes
                 height = tile_height(decodes, tokens)
-                sequences = decodes + prefills
-                tiles = most_tiles(tokens, sequences, height), most_tiles(sequences, sequences, height)
-                shape = StepShape(tokens, decodes, prefills, LIMIT // 16, sequences, *tiles, height)
-                if not sequences:
+                requests = decodes + prefills
+                tiles = most_tiles(tokens, requests, height), most_tiles(requests, requests, height)
+                shape = StepShape(tokens, decodes, prefills, LIMIT // 16, requests, *tiles, height)
+                if not requests:
                     continue
                 inputs = runner._buffer.on_host(shape)
                 parts = [*inputs[:7], inputs.tiles.fields, inputs.logit_tiles.fields]

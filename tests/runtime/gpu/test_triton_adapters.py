@@ -140,7 +140,7 @@ def test_while_one_generation_runs_it_is_retired_and_the_next_takes_its_place(st
     [expected_old], [expected_new] = (ask(reference, [prompt(9)], digest, max_tokens=6) for digest in (old, new))
     assert expected_old != expected_new
     engine.add_request(Generate(request_id="old", token_ids=prompt(9), params=greedy(6), adapter=old))
-    while engine.sequences["old"].num_generated < 2:
+    while engine.requests["old"].num_generated < 2:
         engine.step()
     engine.retire_adapter(old)
     assert engine.add_adapter(*second) == new
@@ -175,8 +175,8 @@ def test_kv_that_were_evicted_to_host_memory_come_back(start, reference, name):
     tokens = prompt(36)
 
     def under(one):
-        activations = [20 if name == "linears" else 0]
-        return one.generate([tokens], greedy(2), one.digests[name], activations)[0]
+        invocation_starts = [20 if name == "linears" else 0]
+        return one.generate([tokens], greedy(2), one.digests[name], invocation_starts)[0]
 
     before = under(engine)
     for seed in range(2):

@@ -23,7 +23,7 @@ def start(oracle):
     with engines(oracle) as start_any:
 
         def start(**options):
-            """With all adapters on the device: else a request stops at its activation, and none lies within a chunk."""
+            """With all adapters on the device: else a request stops at its invocation, and none lies within a chunk."""
             defaults = {"kernels": "triton", "max_running": RUNNING, "max_batch_tokens": 64, "max_lora_rank": 16}
             engine = start_any(**defaults | options)
             for name in MODULES:
@@ -62,9 +62,9 @@ def greedy(max_tokens):
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
-def ask(engine, prompts, names, max_tokens=2, activations=None):
+def ask(engine, prompts, names, max_tokens=2, invocation_starts=None):
     digests = [engine.digests[name] for name in names]
-    return [each.token_ids for each in engine.generate(prompts, greedy(max_tokens), digests, activations)]
+    return [each.token_ids for each in engine.generate(prompts, greedy(max_tokens), digests, invocation_starts)]
 
 
 def assert_peft(oracle, names, prompts, outputs, max_tokens=2):
@@ -90,14 +90,14 @@ def test_base_lora_and_several_aloras_in_one_batch_give_each_its_own(start, orac
 
 
 @pytest.mark.parametrize("budget", [1, 2, 6, 7, 8])
-def test_chunks_may_end_anywhere_around_the_activation(start, oracle, budget):
+def test_chunks_may_end_anywhere_around_the_invocation(start, oracle, budget):
     """Chunks of one token are decodes to the kernels, with or without an adapter, and most choose no token."""
     tokens = invoked("linears", 6, 2)
     engine = start(max_batch_tokens=budget, max_running=1, prefix_cache=False)
     assert_peft(oracle, ["linears"], [tokens], ask(engine, [tokens], ["linears"]))
 
 
-def test_what_the_base_has_cached_up_to_an_activation_is_gone_on_from(engine, oracle):
+def test_what_the_base_has_cached_up_to_an_invocation_is_gone_on_from(engine, oracle):
     tokens = invoked("linears", 21, 2)
     ask(engine, [tokens], [None])
     [completion] = engine.generate([tokens], greedy(2), engine.digests["linears"])
@@ -105,7 +105,7 @@ def test_what_the_base_has_cached_up_to_an_activation_is_gone_on_from(engine, or
     assert_peft(oracle, ["linears"], [tokens], [completion.token_ids])
 
 
-def test_an_explicit_activation_is_where_the_adapter_begins_to_the_row(engine, oracle):
+def test_an_explicit_invocation_is_where_the_adapter_begins_to_the_row(engine, oracle):
     """By the numbers: one row more or less changes few greedy tokens."""
     tokens, digest = prompt(18), engine.digests["linears"]
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=1)
@@ -127,16 +127,20 @@ def test_preempted_sequences_go_on_where_they_were(start, oracle):
 
 
 def test_without_adapters_no_kernel_of_theirs_is_launched(start, oracle):
-    """Nor before an activation: whatever they launched would read the memory that is taken away here."""
+    """Nor before an invocation: whatever they launched would read the memory that is taken away here."""
     engine = start(max_batch_tokens=16, max_running=3)
     engine.runner._memory = None
     prompts = [prompt(9, seed) for seed in range(3)]
     assert_peft(oracle, [None] * 3, prompts, ask(engine, prompts, [None] * 3))
     request = Generate(
-        request_id="later", token_ids=prompt(40, 9), params=greedy(2), adapter=engine.digests["plain"], activation=32
+        request_id="later",
+        token_ids=prompt(40, 9),
+        params=greedy(2),
+        adapter=engine.digests["plain"],
+        invocation_start=32,
     )
     engine.add_request(request)
-    while engine.sequences["later"].computed < 32:
+    while engine.requests["later"].computed < 32:
         engine.step()
     with pytest.raises(AttributeError, match="NoneType"):
         engine.step()

@@ -1,15 +1,15 @@
 """The keys of blocks. Tests of K/V reuse, here and elsewhere, have the number of their rule in their name:
 
 1. A key hashes the parent's key, the block's tokens and a salt; the root's salt is the tenant's, nothing else.
-2. A block that ends at or before the activation has no adapter's salt: it is the base's, for everyone.
-3. The first one past it is salted with the adapter's digest and the activation's offset; later ones inherit that.
-4. Plain LoRA is activation 0, and the base has no adapter anywhere.
-5. What is before the activation is still the tenant's own.
-6. Of a block that straddles the activation, what is before it is copied from whoever has it.
+2. A block that ends at or before the invocation has no adapter's salt: it is the base's, for everyone.
+3. The first one past it is salted with the adapter's digest and the invocation's offset; later ones inherit that.
+4. Plain LoRA is invocation 0, and the base has no adapter anywhere.
+5. What is before the invocation is still the tenant's own.
+6. Of a block that straddles the invocation, what is before it is copied from whoever has it.
 7. A full hit computes the last token again, under the weights of its position.
-8. Base and other adapters read what an aLoRA request computed before its activation, and never what is past it.
-9. A chunk may hold both kinds of token; one before the activation needs no resident adapter.
-10. Before the activation log-probabilities are the base's; what is found in the cache has none.
+8. Base and other adapters read what an aLoRA request computed before its invocation, and never what is past it.
+9. A chunk may hold both kinds of token; one before the invocation needs no resident adapter.
+10. Before the invocation log-probabilities are the base's; what is found in the cache has none.
 11. Retiring an adapter drops its own blocks and no others.
 12. Reuse is judged by equality in float32.
 """
@@ -21,10 +21,10 @@ from runtime.kv.block_keys import block_key, root_key
 B = 16
 
 
-def chain(tokens, adapter=None, activation=0, salt=""):
+def chain(tokens, adapter=None, invocation_start=0, salt=""):
     keys, parent = [], root_key(salt)
     for start in range(0, len(tokens) - len(tokens) % B, B):
-        parent = block_key(parent, tokens[start : start + B], start, adapter, activation)
+        parent = block_key(parent, tokens[start : start + B], start, adapter, invocation_start)
         keys.append(parent)
     return keys
 
@@ -41,22 +41,22 @@ def test_rule_1_a_key_depends_on_all_tokens_before_it_and_on_the_salt():
     assert not set(chain(TOKENS, salt="a")) & set(chain(TOKENS, salt="b"))
 
 
-def test_rule_2_blocks_that_end_at_or_before_the_activation_are_the_bases():
-    for activation in range(4 * B + 1):
-        shared = activation // B
-        keys = chain(TOKENS, "adapter", activation)
+def test_rule_2_blocks_that_end_at_or_before_the_invocation_are_the_bases():
+    for invocation_start in range(4 * B + 1):
+        shared = invocation_start // B
+        keys = chain(TOKENS, "adapter", invocation_start)
         assert keys[:shared] == chain(TOKENS)[:shared]
         assert not set(keys[shared:]) & set(chain(TOKENS))
 
 
-def test_rule_3_the_offset_of_the_activation_inside_its_block_matters():
+def test_rule_3_the_offset_of_the_invocation_inside_its_block_matters():
     straddled = {chain(TOKENS, "adapter", B + offset)[1] for offset in range(B)}
     assert len(straddled) == B
     followers = {chain(TOKENS, "adapter", B + offset)[2] for offset in range(B)}
     assert len(followers) == B, "later blocks inherit the salt"
 
 
-def test_rule_4_plain_lora_is_activation_zero_and_adapters_stay_apart():
+def test_rule_4_plain_lora_is_invocation_zero_and_adapters_stay_apart():
     assert not set(chain(TOKENS, "a")) & set(chain(TOKENS, "b"))
     assert not set(chain(TOKENS, "a")) & set(chain(TOKENS))
 

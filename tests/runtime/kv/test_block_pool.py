@@ -42,18 +42,18 @@ def test_a_failed_allocation_evicts_nothing():
 def test_a_namespace_is_dropped_alone_and_held_blocks_of_it_are_no_longer_found():
     pool = BlockPool(8)
     base = compute(pool, TWO)
-    ours = compute(pool, THREE, adapter="a", activation=2 * B)
+    ours = compute(pool, THREE, adapter="a", invocation_start=2 * B)
     plain = compute(pool, TWO, adapter="a")
     pool.free(plain)
     assert len(pool.drop_namespace("a")) == 3
-    assert known(pool, THREE, adapter="a", activation=2 * B) == base
+    assert known(pool, THREE, adapter="a", invocation_start=2 * B) == base
     assert known(pool, TWO, adapter="a") == []
     pool.check([base, ours])
 
 
 def test_what_follows_a_dropped_block_goes_with_it():
     pool = BlockPool(8)
-    blocks = compute(pool, THREE, adapter="a", activation=2 * B)
+    blocks = compute(pool, THREE, adapter="a", invocation_start=2 * B)
     pool.free(blocks)
     plain = compute(pool, TWO, adapter="b")
     assert len(pool.drop_namespace(None)) == 3
@@ -112,26 +112,26 @@ def test_rule_6_a_tail_is_found_to_its_last_token(filled):
     assert find(pool, range(2 * B), salt="another tenant") == 0
 
 
-@pytest.mark.parametrize("activation", range(B, 2 * B + 1))
-def test_rule_6_a_straddling_block_is_the_bases_up_to_the_activation_in_both_directions(activation):
+@pytest.mark.parametrize("invocation_start", range(B, 2 * B + 1))
+def test_rule_6_a_straddling_block_is_the_bases_up_to_the_invocation_in_both_directions(invocation_start):
     pool = BlockPool(16)
-    pool.free(compute(pool, THREE, adapter="a", activation=activation))
-    assert find(pool, THREE) == activation
-    assert find(pool, THREE, adapter="b", activation=2 * B + 1) == activation
-    assert find(pool, THREE, adapter="b", activation=B + 1) == min(activation, B + 1)
-    assert find(pool, THREE, adapter="a", activation=activation) == 3 * B
+    pool.free(compute(pool, THREE, adapter="a", invocation_start=invocation_start))
+    assert find(pool, THREE) == invocation_start
+    assert find(pool, THREE, adapter="b", invocation_start=2 * B + 1) == invocation_start
+    assert find(pool, THREE, adapter="b", invocation_start=B + 1) == min(invocation_start, B + 1)
+    assert find(pool, THREE, adapter="a", invocation_start=invocation_start) == 3 * B
     pool = BlockPool(16)
     pool.free(compute(pool, THREE))
-    assert find(pool, THREE, adapter="a", activation=activation) == activation
+    assert find(pool, THREE, adapter="a", invocation_start=invocation_start) == invocation_start
 
 
 def test_rule_6_the_tail_of_an_adapters_own_chain_is_its_own():
     pool = BlockPool(16)
-    pool.free(compute(pool, range(2 * B + 2), adapter="a", activation=1))
-    assert find(pool, THREE, adapter="a", activation=1) == 2 * B + 2
-    assert find(pool, THREE, adapter="a", activation=2) == 1
-    assert find(pool, THREE, adapter="a", activation=0) == 0
-    assert find(pool, THREE, adapter="b", activation=1) == 1
+    pool.free(compute(pool, range(2 * B + 2), adapter="a", invocation_start=1))
+    assert find(pool, THREE, adapter="a", invocation_start=1) == 2 * B + 2
+    assert find(pool, THREE, adapter="a", invocation_start=2) == 1
+    assert find(pool, THREE, adapter="a", invocation_start=0) == 0
+    assert find(pool, THREE, adapter="b", invocation_start=1) == 1
 
 
 def test_of_many_that_begin_alike_the_one_that_goes_on_longest_is_found():
@@ -185,7 +185,7 @@ def test_who_evicts_is_told_what_the_block_held():
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Sequences come, share prefixes, register, and go, against a recount after every operation."""
+    """Requests come, share prefixes, register, and go, against a recount after every operation."""
 
     def __init__(self):
         super().__init__()
@@ -203,21 +203,21 @@ class BlockPoolMachine(RuleBasedStateMachine):
     @rule(
         token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=3 * B),
         adapter=st.sampled_from([None, "a", "b"]),
-        activation=st.integers(0, 6),
+        invocation_start=st.integers(0, 6),
     )
-    def compute(self, token_ids, adapter, activation):
+    def compute(self, token_ids, adapter, invocation_start):
         if self.pool.available >= 3:
-            fields = {"adapter": adapter, "activation": activation}
+            fields = {"adapter": adapter, "invocation_start": invocation_start}
             self.held.append(compute(self.pool, token_ids, **fields))
             assert find(self.pool, token_ids, **fields) == len(token_ids)
 
     @rule(
         token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=3 * B),
         adapter=st.sampled_from([None, "a", "b"]),
-        activation=st.integers(0, 6),
+        invocation_start=st.integers(0, 6),
     )
-    def share(self, token_ids, adapter, activation):
-        blocks = known(self.pool, token_ids, adapter=adapter, activation=activation)
+    def share(self, token_ids, adapter, invocation_start):
+        blocks = known(self.pool, token_ids, adapter=adapter, invocation_start=invocation_start)
         self.pool.share(blocks)
         self.held.append(blocks)
 

@@ -54,7 +54,7 @@ def calls(talk):
     """A turn on the base, and what aLoRA adapters check after it."""
     yield list(talk), {}
     for check in range(CHECKS):
-        yield [*talk, 500 + check, 501, 502, 503, 504], {"adapter": f"check {check}", "activation": len(talk)}
+        yield [*talk, 500 + check, 501, 502, 503, 504], {"adapter": f"check {check}", "invocation_start": len(talk)}
 
 
 def growing(order):
@@ -83,7 +83,7 @@ def checked_in_turn(order):
                 for talk in order():
                     yield (
                         [*talks[talk], 500 + check, 501],
-                        {"adapter": f"check {check}", "activation": len(talks[talk])},
+                        {"adapter": f"check {check}", "invocation_start": len(talks[talk])},
                     )
 
     return requests(), (10 + TURNS) * TALKS

@@ -145,7 +145,7 @@ def test_prefixes_leave_what_the_longest_request_needs(start):
         ({"token_ids": []}, "empty_prompt"),
         ({"prefix_id": "known"}, "duplicate_prefix"),
         ({"adapter": "unknown"}, "adapter_failed"),
-        ({"activation": 99}, "invalid_activation"),
+        ({"invocation_start": 99}, "invalid_invocation_start"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -191,7 +191,7 @@ def test_dropping_a_namespace_ends_the_prefixes_of_it_and_no_others(start):
     engine = start()
     one, two = (engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(2))
     held(engine, "base", 40)
-    held(engine, "straddling", 40, adapter=one, activation=20)
+    held(engine, "straddling", 40, adapter=one, invocation_start=20)
     held(engine, "plain", 40, adapter=two)
     engine.drop_namespace(one)
     assert engine.step() == [PrefixEnded(prefix_id="straddling", reason="dropped")]
@@ -213,11 +213,11 @@ def test_what_is_dropped_while_it_is_computed_is_not_said_to_be_held(start):
     assert (failed.code, engine.stats().blocks_held) == ("prefix_dropped", 0)
 
 
-def test_a_prefix_of_an_adapter_is_found_by_it_and_up_to_its_activation_by_all(start):
+def test_a_prefix_of_an_adapter_is_found_by_it_and_up_to_its_invocation_by_all(start):
     engine = start()
     digest = engine.add_adapter(adapter_tensors(), ADAPTER_CONFIG)
-    held(engine, "p", 37, adapter=digest, activation=21)
-    assert cached(engine, 40, adapter=digest, activation=21) == 37
+    held(engine, "p", 37, adapter=digest, invocation_start=21)
+    assert cached(engine, 40, adapter=digest, invocation_start=21) == 37
     assert cached(engine, 40) == 21
     engine.release_prefix("p")
 
@@ -226,7 +226,7 @@ def test_stats_tell_whose_the_blocks_and_the_hits_are(start):
     engine = start()
     digest = engine.add_adapter(adapter_tensors(), ADAPTER_CONFIG)
     cached(engine, 40)
-    cached(engine, 40, adapter=digest, activation=35)
+    cached(engine, 40, adapter=digest, invocation_start=35)
     held(engine, "p", 40, adapter=digest)
     stats = engine.stats().namespaces
     base, adapter = stats[""], stats[digest]

@@ -60,19 +60,19 @@ class Interleavings(RuleBasedStateMachine):
         text=st.integers(0, 50),
         cut=st.integers(1, 60),
         more=tokens,
-        activation=st.integers(0, 60),
+        invocation_start=st.integers(0, 60),
         salt=st.sampled_from(SALTS),
         length=st.integers(1, 12),
         held=st.booleans(),
     )
-    def ask(self, name, text, cut, more, activation, salt, length, held):
+    def ask(self, name, text, cut, more, invocation_start, salt, length, held):
         token_ids = [*self.texts[text % len(self.texts)][:cut], *more][:100]
         fields = {
             "request_id": next(self.names),
             "token_ids": token_ids,
             "adapter": self.digests[name],
-            "activation": min(activation, len(token_ids)) if name in ("attention", "linears") else 0,
-            "shares_kv": name == "last_layer",
+            "invocation_start": min(invocation_start, len(token_ids)) if name in ("attention", "linears") else 0,
+            "kv_is_base": name == "last_layer",
             "cache_salt": salt,
         }
         if held and text % 3 == 0:
@@ -106,7 +106,9 @@ class Interleavings(RuleBasedStateMachine):
             assert request.adapter not in self.digests.values(), "its adapter had been retired"
 
     def compare(self, request, output):
-        [expected] = self.uncached.generate([request.token_ids], request.params, request.adapter, [request.activation])
+        [expected] = self.uncached.generate(
+            [request.token_ids], request.params, request.adapter, [request.invocation_start]
+        )
         assert output == expected.token_ids
         self.texts.append([*request.token_ids, *output])
 

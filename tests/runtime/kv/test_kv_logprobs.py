@@ -39,9 +39,9 @@ def uncached(start):
     return start(prefix_cache=False)
 
 
-def ask(engine, tokens, name=None, activation=None):
+def ask(engine, tokens, name=None, invocation_start=None):
     """The completion, and the log-probabilities of all tokens of the vocabulary for each one of it."""
-    [completion] = engine.generate([tokens], PARAMS, engine.digests[name], [activation])
+    [completion] = engine.generate([tokens], PARAMS, engine.digests[name], [invocation_start])
     found = torch.full((len(completion.logprobs), VOCABULARY), float("nan"))
     for row, entry in zip(found, completion.logprobs, strict=True):
         row[torch.tensor(entry.top_ids)] = torch.tensor(entry.top_logprobs)
@@ -74,14 +74,14 @@ def test_rules_8_and_12_reuse_in_either_direction_changes_nothing_but_rounding(
 
 @pytest.mark.parametrize("length", [1, 16, 37])
 @pytest.mark.parametrize("name", ["attention", "linears", "head"])
-def test_rule_10_before_the_activation_log_probabilities_are_the_bases_to_the_last_bit(engine, name, length):
+def test_rule_10_before_the_invocation_log_probabilities_are_the_bases_to_the_last_bit(engine, name, length):
     tokens = prompt(length)
     ask(engine, tokens)
     base, expected = ask(engine, tokens)
-    before, got = ask(engine, tokens, name, activation=length)
+    before, got = ask(engine, tokens, name, invocation_start=length)
     assert before.cached_tokens == base.cached_tokens == length - 1, "they compute the same in the same shapes"
     assert torch.equal(got[0], expected[0])
-    _, other = ask(engine, tokens, name, activation=length - 1)
+    _, other = ask(engine, tokens, name, invocation_start=length - 1)
     assert (other[0] - expected[0]).abs().max() > 1000 * ROUNDING, "the adapter changes something"
 
 

@@ -60,7 +60,7 @@ def test_rule_6_an_alora_reuses_a_base_conversation_to_its_last_computed_token(e
 
 
 @pytest.mark.parametrize("length", range(20, 37))
-def test_rule_8_the_base_and_other_adapters_reuse_what_an_alora_computed_before_its_activation(
+def test_rule_8_the_base_and_other_adapters_reuse_what_an_alora_computed_before_its_invocation(
     engine, uncached, oracle, length
 ):
     talk = prompt(length)
@@ -75,7 +75,7 @@ def test_rule_8_the_base_and_other_adapters_reuse_what_an_alora_computed_before_
     assert base.cached_tokens == length, "adapted invocation tokens are not the base's"
 
 
-def test_a_later_turn_moves_the_activation_and_finds_the_conversation_before_it(engine, uncached):
+def test_a_later_turn_moves_the_invocation_and_finds_the_conversation_before_it(engine, uncached):
     talk = conversation(engine, 30)
     first = ask(engine, invoked(talk, "attention"), "attention")
     later = [*invoked(talk, "attention"), *first.token_ids, 60, 61, *INVOCATIONS["attention"]]
@@ -104,13 +104,13 @@ def test_each_turn_of_a_chat_finds_all_that_was_computed_of_the_turns_before(eng
         talk = [*talk, *answer.token_ids, *prompt(5, seed=turn)]
 
 
-def test_rule_3_two_activations_of_one_adapter_share_what_is_before_both(engine, uncached):
+def test_rule_3_two_invocations_of_one_adapter_share_what_is_before_both(engine, uncached):
     tokens = prompt(60)
-    ask(engine, tokens, "linears", activations=[37])
-    for activation, found in ((37, 59), (41, 37), (35, 35), (60, 41)):
-        got = ask(engine, tokens, "linears", activations=[activation])
+    ask(engine, tokens, "linears", invocation_starts=[37])
+    for invocation_start, found in ((37, 59), (41, 37), (35, 35), (60, 41)):
+        got = ask(engine, tokens, "linears", invocation_starts=[invocation_start])
         assert got.cached_tokens == found
-        assert got.token_ids == ask(uncached, tokens, "linears", activations=[activation]).token_ids
+        assert got.token_ids == ask(uncached, tokens, "linears", invocation_starts=[invocation_start]).token_ids
 
 
 def test_rule_3_adapters_that_begin_at_one_token_share_what_is_before_it(engine, uncached):
@@ -118,10 +118,10 @@ def test_rule_3_adapters_that_begin_at_one_token_share_what_is_before_it(engine,
     tokens = prompt(60)
     names = ("attention", "linears", None)
     for name, found in zip(names, (0, 37, 37), strict=True):
-        got = ask(engine, tokens, name, activations=[37])
+        got = ask(engine, tokens, name, invocation_starts=[37])
         assert got.cached_tokens == found
-        assert got.token_ids == ask(uncached, tokens, name, activations=[37]).token_ids
-    assert [ask(engine, tokens, name, activations=[37]).cached_tokens for name in names] == [59] * 3
+        assert got.token_ids == ask(uncached, tokens, name, invocation_starts=[37]).token_ids
+    assert [ask(engine, tokens, name, invocation_starts=[37]).cached_tokens for name in names] == [59] * 3
 
 
 def test_rule_4_plain_adapters_and_the_base_share_nothing(engine):
@@ -138,14 +138,19 @@ def forget_all_but(engine, name):
             engine.drop_namespace(digest)
 
 
-def test_rule_5_tenants_share_nothing_before_the_activation_either(engine):
+def test_rule_5_tenants_share_nothing_before_the_invocation_either(engine):
     def request(name, salt, adapter=None):
         tokens = invoked(prompt(37), "attention")
-        activation = 37 if adapter else 0
+        invocation_start = 37 if adapter else 0
         params = SamplingParams(max_tokens=2, temperature=0.0)
         digest = engine.digests[adapter]
         return Generate(
-            request_id=name, token_ids=tokens, params=params, adapter=digest, activation=activation, cache_salt=salt
+            request_id=name,
+            token_ids=tokens,
+            params=params,
+            adapter=digest,
+            invocation_start=invocation_start,
+            cache_salt=salt,
         )
 
     run(engine, request("a", "one"))
@@ -186,9 +191,9 @@ def test_rule_11_what_runs_on_an_adapter_while_it_is_retired_leaves_nothing_behi
     ask(engine, [*INVOCATIONS["attention"], 50], "attention")  # it is resident from here on
     tokens = invoked(prompt(20), "attention")
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-    engine.add_request(Generate(request_id="r", token_ids=tokens, params=params, adapter=digest, activation=20))
+    engine.add_request(Generate(request_id="r", token_ids=tokens, params=params, adapter=digest, invocation_start=20))
     engine.step()
-    assert engine.sequences["r"].num_generated > 0
+    assert engine.requests["r"].num_generated > 0
     engine.retire_adapter(digest)
     assert run(engine)["r"][1] == "length"
     assert digest not in engine.stats().namespaces
@@ -225,7 +230,9 @@ def test_an_adapter_that_breaks_reaches_no_kv_that_the_base_shares(start, uncach
         engine.step()
     talk = prompt(70)
     params = SamplingParams(max_tokens=2, temperature=0.0)
-    request = Generate(request_id="r", token_ids=[*talk, *prompt(50, 1)], params=params, adapter=broken, activation=37)
+    request = Generate(
+        request_id="r", token_ids=[*talk, *prompt(50, 1)], params=params, adapter=broken, invocation_start=37
+    )
     assert run(engine, request)["r"] == ([], "non_finite_logits")
     after = ask(engine, talk)
     assert after.cached_tokens == found, "the block that straddles was the adapter's, and what fails leaves nothing"

@@ -12,7 +12,7 @@ from runtime.kv.block_pool import BlockPool
 from runtime.kv.block_tables import BlockTables
 from runtime.kv.offload import HostKv
 from runtime.messages import Generate, SamplingParams
-from runtime.request import Sequence
+from runtime.request import Request
 from tests.runtime.kv.block_chains import B
 
 SALTS = ("", "tenant")
@@ -53,7 +53,7 @@ class QueuedMover:
 
 
 class Moves:
-    """Sequences of the base, of tenants and of adapters begin, end and are dropped while blocks come and go."""
+    """Requests of the base, of tenants and of adapters begin, end and are dropped while blocks come and go."""
 
     def __init__(self, seed, blocks=None, slots=None):
         self.random = random.Random(seed)
@@ -73,63 +73,63 @@ class Moves:
         first, length = 100 * draw.randrange(2), draw.choice([8, 15, 16, 18])
         tokens = [*range(first, first + length), *draw.choices([0, 1], k=draw.randrange(2))]
         adapter = draw.choice([None, None, "a", "b"])
-        activation = min(draw.choice([0, 5, 8, 13, 30]), len(tokens)) if adapter else 0
-        self.waiting.append(self.sequence(tokens, adapter, activation, draw.choice(["", "", "", *SALTS])))
+        invocation_start = min(draw.choice([0, 5, 8, 13, 30]), len(tokens)) if adapter else 0
+        self.waiting.append(self.request(tokens, adapter, invocation_start, draw.choice(["", "", "", *SALTS])))
 
-    def sequence(self, tokens, adapter=None, activation=0, salt=""):
-        request = Generate(
+    def request(self, tokens, adapter=None, invocation_start=0, salt=""):
+        command = Generate(
             request_id=str(next(self.names)),
             token_ids=list(tokens),
             params=SamplingParams(seed=0),
             adapter=adapter,
-            activation=activation,
+            invocation_start=invocation_start,
             cache_salt=salt,
         )
-        return Sequence(request, max_tokens=100)
+        return Request(command, max_tokens=100)
 
     def start(self):
         if self.waiting:
             self.run(self.random.choice(self.waiting))
 
-    def run(self, sequence):
+    def run(self, request):
         """As the scheduler does, with a step that computes all of it."""
         self.host.land()
-        if self.host.awaits(sequence, len(self.running)) or not self.tables.take(sequence, len(self.running)):
+        if self.host.awaits(request, len(self.running)) or not self.tables.take(request, len(self.running)):
             return
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self.running.append(sequence)
-        first = sequence.computed
-        self.host.settle([*sequence.blocks[first // B :], *(copy.target for copy in self.tables.copies)])
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self.running.append(request)
+        first = request.computed
+        self.host.settle([*request.blocks[first // B :], *(copy.target for copy in self.tables.copies)])
         for source, target, count in self.tables.copies:
             self.mover.device[target] = (*self.mover.device[source][:count], *self.mover.device[target][count:])
         self.tables.copied()
-        for position in range(first, len(sequence)):
-            self.write(sequence, position)
-        sequence.computed = len(sequence)
-        self.tables.register(sequence, first, len(sequence))
-        self.remember(sequence)
+        for position in range(first, len(request)):
+            self.write(request, position)
+        request.computed = len(request)
+        self.tables.register(request, first, len(request))
+        self.remember(request)
 
-    def write(self, sequence, position):
-        block = sequence.blocks[position // B]
+    def write(self, request, position):
+        block = request.blocks[position // B]
         content = list(self.mover.device[block])
-        content[position % B] = self.truth(sequence, position)
+        content[position % B] = self.truth(request, position)
         self.mover.device[block] = tuple(content)
 
-    def truth(self, sequence, position):
+    def truth(self, request, position):
         """What stands for the K/V of a position: all that they depend on."""
-        applies = sequence.adapter is not None and position >= sequence.activation
-        whose = (sequence.adapter, sequence.activation) if applies else None
-        return sequence.root, tuple(sequence.token_ids[: position + 1]), whose
+        applies = request.adapter is not None and position >= request.invocation_start
+        whose = (request.adapter, request.invocation_start) if applies else None
+        return request.root, tuple(request.token_ids[: position + 1]), whose
 
-    def remember(self, sequence):
-        for index in range(-(-len(sequence) // B)):
-            identity = sequence.identity_of(index, B)
+    def remember(self, request):
+        for index in range(-(-len(request) // B)):
+            identity = request.identity_of(index, B)
             held = range(index * B, index * B + len(identity.token_ids))
-            self.known[identity.key] = tuple(self.truth(sequence, position) for position in held)
-        for index, block in enumerate(sequence.blocks):
-            for position in range(index * B, min(index * B + B, len(sequence))):
-                assert self.mover.device[block][position % B] == self.truth(sequence, position)
+            self.known[identity.key] = tuple(self.truth(request, position) for position in held)
+        for index, block in enumerate(request.blocks):
+            for position in range(index * B, min(index * B + B, len(request))):
+                assert self.mover.device[block][position % B] == self.truth(request, position)
 
     def end(self):
         if self.running:
@@ -147,8 +147,8 @@ class Moves:
         """A namespace and all after it: none of it may be found again before it is computed again."""
         namespace = self.random.choice([None, "a", "b"])
         self.host.drop(namespace, self.pool.drop_namespace(namespace))
-        for sequence in self.running:
-            sequence.keeps_kv_to_itself |= sequence.kv_adapter == namespace
+        for request in self.running:
+            request.kv_is_private |= request.kv_namespace == namespace
         dropped = [key for key, content in self.known.items() if belongs(content, namespace)]
         for key in dropped:
             del self.known[key]
@@ -178,8 +178,8 @@ class Moves:
 
 def belongs(content, namespace):
     """Whether a block is of a namespace, or comes after one that is."""
-    whose, activation = content[-1][2] or (None, B)
-    return whose == namespace or (namespace is None and activation >= B)
+    whose, invocation_start = content[-1][2] or (None, B)
+    return whose == namespace or (namespace is None and invocation_start >= B)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -198,14 +198,14 @@ def test_whatever_moves_when_and_is_dropped_meanwhile_what_is_found_is_right(see
 @pytest.mark.parametrize("namespace", [None, "a"])
 def test_what_comes_back_while_it_is_dropped_is_not_found_nor_what_comes_after_it(namespace):
     moves = Moves(seed=0, blocks=8, slots=20)
-    moves.run(moves.sequence(range(18), "a", activation=8))
+    moves.run(moves.request(range(18), "a", invocation_start=8))
     moves.end()
     for tokens in (range(100, 118), range(200, 204)):  # of the eight blocks, three of the adapter's must go
-        moves.run(moves.sequence(tokens))
+        moves.run(moves.request(tokens))
     for _ in moves.running[:]:
         moves.end()
     assert len(moves.host.keys) == 3
-    wanting = moves.sequence([*range(12), 77], "a", activation=8)
+    wanting = moves.request([*range(12), 77], "a", invocation_start=8)
     assert moves.host.awaits(wanting, spare=0)
     assert len(moves.host.held[0]) == 3, "the base's two blocks, and the one that comes"
     assert moves.host.by_namespace()["a"] == 2, "what comes after it is still there"

@@ -50,12 +50,12 @@ def invoked(tokens, name):
 @pytest.mark.parametrize("name", [None, "plain", "attention"])
 def test_what_was_evicted_comes_back_to_the_last_token(engine, uncached, name, length):
     tokens = prompt(length) if name is None else invoked(prompt(length), "attention")
-    activation = [length if name == "attention" else 0]
+    invocation_start = [length if name == "attention" else 0]
     talk = [*tokens, *ask(engine, tokens, name).token_ids]
     overflow(engine)
-    again = ask(engine, [*talk, 50], name, activations=activation)
+    again = ask(engine, [*talk, 50], name, invocation_starts=invocation_start)
     assert again.cached_tokens == len(talk) - 1
-    assert again.token_ids == ask(uncached, [*talk, 50], name, activations=activation).token_ids
+    assert again.token_ids == ask(uncached, [*talk, 50], name, invocation_starts=invocation_start).token_ids
     assert engine.stats().host_kv.loads >= len(talk) // 16
 
 
@@ -72,9 +72,14 @@ def test_namespaces_and_tenants_stay_apart_there(engine):
     def request(name, adapter=None, salt=""):
         params = SamplingParams(max_tokens=2, temperature=0.0)
         digest = engine.digests[adapter]
-        activation = 37 if adapter == "attention" else 0
+        invocation_start = 37 if adapter == "attention" else 0
         return Generate(
-            request_id=name, token_ids=tokens, params=params, adapter=digest, activation=activation, cache_salt=salt
+            request_id=name,
+            token_ids=tokens,
+            params=params,
+            adapter=digest,
+            invocation_start=invocation_start,
+            cache_salt=salt,
         )
 
     tokens = invoked(prompt(37), "attention")
@@ -86,7 +91,7 @@ def test_namespaces_and_tenants_stay_apart_there(engine):
         run(engine, request(name, adapter, salt))
         assert engine.tallies.cached_tokens == found, name
     run(engine, request("d", "attention", "one"))
-    assert engine.tallies.cached_tokens == found + 37, "what the tenant's base computed, up to the activation"
+    assert engine.tallies.cached_tokens == found + 37, "what the tenant's base computed, up to the invocation"
     run(engine, request("e", "plain"))
     assert engine.tallies.cached_tokens == found + 37 + len(tokens) - 1
 

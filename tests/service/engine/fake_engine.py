@@ -2,7 +2,7 @@
 
 A request's `cache_salt` scripts it: "die" ends the process, "hold" gives one token and then nothing, "silent" gives
 nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round, and leaves out
-what is before its activation. A load is done at once if the file is there, else the file is wanted; of pins there is
+what is before its invocation. A load is done at once if the file is there, else the file is wanted; of pins there is
 room for one. A prefix is held at once; half of the blocks may be held. Command line:
 python -m tests.service.engine.fake_engine [--cannot-start] ENDPOINT.
 """
@@ -56,7 +56,7 @@ class Sequence:
 
     def __init__(self, command: Generate, cached_tokens: int):
         self.command, self.cached_tokens = command, cached_tokens
-        prompt = command.token_ids[command.activation :][::-1] if command.adapter else command.token_ids
+        prompt = command.token_ids[command.invocation_start :][::-1] if command.adapter else command.token_ids
         self.answer = list(islice(cycle(prompt), command.params.max_tokens))
         self.given = 0
 

@@ -12,7 +12,7 @@ def blocks(command: Generate | HoldPrefix) -> list[Key]:
     """A prompt's full blocks: the base's up to where the adapter begins, and all where its K/V are the base's."""
     tokens, found = tuple(command.token_ids), []
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
-        own = command.adapter is not None and not command.shares_kv and end > command.activation
+        own = command.adapter is not None and not command.kv_is_base and end > command.invocation_start
         found.append((command.adapter or "" if own else "", command.cache_salt, tokens[:end]))
     return found
 
@@ -31,7 +31,7 @@ class FakeKv:
             if key not in self.computed or cached + BLOCK > limit:
                 break
             cached += BLOCK
-        namespace = "" if command.shares_kv else command.adapter or ""
+        namespace = "" if command.kv_is_base else command.adapter or ""
         asked, hits = self.lookups.get(namespace, (0, 0))
         self.lookups[namespace] = asked + len(command.token_ids), hits + cached
         return cached
