@@ -1,4 +1,4 @@
-"""python -m service.collect: delete stored adapter files that no name refers to, beside or without a running service."""
+"""python -m service.collect: delete stored adapter files that no name refers to; the service may run meanwhile."""
 
 import sys
 from collections.abc import Mapping, Sequence
