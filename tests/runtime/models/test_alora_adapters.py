@@ -49,8 +49,6 @@ def base_outputs(base: Any, tokenizer: Any) -> list[list[int]]:
 def adapted(
     base: Any, base_logits: list[torch.Tensor], base_outputs: list[list[int]], trained_adapters: Path
 ) -> PeftModel:
-    base: Any, base_logits: list[torch.Tensor], base_outputs: list[list[int]], trained_adapters: Path
-) -> PeftModel:
     first, *others = NAMES
     model = PeftModel.from_pretrained(base, trained_adapters / first, adapter_name=first)
     for name in others:
