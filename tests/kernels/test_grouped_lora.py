@@ -52,7 +52,7 @@ POPULARITIES = pytest.mark.parametrize("slots", POPULARITY.values(), ids=POPULAR
 SHAPES = {
     "one part": (24, (40,)),
     "stacked": (33, (17, 5, 5)),
-    "model-like": (288, (96, 32, 32)),
+    "model-like": (160, (96, 32, 32)),
     "tiny": (1, (1, 1)),
 }
 RANKS = (1, 4, 16, 3, 33)
