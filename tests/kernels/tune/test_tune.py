@@ -1,4 +1,4 @@
-"""Choosing launch configurations, the cases that the tuner runs, and the tables that it is looked up in."""
+"""The choice of launch configurations, the cases of the tuner, and the lookup in its tables."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from kernels.tuned import DEFAULTS, NOT_MEASURED, Tuned, lookup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ModelShape(48, 4, 2, 16, 40, 300, torch.float32, DEVICE)
-memory = torch.empty(100)  # what one launch leaves, the next one finds
+memory = torch.empty(100)  # shared by all launches
 
 
 def doubled(x: Tensor, config: str) -> Tensor:
