@@ -9,7 +9,15 @@ from service.adapters.resource import Adapter, AdapterList
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.kv.resource import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.openai.sagemaker import ADAPTER_HEADER
-from service.openai.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, ModelCard, ModelList
+from service.openai.schemas import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ModelCard,
+    ModelList,
+)
 
 JSON, TEXT = "application/json", "text/plain"
 OPEN = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # answered without an API key
@@ -51,7 +59,7 @@ class Operation(NamedTuple):
     body: Any = None
     query: type | None = None
     headers: tuple[str, ...] = ()
-    streams: str | None = None
+    streams: tuple[type, ...] = ()  # what each server-sent event may be, if `stream` asks for events
     media: str = JSON
     answer_headers: Mapping[str, str] = {}
 
@@ -119,20 +127,21 @@ OPERATIONS = {
         {200: either(ChatCompletion, Completion)},
         body={JSON: either(ChatRequest, CompletionRequest)},
         headers=(ADAPTER_HEADER,),
+        streams=(ChatChunk, Completion),
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/completions"): Operation(
         "Complete a prompt: text, texts or token ids.",
         {200: Completion},
         body=CompletionRequest,
-        streams="Completion",
+        streams=(Completion,),
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/chat/completions"): Operation(
         "Answer a conversation, laid out by the model's own chat template.",
         {200: ChatCompletion},
         body=ChatRequest,
-        streams="ChatChunk",
+        streams=(ChatChunk,),
         answer_headers=GENERATED,
     ),
     ("GET", "/kv"): Operation("Look at the KV cache, as a whole and by namespace.", {200: KvCache}),
