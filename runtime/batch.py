@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
 from kernels.cpu.paged_attention import AttentionGroup
-from runtime.chunk import Chunk
 from runtime.models.config import ModelConfig
 from runtime.request import Request
+from runtime.scheduler import Chunk
 
 AdapterSites = Sequence[SiteWeights | None]
 

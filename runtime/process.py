@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from runtime.admission import RequestRefused
 from runtime.config import LOG_FORMAT, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import (
@@ -42,6 +41,7 @@ from runtime.messages import (
     decode_command,
     encode,
 )
+from runtime.request import RequestRefused
 
 _log = logging.getLogger("runtime.process")  # not __name__, which is __main__ in the engine's process
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("service", "runtime", "kernels", "storage", "loadtests", "openapi")
-MAX_LINES = 400
+MAX_LINES = 450
 
 # What each room may import of ours, and which libraries; the standard library is open to all.
 OURS = {
@@ -23,7 +23,7 @@ OURS = {
 }
 LIBRARIES = {
     "kernels": {"torch", "triton", "numpy"},
-    "storage": {"msgspec", "boto3", "botocore", "huggingface_hub", "blake3"},
+    "storage": {"msgspec", "boto3", "botocore", "s3transfer", "huggingface_hub", "blake3"},
     "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq"},
     "service": {
         "starlette",

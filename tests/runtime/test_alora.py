@@ -2,8 +2,8 @@
 
 import pytest
 
-from runtime.admission import RequestRefused
 from runtime.messages import SamplingParams
+from runtime.request import RequestRefused
 from tests.runtime.adapters.peft_engine import GREEDY, INVOCATIONS, TOKENS, PeftOracle, engines, forget
 from tests.runtime.tiny_engine import prompt
 

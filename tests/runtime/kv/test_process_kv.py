@@ -33,8 +33,8 @@ def engine(tmp_path):
     peer.close()
 
 
-def hold(name, ttl_seconds=60.0):
-    return HoldPrefix(request_id=f"hold {name}", prefix_id=name, token_ids=TOKENS, ttl_seconds=ttl_seconds)
+def hold(name):
+    return HoldPrefix(request_id=f"hold {name}", prefix_id=name, token_ids=TOKENS)
 
 
 def stats(engine):
@@ -53,12 +53,6 @@ def test_a_prefix_is_held_found_and_released(engine):
     assert stats(engine).blocks_held == 3
     engine.send(ReleasePrefix(prefix_id="p"))
     assert stats(engine).blocks_held == 0
-
-
-def test_an_idle_engine_lets_a_prefix_go_when_its_time_is_over(engine):
-    engine.send(hold("p", ttl_seconds=0.1))
-    engine.next(PrefixHeld)
-    assert engine.next(PrefixEnded) == PrefixEnded(prefix_id="p", reason="expired")
 
 
 def test_a_namespace_is_dropped_with_what_is_held_of_it(engine):

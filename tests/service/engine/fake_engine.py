@@ -211,7 +211,7 @@ class FakeEngine:
         )
 
     def step(self) -> list[Event]:
-        events = self.kv.expire()
+        events: list[Event] = []
         for request_id, sequence in list(self.running.items()):
             event = sequence.step()
             if event is None:

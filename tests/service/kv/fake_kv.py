@@ -1,6 +1,4 @@
-"""The fake engine's K/V: which blocks were computed for whom, and which prefixes are held until when."""
-
-import time
+"""The fake engine's K/V: which blocks were computed for whom, and which prefixes are held."""
 
 from runtime.messages import Event, Failed, Generate, HoldPrefix, KvNamespace, PrefixEnded, PrefixHeld
 
@@ -21,7 +19,7 @@ class FakeKv:
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
         self.computed: set[Key] = set()
-        self.held: dict[str, tuple[HoldPrefix, float]] = {}
+        self.held: dict[str, HoldPrefix] = {}
         self.lookups: dict[str, tuple[int, int]] = {}
 
     def look_up(self, command: Generate | HoldPrefix) -> int:
@@ -50,7 +48,7 @@ class FakeKv:
             return [Failed(request_id=command.request_id, code=refusal, message="as scripted")]
         cached = self.look_up(command)
         self.compute(command)
-        self.held[command.prefix_id] = command, time.monotonic() + command.ttl_seconds
+        self.held[command.prefix_id] = command
         return [
             PrefixHeld(
                 request_id=command.request_id,
@@ -64,26 +62,19 @@ class FakeKv:
     def release(self, prefix_id: str) -> None:
         self.held.pop(prefix_id, None)
 
-    def expire(self) -> list[Event]:
-        now = time.monotonic()
-        over = [prefix_id for prefix_id, (_, deadline) in self.held.items() if deadline <= now]
-        for prefix_id in over:
-            del self.held[prefix_id]
-        return [PrefixEnded(prefix_id=prefix_id, reason="expired") for prefix_id in over]
-
     def drop(self, namespace: str | None) -> list[Event]:
         self.computed = {key for key in self.computed if key[0] != (namespace or "")}
-        over = [prefix_id for prefix_id, (command, _) in self.held.items() if command.adapter == namespace]
+        over = [prefix_id for prefix_id, command in self.held.items() if command.adapter == namespace]
         for prefix_id in over:
             del self.held[prefix_id]
         return [PrefixEnded(prefix_id=prefix_id, reason="dropped") for prefix_id in over]
 
     @property
     def blocks_held(self) -> int:
-        return sum(-(-len(command.token_ids) // BLOCK) for command, _ in self.held.values())
+        return sum(-(-len(command.token_ids) // BLOCK) for command in self.held.values())
 
     def namespaces(self) -> dict[str, KvNamespace]:
-        used = {key for command, _ in self.held.values() for key in blocks(command)}
+        used = {key for command in self.held.values() for key in blocks(command)}
         found = {}
         for name in {"", *self.lookups, *(key[0] for key in self.computed)}:
             of_it = {key for key in self.computed if key[0] == name}

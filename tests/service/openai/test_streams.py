@@ -1,12 +1,12 @@
 """What happens to running requests when a client goes away, an adapter is replaced, or the engine dies."""
 
 import asyncio
-import dataclasses
 import json
 import os
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -151,7 +151,7 @@ def test_many_requests_at_once_each_get_their_own_answer(server: LiveServer) -> 
 
 def test_a_fault_of_ours_is_a_500_of_the_same_shape_and_the_service_goes_on(mortal: LiveServer) -> None:
     whole = mortal.services
-    mortal.app.state.services = dataclasses.replace(whole, tokenizer=None)
+    mortal.app.state.services = replace(whole, tokenizer=None)
     broken = mortal.complete("hello")
     mortal.app.state.services = whole
     assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal_error")

@@ -8,9 +8,9 @@ import triton
 
 from kernels import interpreter
 from runtime.config import EngineConfig
+from runtime.cpu_runner import CpuRunner
 from runtime.gpu.triton_runner import TritonRunner
-from runtime.model_runner import ReferenceRunner
-from runtime.runners import make_runner
+from runtime.runner import make_runner
 from tests.runtime.tiny_engine import BLOCK_BYTES
 from tests.runtime.tiny_model import TINY
 
@@ -72,13 +72,13 @@ def test_reference_kernels_on_a_cuda_device_are_refused(config, with_cuda, devic
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_a_cpu_gets_the_reference_kernels(config, without_cuda, device, kernels):
-    assert type(make_runner(config(device=device, kernels=kernels))) is ReferenceRunner
+    assert type(make_runner(config(device=device, kernels=kernels))) is CpuRunner
 
 
 def test_asked_for_the_cpu_a_machine_with_a_gpu_uses_it(config, with_cuda):
     for kernels in ("auto", "reference"):
         runner = make_runner(config(device="cpu", kernels=kernels))
-        assert type(runner) is ReferenceRunner
+        assert type(runner) is CpuRunner
         assert runner.device.type == "cpu"
 
 

@@ -5,7 +5,7 @@ import threading
 import torch
 
 from runtime.adapters.pool import AdapterPool
-from runtime.pacer import Pacer
+from runtime.background import Pacer
 from tests.runtime.adapter_format.adapter_files import DEADLINE_SECONDS, MODEL, ONE, SIZE
 
 

@@ -1,30 +1,29 @@
-"""The blocks of requests: found, copied from, taken, made known and given back."""
+"""The blocks of each request: matched in the prefix cache, allocated, registered and freed."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from runtime.kv.block_keys import block_salt
 from runtime.kv.block_pool import BlockPool
 from runtime.request import KvCopy, Request
 
 
-class Found(NamedTuple):
-    """What is known of a request's K/V: whole blocks, and the first `tokens` of another one, `source`."""
+class Match(NamedTuple):
+    """Known K/V of a request: whole blocks, then the first `tokens` tokens of block `source`."""
 
     blocks: list[int]
     source: int
-    tokens: int
+    tokens: int  # 0: no part of a block
 
     @property
-    def whole(self) -> "Found":
-        """Without the part of a block."""
-        return Found(self.blocks, 0, 0)
+    def whole(self) -> "Match":
+        """The whole blocks alone."""
+        return Match(self.blocks, 0, 0)
 
 
-class BlockTables:
-    """Gives requests their blocks; with what other requests have left, they need not compute everything.
+class BlockManager:
+    """Gives each request its block table, with blocks that other requests have computed where they match.
 
-    `copies` are to be done before the step in which they were ordered writes anything, and then reported to `copied`.
+    `copies` are due before the step writes to any block; `copied` ends them.
     """
 
     def __init__(self, pool: BlockPool, block_size: int):
@@ -36,67 +35,73 @@ class BlockTables:
     def copies(self) -> list[KvCopy]:
         return [request.copy for request in self._copying if request.copy is not None]
 
-    def find(self, request: Request) -> Found:
-        """The K/V known of a request, short of its last token: that is computed again, for its logits."""
+    def find(self, request: Request) -> Match:
+        """The known K/V of a request, without its last token: that is computed again, for its logits."""
         size, limit = self.block_size, len(request) - 1
         blocks = self.pool.match(request.keys_up_to(limit, size))
-        start = len(blocks) * size
-        wanted = request.token_ids[start : min(start + size, limit)]
-        salt = block_salt(start, size, request.kv_namespace, request.invocation_start)
-        source, tokens = self.pool.match_within(request.parent_of(len(blocks)), wanted, salt) if wanted else (0, 0)
-        return Found(blocks, source, tokens)
+        index = len(blocks)
+        start = index * size
+        following = request.token_ids[start : min(start + size, limit)]
+        if not following:
+            return Match(blocks, 0, 0)
+        source, tokens = self.pool.match_within(request.parent_of(index), following, request.salt_of(index, size))
+        return Match(blocks, source, tokens)
 
-    def known_tokens(self, found: Found) -> int:
-        return len(found.blocks) * self.block_size + found.tokens
+    def known_tokens(self, match: Match) -> int:
+        return len(match.blocks) * self.block_size + match.tokens
 
-    def take(self, request: Request, spare: int) -> bool:
-        """Blocks for all tokens of a request that holds none, so that `spare` are left over; False changes nothing."""
-        found = self.find(request)
-        # A source is one block more to hold; what can do without it must not wait for it.
-        return self._take(request, found, spare) or (found.tokens > 0 and self._take(request, found.whole, spare))
+    def allocate(self, request: Request, spare: int) -> bool:
+        """Fill the empty block table of a request for all its tokens, and leave `spare` blocks; False changes nothing.
 
-    def _take(self, request: Request, found: Found, spare: int) -> bool:
-        held = [*found.blocks, found.source] if found.tokens else found.blocks
-        missing = self.blocks_for(request) - len(found.blocks)
+        The source of a copy is one more block to hold: a request that fits without it is admitted without it.
+        """
+        match = self.find(request)
+        return self._allocate(request, match, spare) or (
+            match.tokens > 0 and self._allocate(request, match.whole, spare)
+        )
+
+    def _allocate(self, request: Request, match: Match, spare: int) -> bool:
+        held = [*match.blocks, match.source] if match.tokens else match.blocks
+        missing = self.blocks_for(request) - len(match.blocks)
         if missing + spare > self.pool.available_beside(held):
             return False
         self.pool.share(held)
-        taken = self.pool.allocate(missing)
-        assert taken is not None
-        if found.tokens:
-            request.copy = KvCopy(found.source, taken[0], found.tokens)
+        allocated = self.pool.allocate(missing)
+        assert allocated is not None
+        if match.tokens:
+            request.copy = KvCopy(match.source, allocated[0], match.tokens)
             self._copying.append(request)
-        request.blocks = found.blocks + taken
-        request.computed = self.known_tokens(found)
+        request.blocks = match.blocks + allocated
+        request.computed = self.known_tokens(match)
         return True
 
     def copied(self) -> None:
-        """The copies ordered so far are done: their sources may go."""
+        """The ordered copies are done: release their sources."""
         for request in self._copying:
             self._end_copy(request)
         self._copying.clear()
 
     def grow(self, request: Request) -> bool:
-        """Blocks for the tokens that a request has got since; False when there are too few."""
+        """Allocate blocks for the tokens that a request has got since; False if there are too few."""
         missing = self.blocks_for(request) - len(request.blocks)
         if missing <= 0:
             return True
-        taken = self.pool.allocate(missing)
-        request.blocks += taken or []
-        return taken is not None
+        allocated = self.pool.allocate(missing)
+        request.blocks += allocated or []
+        return allocated is not None
 
     def register(self, request: Request, since: int, until: int) -> None:
-        """Make known the blocks that became full between `since` and `until` computed tokens."""
+        """Register the blocks that became full between `since` and `until` computed tokens."""
         for index in range(since // self.block_size, until // self.block_size):
             self._register(request, index)
 
     def register_tail(self, request: Request) -> None:
-        """Make known what has been computed of a last block that is not full; nothing may be written to it any more."""
+        """Register the computed part of a last block that is not full; nothing may write to it afterwards."""
         if request.copy is None and request.computed % self.block_size:
             self._register(request, request.computed // self.block_size)
 
-    def give_back(self, request: Request) -> None:
-        """Free a request's blocks; what has been computed stays known."""
+    def free(self, request: Request) -> None:
+        """Free the blocks of a request; what it has computed stays in the prefix cache."""
         self.register_tail(request)
         if request.copy is not None:
             self._copying.remove(request)
@@ -121,7 +126,7 @@ class BlockTables:
         return -(-len(request) // self.block_size)
 
     def check(self, requests: Iterable[Request], others: Iterable[list[int]] = ()) -> None:
-        """Recount the pool against what requests and `others` hold."""
+        """Recount the pool against the blocks of `requests` and of `others`."""
         requests = list(requests)
         sources = {request: [] if request.copy is None else [request.copy.source] for request in requests}
         self.pool.check([*(request.blocks + sources[request] for request in requests), *others])
