@@ -1,20 +1,19 @@
-"""One step's tokens laid side by side, whatever sequences and adapters they belong to."""
+"""One step's tokens laid side by side, whatever requests and adapters they belong to."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.reference.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
-from kernels.reference.paged_attention import AttentionGroup
-from runtime.chunk import Chunk
+from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
+from kernels.cpu.paged_attention import AttentionGroup
 from runtime.models.config import ModelConfig
-from runtime.sequence import Sequence
+from runtime.request import Request
+from runtime.scheduler import Chunk
 
-AdapterSites = Seq[SiteWeights | None]
+AdapterSites = Sequence[SiteWeights | None]
 
 # Decode rows share one attention call until padding them to the longest would read more than this many times
 # what they hold.
@@ -56,11 +55,11 @@ class Batch(NamedTuple):
     groups: list[AttentionGroup]
     logit_rows: Tensor
     lora: LoraRows | None
-    sampling: list[Sequence]
+    sampling: list[Request]
 
 
 def build_batch(
-    chunks: Seq[Chunk],
+    chunks: Sequence[Chunk],
     model: ModelConfig,
     block_size: int,
     lookup: Callable[[str], AdapterSites],
@@ -68,12 +67,12 @@ def build_batch(
     device: torch.device,
 ) -> Batch:
     """Lay out the chunks of one step; `lookup` gives the resident weights of an adapter by digest."""
-    ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.sequence.adapter or "", len(chunk.sequence)))
+    ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
     token_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
-    for sequence, start, length, samples in ordered:
-        token_ids += sequence.token_ids[start : start + length]
+    for request, start, length, samples in ordered:
+        token_ids += request.token_ids[start : start + length]
         positions += range(start, start + length)
         if samples:
             logit_rows.append(len(token_ids) - 1)
@@ -87,7 +86,7 @@ def build_batch(
         groups=groups,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         lora=_lora_rows(ordered, logit_rows, model, lookup),
-        sampling=[chunk.sequence for chunk in ordered if chunk.samples],
+        sampling=[chunk.request for chunk in ordered if chunk.samples],
     )
 
 
@@ -123,9 +122,9 @@ def _base_and_adapted(chunk: Chunk) -> list[int]:
 
     The base's part sees nothing of the adapted one: an infinity there, though masked, would reach K/V that all share.
     """
-    stop, activation = chunk.start + chunk.length, chunk.sequence.activation
-    if chunk.sequence.adapter is not None and chunk.start < activation < stop:
-        return [chunk.start, activation, stop]
+    stop, invocation_start = chunk.start + chunk.length, chunk.request.invocation_start
+    if chunk.request.adapter is not None and chunk.start < invocation_start < stop:
+        return [chunk.start, invocation_start, stop]
     return [chunk.start, stop]
 
 
@@ -143,11 +142,11 @@ def _group_bounds(lengths: list[int]) -> list[int]:
 
 
 def _slots(chunks: list[Chunk], block_size: int) -> Tensor:
-    """The slots of each sequence's context including the chunk, (b, longest), padded with slots of the null block."""
+    """The slots of each request's context including the chunk, (b, longest), padded with slots of the null block."""
     longest = max(chunk.start + chunk.length for chunk in chunks)
     width = -(-longest // block_size)
     tables = torch.tensor(
-        [chunk.sequence.blocks[:width] + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
+        [chunk.request.blocks[:width] + [0] * (width - len(chunk.request.blocks)) for chunk in chunks]
     )
     slots = tables[:, :, None] * block_size + torch.arange(block_size)
     return slots.flatten(1)[:, :longest]
@@ -163,15 +162,15 @@ def _lora_rows(
     """Runs of rows under one adapter; None, and nothing of LoRA runs at all, when no row carries any."""
     runs: list[tuple[int, int, str]] = []
     row = 0
-    for sequence, start, length, _ in chunks:
-        first = row + min(max(sequence.activation - start, 0), length)
+    for request, start, length, _ in chunks:
+        first = row + min(max(request.invocation_start - start, 0), length)
         row += length
-        if sequence.adapter is None or first == row:
+        if request.adapter is None or first == row:
             continue
-        if runs and runs[-1][1] == first and runs[-1][2] == sequence.adapter:
-            runs[-1] = (runs[-1][0], row, sequence.adapter)
+        if runs and runs[-1][1] == first and runs[-1][2] == request.adapter:
+            runs[-1] = (runs[-1][0], row, request.adapter)
         else:
-            runs.append((first, row, sequence.adapter))
+            runs.append((first, row, request.adapter))
     if not runs:
         return None
     logit_runs = []

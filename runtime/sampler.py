@@ -1,12 +1,13 @@
-"""Choosing the next token of each sequence from its logits."""
+"""Choosing the next token of each request from its logits."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.cpu.sampling import invert
 from runtime.messages import SamplingParams, TokenLogprobs
-from runtime.sequence import Sequence
+from runtime.request import Request
 
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 1024
@@ -24,43 +25,43 @@ class Sampled(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    """One token for each row of `logits`, float32 (n, vocab), by the parameters of its sequence.
+def sample(logits: Tensor, requests: list[Request]) -> list[Sampled]:
+    """One token for each row of `logits`, float32 (n, vocab), by the parameters of its request.
 
     A row's token depends on its own logits, parameters, seed and position alone, never on its neighbours.
     """
     best, greedy = logits.max(dim=-1)
     finite = torch.isfinite(best).tolist()
     sampled = []
-    for row, (sequence, token_id) in enumerate(zip(sequences, greedy.tolist(), strict=True)):
-        params = sequence.params
+    for row, (request, token_id) in enumerate(zip(requests, greedy.tolist(), strict=True)):
+        params = request.params
         if not finite[row]:
             sampled.append(Sampled(None))
             continue
         if params.temperature > 0:
-            token_id = _draw(adjust(logits[row], sequence), sequence)
-        elif adjusts(sequence):
-            token_id = int(adjust(logits[row], sequence).argmax())
+            token_id = _draw(adjust(logits[row], request), request)
+        elif adjusts(request):
+            token_id = int(adjust(logits[row], request).argmax())
         sampled.append(Sampled(token_id, logprobs_of(logits[row], token_id, params.logprobs)))
     return sampled
 
 
-def adjusts(sequence: Sequence) -> bool:
+def adjusts(request: Request) -> bool:
     """Whether `adjust` changes anything."""
-    return sequence.needs_tokens or bool(sequence.forbidden_ids)
+    return request.needs_tokens or bool(request.forbidden_ids)
 
 
-def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
+def adjust(logits: Tensor, request: Request) -> Tensor:
     """Penalties and forbidden tokens: a changed copy, or the same tensor when there are none."""
-    if not adjusts(sequence):
+    if not adjusts(request):
         return logits
-    params, forbidden = sequence.params, sequence.forbidden_ids
+    params, forbidden = request.params, request.forbidden_ids
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+        seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
         values, penalty = logits[seen], max(params.repetition_penalty, LEAST_DIVISOR)
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    generated = sequence.token_ids[sequence.num_prompt :]
+    generated = request.token_ids[request.num_prompt :]
     if generated and (params.presence_penalty or params.frequency_penalty):
         ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
@@ -70,18 +71,18 @@ def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, sequence: Sequence) -> int:
+def _draw(logits: Tensor, request: Request) -> int:
     """Draw from softmax(logits / temperature) cut by top_k, then top_p of what is left, then min_p of the likeliest."""
-    params = sequence.params
+    params = request.params
     probabilities = ((logits - logits.max()) / max(params.temperature, LEAST_DIVISOR)).softmax(-1)
-    draw = uniform(sequence.seed, params.choice, sequence.num_generated)
+    draw = uniform(request.seed, params.choice, request.num_generated)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        return _invert(probabilities, draw)
+        return invert(probabilities, draw)
     values, ids = _likeliest(probabilities, params)
     keep = values.cumsum(-1) - values < params.top_p * (values.sum() if params.top_k else 1.0)
     keep &= values >= params.min_p * values[0]
     keep[0] = True
-    return int(ids[_invert(torch.where(keep, values, 0.0), draw)])
+    return int(ids[invert(torch.where(keep, values, 0.0), draw)])
 
 
 def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -92,13 +93,6 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
     values, ids = probabilities.topk(min(_FIRST_CANDIDATES, vocab))
     enough = bool(values.sum() >= params.top_p) or bool(values[-1] < params.min_p * values[0])
     return (values, ids) if enough else probabilities.sort(descending=True)
-
-
-def _invert(weights: Tensor, draw: float) -> int:
-    """The index at which the running sum of `weights` passes the share `draw` of their total."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, cumulative[-1] * draw, right=True))
-    return index if index < len(weights) else int((weights > 0).nonzero()[-1])  # the draw was rounded up to the total
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

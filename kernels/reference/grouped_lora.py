@@ -1,137 +1,66 @@
-"""Grouped LoRA products: y += (x Aᵀ) B + bias for runs of rows that carry the same adapter."""
+"""The specification of kernels.grouped_lora: LoRA products over tiles."""
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# On a CPU, rows up to which numpy computes a run that is not alone. torch wakes all its threads for each product; with
-# several short runs numpy's take half the time up to here, for ranks 16 to 192 and 576 to 12,288 features. A run that
-# is alone in its batch is torch's: over the base's step of a 135M model, an r16 adapter then costs 29 % and not 36 %
-# (both measured step about in one run; 2 threads, bfloat16).
-FEW_ROWS = 16
+from kernels.lora_tiles import Tiles
+from kernels.offset_table import BIAS, MAX_PARTS, NO_BIAS, RANKS, A, B
 
 
-class PartWeights(NamedTuple):
-    """One adapted projection of a stacked site.
+def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
+    """Σₛ t[rows, s, :rank] = x[rows] Aᵀ for every tile whose adapter adapts the site, in float32.
 
-    `b` is (rank, out), scaled, stored transposed so that the expand reads it row by row; `bias` is (out,),
-    scaled, or None. `columns` are the projection's columns in the site's output, `ranks` its rows in `a`.
+    x is (T, in), `t` (T, splits, width) float32. Returns the splits of `t` that the expand adds up: here `t[:, :1]`.
+    Other rows of `t`, and columns beyond the adapter's ranks, are not written.
     """
+    for rows, fields in _adapted(site, table, tiles):
+        rank, features = fields[RANKS + MAX_PARTS], x.shape[1]
+        a = _matrix(arena, fields[A], rank, features)
+        t[rows, 0, :rank] = x[rows].float() @ a.t()
+    return t[:, :1]
 
-    b: Tensor
-    columns: slice
-    ranks: slice
-    bias: Tensor | None
 
+def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
+    """The shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
 
-class HostSite(NamedTuple):
-    """A site's weights as numpy sees them: `a` is (in, sum of ranks), `b` and `bias` go by part.
-
-    `columns` is the range that the parts fill side by side, None if they leave some out.
+    token_ids is (T,) int64. Returns `t[:, :1]`, the input of the expand.
     """
+    for rows, fields in _adapted(site, table, tiles):
+        rank = fields[RANKS + MAX_PARTS]
+        ranks = torch.arange(rank, device=arena.device)
+        t[rows, 0, :rank] = arena[fields[A] + token_ids[rows, None] * rank + ranks].to(t.dtype)
+    return t[:, :1]
 
-    a: np.ndarray
-    b: tuple[np.ndarray, ...]
-    bias: tuple[np.ndarray | None, ...]
-    columns: slice | None
 
+def expand(t: Tensor, y: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, widths: Sequence[int]) -> None:
+    """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
 
-class SiteWeights(NamedTuple):
-    """One adapter's weights at one site: `a` is (in, sum of the parts' ranks), Aᵀ, stored rank by rank.
-
-    `host` are the same weights again where they are float32 in ordinary memory.
+    `t` is the result of the shrink. y is (T, out); the site's parts fill its columns side by side, `widths[i]` columns
+    for part i. Computed in float32 and rounded to y's dtype once. Rows of no tile, and columns of parts that are not
+    adapted, keep their bits.
     """
-
-    a: Tensor
-    parts: tuple[PartWeights, ...]
-    host: HostSite | None = None
-
-    def on_host(self) -> "SiteWeights":
-        """With `host` set; the weights must be float32 on the CPU."""
-        b = tuple(part.b.numpy() for part in self.parts)
-        bias = tuple(None if part.bias is None else part.bias.numpy() for part in self.parts)
-        gapless = all(left.columns.stop == right.columns.start for left, right in pairwise(self.parts))
-        columns = slice(self.parts[0].columns.start, self.parts[-1].columns.stop) if gapless else None
-        return self._replace(host=HostSite(self.a.numpy(), b, bias, columns))
-
-
-class Run(NamedTuple):
-    """Consecutive rows of a batch that carry one adapter; `sites[i]` is None where it does not adapt site i."""
-
-    start: int
-    stop: int
-    sites: Sequence[SiteWeights | None]
+    for rows, fields in _adapted(site, table, tiles):
+        stop = 0
+        for part, width in enumerate(widths):
+            start, stop = stop, stop + width
+            first, last = fields[RANKS + part : RANKS + part + 2]
+            if first == last:
+                continue
+            delta = t[rows, :, first:last].sum(1) @ _matrix(arena, fields[B + part], last - first, width)
+            if fields[BIAS + part] != NO_BIAS:
+                delta += _matrix(arena, fields[BIAS + part], 1, width)
+            y[rows, start:stop] += delta
 
 
-def grouped_lora(y: Tensor, x: Tensor, site: int, runs: Sequence[Run]) -> None:
-    """y[rows, columns] += (x[rows] Aᵀ) B + bias, in place, for every run and every part adapted at the site.
-
-    y is (T, out) and x is (T, in), both in the model's dtype; the products are in the weights' dtype. Rows of no
-    run and columns of no adapted part keep their bits: rows are selected, never multiplied by a mask.
-    """
-    few: list[_HostRun] = []
-    for start, stop, sites in runs:
-        weights = sites[site]
-        if weights is None:
-            continue
-        if weights.host is not None and len(runs) > 1 and stop - start <= FEW_ROWS:
-            few.append(_HostRun(start, stop, weights.parts, weights.host))
-            continue
-        rows, out = (x, y) if stop - start == len(y) else (x[start:stop], y[start:stop])
-        _expand(out, torch.mm(rows.to(weights.a.dtype), weights.a), weights.parts)
-    if few:
-        with np.errstate(all="ignore"):  # infinities are the caller's to find, as with torch
-            _few_rows(y, x, few)
+def _adapted(site: int, table: Tensor, tiles: Tiles) -> Iterator[tuple[slice, list[int]]]:
+    """Rows and table entry of every tile whose adapter adapts the site."""
+    for first, count, slot in tiles.fields.tolist():
+        fields = table[slot, site].tolist()
+        if count and fields[RANKS + MAX_PARTS]:
+            yield slice(first, first + count), fields
 
 
-def embedding_lora(x: Tensor, token_ids: Tensor, site: int, runs: Sequence[Run]) -> None:
-    """x[rows] += A[:, token_ids[rows]]ᵀ B, in place: the grouped product whose input is one-hot.
-
-    x is (T, out) in the model's dtype, token_ids is (T,); fast where `a` is stored token by token.
-    """
-    for start, stop, sites in runs:
-        weights = sites[site]
-        if weights is not None:
-            _expand(x[start:stop], weights.a[token_ids[start:stop]], weights.parts)
-
-
-class _HostRun(NamedTuple):
-    start: int
-    stop: int
-    parts: tuple[PartWeights, ...]
-    host: HostSite
-
-
-def _expand(y: Tensor, t: Tensor, parts: Sequence[PartWeights]) -> None:
-    """y[:, columns] += t[:, ranks] B + bias for each part. A slice that would be the whole is not taken: each costs."""
-    for b, columns, ranks, bias in parts:
-        part = t if len(parts) == 1 else t[:, ranks]
-        delta = torch.mm(part, b) if bias is None else torch.addmm(bias, part, b)
-        (y if b.shape[1] == y.shape[1] else y[:, columns]).add_(delta)
-
-
-def _few_rows(y: Tensor, x: Tensor, few: Sequence[_HostRun]) -> None:
-    """The same for runs of few rows: x is cast once, and y is added to once where the runs leave no gap."""
-    first, last = few[0].start, few[-1].stop
-    inputs = x[first:last].float().numpy()
-    delta = np.empty((last - first, y.shape[1]), np.float32)
-    rows, columns = 0, few[0].host.columns
-    for start, stop, parts, host in few:
-        rows += stop - start
-        columns = columns if host.columns == columns else None
-        t = inputs[start - first : stop - first] @ host.a
-        for part, b, bias in zip(parts, host.b, host.bias, strict=True):
-            product = np.matmul(t[:, part.ranks], b, out=delta[start - first : stop - first, part.columns])
-            if bias is not None:
-                product += bias
-    whole = torch.from_numpy(delta)
-    if columns is not None and rows == last - first:
-        y[first:last, columns].add_(whole[:, columns])
-        return
-    for start, stop, parts, host in few:
-        for filled in [part.columns for part in parts] if host.columns is None else [host.columns]:
-            y[start:stop, filled].add_(whole[start - first : stop - first, filled])
+def _matrix(arena: Tensor, offset: int, rows: int, columns: int) -> Tensor:
+    return arena[offset : offset + rows * columns].view(rows, columns).to(torch.float32)

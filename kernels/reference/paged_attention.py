@@ -1,102 +1,50 @@
-"""Attention over a KV cache that is addressed by slots."""
-
-from collections.abc import Sequence
-from typing import NamedTuple
+"""The specification of kernels.paged_attention: attention over a KV cache that block tables address."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import onednn
 
-# On a CPU, scores of a KV head's queries from which a prompt's attention is computed head by head. With 9 query and 3
-# KV heads of 64 in bfloat16 the other way takes 30 % less time at 46,000 scores, as much at 100,000 and 17 % more at
-# 161,000 (2 threads of a Zen 5).
-BY_HEAD_SCORES = 100_000
+def paged_decode(
+    q: Tensor, kv: Tensor, block_tables: Tensor, context_lens: Tensor, block_size: int, scale: float, out: Tensor
+) -> None:
+    """out[s, h] = softmax(q[s, h] Kᵀ · scale) V over sequence s's context, h reading KV head h // (heads / kv_heads).
 
-# Bytes of scores, at most, between their products and their softmax: they stay in the cache. 256 queries after 3,840
-# tokens take 18.2 ms with 1 MiB, 15.7 with 2, 15.2 with 4 and 14.7 with 8 (same shape, 1 thread).
-SCORE_BYTES = 4 << 20
-
-
-class AttentionGroup(NamedTuple):
-    """Sequences of a batch that attend in one call: `sequences` of them, with `queries` rows each.
-
-    `rows` are their query rows, one sequence after another. `slots` (sequences, L) int64 are the KV slots of
-    each one's context, its own new tokens included, padded with 0. `mask` (sequences, 1, queries, L) is added
-    to the scores, 0 or -inf, in the dtype of the queries; None where everything is visible. Several queries of a
-    sequence are the last of its context: each sees all that precedes them.
+    Arguments as in kernels.paged_attention.paged_decode. The weights are not rounded.
     """
-
-    rows: slice
-    sequences: int
-    queries: int
-    slots: Tensor
-    mask: Tensor | None
+    for row, context in enumerate(context_lens.tolist()):
+        out[row] = _attend(q[row], kv, block_tables[row], context, block_size, scale)
 
 
-def paged_attention(q: Tensor, kv: Tensor, groups: Sequence[AttentionGroup], scale: float) -> Tensor:
-    """softmax(q Kᵀ · scale + mask) V for each group, query head h reading KV head h // (heads / kv_heads).
+def paged_prefill(
+    q: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    block_size: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """As `paged_decode`, for several queries a sequence: the last tokens of its context, with a causal mask.
 
-    `q` is (T, heads, d), `kv` (slots, 2, kv_heads, d) with K at index 0 and V at 1, and the groups cover the T
-    rows. Gives (T, heads * d).
+    Arguments as in kernels.paged_attention.paged_prefill.
     """
-    if len(groups) == 1:
-        return _attend(q, kv, groups[0], scale).reshape(q.shape[0], -1)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for group in groups:
-        out[group.rows] = _attend(q[group.rows], kv, group, scale)
-    return out.view(q.shape[0], -1)
+    starts = query_starts.tolist()
+    out[starts[-1] :] = 0
+    for sequence, context in enumerate(context_lens.tolist()):
+        start, stop = starts[sequence : sequence + 2]
+        for row in range(start, stop):
+            seen = max(context - (stop - 1 - row), 0)
+            out[row] = _attend(q[row], kv, block_tables[sequence], seen, block_size, scale)
 
 
-def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tensor:
-    """One group's attention, (rows, heads, d)."""
-    rows, heads, d = q.shape
-    kv_heads = kv.shape[2]
-    scores = group.queries * group.slots.shape[1] * heads // kv_heads
-    alone = group.sequences == 1 < group.queries
-    if alone and scores >= BY_HEAD_SCORES and q.device.type == "cpu" and onednn.computes(q.dtype):
-        return _attend_by_head(q, kv, group, scale)
-    # One gather brings K and V; the permutation is a view: (2, sequences, kv_heads, L, d).
-    context = kv.index_select(0, group.slots.flatten()).view(*group.slots.shape, 2, kv_heads, d).permute(2, 0, 3, 1, 4)
-    k, v = context[0], context[1]
-    if group.queries == 1:
-        # The heads that share a KV head become its queries, so that K and V are not repeated for them.
-        folded = q.view(rows, kv_heads, heads // kv_heads, d)
-        return F.scaled_dot_product_attention(folded, k, v, group.mask, scale=scale).reshape(rows, heads, d)
-    split = q.view(group.sequences, group.queries, heads, d).transpose(1, 2)
-    out = F.scaled_dot_product_attention(split, k, v, group.mask, scale=scale, enable_gqa=heads != kv_heads)
-    return out.transpose(1, 2).reshape(rows, heads, d)
-
-
-def _attend_by_head(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tensor:
-    """The same for one sequence of many queries, for each KV head and a few queries at once.
-
-    The weights are rounded to q's dtype before they meet V, the scores are not. torch's own CPU attention multiplies
-    bfloat16 at the speed of float32, a fifth of what oneDNN does here.
-    """
-    queries, heads, d = q.shape
-    length, kv_heads = group.slots.shape[1], kv.shape[2]
-    shared = heads // kv_heads
-    keys, values = kv.index_select(0, group.slots[0]).permute(1, 2, 0, 3).contiguous()
-    keys = keys.float()
-    split = (q.float() * scale).view(queries, kv_heads, shared, d)
-    out = torch.empty((queries, kv_heads, shared, d), dtype=q.dtype)
-    tile = max(SCORE_BYTES // (4 * shared * length), 1)
-    for first in range(0, queries, tile):
-        last = min(first + tile, queries)
-        seen = length - queries + last
-        own = None if group.mask is None else group.mask[0, 0, first:last, None, seen - (last - first) : seen]
-        for head in range(kv_heads):
-            out[first:last, head] = _weighted(split[first:last, head], keys[head, :seen], values[head, :seen], own)
-    return out.view(queries, heads, d)
-
-
-def _weighted(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q Kᵀ + mask) V for `q` (rows, shared, d) float32, where `mask` (rows, 1, rows) is of the last keys."""
-    rows, shared, d = q.shape
-    scores = onednn.linear(q.reshape(rows * shared, d), keys)
-    if mask is not None:
-        scores.view(rows, shared, -1)[..., -rows:] += mask
-    weights = torch.softmax(scores, -1, out=scores).to(values.dtype)
-    return onednn.linear(weights, values.T).view(rows, shared, d)
+def _attend(query: Tensor, kv: Tensor, table: Tensor, seen: int, block_size: int, scale: float) -> Tensor:
+    """One row's attention, (heads, d) float32, over the first `seen` tokens; zeros if there are none."""
+    heads, head_dim = query.shape
+    tokens = torch.arange(seen, device=table.device)
+    slots = table[tokens // block_size].long() * block_size + tokens % block_size
+    k, v = kv[slots].float().permute(1, 2, 0, 3)  # (kv_heads, seen, d)
+    grouped = query.float().view(len(k), -1, head_dim)
+    weights = torch.softmax(grouped @ k.transpose(1, 2) * scale, -1)
+    mixed: Tensor = weights @ v
+    return mixed.view(heads, head_dim)

@@ -55,14 +55,15 @@ def launches(dtype: str) -> Iterator[Any]:
     """Calls that launch every kernel as it is launched when nothing has been tuned, at Qwen3-8B's shapes."""
     import torch
 
-    from kernels import grouped_lora, tune, tuned
+    from kernels import grouped_lora, tuned
     from kernels.lora_tiles import Tiles
-    from kernels.tune_lora import lora_cases
-    from kernels.tune_rows import ModelShape
-    from runtime.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT
+    from kernels.tune import tuner
+    from kernels.tune.lora import lora_cases
+    from kernels.tune.rows import ModelShape
+    from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 
     model = ModelShape(dtype=getattr(torch, dtype), device="cpu")
-    for case in tune.all_cases(model, decode=(1, 32), prefill=256, context=64):
+    for case in tuner.all_cases(model, decode=(1, 32), prefill=256, context=64):
         config, inputs = tuned.lookup("", case.kernel, case.rows, model.dtype).config, case.prepare(0)
         heights = {each.height for each in inputs if isinstance(each, Tiles)}
         if heights <= {DECODE_HEIGHT, PREFILL_HEIGHT}:

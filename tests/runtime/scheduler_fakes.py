@@ -1,13 +1,13 @@
-"""A scheduler beside fakes of all that it asks, and sequences for it."""
+"""A scheduler beside fakes of all that it asks, and requests for it."""
 
 import itertools
 
-from runtime.adapter_unavailable import AdapterUnavailable
-from runtime.block_pool import BlockPool
-from runtime.block_tables import BlockTables
+from runtime.adapters.unavailable import AdapterUnavailable
+from runtime.kv.block_manager import BlockManager
+from runtime.kv.block_pool import BlockPool
 from runtime.messages import Generate, SamplingParams
+from runtime.request import Request
 from runtime.scheduler import Scheduler
-from runtime.sequence import Sequence
 
 B = 4
 
@@ -42,14 +42,14 @@ class FakeAdapters:
         return digest in self.roomless and not self.enough & set(leaving)
 
 
-class FakeEvictedKv:
-    """Host memory from which K/V of some sequences come back."""
+class FakeOffload:
+    """Host memory from which K/V of some requests come back."""
 
     def __init__(self):
-        self.on_their_way = set()
+        self.reloading = set()
 
-    def awaits(self, sequence, spare):
-        return sequence in self.on_their_way
+    def waits_for_reload(self, request, spare):
+        return request in self.reloading
 
 
 class Clock:
@@ -59,11 +59,11 @@ class Clock:
         return self.now
 
 
-def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, evicted=None, clock=None):
+def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, offload=None, clock=None):
     return Scheduler(
-        BlockTables(BlockPool(blocks + 1), B),
+        BlockManager(BlockPool(blocks + 1), B),
         adapters or FakeAdapters(),
-        evicted or FakeEvictedKv(),
+        offload or FakeOffload(),
         max_running=running,
         max_waiting=waiting,
         max_batch_tokens=budget,
@@ -74,28 +74,28 @@ def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, evicted
 names = itertools.count()
 
 
-def sequence(tokens, max_tokens=8, adapter=None, limit=64, activation=0, first=0, **params):
+def request(tokens, max_tokens=8, adapter=None, limit=64, invocation_start=0, first=0, **params):
     token_ids = list(range(first, first + tokens)) if isinstance(tokens, int) else tokens
-    request = Generate(
+    command = Generate(
         request_id=f"r{next(names)}",
         token_ids=token_ids,
         params=SamplingParams(max_tokens=max_tokens, seed=0, **params),
         adapter=adapter,
-        activation=activation,
+        invocation_start=invocation_start,
     )
-    made = Sequence(request, max_tokens=limit)
+    made = Request(command, max_tokens=limit)
     made.enqueued_at = 0.0
     return made
 
 
 def step(s, token=7):
-    """One step in which every sampling sequence gets `token`; returns {request: (start, count)}."""
+    """One step in which every sampling request gets `token`; returns {request: (start, count)}."""
     chunks, rejected = s.schedule()
     assert not rejected
     s.check()
-    s.tables.copied()
+    s.block_manager.copied()
     s.advance(chunks)
     for chunk in chunks:
         s.commit(chunk, token if chunk.samples else None)
     s.check()
-    return {chunk.sequence: (chunk.start, chunk.length) for chunk in chunks}
+    return {chunk.request: (chunk.start, chunk.length) for chunk in chunks}

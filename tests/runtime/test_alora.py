@@ -2,9 +2,9 @@
 
 import pytest
 
-from runtime.admission import RequestRefused
 from runtime.messages import SamplingParams
-from tests.runtime.peft_engine import GREEDY, INVOCATIONS, TOKENS, PeftOracle, engines, forget
+from runtime.request import RequestRefused
+from tests.runtime.adapters.peft_engine import GREEDY, INVOCATIONS, TOKENS, PeftOracle, engines, forget
 from tests.runtime.tiny_engine import prompt
 
 A, L = INVOCATIONS["attention"], INVOCATIONS["linears"]
@@ -80,7 +80,7 @@ def test_matches_may_overlap(engine, oracle):
     tokens = [*range(60, 75), 11, 12, 11, 12, 11, 50]
     got = outputs(engine, [tokens], ["linears"])
     assert_peft(oracle, ["linears"], [tokens], got)
-    assert got == outputs(engine, [tokens], ["linears"], activations=[17])
+    assert got == outputs(engine, [tokens], ["linears"], invocation_starts=[17])
 
 
 def test_without_its_invocation_a_request_is_refused_and_told_what_is_missing(engine):
@@ -91,18 +91,18 @@ def test_without_its_invocation_a_request_is_refused_and_told_what_is_missing(en
     assert not engine.busy
 
 
-def test_an_explicit_activation_is_where_the_adapter_begins(engine, oracle):
+def test_an_explicit_invocation_is_where_the_adapter_begins(engine, oracle):
     tokens = prompt(30)
-    for activation in (0, 1, 15, 16, 17, 29):
-        [output] = outputs(engine, [tokens], ["linears"], activations=[activation])
-        assert oracle.agrees("linears", tokens, output, activation)
-    [after] = outputs(engine, [tokens], ["linears"], activations=[30])
+    for invocation_start in (0, 1, 15, 16, 17, 29):
+        [output] = outputs(engine, [tokens], ["linears"], invocation_starts=[invocation_start])
+        assert oracle.agrees("linears", tokens, output, invocation_start)
+    [after] = outputs(engine, [tokens], ["linears"], invocation_starts=[30])
     assert after[0] == outputs(engine, [tokens], [None])[0][0], "the prompt is all the base's"
     assert oracle.agrees("linears", tokens, after, 30)
     for wrong in (-1, 31):
         with pytest.raises(RequestRefused) as refused:
-            outputs(engine, [tokens], ["linears"], activations=[wrong])
-        assert refused.value.code == "invalid_activation"
+            outputs(engine, [tokens], ["linears"], invocation_starts=[wrong])
+        assert refused.value.code == "invalid_invocation_start"
 
 
 NAMES = [None, "attention", "linears", "plain", "head", "attention", None, "linears", "last_layer", "head"]
@@ -125,7 +125,7 @@ def test_rule_9_base_lora_and_several_aloras_in_one_batch_give_each_its_own(star
 
 
 @pytest.mark.parametrize("name", ["attention", "linears"])
-def test_rule_9_chunks_may_end_anywhere_around_the_activation(start, oracle, name):
+def test_rule_9_chunks_may_end_anywhere_around_the_invocation(start, oracle, name):
     tokens = invoked(name, 21, 7)
     expected = None
     for budget in [1, 2, 3, 5, 10, *range(18, 28)]:
@@ -137,7 +137,7 @@ def test_rule_9_chunks_may_end_anywhere_around_the_activation(start, oracle, nam
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["found again", "recomputed"])
 @pytest.mark.parametrize("names", [ALORAS * 3, NAMES], ids=["aloras", "mixed"])
-def test_preempted_sequences_keep_their_activation(start, oracle, names, prefix_cache):
+def test_preempted_sequences_keep_their_invocation(start, oracle, names, prefix_cache):
     tight = start(blocks=14, prefix_cache=prefix_cache)
     params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
     prompts, digests = mixed(names), [tight.digests[name] for name in names]
@@ -174,7 +174,7 @@ def test_a_generated_invocation_moves_nothing(engine, oracle):
         if said in tokens[9:]:
             continue
         [completion] = engine.generate([tokens], params, digest)
-        assert oracle.agrees("head", tokens, completion.token_ids, activation=8)
+        assert oracle.agrees("head", tokens, completion.token_ids, invocation_start=8)
         if said in completion.token_ids[:-5]:
             return
     pytest.fail("no output had the invocation in it")

@@ -47,13 +47,13 @@ def ask(engine, tokens, name=None):
     return completion
 
 
-def assert_oracle(oracle, name, tokens, output, activation=None):
+def assert_oracle(oracle, name, tokens, output, invocation_start=None):
     if name is None:
         with oracle.disable_adapter():
             assert greedy_choices(oracle, tokens, output) == output
     else:
         oracle.set_adapter(name)
-        assert greedy_choices(oracle, tokens, output, activation) == output
+        assert greedy_choices(oracle, tokens, output, invocation_start) == output
 
 
 def test_checks_of_a_conversation_and_what_is_said_after_them_are_pefts_warm_and_cold(

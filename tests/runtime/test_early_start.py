@@ -1,11 +1,11 @@
-"""What is before the activation is computed while the adapter loads (rule 9), by the engine and its loader."""
+"""What is before the invocation is computed while the adapter loads (rule 9), by the engine and its loader."""
 
 import time
 
 import pytest
 
 from runtime.messages import Failed, Generate, HoldPrefix, PrefixHeld, SamplingParams, Tokens
-from tests.runtime.adapter_files import canonical_bytes
+from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 
@@ -28,9 +28,14 @@ def canonical(tmp_path):
     return register
 
 
-def request(name, adapter, activation=50, length=60, **fields):
+def request(name, adapter, invocation_start=50, length=60, **fields):
     return Generate(
-        request_id=name, token_ids=prompt(length), params=GREEDY, adapter=adapter, activation=activation, **fields
+        request_id=name,
+        token_ids=prompt(length),
+        params=GREEDY,
+        adapter=adapter,
+        invocation_start=invocation_start,
+        **fields,
     )
 
 
@@ -44,15 +49,15 @@ def step_until(engine, condition):
     return events
 
 
-def test_rule_9_the_prompt_up_to_the_activation_is_computed_before_the_file_is_there(start, canonical):
+def test_rule_9_the_prompt_up_to_the_invocation_is_computed_before_the_file_is_there(start, canonical):
     other = start(prefix_cache=False)
     [expected] = other.generate([prompt(60)], GREEDY, other.add_adapter(adapter_tensors(), ADAPTER_CONFIG), [50])
     engine = start(max_batch_tokens=16, max_running=4)
     digest, path, content = canonical(engine)
     engine.add_request(request("early", digest))
-    engine.add_request(request("plain", digest, activation=0))
+    engine.add_request(request("plain", digest, invocation_start=0))
     step_until(engine, lambda: engine.adapters.wanted and engine.steps and not engine.scheduler.running)
-    early = engine.sequences["early"]
+    early = engine.requests["early"]
     assert (early.cached_tokens, early.num_generated) == (0, 0)
     assert engine.stats().namespaces[""].blocks_cached == 4, "50 tokens of 16 a block"
     assert engine.blocks.used == 0, "it waits again, for its adapter, and holds nothing"
@@ -72,7 +77,7 @@ def test_others_are_served_meanwhile_however_few_places_there_are(start, canonic
     for seed in range(3):
         name = f"base {seed}"
         engine.add_request(Generate(request_id=name, token_ids=prompt(100, seed), params=GREEDY))
-        step_until(engine, lambda name=name: name not in engine.sequences)
+        step_until(engine, lambda name=name: name not in engine.requests)
     engine.abort("early")
 
 
@@ -92,8 +97,8 @@ def test_when_the_file_cannot_be_had_the_request_fails_with_the_reason(start, ca
 def test_rule_9_a_prefix_that_ends_where_its_adapter_begins_waits_for_none(start, canonical):
     engine = start(max_batch_tokens=16, max_running=4)
     digest, _, _ = canonical(engine)
-    asked = {"token_ids": prompt(40), "adapter": digest, "activation": 40}
-    engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", ttl_seconds=60.0, **asked))
+    asked = {"token_ids": prompt(40), "adapter": digest, "invocation_start": 40}
+    engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", **asked))
     [held] = [event for event in step_until(engine, lambda: not engine.busy) if isinstance(event, PrefixHeld)]
     assert held.tokens == 40
     assert engine.generate([[*prompt(40), 9]], GREEDY)[0].cached_tokens == 40

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from runtime.messages import Generate, SamplingParams
+from runtime.request import Request
 from runtime.sampler import sample, uniform
-from runtime.sequence import Sequence
 
 VOCAB = 3000
 
 
-def sequence(prompt=(1, 2, 3), generated=(), **params):
+def request(prompt=(1, 2, 3), generated=(), **params):
     params = {"max_tokens": 100, "seed": 0, **params}
-    made = Sequence(
+    made = Request(
         Generate(request_id="r", token_ids=list(prompt), params=SamplingParams(**params)),
         max_tokens=1000,
         eos_token_ids=(9,),
@@ -29,7 +29,7 @@ def logits(seed=0, rows=1):
 
 def draws(row, count=4000, **params):
     """The tokens that `count` positions of one stream choose from the same logits."""
-    made = sequence(**params)
+    made = request(**params)
     tokens = []
     for _ in range(count):
         tokens.append(sample(row[None], [made])[0].token_id)
@@ -39,22 +39,22 @@ def draws(row, count=4000, **params):
 
 def test_temperature_zero_takes_the_likeliest():
     rows = logits(rows=5)
-    chosen = [s.token_id for s in sample(rows, [sequence(temperature=0.0)] * 5)]
+    chosen = [s.token_id for s in sample(rows, [request(temperature=0.0)] * 5)]
     assert chosen == rows.argmax(-1).tolist()
 
 
 def test_a_draw_depends_on_its_own_seed_choice_and_position_and_not_on_its_neighbours():
     rows = logits(rows=6)
-    sequences = [sequence(seed=row, temperature=1.0) for row in range(6)]
-    together = [s.token_id for s in sample(rows, sequences)]
-    alone = [sample(rows[row : row + 1], [sequences[row]])[0].token_id for row in range(6)]
+    requests = [request(seed=row, temperature=1.0) for row in range(6)]
+    together = [s.token_id for s in sample(rows, requests)]
+    alone = [sample(rows[row : row + 1], [requests[row]])[0].token_id for row in range(6)]
     assert together == alone
-    other_choice = [s.token_id for s in sample(rows, [sequence(seed=row, choice=1) for row in range(6)])]
+    other_choice = [s.token_id for s in sample(rows, [request(seed=row, choice=1) for row in range(6)])]
     assert together != other_choice
 
 
 def test_without_a_seed_two_requests_differ():
-    assert sequence(seed=None).seed != sequence(seed=None).seed
+    assert request(seed=None).seed != request(seed=None).seed
 
 
 def test_uniform_is_uniform_over_every_argument():
@@ -108,16 +108,16 @@ def test_top_p_over_a_flat_distribution_looks_beyond_the_first_candidates():
 def test_forbidden_tokens_are_not_chosen_before_the_least_length():
     row = torch.zeros(1, VOCAB)
     row[0, 9] = 10.0
-    assert sample(row, [sequence(temperature=0.0)])[0].token_id == 9
-    assert sample(row, [sequence(temperature=0.0, min_tokens=2, generated=(5,))])[0].token_id != 9
-    assert sample(row, [sequence(temperature=0.0, min_tokens=2, generated=(5, 5))])[0].token_id == 9
+    assert sample(row, [request(temperature=0.0)])[0].token_id == 9
+    assert sample(row, [request(temperature=0.0, min_tokens=2, generated=(5,))])[0].token_id != 9
+    assert sample(row, [request(temperature=0.0, min_tokens=2, generated=(5, 5))])[0].token_id == 9
 
 
 def test_repetition_penalty_counts_prompt_and_output_as_transformers_does():
     from transformers import RepetitionPenaltyLogitsProcessor
 
     rows = logits()
-    made = sequence(prompt=[1, 2, 3], generated=[4, 4], repetition_penalty=1.7, temperature=0.0)
+    made = request(prompt=[1, 2, 3], generated=[4, 4], repetition_penalty=1.7, temperature=0.0)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([made.token_ids]), rows.clone())
     rows[0, [1, 2, 3, 4]] += 30
     expected[0, [1, 2, 3, 4]] = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([made.token_ids]), rows)[0, 1:5]
@@ -127,32 +127,32 @@ def test_repetition_penalty_counts_prompt_and_output_as_transformers_does():
 def test_presence_and_frequency_penalties_count_the_output_alone():
     row = torch.zeros(1, VOCAB)
     row[0, 1], row[0, 4], row[0, 5], row[0, 6] = 2.0, 2.9, 2.6, 1.9
-    made = sequence(prompt=[1], generated=[4, 4, 5], presence_penalty=0.5, frequency_penalty=0.3, temperature=0.0)
+    made = request(prompt=[1], generated=[4, 4, 5], presence_penalty=0.5, frequency_penalty=0.3, temperature=0.0)
     assert sample(row, [made])[0].token_id == 1, "4: 2.9-1.1, 5: 2.6-0.8, 1: untouched at 2.0"
 
 
 def test_penalties_leave_the_logits_of_the_batch_alone():
     rows = logits()
     before = rows.clone()
-    sample(rows, [sequence(generated=[4], repetition_penalty=2.0, presence_penalty=1.0)])
+    sample(rows, [request(generated=[4], repetition_penalty=2.0, presence_penalty=1.0)])
     assert torch.equal(rows, before)
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution():
     rows = logits()
-    [chosen] = sample(rows, [sequence(temperature=0.0, logprobs=3, presence_penalty=1.0)])
+    [chosen] = sample(rows, [request(temperature=0.0, logprobs=3, presence_penalty=1.0)])
     expected = rows[0].log_softmax(-1)
     assert chosen.logprobs.logprob == pytest.approx(float(expected[chosen.token_id]))
     assert chosen.logprobs.top_ids == expected.topk(3).indices.tolist()
     assert chosen.logprobs.top_logprobs == pytest.approx(expected.topk(3).values.tolist())
-    assert sample(rows, [sequence(temperature=0.0)])[0].logprobs is None
+    assert sample(rows, [request(temperature=0.0)])[0].logprobs is None
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_logits_that_are_not_finite_choose_nothing_and_leave_other_rows_alone(poison):
     rows = logits(rows=2)
     rows[0, 17] = poison
-    bad, good = sample(rows, [sequence(), sequence(temperature=0.0)])
+    bad, good = sample(rows, [request(), request(temperature=0.0)])
     assert bad.token_id is None
     assert good.token_id == int(rows[1].argmax())
 
@@ -173,7 +173,7 @@ def test_extreme_parameters_still_choose_a_token(params):
     """An exception here would end the requests of the whole batch."""
     rows = logits()
     rows[0, 1] = 0.0
-    chosen = sample(rows, [sequence(**params)])[0].token_id
+    chosen = sample(rows, [request(**params)])[0].token_id
     assert 0 <= chosen < VOCAB
     if params["temperature"] == 1e-300:
         assert chosen == int(rows.argmax())

@@ -1,12 +1,12 @@
 import pytest
 
 from runtime.scheduler import ADAPTER_PATIENCE_SECONDS, QueueFull
-from tests.runtime.scheduler_fakes import Clock, FakeAdapters, FakeEvictedKv, scheduler, sequence, step
+from tests.runtime.scheduler_fakes import Clock, FakeAdapters, FakeOffload, request, scheduler, step
 
 
 def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_ones():
     s = scheduler(budget=8)
-    short, long = sequence(3), sequence(20)
+    short, long = request(3), request(20)
     s.add(short)
     s.add(long)
     assert step(s) == {short: (0, 3), long: (0, 5)}
@@ -19,10 +19,10 @@ def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_on
 
 def test_a_long_prompt_shares_the_budget_with_those_that_come_after_it():
     s = scheduler(budget=8)
-    long = sequence(40)
+    long = request(40)
     s.add(long)
     assert step(s) == {long: (0, 8)}
-    short, other = sequence([8] * 2), sequence([9] * 3)
+    short, other = request([8] * 2), request([9] * 3)
     s.add(short)
     s.add(other)
     assert step(s) == {long: (8, 4), short: (0, 2), other: (0, 2)}
@@ -32,15 +32,15 @@ def test_a_long_prompt_shares_the_budget_with_those_that_come_after_it():
 def test_what_nobody_could_be_admitted_for_goes_to_the_prompts_under_way():
     adapters = FakeAdapters()
     s = scheduler(budget=8, adapters=adapters)
-    s.add(long := sequence(40))
+    s.add(long := request(40))
     step(s)
-    s.add(sequence(4, adapter="slow"))
+    s.add(request(4, adapter="slow"))
     assert step(s) == {long: (8, 8)}
 
 
 def test_a_shared_prefix_is_reused_but_its_last_token_is_computed_again():
     s = scheduler()
-    first, again, longer = sequence(12, max_tokens=1), sequence(12), sequence(14)
+    first, again, longer = request(12, max_tokens=1), request(12), request(14)
     s.add(first)
     step(s)
     s.add(again)
@@ -51,7 +51,7 @@ def test_a_shared_prefix_is_reused_but_its_last_token_is_computed_again():
 
 def test_when_blocks_run_out_the_youngest_is_preempted_and_finishes_later():
     s = scheduler(blocks=6, budget=32)
-    old, young = sequence([1] * 8, max_tokens=10), sequence([2] * 8, max_tokens=10)
+    old, young = request([1] * 8, max_tokens=10), request([2] * 8, max_tokens=10)
     s.add(old)
     s.add(young)
     for _ in range(40):
@@ -60,13 +60,13 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_finishes_later():
     assert (old.num_generated, young.num_generated) == (10, 10)
     assert not s.running
     assert not s.waiting
-    assert s.blocks.used == 0
+    assert s.block_manager.pool.used == 0
 
 
 def test_a_sequence_whose_adapter_is_loading_is_passed_over_and_keeps_its_place():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters, running=2)
-    slow, base = sequence(4, adapter="slow"), sequence(4)
+    slow, base = request(4, adapter="slow"), request(4)
     s.add(slow)
     s.add(base)
     assert adapters.prefetched == ["slow"], "loading starts when the request is queued"
@@ -76,31 +76,35 @@ def test_a_sequence_whose_adapter_is_loading_is_passed_over_and_keeps_its_place(
 
 
 def test_a_sequence_whose_kv_come_back_is_passed_over_without_its_adapter_and_keeps_its_place():
-    evicted = FakeEvictedKv()
-    subject = scheduler(evicted=evicted)
-    first, early, other = sequence(5, adapter="a"), sequence(9, adapter="missing", activation=8, first=20), sequence(3)
+    offload = FakeOffload()
+    subject = scheduler(offload=offload)
+    first, early, other = (
+        request(5, adapter="a"),
+        request(9, adapter="missing", invocation_start=8, first=20),
+        request(3),
+    )
     for each in (first, early, other):
         subject.add(each)
-    evicted.on_their_way = {first, early}
+    offload.reloading = {first, early}
     chunks, _ = subject.schedule()
-    assert [chunk.sequence for chunk in chunks] == [other]
+    assert [chunk.request for chunk in chunks] == [other]
     assert list(subject.waiting) == [first, early]
     assert not subject.adapters.references["a"]
     subject.check()
-    evicted.on_their_way = set()
+    offload.reloading = set()
     chunks, _ = subject.schedule()
-    assert [chunk.sequence for chunk in chunks] == [other, first, early], "early may still begin without its adapter"
+    assert [chunk.request for chunk in chunks] == [other, first, early], "early may still begin without its adapter"
 
 
 def test_one_that_waits_too_long_for_adapter_memory_holds_back_other_adapters_but_not_the_base():
     adapters, clock = FakeAdapters(), Clock()
     s = scheduler(adapters=adapters, clock=clock)
     adapters.roomless.add("big")
-    s.add(sequence(4, adapter="big"))
-    s.add(early := sequence(4, adapter="a"))
+    s.add(request(4, adapter="big"))
+    s.add(early := request(4, adapter="a"))
     assert set(step(s)) == {early}
     clock.now = ADAPTER_PATIENCE_SECONDS + 1
-    late, base = sequence(4, adapter="b"), sequence(4)
+    late, base = request(4, adapter="b"), request(4)
     s.add(late)
     s.add(base)
     assert set(step(s)) == {early, base}
@@ -112,14 +116,14 @@ def test_one_that_waits_too_long_for_adapter_memory_holds_back_other_adapters_bu
 def test_only_who_leaves_soonest_makes_room_and_the_others_in_use_go_on_being_used():
     adapters, clock = FakeAdapters(), Clock()
     s = scheduler(adapters=adapters, clock=clock)
-    s.add(sequence(4, adapter="a", max_tokens=6))
-    s.add(sequence([9] * 4, adapter="b", max_tokens=12))
+    s.add(request(4, adapter="a", max_tokens=6))
+    s.add(request([9] * 4, adapter="b", max_tokens=12))
     step(s)
     adapters.roomless.add("big")
     adapters.enough = {"a", "b"}
-    s.add(sequence(4, adapter="big"))
+    s.add(request(4, adapter="big"))
     clock.now = ADAPTER_PATIENCE_SECONDS + 1
-    a, b = sequence([5] * 4, adapter="a"), sequence([6] * 4, adapter="b")
+    a, b = request([5] * 4, adapter="a"), request([6] * 4, adapter="b")
     s.add(a)
     s.add(b)
     chunks = step(s)
@@ -131,7 +135,7 @@ def test_a_sequence_whose_adapter_failed_is_handed_back_with_the_reason():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters)
     adapters.broken.add("c")
-    broken = sequence(4, adapter="c")
+    broken = request(4, adapter="c")
     s.add(broken)
     chunks, [(rejected, error)] = s.schedule()
     assert not chunks
@@ -143,33 +147,33 @@ def test_a_sequence_whose_adapter_failed_is_handed_back_with_the_reason():
 def test_the_queue_is_bounded():
     s = scheduler(running=1, waiting=2)
     for _ in range(3):
-        s.add(sequence(4))
+        s.add(request(4))
     with pytest.raises(QueueFull):
-        s.add(sequence(4))
+        s.add(request(4))
 
 
-def test_preemption_keeps_tokens_and_activation_and_releases_the_adapter():
+def test_preemption_keeps_tokens_and_invocation_and_releases_the_adapter():
     adapters = FakeAdapters()
     s = scheduler(blocks=6, adapters=adapters, budget=32)
-    s.add(sequence([1] * 8, max_tokens=12, adapter="a"))
-    young = sequence([2] * 8, max_tokens=12, adapter="b", activation=5)
+    s.add(request([1] * 8, max_tokens=12, adapter="a"))
+    young = request([2] * 8, max_tokens=12, adapter="b", invocation_start=5)
     s.add(young)
     while not s.preemptions:
         step(s)
     assert young.computed == 0
     assert young.num_generated > 0
-    assert young.activation == 5
+    assert young.invocation_start == 5
     assert adapters.references == {"a": 1, "b": 0}
 
 
-def test_rule_9_a_sequence_runs_up_to_its_activation_while_its_adapter_loads():
+def test_rule_9_a_sequence_runs_up_to_its_invocation_while_its_adapter_loads():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters, budget=8)
-    early, other = sequence(14, adapter="slow", activation=10), sequence([9] * 3, max_tokens=20)
+    early, other = request(14, adapter="slow", invocation_start=10), request([9] * 3, max_tokens=20)
     s.add(early)
     s.add(other)
     assert step(s) == {early: (0, 5), other: (0, 3)}
-    assert step(s) == {early: (5, 5), other: (3, 1)}, "no chunk reaches past the activation"
+    assert step(s) == {early: (5, 5), other: (3, 1)}, "no chunk reaches past the invocation"
     assert step(s) == {other: (4, 1)}
     assert early in s.waiting
     assert not early.blocks, "it holds up nobody: neither a place nor blocks"
@@ -181,9 +185,9 @@ def test_rule_9_a_sequence_runs_up_to_its_activation_while_its_adapter_loads():
 def test_rule_9_what_was_computed_early_and_lost_meanwhile_is_computed_again_with_the_adapter():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters, blocks=6)
-    s.add(early := sequence(10, adapter="slow", activation=8))
+    s.add(early := request(10, adapter="slow", invocation_start=8))
     assert step(s) == {early: (0, 8)}
-    s.add(large := sequence([9] * 20, max_tokens=2))
+    s.add(large := request([9] * 20, max_tokens=2))
     assert step(s) == {large: (0, 16)}
     assert step(s) == {large: (16, 4)}
     for _ in range(2):
@@ -195,7 +199,7 @@ def test_rule_9_what_was_computed_early_and_lost_meanwhile_is_computed_again_wit
 def test_rule_9_an_adapter_that_is_there_in_time_costs_no_stop():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters, budget=8)
-    s.add(early := sequence(14, adapter="slow", activation=10))
+    s.add(early := request(14, adapter="slow", invocation_start=10))
     assert step(s) == {early: (0, 8)}
     adapters.resident.add("slow")
     assert step(s) == {early: (8, 6)}
@@ -204,21 +208,21 @@ def test_rule_9_an_adapter_that_is_there_in_time_costs_no_stop():
 def test_rule_9_a_sequence_whose_adapter_fails_on_its_way_is_handed_back_with_the_reason():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters, budget=8)
-    s.add(early := sequence(14, adapter="slow", activation=10))
+    s.add(early := request(14, adapter="slow", invocation_start=10))
     step(s)
     adapters.broken.add("slow")
     chunks, [(rejected, error)] = s.schedule()
     assert (chunks, rejected) == ([], early)
     assert "slow is broken" in str(error)
     s.check()
-    assert s.blocks.used == 0
+    assert s.block_manager.pool.used == 0
 
 
 def test_rule_9_without_base_tokens_left_to_compute_a_sequence_does_not_start_early():
     adapters = FakeAdapters()
     s = scheduler(adapters=adapters)
-    s.add(sequence(10, max_tokens=1))
+    s.add(request(10, max_tokens=1))
     step(s)
-    s.add(sequence(10, adapter="slow", activation=8))
-    s.add(sequence(10, adapter="slow", activation=0))
+    s.add(request(10, adapter="slow", invocation_start=8))
+    s.add(request(10, adapter="slow", invocation_start=0))
     assert step(s) == {}

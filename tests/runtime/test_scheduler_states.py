@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime.scheduler import QueueFull
-from tests.runtime.scheduler_fakes import B, Clock, FakeAdapters, scheduler, sequence
+from tests.runtime.scheduler_fakes import B, Clock, FakeAdapters, request, scheduler
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -20,10 +20,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20),
         max_tokens=st.integers(1, 20),
         adapter=st.sampled_from([None, "a", "b", "c"]),
-        activation=st.integers(0, 9),
+        invocation_start=st.integers(0, 9),
     )
-    def add(self, tokens, max_tokens, adapter, activation):
-        new = sequence(tokens, max_tokens, adapter, limit=12 * B, activation=min(activation, len(tokens)))
+    def add(self, tokens, max_tokens, adapter, invocation_start):
+        new = request(tokens, max_tokens, adapter, limit=12 * B, invocation_start=min(invocation_start, len(tokens)))
         full = len(self.s.waiting) + len(self.s.running) >= 7
         try:
             self.s.add(new)
@@ -35,15 +35,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunks, rejected = self.s.schedule()
         assert sum(chunk.length for chunk in chunks) <= 6
         self.s.check()
-        self.s.tables.copied()
+        self.s.block_manager.copied()
         self.s.advance(chunks)
         for chunk in chunks:
             assert chunk.length >= 1
-            assert chunk.start + chunk.length == chunk.sequence.computed
-            held = chunk.sequence.adapter is None or chunk.sequence.holds_adapter
-            assert held or chunk.start + chunk.length <= chunk.sequence.activation
+            assert chunk.start + chunk.length == chunk.request.computed
+            held = chunk.request.adapter is None or chunk.request.holds_adapter
+            assert held or chunk.start + chunk.length <= chunk.request.invocation_start
             if self.s.commit(chunk, token if chunk.samples else None):
-                self.ended.add(chunk.sequence)
+                self.ended.add(chunk.request)
         for rejected_sequence, _ in rejected:
             assert rejected_sequence.adapter in self.adapters.broken
 
@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step(0)
         assert not self.s.running
         assert not self.s.waiting
-        assert self.s.blocks.used == 0
+        assert self.s.block_manager.pool.used == 0
         assert not any(self.adapters.references.values())
 
     @invariant()

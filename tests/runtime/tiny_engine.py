@@ -61,7 +61,7 @@ def run(engine, *requests):
     """Step until the requests have ended; {request id: (tokens, how it ended)}."""
     for request in requests:
         engine.add_request(request)
-    outputs = {request_id: ([], None) for request_id in engine.sequences}
+    outputs = {request_id: ([], None) for request_id in engine.requests}
     while engine.busy:
         for event in engine.step():
             if isinstance(event, Tokens):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from tests.service.adapter_service import config, multipart, tensors
+from tests.service.adapters.adapter_service import config, multipart, tensors
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
 INVOCATION = "<|start|>check\n"
@@ -26,7 +26,7 @@ def put_adapter(
 
 
 def encode(live: LiveServer, text: str) -> list[int]:
-    found: list[int] = live.app.state.tokenizer.encode(text)
+    found: list[int] = live.services.tokenizer.encode(text)
     return found
 
 

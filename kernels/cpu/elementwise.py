@@ -1,0 +1,40 @@
+"""The CPU path between projections: RMSNorm, RoPE, the gated SiLU and the write to the KV cache."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+    """y = x / sqrt(‖x‖² + floor²) · weight over the last dimension, in float32, rounded once to x's dtype.
+
+    This is x / sqrt(mean(x²) + eps) · w, for weight = √n · w and floor = √(n · eps). `x` is (..., n); `weight`
+    is float32 and broadcasts against it: (n,), or (heads, n) for a norm per head; `floor` is a float32 scalar
+    tensor. These six operations take two thirds of the time of F.rms_norm for a decode step's rows.
+    """
+    y = x.to(torch.float32, copy=True)
+    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return y.div_(length.hypot_(floor)).mul_(weight).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """out = x · cos + rotate(x) · sin, where rotate swaps the two halves of each head.
+
+    `x` and `out` are (T, heads, d) and may be the same tensor; `cos` and `sin` are (T, 1, d) in x's dtype. `sin`
+    includes the minus sign of the first half: sin[..., i] = -sin(θᵢ) for i < d/2.
+    """
+    return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin, out=out)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """y = gate · sigmoid(gate) · up, for `gate_up` (T, 2n) with the gate in its first half; y is (T, n)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def kv_write(kv: Tensor, slot_mapping: Tensor, rows: Tensor) -> None:
+    """kv[slot_mapping[t]] = rows[t].
+
+    `kv` is (slots, 2, kv_heads, d), `slot_mapping` (T,) int64 and `rows` (T, 2, kv_heads, d).
+    """
+    kv.index_copy_(0, slot_mapping, rows)

@@ -1,0 +1,167 @@
+"""Reads the header of a safetensors file strictly and writes one deterministically.
+
+A file is eight bytes with the header's length (little endian), the header as JSON, and the tensors' data.
+No data is read here: the header is checked against the file's size.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+from runtime.adapter_format.errors import InvalidAdapter, shown
+
+MAX_HEADER_BYTES = 4 * 1024 * 1024
+LENGTH_BYTES = 8
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ALIGNMENT = 8  # of the data's start, as the safetensors library pads it
+FILE = "weights"  # the name of the whole file in errors
+
+FOREIGN_FORMATS = (
+    (b"GGUF", "is a GGUF file"),
+    (b"PK\x03\x04", "is a pickle (.bin, .pt) or a zip archive"),
+    (b"\x80\x02", "is a pickle (.bin, .pt)"),
+    (b"\x80\x04", "is a pickle (.bin, .pt)"),
+)
+
+
+class TensorEntry(NamedTuple):
+    """The description of one tensor in a header."""
+
+    dtype: str  # F32, F16 or BF16
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the data
+    stop: int
+
+
+class Header(NamedTuple):
+    """The header of a file."""
+
+    tensors: dict[str, TensorEntry]  # by name, in the header's order
+    metadata: dict[str, str]
+    data_offset: int  # where the data starts, in bytes from the start of the file
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Read and check a file's header; the file's position afterwards is undefined.
+
+    Raises InvalidAdapter for a header that is over MAX_HEADER_BYTES, is not exact JSON with unique keys, or does not
+    describe every byte of the data once, and for a tensor that is not F32, F16 or BF16.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return _header(file.read, size)
+
+
+def header_in(content: memoryview) -> Header:
+    """Do as `read_header`, for a whole file in memory."""
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
+    start = io.BytesIO(content[: LENGTH_BYTES + min(length, MAX_HEADER_BYTES)])  # copies the header only
+    return _header(start.read, len(content))
+
+
+def _header(read: Callable[[int], bytes], size: int) -> Header:
+    prefix = read(LENGTH_BYTES)
+    for magic, what in FOREIGN_FORMATS:
+        if prefix.startswith(magic) and int.from_bytes(prefix, "little") > MAX_HEADER_BYTES:
+            raise InvalidAdapter(FILE, f"{what}, expected safetensors")
+    if len(prefix) < LENGTH_BYTES:
+        raise InvalidAdapter(FILE, f"is truncated: {size} bytes, expected a safetensors header")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise InvalidAdapter(FILE, f"claims a header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
+    text = read(length)
+    if len(text) < length:
+        raise InvalidAdapter(FILE, f"is truncated: its header claims {length} bytes and {len(text)} are there")
+    fields = exact_json_object(text, FILE)
+    metadata = _metadata(fields.pop("__metadata__", {}))
+    tensors = {name: _entry(name, value) for name, value in fields.items()}
+    _check_cover(tensors, size - LENGTH_BYTES - length)
+    return Header(tensors, metadata, LENGTH_BYTES + length)
+
+
+def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a file that holds `tensors` (name to dtype and shape) in the given order, without gaps."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, (dtype, shape, start, stop) in consecutive(tensors).items():
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def consecutive(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
+    """Return the entries of tensors (name to dtype and shape) that lie end to end in the given order."""
+    entries, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, offset = offset, offset + ITEM_BYTES[dtype] * math.prod(shape)
+        entries[name] = TensorEntry(dtype, shape, start, offset)
+    return entries
+
+
+def exact_json_object(text: bytes, field: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: duplicate keys at any level, NaN and bad UTF-8 raise InvalidAdapter."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidAdapter(field, f"has the JSON key {shown(twice)!r} twice, expected unique keys")
+        return result
+
+    def refuse_constant(constant: str) -> NoReturn:
+        raise InvalidAdapter(field, f"has the value {constant}, which is not JSON")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+    except InvalidAdapter:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(field, f"is not JSON: {shown(str(error))}") from None
+    if not isinstance(value, dict):
+        raise InvalidAdapter(field, "is not a JSON object")
+    return value
+
+
+def _metadata(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise InvalidAdapter("__metadata__", "expected an object of strings")
+    return value
+
+
+def _entry(name: str, value: object) -> TensorEntry:
+    if not name or not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InvalidAdapter(name or "''", "expected a tensor with exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise InvalidAdapter(name, f"has dtype {shown(dtype)}, expected F32, F16 or BF16")
+    if not isinstance(shape, list) or not all(_is_count(n) and n > 0 for n in shape):
+        raise InvalidAdapter(name, f"has shape {shown(shape)}, expected a list of positive integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise InvalidAdapter(name, f"has data_offsets {shown(offsets)}, expected two offsets in bytes")
+    start, stop = offsets
+    expected = ITEM_BYTES[dtype] * math.prod(shape)
+    if stop - start != expected:
+        raise InvalidAdapter(name, f"spans {stop - start} bytes, expected {expected} for {dtype} {shape}")
+    return TensorEntry(dtype, tuple(shape), start, stop)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_cover(tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
+    """Refuse overlaps, holes, truncation and trailing bytes: the tensors must lie end to end and fill the data."""
+    end = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):
+        if entry.start != end:
+            what = "overlaps the tensor before it" if entry.start < end else "leaves a hole before it"
+            raise InvalidAdapter(name, f"{what}: starts at byte {entry.start} of the data, expected {end}")
+        end = entry.stop
+    if end > data_bytes:
+        raise InvalidAdapter(FILE, f"is truncated: its tensors end at byte {end} of the data, which has {data_bytes}")
+    if end < data_bytes:
+        raise InvalidAdapter(FILE, f"has {data_bytes - end} trailing bytes after its last tensor")

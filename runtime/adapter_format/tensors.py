@@ -1,0 +1,186 @@
+"""Matches each tensor of an untrusted adapter to a module of the model, or refuses the adapter."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from runtime.adapter_format.base_tensors import BaseTensor, StoredTensor
+from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.peft_config import PeftConfig
+from runtime.adapter_format.safetensors_header import FILE, TensorEntry
+from runtime.adapter_format.tensor_source import TensorSource
+from runtime.adapter_format.weight_dtypes import HELD, INFINITY_BITS, largest_magnitude, value_of, widened
+from runtime.models.config import ModelConfig
+
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
+BASE_LEAF = "base_layer.weight"
+FUSED = ("qkv_proj", "gate_up_proj")
+
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[^.].*?)\."
+    r"(?P<leaf>base_layer|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.default)?(?P<kind>\.weight|\.bias)?",
+    re.DOTALL,
+)
+
+
+class AdapterTensors:
+    """An adapter's tensors under canonical names.
+
+    Raises InvalidAdapter unless every tensor of the source has a module, and the expected shape and rank, in the
+    model, and at least one module is adapted. Before `finite_chunks` no data is read, except copies of the base's
+    tensors.
+    """
+
+    tensors: dict[str, TensorEntry]  # by canonical name, sorted
+    ranks: dict[str, int]  # by module
+    scales: dict[str, float]  # by module
+
+    def __init__(
+        self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
+    ) -> None:
+        self._source = source
+        self._model = model
+        self._shapes = {
+            part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
+        }
+        self._names: dict[str, str] = {}  # by canonical name, the name in the source
+        copies = self._normalise(source.tensors)
+        modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
+        if not modules:
+            raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
+        resolved = config.scales(modules)
+        self.ranks = {module: rank for module, (rank, _) in resolved.items()}
+        self.scales = {module: scale for module, (_, scale) in resolved.items()}
+        for module in modules:
+            self._check_module(module, config)
+        self._check_config(config)
+        for own_name, entry in copies.items():
+            self._check_base_copy(own_name, entry, base_tensor)
+
+    def finite_chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes and scan them.
+
+        Raises InvalidAdapter at the first NaN or infinity, or for a value that overflows float32 when it is scaled.
+        """
+        entry, own_name = self.tensors[name], self._names[name]
+        scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
+        for chunk in self._source.chunks(own_name):
+            largest = largest_magnitude(chunk, entry.dtype)
+            if largest >= INFINITY_BITS[entry.dtype]:
+                raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights")
+            if scale > 1.0 and value_of(largest, entry.dtype) * scale > LARGEST_FLOAT32:
+                raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}")
+            yield chunk
+
+    def _normalise(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """Fill `tensors` and `_names`; return the copies of the base's tensors under their names in the source."""
+        found: dict[str, TensorEntry] = {}
+        copies: dict[str, TensorEntry] = {}
+        for own_name, entry in tensors.items():
+            name = self._canonical_name(own_name)
+            if name in self._names:
+                raise InvalidAdapter(own_name, f"is the same tensor as {self._names[name]}, expected one of them")
+            self._names[name] = own_name
+            if name.endswith(BASE_LEAF):
+                copies[own_name] = entry
+            else:
+                found[name] = entry
+        self.tensors = dict(sorted(found.items()))
+        return copies
+
+    def _canonical_name(self, own_name: str) -> str:
+        match = _NAME.fullmatch(own_name)
+        if match is None:
+            raise InvalidAdapter(own_name, _foreign_name(own_name))
+        module, leaf = match["module"], match["leaf"] + (match["kind"] or "")
+        short = module.rpartition(".")[2]
+        if match["leaf"] == "lora_magnitude_vector":
+            raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet")
+        if short in FUSED and module not in self._shapes:
+            raise InvalidAdapter(own_name, f"adapts the fused {short}, which no supported base has")
+        if module not in self._shapes:
+            raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base")
+        allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
+        if short in (EMBEDDING, HEAD):
+            allowed = (*allowed, BASE_LEAF)
+        if leaf not in allowed:
+            raise InvalidAdapter(own_name, f"is left over: {module} takes {', '.join(allowed)}")
+        return f"{module}.{leaf}"
+
+    def _check_module(self, module: str, config: PeftConfig) -> None:
+        inputs, outputs = self._shapes[module]
+        rank = self.ranks[module]
+        embedding = module.endswith(EMBEDDING)
+        a, b = EMBEDDING_LEAVES if embedding else LINEAR_LEAVES[:2]
+        expected: dict[str, tuple[int, ...]] = {f"{module}.{a}": (rank, inputs), f"{module}.{b}": (outputs, rank)}
+        if config.lora_bias and not embedding:
+            expected[f"{module}.lora_B.bias"] = (outputs,)
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise InvalidAdapter(name, f"is missing, expected shape {list(shape)}")
+            if self.tensors[name].shape != shape:
+                own, got = self._names[name], list(self.tensors[name].shape)
+                raise InvalidAdapter(own, f"has shape {got}, expected {list(shape)} for rank {rank}")
+        bias = f"{module}.lora_B.bias"
+        if bias in self.tensors and bias not in expected:
+            raise InvalidAdapter(self._names[bias], "is left over: lora_bias is false")
+
+    def _check_config(self, config: PeftConfig) -> None:
+        """Refuse tensors that PEFT would ignore or would apply differently."""
+        ends = {module.rpartition(".")[2] for module in self.scales}
+        firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
+        for module in self.scales:
+            own = self._names[firsts[module]]
+            if not config.target_modules.names(module):
+                raise InvalidAdapter(own, "is left over: target_modules does not name its module, or it is excluded")
+            layer = re.match(r"model\.layers\.(\d+)\.", module)
+            layers = config.layers_to_transform
+            if layers is not None and (layer is None or int(layer[1]) not in layers):
+                raise InvalidAdapter(own, "is left over: layers_to_transform does not name its layer")
+        if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
+            raise InvalidAdapter("ensure_weight_tying", "is true: tied adapters of the embedding are not supported")
+        if config.lora_bias and EMBEDDING in ends:
+            raise InvalidAdapter("lora_bias", f"is true: PEFT has none for {EMBEDDING}")
+        if config.alora_invocation_tokens is not None and EMBEDDING in ends:
+            raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}")
+
+    def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
+        """Refuse a copy that differs from the base's tensor: applying it would change the base.
+
+        PEFT saves such copies of an embedding beside its adapter.
+        """
+        module = self._canonical_name(own_name).removesuffix(f".{BASE_LEAF}")
+        if module not in self.scales:
+            raise InvalidAdapter(own_name, f"is left over: {module} has no lora_A and lora_B")
+        tied = self._model.tie_embeddings and module == HEAD
+        name = f"model.{EMBEDDING}.weight" if tied else f"{module}.weight"
+        if base_tensor is None:
+            raise InvalidAdapter(own_name, "repeats the base's weight, and the base is not at hand to compare")
+        base = base_tensor(name)
+        equal = entry.shape == base.shape and self._equal_values(own_name, base)
+        if not equal:
+            raise InvalidAdapter(own_name, f"differs from the base's {name}, which an adapter cannot replace")
+
+    def _equal_values(self, own_name: str, base: StoredTensor) -> bool:
+        """Compare chunk by chunk in float32, which holds the values of every dtype exactly."""
+        stored = np.frombuffer(base.data, HELD[base.dtype])
+        dtype, done = self._source.tensors[own_name].dtype, 0
+        for chunk in self._source.chunks(own_name):
+            values = widened(np.frombuffer(chunk, HELD[dtype]), dtype)
+            if not np.array_equal(values, widened(stored[done : done + len(values)], base.dtype)):
+                return False
+            done += len(values)
+        return True
+
+
+def _foreign_name(name: str) -> str:
+    if "lora_down" in name or "lora_up" in name or name.startswith("lora_unet"):
+        return "is a kohya or diffusers name, expected PEFT's <module>.lora_A.weight"
+    if name.endswith((".lora_a", ".lora_b")):
+        return "is an mlx name, expected PEFT's <module>.lora_A.weight"
+    return "is not a tensor of plain LoRA, and an adapter cannot replace or add weights of the base"

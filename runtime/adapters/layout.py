@@ -1,0 +1,185 @@
+"""Where each matrix of an adapter lies in its extent, packed at its own ranks.
+
+Sites follow one another in index order. A site's shrink matrices are stacked in one block of (sum of its
+parts' ranks, in); then each part has its expand matrix, transposed to (rank, out), and its bias. Scales are
+folded into both. The embedding's A is transposed too, so that a token reads one row. What an adapter does not
+adapt takes no room.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.grouped_lora import PartWeights, SiteWeights
+from runtime.adapter_format.canonical import AdapterConfig
+from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.safetensors_header import Header
+from runtime.adapter_format.weight_dtypes import HELD
+from runtime.adapters.extent_writer import ExtentWriter
+from runtime.models.config import ModelConfig, Site
+
+ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and a vector
+
+
+class PartLayout(NamedTuple):
+    """One adapted projection: `ranks` are its rows in the site's A, `b` and `bias` elements of the extent."""
+
+    module: str
+    columns: slice
+    ranks: slice
+    b: slice
+    bias: slice | None
+
+
+class SiteLayout(NamedTuple):
+    in_features: int
+    rank: int
+    a: slice
+    embedding: bool
+    parts: tuple[PartLayout, ...]
+
+    def rows(self, part: PartLayout) -> slice:
+        """The elements of a part's A; the embedding has one part, whose A is all that there is."""
+        if self.embedding:
+            return self.a
+        first, last = part.ranks.start * self.in_features, part.ranks.stop * self.in_features
+        return slice(self.a.start + first, self.a.start + last)
+
+
+class AdapterLayout(NamedTuple):
+    """The layout of one adapter; `sites[i]` is None where it does not adapt site i."""
+
+    sites: tuple[SiteLayout | None, ...]
+    elements: int
+
+    def check_ranks(self, most: int) -> None:
+        """Raises InvalidAdapter for the first module of a rank over `most`, an engine's max_lora_rank."""
+        for site in filter(None, self.sites):
+            for module, _, ranks, _, _ in site.parts:
+                rank = ranks.stop - ranks.start
+                if rank > most:
+                    raise InvalidAdapter(module, f"has rank {rank}, and max_lora_rank (--max-lora-rank) is {most}")
+
+    def pack(
+        self,
+        config: AdapterConfig,
+        header: Header,
+        data: np.ndarray,
+        extent: Tensor,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Scale, transpose and stack a canonical file, `data` (bytes), into an extent of at least `elements`.
+
+        `pause` is called before each matrix.
+        """
+        writer = ExtentWriter(extent)
+        for site in filter(None, self.sites):
+            for part in site.parts:
+                scale = config.scales[part.module]
+                names = _tensor_names(part.module, site.embedding)
+                pause()
+                a, dtype = _stored(header, data, names.a)
+                writer.write(site.rows(part), a.T if site.embedding else a, dtype)
+                pause()
+                b, dtype = _stored(header, data, names.b)
+                writer.write(part.b, b.T, dtype, scale)
+                if part.bias is not None:
+                    writer.write(part.bias, *_stored(header, data, names.bias), scale)
+
+    def views(self, extent: Tensor) -> list[SiteWeights | None]:
+        """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
+        with torch.inference_mode():  # a view then takes a third of the time
+            return [None if site is None else _site_views(site, extent) for site in self.sites]
+
+
+class _TensorNames(NamedTuple):
+    a: str
+    b: str
+    bias: str
+
+
+def layout_adapter(model: ModelConfig, config: AdapterConfig, header: Header) -> AdapterLayout:
+    """Lay out a canonical file's tensors. Raises InvalidAdapter when they do not belong to this model."""
+    offsets = _Offsets()
+    sites = model.sites()
+    layouts = [_lay_out_site(site, i == model.embed_site, header, offsets) for i, site in enumerate(sites)]
+    placed = {part.module for layout in filter(None, layouts) for part in layout.parts}
+    for module in config.scales.keys() ^ placed:
+        raise InvalidAdapter(module, "is not a projection of this model")
+    return AdapterLayout(tuple(layouts), offsets.end)
+
+
+class _Offsets:
+    """Consecutive aligned ranges of elements."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, count: int) -> slice:
+        start = self.end
+        self.end += -(-count // ALIGNMENT) * ALIGNMENT
+        return slice(start, start + count)
+
+
+def _lay_out_site(site: Site, embedding: bool, header: Header, offsets: _Offsets) -> SiteLayout | None:
+    adapted = list(_adapted_parts(site, embedding, header))
+    if not adapted:
+        return None
+    rank = sum(part_rank for _, _, part_rank in adapted)
+    a = offsets.take(rank * site.in_features)
+    parts = []
+    first = 0
+    for module, columns, part_rank in adapted:
+        out_features = columns.stop - columns.start
+        b = offsets.take(part_rank * out_features)
+        biased = _tensor_names(module, embedding).bias in header.tensors
+        bias = offsets.take(out_features) if biased else None
+        parts.append(PartLayout(module, columns, slice(first, first + part_rank), b, bias))
+        first += part_rank
+    return SiteLayout(site.in_features, rank, a, embedding, tuple(parts))
+
+
+def _adapted_parts(site: Site, embedding: bool, header: Header) -> Iterator[tuple[str, slice, int]]:
+    """Module, output columns and rank of the parts that the adapter adapts."""
+    column = 0
+    for module, out_features in site.parts:
+        columns = slice(column, column + out_features)
+        column += out_features
+        names = _tensor_names(module, embedding)
+        if names.a not in header.tensors or names.b not in header.tensors:
+            continue
+        a, b = header.tensors[names.a].shape, header.tensors[names.b].shape
+        if a != (a[0], site.in_features) or b != (out_features, a[0]):
+            raise InvalidAdapter(module, f"has A {list(a)} and B {list(b)}, which do not fit this model")
+        yield module, columns, a[0]
+
+
+def _tensor_names(module: str, embedding: bool) -> _TensorNames:
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return _TensorNames(f"{module}.{a}", f"{module}.{b}", f"{module}.lora_B.bias")
+
+
+def _stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """A tensor as the file holds it, and its dtype there."""
+    dtype, shape, start, stop = header.tensors[name]
+    held = data[header.data_offset + start : header.data_offset + stop].view(HELD[dtype])
+    return held.reshape(shape), dtype
+
+
+def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
+    """One operation a matrix: an adapter has hundreds, and a step waits for them when it first uses it."""
+    start = extent.storage_offset()
+    strides = (site.rank, 1) if site.embedding else (1, site.in_features)
+    a = extent.as_strided((site.in_features, site.rank), strides, start + site.a.start)
+    parts = []
+    for part in site.parts:
+        rank, width = part.ranks.stop - part.ranks.start, part.columns.stop - part.columns.start
+        b = extent.as_strided((rank, width), (width, 1), start + part.b.start)
+        bias = None if part.bias is None else extent.as_strided((width,), (1,), start + part.bias.start)
+        parts.append(PartWeights(b, part.columns, part.ranks, bias))
+    weights = SiteWeights(a, tuple(parts))
+    on_host = extent.dtype == torch.float32 and extent.device.type == "cpu"
+    return weights.on_host() if on_host else weights

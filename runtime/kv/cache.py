@@ -1,0 +1,45 @@
+"""The tensor that holds K and V, in blocks of slots of one token."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.models.config import ModelConfig
+from runtime.request import KvCopy
+
+
+def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    return model.num_layers * block_size * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+
+
+class KvCache:
+    """`layers` has (num_blocks * block_size, 2, kv_heads, head_dim) for each layer; K is index 0, V is 1.
+
+    Block b holds slots b * block_size onwards. Block 0 stays zero: padding reads it, so that what an unrelated
+    request left behind, a NaN above all, is never read under a mask.
+    """
+
+    def __init__(
+        self, model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size, self.device = block_size, device
+        shape = (model.num_layers, num_blocks * block_size, 2, model.num_kv_heads, model.head_dim)
+        self._whole = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers: list[Tensor] = list(self._whole)
+
+    def block(self, block: int) -> Tensor:
+        """A view of one block on all layers, (layers, block_size, 2, kv_heads, head_dim)."""
+        return self._whole[:, block * self.block_size : (block + 1) * self.block_size]
+
+    def empty_blocks(self, count: int) -> Tensor:
+        """Host memory for the content of `count` blocks, each in one piece and shaped as `block` has it."""
+        page_locked = self.device.type == "cuda"
+        return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype, pin_memory=page_locked)
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[KvCopy]) -> None:
+        """Copy the first slots of blocks to others, on all layers. No block may be both a source and a target."""
+        for source, target, tokens in copies:
+            first, second = source * self.block_size, target * self.block_size
+            self._whole[:, second : second + tokens] = self._whole[:, first : first + tokens]

@@ -1,0 +1,81 @@
+"""Copies of K/V blocks between the device and host memory, on one thread and in order."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.background import Pacer, yield_to_others
+from runtime.kv.cache import KvCache
+
+
+class BlockTransfer:
+    """Owns host memory for `num_slots` blocks, and the thread that copies.
+
+    Copies run in the order in which they were asked for. A slot may therefore be overwritten as soon as its reload was
+    asked for, and a block be reloaded into as soon as its offload was; every other write to a block has to
+    `wait_offloaded` first.
+    """
+
+    def __init__(self, kv: KvCache, num_slots: int, pacer: Pacer) -> None:
+        self.on_reloaded: Callable[[], None] | None = None  # called from the thread after each reload
+        self.num_slots, self.slot_bytes = num_slots, kv.block(0).nbytes
+        self._kv = kv
+        self._slots = kv.empty_blocks(num_slots)
+        self._pacer = pacer
+        self._thread = ThreadPoolExecutor(1, "kv-transfer", yield_to_others)
+        self._offloading: dict[int, Future[None]] = {}  # by block
+        self._stream = torch.cuda.Stream(kv.device) if kv.device.type == "cuda" else None
+
+    def offload(self, block: int, slot: int) -> None:
+        """Start to copy a block to a slot."""
+        self._offloading[block] = self._submit([(self._kv.block(block), self._slots[slot])])
+
+    def wait_offloaded(self, blocks: Iterable[int]) -> None:
+        """Wait until those of `blocks` that are being offloaded have been copied."""
+        for block in blocks:
+            offloading = self._offloading.pop(block, None)
+            if offloading is not None:
+                offloading.result()
+
+    def reload(self, slots: Sequence[int], blocks: Sequence[int]) -> "Future[None]":
+        """Start to copy each of `slots` to the block at the same place of `blocks`."""
+        pairs = [(self._slots[slot], self._kv.block(block)) for slot, block in zip(slots, blocks, strict=True)]
+        reloading = self._submit(pairs)
+        reloading.add_done_callback(lambda _: self._notify())
+        return reloading
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _notify(self) -> None:
+        if self.on_reloaded is not None:
+            self.on_reloaded()
+
+    def _submit(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> "Future[None]":
+        if self._stream is None:
+            return self._thread.submit(self._copy, pairs)
+        launched = torch.cuda.Event()
+        launched.record()  # launched steps may read or write the same blocks
+        return self._thread.submit(self._copy_on_stream, self._stream, launched, pairs)
+
+    def _copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for source, target in pairs:
+            self._pacer.pause()
+            np.copyto(_bytes(target), _bytes(source))  # torch would use the threads that compute the step
+
+    def _copy_on_stream(
+        self, stream: torch.cuda.Stream, launched: torch.cuda.Event, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        with torch.cuda.stream(stream):
+            stream.wait_event(launched)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+            stream.synchronize()  # this thread waits, a step never does
+
+
+def _bytes(block: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return block.view(torch.uint8).numpy()

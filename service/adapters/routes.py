@@ -1,0 +1,148 @@
+"""Adapters over HTTP: upload, import, look, load, pin, take away."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from runtime.messages import Tier
+from service.adapters.publish import Wishes, remove, start_import, upload
+from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
+from service.adapters.resource import AdapterList, adapter_resource, find_adapter, list_adapters
+from service.catalog.record import AdapterVersion, Condition
+from service.catalog.versions import no_adapter
+from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
+from service.services import Services, services_of
+
+
+class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /adapters: a name, and where the server finds the bundle; `pin` left out keeps what is.
+
+    `src` is an s3://, hf:// or file:// URL, or a path on the server; `revision` goes with hf:// only.
+    """
+
+    name: str
+    src: str
+    preload: bool = True
+    pin: bool | None = None
+    revision: str | None = None
+    ephemeral: bool = False
+
+
+class AdapterLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`pin` true keeps the adapter in the tier from now on, false ends that."""
+
+    tier: Tier
+    pin: bool | None = None
+
+
+class AdapterUnload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tier: Tier
+
+
+class AdapterChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What PATCH changes. A pin is to the device, unless the adapter is pinned to host memory already."""
+
+    pinned: bool
+
+
+async def put_adapter(request: Request) -> Response:
+    services = services_of(request)
+    name = new_name(request.path_params["name"], services.settings.served_name)
+    query = read_query(request, PutQuery)
+    wishes = Wishes(query.preload, query.pin, query.ephemeral)
+    version, created = await upload(services, request, name, wishes, read_condition(request))
+    return _shown(services, version, 201 if created else 200)
+
+
+async def post_adapter(request: Request) -> Response:
+    services, query = services_of(request), read_query(request, WaitQuery)
+    body = await read_json(request, AdapterSource, services.settings.max_body_bytes)
+    name = new_name(body.name, services.settings.served_name)
+    source = services.sources.checked(body.src, body.revision)
+    wishes = Wishes(body.preload, body.pin, body.ephemeral)
+    job = start_import(services, name, source, wishes, read_condition(request))
+    if not query.wait:
+        return json_response(find_adapter(services, name), 202)
+    version, created = await services.imports.result(job)
+    return _shown(services, version, 201 if created else 200)
+
+
+async def get_adapters(request: Request) -> Response:
+    read_query(request, NoQuery)
+    services = services_of(request)
+    return json_response(AdapterList(adapters=list_adapters(services, await services.engine.recent_stats())))
+
+
+async def get_adapter(request: Request) -> Response:
+    read_query(request, NoQuery)
+    name, services = request.path_params["name"], services_of(request)
+    adapter = find_adapter(services, name, await services.engine.recent_stats())
+    if adapter is None:
+        raise no_adapter(name)
+    return json_response(adapter, headers=None if adapter.digest is None else {"ETag": f'"{adapter.digest}"'})
+
+
+async def load_adapter(request: Request) -> Response:
+    services, query = services_of(request), read_query(request, WaitQuery)
+    body = await read_json(request, AdapterLoad, services.settings.max_body_bytes)
+    name, catalog = _known_name(request), services.catalog
+    if body.pin is not None:
+        await catalog.set_pin(name, body.tier if body.pin else None, Condition())
+    if not query.wait:
+        return _shown(services, await catalog.load(name, body.tier, wait=False), 202)
+    return await until_disconnect(request, _loaded(services, name, body.tier))
+
+
+async def _loaded(services: Services, name: str, tier: Tier) -> Response:
+    return _shown(services, await services.catalog.load(name, tier, wait=True))
+
+
+async def unload_adapter(request: Request) -> Response:
+    read_query(request, NoQuery)
+    services = services_of(request)
+    body = await read_json(request, AdapterUnload, services.settings.max_body_bytes)
+    return _shown(services, await services.catalog.unload(_known_name(request), body.tier))
+
+
+async def patch_adapter(request: Request) -> Response:
+    read_query(request, NoQuery)
+    services = services_of(request)
+    body = await read_json(request, AdapterChange, services.settings.max_body_bytes)
+    name = _known_name(request)
+    version = services.catalog.versions.resolve(name)
+    tier: Tier = "device" if version is None or version.record.pin is None else version.record.pin
+    version = await services.catalog.set_pin(name, tier if body.pinned else None, read_condition(request))
+    return _shown(services, version)
+
+
+async def delete_adapter(request: Request) -> Response:
+    query = read_query(request, DeleteQuery)
+    await remove(services_of(request), request.path_params["name"], read_condition(request), force=query.force)
+    return Response(status_code=204)
+
+
+routes = [
+    Route("/adapters", get_adapters, methods=["GET"]),
+    Route("/adapters", post_adapter, methods=["POST"]),
+    Route("/adapters/{name}", put_adapter, methods=["PUT"]),
+    Route("/adapters/{name}", get_adapter, methods=["GET"]),
+    Route("/adapters/{name}", patch_adapter, methods=["PATCH"]),
+    Route("/adapters/{name}", delete_adapter, methods=["DELETE"]),
+    Route("/adapters/{name}/load", load_adapter, methods=["POST"]),
+    Route("/adapters/{name}/unload", unload_adapter, methods=["POST"]),
+]
+
+
+def _known_name(request: Request) -> str:
+    """The name in the path. Raises RequestError while an import is to give the name its first version."""
+    name: str = request.path_params["name"]
+    services = services_of(request)
+    if services.catalog.versions.resolve(name) is None:
+        services.imports.require_idle(name)
+    return name
+
+
+def _shown(services: Services, version: AdapterVersion, status: int = 200) -> Response:
+    headers = {"ETag": f'"{version.digest}"'}
+    return json_response(adapter_resource(services, version), status, headers)

@@ -1,0 +1,71 @@
+"""The durable half of the catalog: one small object a name, which says what the name points at."""
+
+import msgspec
+
+from service.catalog.record import AdapterRecord
+from storage.store import NotFound, Store, StoreError
+
+_PREFIX, _SUFFIX = "names/", ".json"
+
+
+class UnreadableName(StoreError):
+    """What is stored under a name is no record of it; the message says why."""
+
+
+class AdapterNames:
+    """Reads and writes the records of names, each write on condition that nobody else wrote since the last read.
+
+    A deleted name leaves an empty object behind: deleting is a conditional write too, which every store offers, so
+    that two processes cannot undo each other unseen. All calls block; those for one name must not overlap.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._etags: dict[str, str] = {}
+        self._revisions: dict[str, str] = {}
+
+    def changed(self) -> list[str]:
+        """The names whose objects were written or removed since this was last asked, by whomever."""
+        entries = [entry for entry in self._store.list(_PREFIX) if entry.key.endswith(_SUFFIX)]
+        found = {entry.key.removeprefix(_PREFIX).removesuffix(_SUFFIX): entry.revision for entry in entries}
+        names = [name for name in {**found, **self._revisions} if found.get(name) != self._revisions.get(name)]
+        self._revisions = found
+        return sorted(names)
+
+    def again(self, name: str) -> None:
+        """Have `changed` tell a name once more: it could not be read."""
+        self._revisions[name] = ""
+
+    def read(self, name: str) -> AdapterRecord | None:
+        """What a name points at, None for nothing. Raises UnreadableName, StoreError."""
+        try:
+            stored = self._store.get(_key(name))
+        except NotFound:
+            self._etags.pop(name, None)
+            return None
+        self._etags[name] = stored.etag  # also of what is broken: a later upload may replace it
+        if not stored.content:
+            return None
+        try:
+            record = msgspec.json.decode(stored.content, type=AdapterRecord)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise UnreadableName(f"{_key(name)}: {error}") from error
+        if record.name != name:
+            raise UnreadableName(f"{_key(name)}: it says that its name is {record.name!r}")
+        return record
+
+    def write(self, record: AdapterRecord) -> None:
+        """Point a name at something. Raises PreconditionFailed if it has changed since it was read."""
+        self._put(record.name, msgspec.json.encode(record))
+
+    def bury(self, name: str) -> None:
+        """Make a name point at nothing. Raises PreconditionFailed if it has changed since it was read."""
+        self._put(name, b"")
+
+    def _put(self, name: str, content: bytes) -> None:
+        etag = self._etags.get(name)
+        self._etags[name] = self._store.put(_key(name), content, if_match=etag, if_none_match=etag is None)
+
+
+def _key(name: str) -> str:
+    return f"{_PREFIX}{name}{_SUFFIX}"

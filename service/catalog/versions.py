@@ -1,0 +1,138 @@
+"""What every name means now, in memory: readers never wait."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+from blake3 import blake3
+
+from runtime.models.config import ModelConfig
+from service.catalog.blobs import Blobs
+from service.catalog.record import AdapterRecord, AdapterVersion, Condition
+from service.errors import RequestError
+
+
+class Versions:
+    """The version of each name, and the versions that lost theirs while requests run on them.
+
+    Each of them, and each request, counts one on its digest in `Blobs`.
+    """
+
+    def __init__(self, blobs: Blobs, model: ModelConfig, max_rank: int) -> None:
+        self._blobs, self._max_rank = blobs, max_rank
+        self.base = base_shape(model)  # the digest that records of this server's adapters carry
+        self._versions: dict[str, AdapterVersion] = {}
+        self._draining: set[AdapterVersion] = set()
+
+    def resolve(self, name: str) -> AdapterVersion | None:
+        """The version that a name means now; enter `using` before the next await, or it may be gone."""
+        return self._versions.get(name)
+
+    def list(self) -> list[AdapterVersion]:
+        """Every named version, by name."""
+        return [version for _, version in sorted(self._versions.items())]
+
+    def draining(self, name: str) -> AdapterVersion | None:
+        """The latest version that lost this name while requests run on it."""
+        ended = [version for version in self._draining if version.name == name]
+        return max(ended, key=lambda version: version.record.created_at, default=None)
+
+    def failure(self, version: AdapterVersion) -> str | None:
+        """Why a version does not go with this server, though it once went with one; None if it does."""
+        return self._unfit(version.record)
+
+    def require(self, name: str, condition: Condition, *, ephemeral: bool = False) -> None:
+        """Raise the RequestError that a change of the name would meet now: 412, or 409 for a durable name."""
+        version = self._versions.get(name)
+        if condition.if_none_match and version is not None:
+            raise RequestError("precondition_failed", f"adapter {name!r} exists", "If-None-Match")
+        if condition.if_match is not None:
+            if version is None:
+                raise RequestError("precondition_failed", f"adapter {name!r} does not exist", "If-Match")
+            if not condition.if_match & {"*", version.digest}:
+                raise RequestError("precondition_failed", f"adapter {name!r} is now {version.digest}", "If-Match")
+        if ephemeral and version is not None and not version.ephemeral:
+            message = f"adapter {name!r} is stored durably: delete it first, or upload under another name"
+            raise RequestError("adapter_is_durable", message, "ephemeral")
+
+    @contextmanager
+    def using(self, version: AdapterVersion) -> Iterator[None]:
+        """Keep a version, its bytes and its place in the engine for as long as one request runs.
+
+        Raises RequestError: 503 `adapter_failed` for one that cannot be served, 404 `model_not_found` for one
+        that ended before the block began.
+        """
+        if (failure := self.failure(version)) is not None:
+            raise RequestError("adapter_failed", f"adapter {version.name!r} cannot be served: {failure}", "model")
+        if not self._blobs.counted(version.digest):
+            raise RequestError("model_not_found", f"adapter {version.name!r} was deleted", "model")
+        self._blobs.acquire(version.digest)
+        version.requests += 1
+        version.last_used_at = time.time()
+        try:
+            yield
+        finally:
+            version.requests -= 1
+            if not version.requests:
+                self._draining.discard(version)
+            self._blobs.release(version.digest)
+
+    def check(self) -> None:
+        """Recount who counts on what; to be called while no change is under way."""
+        counts = Counter(version.digest for version in self._versions.values())
+        for version in {*self._versions.values(), *self._draining}:
+            assert version.requests >= 0
+            if version.requests:
+                counts[version.digest] += version.requests
+        assert all(version.requests for version in self._draining)
+        self._blobs.check(counts)
+
+    def named(self, name: str) -> AdapterVersion:
+        version = self._versions.get(name)
+        if version is None:
+            raise no_adapter(name)
+        return version
+
+    def point(self, record: AdapterRecord, *, ephemeral: bool) -> AdapterVersion:
+        """Make a name mean a record, whose bytes the caller has counted one on; takes that over from what it meant."""
+        old = self._versions.get(record.name)
+        if old is not None and old.digest == record.digest:
+            old.record, old.ephemeral = record, ephemeral
+            version = old
+        else:
+            version = self._versions[record.name] = AdapterVersion(record, ephemeral)
+        if self._unfit(record) is None:
+            self._blobs.serve(record.digest)
+        if old is not None:
+            self._end(old, goes_on=old is version)
+        return version
+
+    def drop(self, name: str) -> None:
+        """Make a name mean nothing."""
+        self._end(self._versions.pop(name), goes_on=False)
+
+    def _end(self, version: AdapterVersion, *, goes_on: bool) -> None:
+        """Take away what a name counted on a version; the requests on it count for themselves."""
+        if version.requests and not goes_on:
+            self._draining.add(version)
+        self._blobs.release(version.digest)
+
+    def _unfit(self, record: AdapterRecord) -> str | None:
+        if record.base != self.base:
+            return (
+                "it was uploaded to a base model of another shape; upload it again to have it checked against this one"
+            )
+        if record.rank > self._max_rank:
+            return f"its rank {record.rank} is above this server's limit of {self._max_rank}"
+        return None
+
+
+def no_adapter(name: str) -> RequestError:
+    return RequestError("adapter_not_found", f"there is no adapter {name!r}", "name")
+
+
+def base_shape(model: ModelConfig) -> str:
+    """A digest of everything that an adapter's tensors are checked against."""
+    return blake3(msgspec.json.encode(model.sites())).hexdigest()

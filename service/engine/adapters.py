@@ -1,0 +1,94 @@
+"""What the engine is told of adapters, and what it says of them."""
+
+import asyncio
+from pathlib import Path
+
+from runtime.messages import (
+    AdapterState,
+    FailAdapter,
+    LoadAdapter,
+    PinAdapter,
+    RegisterAdapter,
+    RetireAdapter,
+    Tier,
+    UnloadAdapter,
+)
+from service.engine.connection import Connection
+from service.metrics import Metrics
+
+
+class EngineAdapters:
+    """Remembers which adapters the engine must know and pin, so that a new engine can be told all of it again."""
+
+    def __init__(self, connection: Connection, metrics: Metrics) -> None:
+        self.states: dict[str, AdapterState] = {}  # by digest: the engine's last word on each adapter
+        self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()  # every word, for the owner of the files
+        self._connection, self._metrics = connection, metrics
+        self._paths: dict[str, Path] = {}
+        self._pins: dict[str, Tier] = {}
+        self._had_engine = False
+
+    def register(self, digest: str, path: Path) -> None:
+        """Tell the engine, and every later one, where an adapter's canonical file is, or will be once it is fetched."""
+        self._paths[digest] = path
+        self._connection.send(RegisterAdapter(digest=digest, path=str(path)))
+
+    def retire(self, digest: str) -> None:
+        """Forget an adapter; requests that run on it finish."""
+        self._paths.pop(digest, None)
+        self._pins.pop(digest, None)
+        self.states.pop(digest, None)
+        self._connection.send(RetireAdapter(digest=digest))
+
+    def fail(self, digest: str, reason: str) -> None:
+        """Tell the engine that a file which it asked for cannot be fetched."""
+        self._connection.send(FailAdapter(digest=digest, reason=reason))
+
+    def prefetch(self, digest: str, tier: Tier = "device") -> None:
+        """Start to load an adapter into a tier."""
+        self._connection.send(LoadAdapter(digest=digest, tier=tier))
+
+    async def load(self, digest: str, tier: Tier) -> None:
+        """Load an adapter into a tier; returns when it is there. Raises EngineError with the reason if it fails."""
+        request_id = self._connection.new_id()
+        await self._connection.ask(request_id, LoadAdapter(request_id=request_id, digest=digest, tier=tier))
+
+    async def unload(self, digest: str, tier: Tier) -> None:
+        """Free an adapter's memory in a tier and above it. Raises EngineError if it is in use or pinned."""
+        request_id = self._connection.new_id()
+        await self._connection.ask(request_id, UnloadAdapter(request_id=request_id, digest=digest, tier=tier))
+
+    async def pin(self, digest: str, tier: Tier | None) -> None:
+        """Keep an adapter in a tier, now and in every later engine; None ends that.
+
+        Raises EngineError when the engine refuses or has died; before the first engine has started, the pin is only
+        remembered.
+        """
+        if tier is None:
+            self._pins.pop(digest, None)
+        if self._had_engine:
+            request_id = self._connection.new_id()
+            await self._connection.ask(request_id, PinAdapter(request_id=request_id, digest=digest, tier=tier))
+        if tier is not None:
+            self._pins[digest] = tier
+
+    def tell_all(self) -> None:
+        """Make a new engine know everything that the last one knew."""
+        self._had_engine = True
+        for digest, path in self._paths.items():
+            self._connection.send(RegisterAdapter(digest=digest, path=str(path)))
+        for digest, tier in self._pins.items():
+            self._connection.send(PinAdapter(request_id=f"again-{digest}", digest=digest, tier=tier))
+
+    def lost(self) -> None:
+        """The engine died, and with it every state."""
+        self.states.clear()
+
+    def on_state(self, event: AdapterState) -> None:
+        if event.seconds:
+            self._metrics.loaded(event.seconds)
+        if event.state == "retired" or event.digest not in self._paths:
+            self.states.pop(event.digest, None)
+            return
+        self.states[event.digest] = event
+        self.changes.put_nowait(event)

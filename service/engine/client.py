@@ -1,0 +1,214 @@
+"""The service's end of the engine: open token streams, and an engine process that is kept alive."""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple
+
+from runtime.config import EngineConfig
+from runtime.messages import (
+    Abort,
+    AdapterState,
+    Answer,
+    Event,
+    Failed,
+    Generate,
+    GetStats,
+    PrefixEnded,
+    PrefixHeld,
+    Ready,
+    Stats,
+    Tokens,
+)
+from service.engine.adapters import EngineAdapters
+from service.engine.connection import Connection, fail, succeed
+from service.engine.prefixes import EnginePrefixes
+from service.engine.process import EngineProcess, EngineStartFailed
+from service.errors import EngineError
+from service.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # backoff between attempts in a row; the last repeats
+STEADY_SECONDS = 60.0  # an engine that lived this long resets the backoff
+RECENT_SECONDS = 1.0  # a snapshot is current for so long
+STATS_SECONDS = 0.8  # how long to wait for a snapshot: the engine answers between two steps
+
+
+class Stream(NamedTuple):
+    """An open token stream: the adapter of its request, and the events that have arrived for it."""
+
+    adapter: str | None
+    events: asyncio.Queue[Tokens | EngineError]
+
+
+class EngineClient:
+    """Generates through an engine process, restarts it when it dies, and owns the open token streams."""
+
+    def __init__(self, config: EngineConfig, command: Sequence[str], metrics: Metrics):
+        self._connection = Connection()
+        self.adapters = EngineAdapters(self._connection, metrics)
+        self.prefixes = EnginePrefixes(self._connection)
+        self._config, self._command = config, command
+        self._supervisor: asyncio.Task[None] | None = None
+        self._streams: dict[str, Stream] = {}  # by request id
+        self._last_stats: Stats | None = None
+        self._stats_at = -math.inf  # time.monotonic() when the last snapshot arrived
+        self._asked_stats: asyncio.Future[Stats] | None = None
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the engine said of itself; None while no engine serves."""
+        return self._connection.ready
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the engine that runs now."""
+        return None if self._connection.process is None else self._connection.process.pid
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready. Raises EngineStartFailed with the engine's reason."""
+        await self._launch()
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def close(self) -> None:
+        """End running requests and the engine; returns when its process is gone."""
+        self.end_requests("shutting_down", "the service is shutting down")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._connection.process is not None:
+            await self._connection.process.close()
+
+    def busy(self) -> bool:
+        """Whether any request runs or waits."""
+        return bool(self._streams)
+
+    async def generate(self, command: Generate) -> AsyncGenerator[Tokens, None]:
+        """Run one sequence and yield its tokens as they come; closing the generator aborts it.
+
+        Raises EngineError when the engine refuses it, fails at it, or dies.
+        """
+        process = self._connection.require()
+        stream = self._streams[command.request_id] = Stream(command.adapter, asyncio.Queue())
+        ended = False
+        try:
+            process.send(command)
+            while not ended:
+                event = await stream.events.get()
+                ended = isinstance(event, EngineError) or event.finish_reason is not None
+                if isinstance(event, EngineError):
+                    raise event
+                yield event
+        finally:
+            del self._streams[command.request_id]
+            if not ended and process is self._connection.process:
+                self._connection.send(Abort(request_id=command.request_id))
+
+    def end_requests(self, code: str, message: str, digest: str | None = None) -> None:
+        """Fail every running request and end every held prefix, or those on one adapter."""
+        for request_id, stream in self._streams.items():
+            if digest is None or stream.adapter == digest:
+                self._connection.send(Abort(request_id=request_id))
+                stream.events.put_nowait(EngineError(code, message))
+        self.prefixes.end(EngineError(code, message), digest)
+
+    async def stats(self) -> Stats:
+        """A snapshot of the engine's counters. It answers between two steps, so callers set their own deadline.
+
+        Raises EngineError when there is no engine.
+        """
+        process = self._connection.require()
+        if self._asked_stats is None:
+            self._asked_stats = asyncio.get_running_loop().create_future()
+            process.send(GetStats())
+        return await asyncio.shield(self._asked_stats)
+
+    async def latest_stats(self) -> Stats | None:
+        """A fresh snapshot, or the last one where a busy engine takes too long; None while there is no engine."""
+        try:
+            async with asyncio.timeout(STATS_SECONDS):
+                return await self.stats()
+        except TimeoutError:
+            return self._last_stats
+        except EngineError:
+            return None
+
+    async def recent_stats(self) -> Stats | None:
+        """A snapshot of the last second; None where a busy engine takes too long, or there is none."""
+        if self.stats_age > RECENT_SECONDS:
+            await self.latest_stats()
+        return self._last_stats if self.stats_age <= RECENT_SECONDS else None
+
+    @property
+    def stats_age(self) -> float:
+        """Seconds since the last snapshot arrived."""
+        return time.monotonic() - self._stats_at
+
+    async def _launch(self) -> None:
+        process = EngineProcess(self._command)
+        self._connection.process = process
+        try:
+            self._connection.ready = await process.start(self._config, self._on_event)
+        except BaseException:
+            await process.close()
+            raise
+        self.adapters.tell_all()
+
+    async def _supervise(self) -> None:
+        """Wait for the engine to die, fail the requests that ran on it, and start another, for ever."""
+        loop = asyncio.get_running_loop()
+        delays = _delays()
+        while True:
+            born = loop.time()
+            assert self._connection.process is not None
+            status = await self._connection.process.died()
+            _log.error("the engine died (%s) with %d requests running; restarting it", status, len(self._streams))
+            self._lost(EngineError("engine_died", f"the engine died ({status}); it is being restarted"))
+            await self._connection.process.close()
+            if loop.time() - born > STEADY_SECONDS:
+                delays = _delays()
+            await self._restart(delays)
+
+    def _lost(self, failure: EngineError) -> None:
+        self._connection.lost(failure)
+        self.adapters.lost()
+        self.end_requests(failure.code, failure.message)
+        asked, self._asked_stats, self._last_stats = self._asked_stats, None, None
+        if asked is not None:
+            fail(asked, failure)
+            asked.exception()  # marks it as seen: its caller may have given up
+
+    async def _restart(self, delays: "itertools.chain[float]") -> None:
+        while True:
+            await asyncio.sleep(next(delays))
+            try:
+                await self._launch()
+            except EngineStartFailed as error:
+                _log.error("the engine did not start again: %s", error)
+            else:
+                _log.warning("the engine serves again")
+                return
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Tokens | Failed) and event.request_id in self._streams:
+            outcome = EngineError(event.code, event.message) if isinstance(event, Failed) else event
+            self._streams[event.request_id].events.put_nowait(outcome)
+        elif isinstance(event, PrefixHeld | PrefixEnded | Failed):
+            self.prefixes.on_event(event)
+        elif isinstance(event, AdapterState):
+            self.adapters.on_state(event)
+        elif isinstance(event, Answer):
+            self._connection.on_answer(event)
+        elif isinstance(event, Stats):
+            self._last_stats, self._stats_at = event, time.monotonic()
+            asked, self._asked_stats = self._asked_stats, None
+            if asked is not None:
+                succeed(asked, event)
+
+
+def _delays() -> "itertools.chain[float]":
+    return itertools.chain(RESTART_SECONDS, itertools.repeat(RESTART_SECONDS[-1]))

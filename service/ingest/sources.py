@@ -1,0 +1,163 @@
+"""Fetching the two files of an adapter from where a client says they are, and from nowhere else."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from service.errors import RequestError
+from service.ingest.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
+from service.ingest.source_files import copy_files
+from service.source_urls import AllowedSources, Source, check_revision, source_of
+from storage.huggingface import HubRepository
+from storage.s3 import S3Store
+from storage.store import (
+    AccessDenied,
+    InvalidKey,
+    NotFound,
+    ObjectChanged,
+    ObjectTooLarge,
+    OnProgress,
+    Reader,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+
+_log = logging.getLogger(__name__)
+_Remote = TypeVar("_Remote", S3Store, HubRepository)
+
+
+class Fetched(NamedTuple):
+    """What a source held: the bundle, and the URL that names exactly this."""
+
+    bundle: Bundle
+    url: str
+
+
+class Sources:
+    """Knows which sources are allowed, and fetches from them; size is bounded, and nothing is followed.
+
+    `open_bucket` and `open_repository` take what `S3Store` and `HubRepository` do.
+    """
+
+    def __init__(
+        self,
+        allowed: Sequence[str],
+        max_bytes: int,
+        open_bucket: Callable[[str, str], S3Store] = S3Store,
+        open_repository: Callable[[str, str | None, str], HubRepository] = HubRepository,
+    ) -> None:
+        self._allowed, self._max_bytes = AllowedSources(allowed), max_bytes
+        self._open_bucket, self._open_repository = open_bucket, open_repository
+        self._open: set[S3Store | HubRepository] = set()
+
+    def checked(self, src: str, revision: str | None = None) -> Source:
+        """The source that a URL names. Raises RequestError for a bad or a forbidden one."""
+        try:
+            source = source_of(src)
+        except ValueError as error:
+            raise RequestError("unsupported_source", f"the source is not accepted: {error}", "src") from None
+        if revision is not None:
+            source = _with_revision(source, revision)
+        if self._allowed.place_of(source) is None:
+            message = f"{source.url} is not a source that this server allows (--allow-source)"
+            raise RequestError("source_not_allowed", message, "src")
+        return source
+
+    def fetch(self, source: Source, directory: Path, on_progress: OnProgress) -> Fetched:
+        """Bring the two files of a checked source into a directory, which the caller removes whatever happens; blocks.
+
+        `on_progress` gets the bytes of the weights so far, and its exceptions end the fetch. Raises RequestError if the
+        source is missing, unreadable, too large, changes meanwhile, or its store does not work; StoreFull, OSError.
+        """
+        if source.scheme == "file":
+            return self._fetch_files(source, directory, on_progress)
+        with _translated(source):
+            if source.scheme == "s3":
+                bucket, *prefix = source.path
+                with self._opened(self._open_bucket(bucket, "/".join(prefix))) as store:
+                    return Fetched(self._copy(store, directory, on_progress), source.url)
+            organisation, name, *folder = source.path
+            opened = self._open_repository(f"{organisation}/{name}", source.revision, "/".join(folder))
+            with self._opened(opened) as repository:
+                pinned = source._replace(revision=repository.commit)
+                return Fetched(self._copy(repository, directory, on_progress), pinned.url)
+
+    def close(self) -> None:
+        """End the fetches under way."""
+        for reader in list(self._open):
+            reader.close()
+
+    @contextmanager
+    def _opened(self, reader: _Remote) -> Iterator[_Remote]:
+        self._open.add(reader)
+        try:
+            yield reader
+        finally:
+            self._open.discard(reader)
+            reader.close()
+
+    def _fetch_files(self, source: Source, directory: Path, on_progress: OnProgress) -> Fetched:
+        place = self._allowed.place_of(source)
+        assert place is not None, "a source is checked before it is fetched"
+        root, below = Path("/", *place.path), source.path[len(place.path) :]
+        files = BundleFiles(directory, self._max_bytes)
+        try:
+            copy_files(root, below, files, on_progress)
+            return Fetched(files.bundle(), source.url)
+        finally:
+            files.close()
+
+    def _copy(self, reader: Reader, directory: Path, on_progress: OnProgress) -> Bundle:
+        """The configuration first: it is small, and often what is missing."""
+        limits = ((CONFIG, MAX_CONFIG_BYTES, None), (WEIGHTS, self._max_bytes, on_progress))
+        for name, limit, listener in limits:
+            try:
+                reader.fetch(name, directory / name, max_bytes=limit, on_progress=listener)
+            except NotFound:
+                raise RequestError("source_not_found", f"the source has no {name}", "src") from None
+            except ObjectTooLarge:
+                raise too_large(limit, name) from None
+        return Bundle(directory / WEIGHTS, (directory / CONFIG).read_bytes())
+
+
+def _with_revision(source: Source, revision: str) -> Source:
+    if source.scheme != "hf":
+        raise RequestError("unsupported_revision", "revision goes with hf:// sources only", "revision")
+    try:
+        check_revision(revision)
+    except ValueError as error:
+        raise RequestError("unsupported_revision", str(error), "revision") from None
+    if source.revision not in (None, revision):
+        message = f"src names the revision {source.revision!r} and revision is {revision!r}: give one"
+        raise RequestError("conflicting_revisions", message, "revision")
+    return source._replace(revision=revision)
+
+
+@contextmanager
+def _translated(source: Source) -> Iterator[None]:
+    """What a store says, told to a client: of the source it named itself, and nothing of the server's."""
+    try:
+        yield
+    except StoreFull:
+        raise  # the server's own disk
+    except NotFound as error:
+        raise _failed("source_not_found", f"{source.url} is not there", error) from None
+    except AccessDenied as error:
+        raise _failed("source_access_denied", f"the server may not read {source.url}", error) from None
+    except ObjectChanged as error:
+        raise _failed("source_changed", f"{source.url} changed while it was read", error) from None
+    except InvalidKey as error:
+        raise _failed("unsupported_source", f"{source.url} cannot be read from its store", error) from None
+    except StoreUnavailable as error:
+        message = f"the store of {source.url} does not answer"
+        raise _failed("source_unavailable", message, error) from None
+    except StoreError as error:
+        raise _failed("source_broken", f"the store of {source.url} does not work", error) from None
+
+
+def _failed(code: str, message: str, error: StoreError) -> RequestError:
+    _log.info("%s: %s", message, error)
+    return RequestError(code, message, "src")

@@ -1,0 +1,145 @@
+"""Which prefixes are held, of which adapter version, until when, and why those that ended did."""
+
+import asyncio
+import time
+from contextlib import ExitStack
+from typing import NamedTuple
+from uuid import uuid4
+
+from runtime.messages import HoldPrefix, PrefixHeld
+from service.catalog.record import AdapterVersion
+from service.catalog.versions import Versions
+from service.engine.prefixes import EnginePrefixes, HeldPrefix
+from service.errors import RequestError
+from service.openai.invocation import Prompt
+
+MAX_PREFIXES = 4096  # held at once: prefixes that share their blocks would not reach the engine's bound on blocks
+MAX_ENDED = 1000  # ended prefixes whose reason is remembered
+
+REASONS = {
+    "expired": "its time is over",
+    "dropped": "its namespace was dropped",
+    "released": "it was released",
+    "adapter_retired": "its adapter was deleted",
+    "adapter_deleted": "its adapter was deleted",
+    "engine_died": "the engine died",
+}
+
+
+class Wanted(NamedTuple):
+    """A prefix to compute."""
+
+    model: str  # as the client named it
+    version: AdapterVersion | None  # the adapter that the model is; None: the base
+    prompt: Prompt
+    ttl_seconds: float
+    cache_salt: str
+
+
+class Prefix:
+    """A prefix that is held, or that is being computed. Times are seconds since 1970."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.id = f"prefix-{uuid4().hex}"
+        self.wanted = wanted
+        self.held: PrefixHeld | None = None  # None while it is computed
+        self.created_at = self.expires_at = time.time()
+        self.using = ExitStack()  # the use of the adapter version
+        self.timer: asyncio.Task[None] | None = None
+
+    def command(self) -> HoldPrefix:
+        prompt = self.wanted.prompt
+        return HoldPrefix(
+            request_id=self.id,
+            prefix_id=self.id,
+            token_ids=prompt.token_ids,
+            adapter=prompt.adapter,
+            invocation_start=prompt.invocation_start,
+            kv_is_base=prompt.kv_is_base,
+            cache_salt=self.wanted.cache_salt,
+        )
+
+
+class Prefixes:
+    """Owns the held prefixes, their time limits, and with each the use of the adapter version of its K/V."""
+
+    def __init__(self, engine: EnginePrefixes, versions: Versions) -> None:
+        self._engine, self._versions = engine, versions
+        self._prefixes: dict[str, Prefix] = {}
+        self._ended: dict[str, str] = {}  # the reasons, the oldest first
+
+    async def hold(self, wanted: Wanted) -> Prefix:
+        """Compute a prefix and hold it until its time is over. Raises RequestError."""
+        prefix, handle = await self._compute(wanted)
+        prefix.expires_at = time.time() + wanted.ttl_seconds
+        prefix.timer = asyncio.create_task(self._watch(prefix, handle), name=prefix.id)
+        return prefix
+
+    async def warm(self, wanted: Wanted) -> Prefix:
+        """Compute a prefix and hold nothing: it stays as long as the cache keeps it. Raises as `hold` does."""
+        prefix, _ = await self._compute(wanted)
+        self._engine.release(prefix.id)
+        self._forget(prefix.id)
+        return prefix
+
+    def list(self) -> list[Prefix]:
+        """Every prefix that is held, the oldest first."""
+        return [prefix for prefix in self._prefixes.values() if prefix.held is not None]
+
+    def get(self, prefix_id: str) -> Prefix:
+        """A prefix that is held. Raises RequestError, with the reason if it was held once."""
+        prefix = self._prefixes.get(prefix_id)
+        if prefix is not None and prefix.held is not None:
+            return prefix
+        reason = self._ended.get(prefix_id)
+        why = "there is no such prefix" if reason is None else f"it is held no longer: {REASONS.get(reason, reason)}"
+        raise RequestError("prefix_not_found", f"prefix {prefix_id!r}: {why}", "id")
+
+    def release(self, prefix_id: str) -> None:
+        """Stop holding a prefix. Raises RequestError as `get` does."""
+        self._end(self.get(prefix_id), "released")
+
+    async def close(self) -> None:
+        """Release every adapter version."""
+        timers = [prefix.timer for prefix in self._prefixes.values() if prefix.timer is not None]
+        for prefix_id in list(self._prefixes):
+            self._forget(prefix_id)
+        await asyncio.gather(*timers, return_exceptions=True)
+
+    async def _compute(self, wanted: Wanted) -> tuple[Prefix, HeldPrefix]:
+        if len(self._prefixes) >= MAX_PREFIXES:
+            raise RequestError("prefixes_full", f"{MAX_PREFIXES} prefixes are held already: release one first")
+        prefix = Prefix(wanted)
+        self._prefixes[prefix.id] = prefix
+        try:
+            if wanted.prompt.adapter is not None and wanted.version is not None:
+                prefix.using.enter_context(self._versions.using(wanted.version))
+            prefix.held, handle = await self._engine.hold(prefix.command())
+        except BaseException:
+            self._forget(prefix.id)
+            raise
+        return prefix, handle
+
+    async def _watch(self, prefix: Prefix, handle: HeldPrefix) -> None:
+        """Wait until a prefix's time is over, or until the engine ends it before that."""
+        try:
+            async with asyncio.timeout(prefix.wanted.ttl_seconds):
+                reason = await handle.ended
+        except TimeoutError:
+            reason = "expired"
+        self._end(prefix, reason)
+
+    def _end(self, prefix: Prefix, reason: str) -> None:
+        if self._forget(prefix.id):
+            self._engine.release(prefix.id)
+            self._ended[prefix.id] = reason
+            if len(self._ended) > MAX_ENDED:
+                del self._ended[next(iter(self._ended))]
+
+    def _forget(self, prefix_id: str) -> bool:
+        prefix = self._prefixes.pop(prefix_id, None)
+        if prefix is not None:
+            prefix.using.close()
+            if prefix.timer is not None and prefix.timer is not asyncio.current_task():
+                prefix.timer.cancel()
+        return prefix is not None

@@ -1,0 +1,92 @@
+"""POST /v1/completions."""
+
+import time
+from collections.abc import Sequence
+from uuid import uuid4
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runtime.messages import TokenLogprobs
+from service.catalog.record import AdapterVersion
+from service.errors import RequestError
+from service.http import read_json
+from service.openai.generation import Delta
+from service.openai.sampling import answer_length, sampling_params
+from service.openai.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from service.openai.streaming import Inputs, answer
+from service.services import Services, services_of
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_SEQUENCES = 1024  # prompts times choices of one request
+
+
+async def completions(request: Request) -> Response:
+    arrived, services = time.perf_counter(), services_of(request)
+    body = await read_json(request, CompletionRequest, services.settings.max_body_bytes)
+    return await answer(request, services, TextCompletion(services, body), arrived)
+
+
+class TextCompletion:
+    """One completion request: reads its fields, and formats its answer as OpenAI's API does."""
+
+    def __init__(self, services: Services, body: CompletionRequest):
+        self.id, self.body = f"cmpl-{uuid4().hex}", body
+        self._services, self._tokenizer = services, services.tokenizer
+        self._created = int(time.time())
+        self._offsets: dict[int, int] = {}  # by choice: the characters that it has had
+
+    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+        body, services = self.body, self._services
+        prompts = await services.prompts.text_prompts(body.prompt, version, body.alora)
+        if len(prompts) * (body.n or 1) > MAX_SEQUENCES:
+            message = f"{len(prompts)} prompts with n={body.n or 1} are more than {MAX_SEQUENCES} sequences"
+            raise RequestError("too_many_sequences", message, "prompt")
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
+        return Inputs(prompts, sampling_params(body, max_tokens, body.logprobs, services.vocab_size))
+
+    def chunk(self, delta: Delta) -> msgspec.Struct | None:
+        if not (delta.text or delta.logprobs or delta.finish_reason):
+            return None
+        return self._completion([self._choice([delta])])
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        return self._completion([], usage)
+
+    def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
+        return self._completion([self._choice(deltas) for deltas in choices], usage)
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        return Completion(id=self.id, created=self._created, model=self.body.model, choices=choices, usage=usage)
+
+    def _choice(self, deltas: Sequence[Delta]) -> CompletionChoice:
+        return CompletionChoice(
+            index=deltas[0].choice,
+            text="".join(delta.text for delta in deltas),
+            logprobs=self._logprobs(deltas) if self.body.logprobs is not None else None,
+            finish_reason=deltas[-1].finish_reason,
+        )
+
+    def _logprobs(self, deltas: Sequence[Delta]) -> CompletionLogprobs:
+        """Offsets are into the text as it is given out: a token that is part of a character has that character's."""
+        choice, text_of = deltas[0].choice, self._tokenizer.token_text
+        entries: list[tuple[int, TokenLogprobs]] = []
+        offsets: list[int] = []
+        offset = self._offsets.get(choice, 0)
+        for delta in deltas:
+            found = list(zip(delta.token_ids, delta.logprobs or (), strict=False))
+            entries += found
+            offsets += [offset] * len(found)
+            offset += len(delta.text)
+        self._offsets[choice] = offset
+        return CompletionLogprobs(
+            tokens=[text_of(token_id) for token_id, _ in entries],
+            token_logprobs=[entry.logprob for _, entry in entries],
+            text_offset=offsets,
+            top_logprobs=[
+                {text_of(i): logprob for i, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)}
+                for _, entry in entries
+            ],
+        )

@@ -1,0 +1,126 @@
+"""A generation as an HTTP answer: whole or streamed, aborted when the client goes away."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
+
+from runtime.messages import SamplingParams
+from service.access import access_record
+from service.catalog.record import AdapterVersion
+from service.errors import EngineError, error_body
+from service.http import encode_json, json_response, until_disconnect
+from service.openai.generation import Delta, Generation, Plan
+from service.openai.invocation import Prompt, alora_headers, require_applicable
+from service.openai.models import resolve
+from service.openai.sampling import refuse_unbuilt, stop_strings
+from service.openai.schemas import GenerationRequest, Usage
+from service.services import Services
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Inputs(NamedTuple):
+    """The prompts of a request, encoded for its model, and how to sample after each."""
+
+    prompts: list[Prompt]
+    params: SamplingParams
+
+
+class Call(Protocol):
+    """What a chat and a completion do each in their own way: read their fields, and format their answer."""
+
+    id: str
+
+    @property
+    def body(self) -> GenerationRequest: ...
+
+    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+        """Check the call's own fields and encode its prompts for the model. Raises RequestError naming the field."""
+
+    def chunk(self, delta: Delta) -> msgspec.Struct | None:
+        """One server-sent event; None if there is nothing to say."""
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        """The event without choices that ends a stream whose client asked for its usage."""
+
+    def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
+        """The answer that is not streamed, from all deltas of each choice."""
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; when they end, or the client goes away, their source is closed at once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], source: AsyncExitStack, headers: dict[str, str]):
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self._source = source
+
+    async def stream_response(self, send: Send) -> None:
+        # Starlette leaves a cancelled iterator to the garbage collector: the abort would come late
+        async with self._source:
+            await super().stream_response(send)
+
+
+async def answer(request: Request, services: Services, call: Call, arrived: float) -> Response:
+    """Generate what a call asks for; `arrived` is time.perf_counter() when the request came."""
+    return await until_disconnect(request, _answer(request, services, call, arrived))
+
+
+async def _answer(request: Request, services: Services, call: Call, arrived: float) -> Response:
+    body, record = call.body, access_record(request)
+    record.id, record.model = call.id, body.model
+    async with AsyncExitStack() as source:
+        version = resolve(body, services.settings.served_name, services.catalog.versions)
+        if version is not None:  # in use from here on, also if its name is meanwhile given to another version
+            source.enter_context(services.catalog.versions.using(version))
+        refuse_unbuilt(body)
+        require_applicable(body.alora, version)
+        prompts, params = await call.inputs(version)
+        plan = Plan(call.id, prompts, params, body.n or 1, stop_strings(body), body.cache_salt or "")
+        series = services.metrics.series(None if version is None else version.name)
+        generation = Generation(plan, services.engine, services.tokenizer, series, record, arrived)
+        deltas = await source.enter_async_context(aclosing(generation.deltas()))
+        headers = {} if version is None else {"x-adapter-digest": version.digest, **alora_headers(prompts)}
+        if not body.stream:
+            return await _whole(call, generation, deltas, headers)
+        first = await anext(deltas)  # before the status goes out, so that a refusal has a status of its own
+        headers |= generation.headers
+        return EventStream(_events(call, generation, first, deltas), source.pop_all(), headers)
+
+
+async def _whole(
+    call: Call, generation: Generation, deltas: AsyncGenerator[Delta, None], headers: dict[str, str]
+) -> Response:
+    choices: dict[int, list[Delta]] = {}
+    async for delta in deltas:
+        choices.setdefault(delta.choice, []).append(delta)
+    headers |= generation.headers
+    headers["x-time-to-first-token-ms"] = f"{(generation.first_token_seconds or 0.0) * 1000:.1f}"
+    return json_response(call.whole([choices[index] for index in sorted(choices)], generation.usage), 200, headers)
+
+
+async def _events(
+    call: Call, generation: Generation, first: Delta, deltas: AsyncGenerator[Delta, None]
+) -> AsyncIterator[bytes]:
+    try:
+        if (chunk := call.chunk(first)) is not None:
+            yield _event(chunk)
+        async for delta in deltas:
+            if (chunk := call.chunk(delta)) is not None:
+                yield _event(chunk)
+    except EngineError as error:
+        yield _event(error_body(error))
+        return
+    if call.body.stream_options is not None and call.body.stream_options.include_usage:
+        yield _event(call.usage_chunk(generation.usage))
+    yield DONE
+
+
+def _event(content: Any) -> bytes:
+    return b"data: %b\n\n" % encode_json(content)

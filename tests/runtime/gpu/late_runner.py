@@ -1,0 +1,44 @@
+"""A runner whose results come late, as a GPU's do: after the next step has been laid out and launched."""
+
+
+class LateRunner:
+    """The reference runner, of whose results nobody hears before the next step; it alone knows the tokens itself."""
+
+    def __init__(self, runner):
+        self._runner = runner
+        self._tokens = {}
+        self.late = 0  # steps that were launched before the results of the one before were asked for
+        self._open = 0  # steps whose results nobody has asked for yet
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def prepare(self, chunks):
+        unknown = [chunk.request for chunk in chunks if chunk.start >= len(chunk.request.token_ids)]
+        for request in unknown:
+            request.token_ids.append(self._tokens[request])
+            request.pending -= 1
+        try:
+            ordered = self._runner.prepare(chunks)
+        finally:
+            for request in unknown:
+                request.token_ids.pop()
+                request.pending += 1
+        self._sampling = [chunk.request for chunk in ordered if chunk.samples]
+        return ordered
+
+    def launch(self):
+        self.late += self._open > 0
+        results, _ = self._runner.launch()
+        sampled = results()
+        self._tokens = {
+            request: choice.token_id if choice.token_id is not None else 0
+            for request, choice in zip(self._sampling, sampled, strict=True)
+        }
+        self._open += 1
+
+        def wait():
+            self._open -= 1
+            return sampled
+
+        return wait, True

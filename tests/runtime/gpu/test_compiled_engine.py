@@ -1,0 +1,105 @@
+"""What the engine's start on a GPU compiles is all that its steps launch, for no request may wait for a compiler.
+
+Run as a program, it is an engine on a GPU that compiles and computes nothing.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+OPTIONS = {"max_running": 68, "max_batch_tokens": 160, "max_model_len": 250, "max_lora_rank": 16}
+REQUESTS = 160
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one engine has compiled, another one may load."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.mark.parametrize("graphs", ["graphs", "no graphs"])
+def test_no_step_launches_a_kernel_that_was_not_compiled_at_start(tmp_path: Path, cache: Path, graphs: str) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, __file__, graphs, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["late"] == []
+    assert len(seen["at start"]) > 20
+    assert {"decodes", "prompts", "both", "64 prompts"} <= set(seen["steps"])
+
+
+def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
+    from tests.kernels.pretend_gpu import PretendGpu
+
+    gpu = PretendGpu.install()
+    import torch
+
+    from tests.runtime.adapters.peft_engine import MODULES, PeftOracle, engines
+    from tests.runtime.gpu.eager_captures import EagerCaptures
+
+    torch.empty = torch.zeros  # nothing is computed, and what memory held before is no token
+    with engines(PeftOracle(directory)) as start:
+        engine = start(kernels="triton", device="cpu", **OPTIONS)
+        engine.runner.warm_up()
+        if graphs:
+            engine.runner.graphs = engine.runner.decode_graphs(EagerCaptures())
+        at_start = [kernel.name for kernel in gpu.compiled]
+        for name in MODULES:
+            engine.adapters.load(engine.digests[name], "device")
+        while engine.adapters.wait(timeout=30):
+            engine.step()
+        steps = set(run(engine, [None, *engine.digests.values()]))
+    return {"at start": at_start, "late": [k.name for k in gpu.compiled[len(at_start) :]], "steps": sorted(steps)}
+
+
+def run(engine, adapters: list[str | None]) -> Iterator[str]:
+    """Random requests, first many at once and then as they come; the kinds of steps that they made."""
+    from runtime.messages import Generate, SamplingParams
+    from tests.runtime.tiny_engine import prompt
+
+    choose = random.Random(0)
+    for number in range(REQUESTS):
+        params = SamplingParams(
+            max_tokens=choose.randint(1, 6),
+            temperature=choose.choice([0.0, 1.0]),
+            top_k=choose.choice([0, 0, 5]),
+            top_p=choose.choice([1.0, 0.5]),
+            repetition_penalty=choose.choice([1.0, 1.0, 1.3]),
+            logprobs=choose.choice([None, None, 2]),
+            ignore_eos=True,
+        )
+        tokens = prompt(2 if number < REQUESTS // 2 else choose.randint(1, 230), number)
+        engine.add_request(
+            Generate(request_id=str(number), token_ids=tokens, params=params, adapter=choose.choice(adapters))
+        )
+        if number < REQUESTS // 2:
+            continue
+        for _ in range(choose.randint(0, 4)):
+            yield from step(engine)
+    while engine.busy:
+        yield from step(engine)
+
+
+def step(engine) -> Iterator[str]:
+    before = engine.steps
+    if not engine.step() and engine.steps == before:
+        engine.wait(0.1)
+    if engine.steps > before:
+        shape = engine.runner.prepared.shape
+        yield "both" if shape.decodes and shape.prefills else "prompts" if shape.prefills else "decodes"
+        if shape.prefills >= 64:
+            yield "64 prompts"
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1] == "graphs", Path(sys.argv[2]))))

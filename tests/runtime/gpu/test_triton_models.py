@@ -1,0 +1,61 @@
+"""The fused decoder against the reference one: models of every family choose the same tokens by the same numbers."""
+
+import pytest
+import torch
+
+from runtime.config import MIB, EngineConfig
+from runtime.engine import Engine
+from runtime.messages import SamplingParams
+from tests.runtime.models.families import FAMILIES, write_checkpoint
+from tests.runtime.tiny_engine import prompt
+
+TOLERANCE = 1e-4  # of the reference decoder against transformers
+
+
+def adapter(sites):
+    """Random tensors of rank 3 for every module, and their config."""
+    generator = torch.Generator().manual_seed(5)
+    tensors, ends = {}, set()
+    for site in sites:
+        for module, out in site.parts:
+            end = module.rpartition(".")[2]
+            a, b = ("lora_A.weight", "lora_B.weight")
+            if end == "embed_tokens":
+                a, b = ("lora_embedding_A", "lora_embedding_B")
+            tensors[f"base_model.model.{module}.{a}"] = torch.randn(3, site.in_features, generator=generator) * 0.1
+            tensors[f"base_model.model.{module}.{b}"] = torch.randn(out, 3, generator=generator) * 0.1
+            ends.add(end)
+    return tensors, {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": sorted(ends), "bias": "none"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
+    """In chunks, then in decode steps, beside an adapter of everything; positions pass what scaled RoPE is made for."""
+    write_checkpoint(name, tmp_path)
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=5)
+    prompts = [[token % 131 for token in prompt(length, length)] for length in (34, 5)]
+    completions = []
+    for kernels, device in (("triton", "auto"), ("reference", "cpu")):
+        engine = Engine(
+            EngineConfig(
+                model=str(tmp_path),
+                kernels=kernels,
+                device=device,
+                kv_cache_bytes=MIB,
+                adapter_bytes=MIB,
+                host_adapter_bytes=MIB,
+                max_model_len=64,
+                max_running=2,
+                max_batch_tokens=32,
+                max_lora_rank=8,
+            )
+        )
+        digest = engine.add_adapter(*adapter(engine.runner.model.sites()))
+        completions.append(engine.generate(prompts, params, [None, digest]))
+        engine.check()
+        engine.close()
+    for ours, theirs in zip(*completions, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert one.top_ids == other.top_ids
+            assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=TOLERANCE)

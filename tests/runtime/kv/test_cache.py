@@ -1,0 +1,32 @@
+import torch
+
+from runtime.kv.cache import KvCache
+from runtime.models.config import ModelConfig
+from runtime.request import KvCopy
+from tests.runtime.adapter_format.adapter_files import MODEL
+
+B = 4
+
+
+def cache(model: ModelConfig = MODEL):
+    made = KvCache(model, 6, B, torch.float32, torch.device("cpu"))
+    for layer in made.layers:
+        layer[B:].normal_()
+    return made
+
+
+def test_copies_take_the_first_slots_of_a_block_on_every_layer_and_touch_no_others():
+    kv = cache()
+    before = [layer.clone() for layer in kv.layers]
+    kv.copy([KvCopy(source=1, target=3, tokens=3), KvCopy(source=2, target=5, tokens=1)])
+    for old, new in zip(before, kv.layers, strict=True):
+        expected = old.clone()
+        expected[3 * B : 3 * B + 3] = old[B : B + 3]
+        expected[5 * B] = old[2 * B]
+        assert torch.equal(new, expected)
+
+
+def test_block_0_stays_zero():
+    kv = cache()
+    kv.copy([KvCopy(source=1, target=2, tokens=B)])
+    assert all(not layer[:B].any() for layer in kv.layers)

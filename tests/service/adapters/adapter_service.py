@@ -1,0 +1,251 @@
+"""The adapter routes over a fake engine on a real server, and small adapters to send there."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from safetensors.numpy import save
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from runtime.config import EngineConfig
+from runtime.models.config import ModelConfig, RopeConfig
+from service.adapters import dialects
+from service.adapters import routes as adapters
+from service.app import errors
+from service.catalog.catalog import Catalog
+from service.catalog.files import open_storage
+from service.errors import RequestError
+from service.http import json_response
+from service.ingest.imports import Imports
+from service.ingest.sources import Sources
+from service.metrics import Metrics
+from service.services import Services
+from service.settings import Settings
+from tests.service.catalog.adapter_engine import AdapterEngine
+
+TINY = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position=128,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=10000.0),
+    tie_embeddings=True,
+)
+MAX_UPLOAD_BYTES = 200_000
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Files = dict[str, tuple[str, bytes]]
+
+
+def tensors(seed: int = 0, rank: int = 2, module: str = "q_proj", out: int = 16) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    prefix = f"base_model.model.model.layers.0.self_attn.{module}"
+    return {
+        f"{prefix}.lora_A.weight": random.standard_normal((rank, 16)).astype(np.float32),
+        f"{prefix}.lora_B.weight": random.standard_normal((out, rank)).astype(np.float32),
+    }
+
+
+def config(rank: int = 2, **fields: Any) -> bytes:
+    written = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    return json.dumps(
+        written | {"use_dora": False, "loftq_config": {}, "alora_invocation_tokens": None} | fields
+    ).encode()
+
+
+def bundle(seed: int = 0) -> tuple[bytes, bytes]:
+    """An adapter's two files: the configuration and the weights."""
+    return config(), save(tensors(seed))
+
+
+def multipart(config_file: bytes, weights: bytes) -> Files:
+    return {CONFIG: (CONFIG, config_file), WEIGHTS: (WEIGHTS, weights)}
+
+
+class Service:
+    """A running server over a data directory; `client` talks to it, `settings` are fields of `Settings`.
+
+    `base` is the directory of the base's weights, `sources` stands for the fetching of sources.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        max_rank: int = 8,
+        base: Path | None = None,
+        sources: Callable[[Settings], Sources] | None = None,
+        **settings: Any,
+    ):
+        self.directory, self.engine = directory, AdapterEngine()
+        self._release = asyncio.Event()
+        app = Starlette(
+            routes=[
+                *adapters.routes,
+                *dialects.routes,
+                Route("/use/{name}", self._use),
+                Route("/release", self._on_release, methods=["POST"]),
+                Route("/collect", self._on_collect, methods=["POST"]),
+            ],
+            exception_handlers=errors,
+            lifespan=self._lifespan,
+        )
+        self.settings = Settings(
+            **{
+                "served_name": "base-model",
+                "data_directory": directory,
+                "cache_directory": directory / "cache",
+                "max_upload_bytes": MAX_UPLOAD_BYTES,
+                "max_body_bytes": 10_000,
+                "engine": EngineConfig(
+                    model=str(base or "/nowhere/tiny-model"),
+                    load_format="safetensors" if base else "dummy",
+                    max_lora_rank=max_rank,
+                ),
+                **settings,
+            }
+        )
+        self.sources = (sources or _sources)(self.settings)
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = listener.getsockname()
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._thread.start()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.address[1]}", timeout=30)
+
+    def close(self) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        settings, metrics = self.settings, Metrics()
+        self.catalog = await Catalog.open(
+            await asyncio.to_thread(open_storage, settings),
+            self.engine,
+            metrics,
+            TINY,
+            max_rank=settings.engine.max_lora_rank,
+            refresh_seconds=settings.refresh_seconds,
+            collect_after_seconds=settings.collect_after_seconds,
+        )
+        self.imports = Imports(settings.max_uploads)
+        app.state.services = Services(
+            settings=settings,
+            started_at=0.0,
+            model=TINY,
+            metrics=metrics,
+            engine=self.engine,
+            catalog=self.catalog,
+            sources=self.sources,
+            imports=self.imports,
+            tokenizer=None,  # nobody generates
+            prompts=None,
+            prefixes=None,
+            max_model_len=128,
+            vocab_size=TINY.vocab_size,
+        )
+        yield
+        self._release.set()
+        await self.imports.close()
+        await self.catalog.settle()
+        self.catalog.versions.check()
+        await self.catalog.close()
+
+    async def _use(self, request: Request) -> Response:
+        """Stands for a completion: runs on the version that it resolved until all are released."""
+        version = self.catalog.versions.resolve(request.path_params["name"])
+        if version is None:
+            raise RequestError("model_not_found", "there is no such adapter", "model")
+        with self.catalog.versions.using(version):
+            await self._release.wait()
+            assert self.engine.registered[version.digest].exists()
+            return json_response({"digest": version.digest, "generation": version.generation})
+
+    async def _on_collect(self, request: Request) -> Response:
+        await self.catalog.settle()
+        await self.catalog.collect(0)
+        return Response()
+
+    async def _on_release(self, request: Request) -> Response:
+        self._release.set()
+        self._release = asyncio.Event()
+        return Response()
+
+    def put(self, name: str, seed: int = 0, **query: Any) -> httpx.Response:
+        return self.client.put(f"/adapters/{name}", files=multipart(*bundle(seed)), params=query)
+
+    def get(self, name: str) -> dict[str, Any]:
+        response = self.client.get(f"/adapters/{name}")
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def adapters(self) -> list[dict[str, Any]]:
+        return self.client.get("/adapters").json()["adapters"]
+
+    def names(self) -> list[str]:
+        return [adapter["name"] for adapter in self.adapters()]
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def files(self) -> list[str]:
+        """Every file that the service keeps, on disk and in memory; a deleted name leaves an empty one, not counted."""
+        memory = self.catalog.blobs._memory.path
+        kept = [path for path in self.directory.rglob("*") if path.is_file() and path.stat().st_size]
+        names = [str(path.relative_to(self.directory)) for path in kept]
+        return sorted([*names, *(f"memory/{path.relative_to(memory)}" for path in memory.rglob("*"))])
+
+    def collect(self) -> list[str]:
+        """What is left once everything that no name points at has been collected."""
+        assert self.client.post("/collect").status_code == 200
+        return self.files()
+
+    def eventually(self, holds: Callable[[], bool]) -> None:
+        """Ask until it holds; a service that never gets there is stopped by the deadline."""
+        deadline = threading.Event()
+        timer = threading.Timer(20, deadline.set)
+        timer.start()
+        try:
+            while not holds():
+                assert not deadline.wait(0.005), "it did not happen within 20 seconds"
+        finally:
+            timer.cancel()
+
+
+def _sources(settings: Settings) -> Sources:
+    return Sources(settings.allowed_sources, settings.max_upload_bytes)
+
+
+@contextlib.contextmanager
+def serving(directory: Path, **arguments: Any) -> Iterator[Service]:
+    service = Service(directory, **arguments)
+    try:
+        service.client.get("/adapters")  # answered once it has started
+        yield service
+    finally:
+        service.close()
+
+
+def error(response: httpx.Response) -> tuple[int, str, str | None]:
+    """An error's status, code and param; it must have the shape that every error has."""
+    body = response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}, body
+    assert body["message"]
+    return response.status_code, body["code"], body["param"]

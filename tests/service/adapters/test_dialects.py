@@ -1,0 +1,134 @@
+"""Loading and unloading as vLLM's and SGLang's clients do it: their words, their statuses, our adapters."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.adapters.adapter_service import Service, error, serving
+from tests.service.ingest.gated_sources import GatedSources, denied
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    allowed = ("s3://bucket", "hf://org", f"file://{tmp_path}")
+    with serving(tmp_path / "data", allowed_sources=allowed, sources=GatedSources) as running:
+        gate(running).gate.set()
+        yield running
+
+
+def gate(service: Service) -> GatedSources:
+    assert isinstance(service.sources, GatedSources)
+    return service.sources
+
+
+def load(service: Service, name: str = "poet", path: str = "s3://bucket/1", **fields: Any) -> httpx.Response:
+    return service.post("/v1/load_lora_adapter", lora_name=name, lora_path=path, **fields)
+
+
+def test_vllm_loads_and_unloads(service: Service) -> None:
+    response = load(service, base_model_name="base-model")  # which lora-syncer sends
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'poet' added successfully.")
+    assert response.headers["content-type"].startswith("text/plain")
+    digest = service.get("poet")["digest"]
+    assert service.engine.loads == [(digest, "device")]
+
+    response = service.post("/v1/unload_lora_adapter", lora_name="poet", lora_int_id=1)
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'poet' removed successfully.")
+    assert service.names() == []
+
+
+def test_vllm_replaces_only_in_place(service: Service) -> None:
+    load(service)
+    for fields in ({}, {"load_inplace": False}, {"load_inplace": None}):
+        response = load(service, path="s3://bucket/2", **fields)
+        assert error(response) == (400, "adapter_exists", "lora_name")
+        assert response.json()["error"]["message"] == "The lora adapter 'poet' has already been loaded."
+    assert service.get("poet")["generation"] == 1
+    response = load(service, path="s3://bucket/2", load_inplace=True)
+    assert response.text == "Success: LoRA adapter 'poet' added successfully."
+    assert service.get("poet")["generation"] == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("s3://bucket/1", "s3://bucket/1"),
+        ("hf://org/1", "hf://org/1"),
+        ("org/1", "hf://org/1"),
+        ("org/repo/1@main", "hf://org/repo/1@main"),
+    ],
+)
+def test_a_path_is_a_url_or_a_repository(service: Service, path: str, source: str) -> None:
+    assert load(service, path=path).status_code == 200
+    assert service.get("poet")["source"] == source
+
+
+def test_a_path_is_one_on_the_server_below_what_is_allowed(service: Service, tmp_path: Path) -> None:
+    assert load(service, path=f"{tmp_path}/1").status_code == 200
+    assert service.get("poet")["source"] == f"file://{tmp_path}/1"
+    for path in ("/etc/1", f"{tmp_path}-not/1"):
+        assert error(load(service, "bard", path)) == (403, "source_not_allowed", "lora_path")
+    for path in (f"{tmp_path}/../1", "poet", "./poet", "../poet/1", "", "https://host/x", "~/poet"):
+        assert error(load(service, "bard", path)) == (400, "unsupported_source", "lora_path")
+
+
+def test_vllm_is_refused_with_its_own_statuses(service: Service) -> None:
+    assert error(load(service, "base-model")) == (400, "name_is_base_model", "lora_name")
+    assert error(load(service, "a b")) == (400, "invalid_name", "lora_name")
+    assert error(service.post("/v1/load_lora_adapter", lora_name="poet")) == (400, "missing_field", "lora_path")
+    assert error(service.post("/v1/load_lora_adapter", lora_path="x")) == (400, "missing_field", "lora_name")
+    assert error(service.post("/v1/load_lora_adapter", lora_name="", lora_path="org/1"))[0] == 400
+    assert error(service.post("/v1/unload_lora_adapter")) == (400, "missing_field", "lora_name")
+    unknown = service.post("/v1/unload_lora_adapter", lora_name="poet")
+    assert error(unknown) == (404, "adapter_not_found", "lora_name")
+    assert unknown.json()["error"]["message"] == "The lora adapter 'poet' cannot be found."
+    gate(service).error = denied()
+    assert error(load(service)) == (403, "source_access_denied", "lora_path")
+    assert service.names() == []
+
+
+def test_vllm_unloads_what_is_still_being_imported(service: Service) -> None:
+    gate(service).gate.clear()
+    service.client.post("/adapters?wait=false", json={"name": "poet", "src": "s3://bucket/1"})
+    assert error(load(service)) == (409, "import_in_progress", "lora_name")
+    assert service.post("/v1/unload_lora_adapter", lora_name="poet").status_code == 200
+    assert service.names() == []
+
+
+def test_sglang_loads_and_unloads(service: Service) -> None:
+    response = service.post("/load_lora_adapter", lora_name="poet", lora_path="org/1", pinned=True, lora_id=None)
+    loaded = {"success": True, "error_message": None, "loaded_adapters": {"poet": "hf://org/1"}}
+    assert (response.status_code, response.json()) == (200, loaded)
+    digest = service.get("poet")["digest"]
+    assert (service.get("poet")["pinned"], service.engine.pins) == (True, {digest: "device"})
+
+    response = service.post("/unload_lora_adapter", lora_name="poet")
+    assert (response.status_code, response.json()) == (200, {**loaded, "loaded_adapters": {}})
+
+
+def test_sglang_is_refused_with_its_one_status_and_our_reason(service: Service) -> None:
+    service.post("/load_lora_adapter", lora_name="poet", lora_path="org/1")
+    gate(service).error = denied()
+    for path, body, code in (
+        ("load", {"lora_name": "poet", "lora_path": "org/2"}, "adapter_exists"),
+        ("load", {"lora_name": "bard", "lora_path": "org/2"}, "source_access_denied"),
+        ("load", {"lora_name": "bard", "lora_path": "s3://other/2"}, "source_not_allowed"),
+        ("load", {"lora_name": "bard"}, "missing_field"),
+        ("load", {"lora_name": "base-model", "lora_path": "org/2"}, "name_is_base_model"),
+        ("unload", {"lora_name": "bard"}, "adapter_not_found"),
+        ("unload", {}, "missing_field"),
+    ):
+        response = service.post(f"/{path}_lora_adapter", **body)
+        answer = response.json()
+        assert (response.status_code, answer["success"], answer["error"]["code"]) == (400, False, code)
+        assert answer["error_message"] == answer["error"]["message"]
+        assert answer["loaded_adapters"] == {"poet": "hf://org/1"}
+
+
+def test_sglang_hears_of_trouble_of_the_servers_own(service: Service) -> None:
+    gate(service).error = OSError(28, "No space left on device")
+    response = service.post("/load_lora_adapter", lora_name="poet", lora_path="org/1")
+    assert (response.status_code, response.json()["success"]) == (507, False)

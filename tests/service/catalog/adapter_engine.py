@@ -1,0 +1,78 @@
+"""What adapters need of the engine's client, without an engine: it remembers what it was told."""
+
+import asyncio
+from pathlib import Path
+
+from runtime.messages import AdapterState, Tier
+from service.errors import EngineError
+
+
+class AdapterEngine:
+    """A test plays the engine's part with `want` and sets `refuse` to the code of what comes next."""
+
+    def __init__(self) -> None:
+        self.adapters = self  # a client's part for adapters, and the rest that adapters need of a client
+        self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()
+        self.states: dict[str, AdapterState] = {}
+        self.registered: dict[str, Path] = {}
+        self.loads: list[tuple[str, Tier]] = []
+        self.retired: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.pins: dict[str, Tier] = {}
+        self.unloads: list[tuple[str, Tier]] = []
+        self.ended: list[str | None] = []
+        self.refuse: str | None = None
+        self.running = 0  # requests
+
+    def busy(self) -> bool:
+        return self.running > 0
+
+    def want(self, digest: str) -> None:
+        """Say that a registered adapter's file is not there, or not whole."""
+        assert digest in self.registered
+        del self.registered[digest]
+        self.changes.put_nowait(AdapterState(digest=digest, state="wanted"))
+
+    def settle(self, digest: str) -> None:
+        """Say that the file has been read, or is not needed any more."""
+        self.changes.put_nowait(AdapterState(digest=digest, state="idle"))
+
+    def register(self, digest: str, path: Path) -> None:
+        self.registered[digest] = path
+
+    def retire(self, digest: str) -> None:
+        self.registered.pop(digest, None)
+        self.pins.pop(digest, None)
+        self.retired.append(digest)
+
+    def fail(self, digest: str, reason: str) -> None:
+        self.failed[digest] = reason
+
+    def prefetch(self, digest: str, tier: Tier = "device") -> None:
+        self.loads.append((digest, tier))
+
+    async def load(self, digest: str, tier: Tier) -> None:
+        self.loads.append((digest, tier))
+        self._refuse()
+
+    async def pin(self, digest: str, tier: Tier | None) -> None:
+        if tier is None:
+            self.pins.pop(digest, None)
+            return
+        assert digest in self.registered, "an engine can only pin what it knows"
+        self._refuse()
+        self.pins[digest] = tier
+
+    async def unload(self, digest: str, tier: Tier) -> None:
+        self._refuse()
+        self.unloads.append((digest, tier))
+
+    async def recent_stats(self) -> None:
+        """An engine that never says in time."""
+
+    def end_requests(self, code: str, message: str, digest: str | None = None) -> None:
+        self.ended.append(digest)
+
+    def _refuse(self) -> None:
+        if self.refuse is not None:
+            raise EngineError(self.refuse, "as the test has it")

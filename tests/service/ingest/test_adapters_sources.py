@@ -1,0 +1,153 @@
+"""POST /adapters: bundles in directories of the server, below those that are allowed, and nowhere else."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.adapters.adapter_service import CONFIG, MAX_UPLOAD_BYTES, WEIGHTS, Service, bundle, error, serving
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An allowed directory with one bundle; beside it lies one that is not allowed."""
+    for directory in (tmp_path / "allowed" / "poet", tmp_path / "secret"):
+        directory.mkdir(parents=True)
+        for name, content in zip((CONFIG, WEIGHTS), bundle(), strict=True):
+            (directory / name).write_bytes(content)
+    return tmp_path / "allowed"
+
+
+@pytest.fixture
+def service(tmp_path: Path, root: Path) -> Iterator[Service]:
+    with serving(tmp_path / "data", allowed_sources=(f"file://{root}",)) as running:
+        yield running
+
+
+def post(service: Service, src: object, **fields: Any) -> httpx.Response:
+    return service.client.post("/adapters", json={"name": "poet", "src": str(src), **fields})
+
+
+def test_a_directory_under_an_allowed_root_is_taken(service: Service, root: Path) -> None:
+    response = post(service, f"file://{root}/poet", pin=True)
+
+    assert response.status_code == 201
+    adapter = response.json()
+    assert (adapter["source"], adapter["pinned"]) == (f"file://{root}/poet", True)
+    assert service.engine.loads == [(adapter["digest"], "device")]  # preload is the default
+    assert service.put("uploaded").json()["digest"] == adapter["digest"]
+
+    again = post(service, f"{root}/poet/", preload=False)
+    assert (again.status_code, again.json()["generation"], again.json()["source"]) == (200, 1, adapter["source"])
+
+
+def test_what_was_taken_needs_its_source_no_more(service: Service, root: Path) -> None:
+    digest = post(service, f"file://{root}/poet", ephemeral=True).json()["digest"]
+    for file in (root / "poet").iterdir():
+        file.unlink()
+
+    assert service.get("poet")["ephemeral"] is True
+    assert service.engine.registered[digest].exists()
+
+
+def test_nothing_outside_the_roots_is_read(service: Service, root: Path) -> None:
+    secret = root.parent / "secret"
+    (root / "link").symlink_to(secret)
+    (root / "poet" / "up").symlink_to("..")
+    for path in (secret, "/", "/etc", f"{root}-not", f"{root}/link", f"{root}/link/x", f"{root}/poet/up/poet"):
+        for src in (f"file://{path}", str(path)):
+            assert error(post(service, src)) == (403, "source_not_allowed", "src"), src
+    for path in (f"{root}/../secret", f"{root}/%2e%2e/secret", f"{root}/x/%2E./../../secret", f"{root}%2f..%2fsecret"):
+        assert error(post(service, f"file://{path}")) == (400, "unsupported_source", "src")
+    assert service.files() == []
+
+
+def test_a_root_may_itself_be_behind_a_link(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "current").symlink_to(root)
+    with serving(tmp_path / "data", allowed_sources=(f"file://{tmp_path}/current",)) as service:
+        assert post(service, f"file://{tmp_path}/current/poet").status_code == 201
+        assert error(post(service, f"file://{root}/poet")) == (403, "source_not_allowed", "src")
+
+
+def test_links_and_other_odd_files_in_a_bundle_are_refused(service: Service, root: Path) -> None:
+    for number, name in enumerate((CONFIG, WEIGHTS)):
+        linked, piped, nested = (root / f"{kind}{number}" for kind in ("linked", "piped", "nested"))
+        for directory in (linked, piped, nested):
+            directory.mkdir()
+            for other, content in zip((CONFIG, WEIGHTS), bundle(), strict=True):
+                if other != name:
+                    (directory / other).write_bytes(content)
+        (linked / name).symlink_to(root / "poet" / name)
+        os.mkfifo(piped / name)
+        (nested / name).mkdir()
+        for directory in (linked, piped, nested):
+            assert error(post(service, f"file://{directory}")) == (403, "source_not_allowed", "src")
+    assert service.files() == []
+
+
+def test_what_is_not_there_is_not_found(service: Service, root: Path) -> None:
+    (root / "half").mkdir()
+    (root / "half" / CONFIG).write_bytes(b"{}")
+    for path in (root / "nothing", root / "half"):
+        assert error(post(service, f"file://{path}")) == (404, "source_not_found", "src")
+    assert error(post(service, f"file://{root}/poet/{CONFIG}")) == (403, "source_not_allowed", "src")
+    assert service.files() == []
+
+
+def test_a_source_over_the_limits_is_refused(service: Service, root: Path) -> None:
+    (root / "poet" / WEIGHTS).write_bytes(b"x" * (MAX_UPLOAD_BYTES + 1))
+    assert error(post(service, f"file://{root}/poet")) == (413, "body_too_large", WEIGHTS)
+    (root / "poet" / CONFIG).write_bytes(b" " * ((1 << 20) + 1))
+    assert error(post(service, f"file://{root}/poet")) == (413, "body_too_large", CONFIG)
+    assert service.files() == []
+
+
+def test_a_source_is_checked_like_an_upload(service: Service, root: Path) -> None:
+    (root / "poet" / WEIGHTS).write_bytes(bundle()[1][:-1])
+    assert error(post(service, f"file://{root}/poet"))[:2] == (422, "invalid_adapter")
+    assert service.files() == []
+
+
+@pytest.mark.parametrize("src", ["https://example.com/x", "file://host/path", "file:///a%00b", "org/repo", "poet", ""])
+def test_what_is_no_source_is_refused_by_name(service: Service, src: str) -> None:
+    assert error(post(service, src)) == (400, "unsupported_source", "src")
+
+
+@pytest.mark.parametrize("src", ["s3://bucket/prefix", "hf://org/repo"])
+def test_a_store_that_is_not_allowed_is_not_asked(service: Service, src: str) -> None:
+    assert error(post(service, src)) == (403, "source_not_allowed", "src")
+
+
+def test_without_allowed_roots_no_file_is_read(tmp_path: Path, root: Path) -> None:
+    with serving(tmp_path / "data") as service:
+        assert error(post(service, f"file://{root}/poet")) == (403, "source_not_allowed", "src")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ({"revision": "main"}, 400, "unsupported_revision"),
+        ({"revision": 5}, 400, "invalid_field"),
+        ({"name": "../x"}, 400, "invalid_name"),
+        ({"name": "base-model"}, 409, "name_is_base_model"),
+        ({"name": 5}, 400, "invalid_field"),
+        ({"pin": "yes"}, 400, "invalid_field"),
+        ({"tier": "device"}, 400, "unknown_field"),
+        ({"src": None}, 400, "invalid_field"),
+    ],
+)
+def test_a_wrong_field_is_refused(service: Service, root: Path, fields: dict[str, Any], status: int, code: str) -> None:
+    body = {"name": "poet", "src": f"file://{root}/poet", **fields}
+    response = service.client.post("/adapters", json=body)
+    assert error(response)[:2] == (status, code)
+    assert next(iter(fields)) in response.json()["error"]["message"]
+    assert service.files() == []
+
+
+def test_a_body_that_is_no_json_or_too_much_is_refused(service: Service) -> None:
+    assert error(service.client.post("/adapters", content=b"{"))[:2] == (400, "invalid_json")
+    assert error(service.client.post("/adapters", content=b""))[:2] == (400, "invalid_json")
+    assert error(service.client.post("/adapters", content=b" " * 20_000))[:2] == (413, "body_too_large")

@@ -1,0 +1,67 @@
+"""Prompts and chats become the tokens that transformers makes of them."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.openai.tokenizer import LONG_TEXT, InvalidChat, Tokenizer, TokenizerMissing
+
+MESSAGES = [
+    {"role": "system", "content": "You are brief."},
+    {"role": "user", "content": "  What is 12 + 7?\n"},
+    {"role": "assistant", "content": "19"},
+    {"role": "user", "content": "Grüße! <|im_end|> 😀"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model_path: Path) -> Tokenizer:
+    return Tokenizer(default_model_path)
+
+
+def test_prompts_and_chats_are_those_of_transformers(tokenizer: Tokenizer, default_model_path: Path) -> None:
+    from transformers import AutoTokenizer  # imports torch, which the service must not
+
+    oracle = AutoTokenizer.from_pretrained(default_model_path)
+    for text in ("Hello  world", "", " 1234 \n\n<|im_start|>", "東京 😀" * 20):
+        assert tokenizer.encode(text) == oracle(text)["input_ids"]
+    for messages in (MESSAGES, MESSAGES[:2], MESSAGES[1:2]):
+        expected = oracle.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert tokenizer.chat(messages) == expected
+
+
+def test_long_texts_are_encoded_as_short_ones_are(tokenizer: Tokenizer) -> None:
+    text = "The quick brown fox. " * (LONG_TEXT // 10)
+
+    async def encode() -> list[list[int]]:
+        [prompt] = await tokenizer.encode_texts([text])
+        return [prompt, await tokenizer.encode_chat([{"role": "user", "content": text}])]
+
+    prompt, chat = asyncio.run(encode())
+    assert prompt == tokenizer.encode(text)
+    assert chat == tokenizer.chat([{"role": "user", "content": text}])
+
+
+def test_special_tokens_are_left_out_of_text_but_shown_one_by_one(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("<|im_start|>Hi<|im_end|>")
+    assert tokenizer.decode(token_ids) == "Hi"
+    assert [tokenizer.token_text(i) for i in token_ids] == ["<|im_start|>", "Hi", "<|im_end|>"]
+
+
+def test_a_model_without_a_chat_template_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    with pytest.raises(InvalidChat, match="no chat template"):
+        Tokenizer(tmp_path).chat(MESSAGES)
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerMissing, match=r"no tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_the_service_never_imports_torch() -> None:
+    program = "import sys, service.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
