@@ -15,8 +15,8 @@ class Pacer:
 
     The threads of a step wait for each other at every product, so a background thread on one of their cores delays the
     whole step. Four streams of base tokens on two cores, beside adapters of 10 MB that load in a loop: the 99th
-    percentile between tokens was 60 ms (45 without loads); with loads between steps it was 41 ms (42 without loads), and
-    each load took twice as long.
+    percentile between tokens was 60 ms (45 without loads); with loads between steps it was 41 ms (42 without loads),
+    and each load took twice as long.
     """
 
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:

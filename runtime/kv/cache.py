@@ -1,12 +1,20 @@
 """The K/V tensors on the device: blocks of slots, one slot for each token."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.models.config import ModelConfig
-from runtime.request import KvCopy
+
+
+class KvCopy(NamedTuple):
+    """A copy of the first `tokens` slots of block `source` to block `target`, due before `target` is written to."""
+
+    source: int
+    target: int
+    tokens: int
 
 
 def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -33,7 +41,7 @@ class KvCache:
         return self._whole[:, block * self.block_size : (block + 1) * self.block_size]
 
     def empty_blocks(self, count: int) -> Tensor:
-        """Host memory for `count` blocks, each contiguous and of the shape of `block`; page-locked for a CUDA device."""
+        """Host memory for `count` blocks, each contiguous and shaped as `block`; page-locked for a CUDA device."""
         page_locked = self.device.type == "cuda"
         return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype, pin_memory=page_locked)
 
