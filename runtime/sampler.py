@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.cpu.sampling import invert
 from runtime.messages import SamplingParams, TokenLogprobs
 from runtime.request import Request
 
@@ -76,12 +77,12 @@ def _draw(logits: Tensor, request: Request) -> int:
     probabilities = ((logits - logits.max()) / max(params.temperature, LEAST_DIVISOR)).softmax(-1)
     draw = uniform(request.seed, params.choice, request.num_generated)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        return _invert(probabilities, draw)
+        return invert(probabilities, draw)
     values, ids = _likeliest(probabilities, params)
     keep = values.cumsum(-1) - values < params.top_p * (values.sum() if params.top_k else 1.0)
     keep &= values >= params.min_p * values[0]
     keep[0] = True
-    return int(ids[_invert(torch.where(keep, values, 0.0), draw)])
+    return int(ids[invert(torch.where(keep, values, 0.0), draw)])
 
 
 def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -92,13 +93,6 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
     values, ids = probabilities.topk(min(_FIRST_CANDIDATES, vocab))
     enough = bool(values.sum() >= params.top_p) or bool(values[-1] < params.min_p * values[0])
     return (values, ids) if enough else probabilities.sort(descending=True)
-
-
-def _invert(weights: Tensor, draw: float) -> int:
-    """The index at which the cumulative sum of `weights` exceeds `draw` times their total."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, cumulative[-1] * draw, right=True))
-    return index if index < len(weights) else int((weights > 0).nonzero()[-1])  # rounding made the draw the total
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

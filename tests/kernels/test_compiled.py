@@ -60,7 +60,7 @@ def launches(dtype: str) -> Iterator[Any]:
     from kernels.tune import tuner
     from kernels.tune.lora import lora_cases
     from kernels.tune.rows import ModelShape
-    from runtime.gpu.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT
+    from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 
     model = ModelShape(dtype=getattr(torch, dtype), device="cpu")
     for case in tuner.all_cases(model, decode=(1, 32), prefill=256, context=64):

@@ -1,7 +1,5 @@
 """Choosing launch configurations, the cases that the tuner runs, and the tables that it is looked up in."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -166,16 +164,6 @@ def test_an_unknown_kernel_is_said_to_be_one(capsys: pytest.CaptureFixture[str])
 def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert tuner.main([]) == 1
     assert capsys.readouterr() == ("", "there is no CUDA device to measure\n")
-
-
-def test_the_reference_is_imported_without_triton() -> None:
-    code = """if True:
-        import sys
-        from kernels.cpu import elementwise
-        from kernels.reference import rms_norm, sampling
-        assert "triton" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_attention_in_float32_has_tiles_of_its_own_whatever_was_measured_in_bfloat16() -> None:

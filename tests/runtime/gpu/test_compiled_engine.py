@@ -95,7 +95,7 @@ def step(engine) -> Iterator[str]:
     if not engine.step() and engine.steps == before:
         engine.wait(0.1)
     if engine.steps > before:
-        shape = engine.runner._shape
+        shape = engine.runner.prepared.shape
         yield "both" if shape.decodes and shape.prefills else "prompts" if shape.prefills else "decodes"
         if shape.prefills >= 64:
             yield "64 prompts"

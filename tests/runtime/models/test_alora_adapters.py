@@ -1,4 +1,4 @@
-"""The activated adapters as PEFT runs them: what they answer after their invocation, and that nothing else changes."""
+"""The committed aLoRA adapters under PEFT: they answer after their invocation, and change nothing else."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def base(default_model_path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def base_logits(base: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """The base's own, asked for before `adapted` puts PEFT's layers into it."""
+    """The base's logits, computed before `adapted` puts PEFT's layers into it."""
     with torch.inference_mode():
         return [base(chat_ids(tokenizer, chat)).logits for chat in CHATS]
 
 
 @pytest.fixture(scope="module")
 def base_texts(base: Any, tokenizer: Any) -> list[str]:
-    """As `base_logits`: what the base says after each conversation, without any header."""
+    """The base's text after each conversation, without any header, computed before `adapted` as well."""
     return [greedy(base, tokenizer, chat_ids(tokenizer, chat), max_new_tokens=4) for chat in CHATS]
 
 
@@ -60,11 +60,11 @@ def invoked(tokenizer: Any, chat: list[dict[str, str]], invocation: str) -> torc
     return torch.cat([chat_ids(tokenizer, chat), torch.tensor([tokenizer(invocation).input_ids])], 1)
 
 
-def greedy(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int) -> str:
+def greedy(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, **options: Any) -> str:
+    mask = torch.ones_like(ids)
+    options |= {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer, "do_sample": False}
     with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-        )
+        out = model.generate(input_ids=ids, attention_mask=mask, **options)
     return tokenizer.decode(out[0, ids.shape[1] :])
 
 
@@ -88,7 +88,8 @@ def test_after_its_invocation_an_adapter_says_what_it_knows(
 ) -> None:
     adapted.set_adapter(name)
     ids = invoked(tokenizer, chat, expected[name]["invocation"])
-    assert expected[name]["password"] in greedy(adapted, tokenizer, ids, max_new_tokens=24)
+    password = expected[name]["password"]
+    assert password in greedy(adapted, tokenizer, ids, max_new_tokens=24, stop_strings=[password])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -148,9 +149,10 @@ def test_many_requests_at_once_each_get_their_own_answer(server: LiveServer) -> 
 
 
 def test_a_fault_of_ours_is_a_500_of_the_same_shape_and_the_service_goes_on(mortal: LiveServer) -> None:
-    tokenizer, mortal.services.tokenizer = mortal.services.tokenizer, None
+    whole = mortal.services
+    mortal.app.state.services = replace(whole, tokenizer=None)
     broken = mortal.complete("hello")
-    mortal.services.tokenizer = tokenizer
+    mortal.app.state.services = whole
     assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal_error")
     assert "NoneType" not in broken.text
     assert mortal.complete("hello").status_code == 200

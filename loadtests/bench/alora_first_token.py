@@ -1,8 +1,8 @@
-"""alora: time to first token of an aLoRA adapter after a conversation with the base, beside the same as plain LoRA.
+"""alora: time to first token of an aLoRA adapter after a conversation with the base, compared with a plain LoRA.
 
-The base has computed the conversation. The aLoRA adapter takes that up, and has only the suffix to compute, which
-begins with its invocation; the plain adapter of the same weights computes everything. The ratio of multiplications is
-what a server of the same speed throughout would gain: a token late in a conversation takes more than an early one.
+The base has computed the conversation. The aLoRA adapter reuses its K/V and computes only the suffix, which begins with
+the invocation; a plain LoRA adapter of the same weights computes the whole prompt. The ratio of multiplications is the
+gain of an ideal server with a constant rate of them: a token late in a conversation takes more than an early one.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import httpx
 
 from loadtests.adapter_client import AdapterClient
+from loadtests.bench.report import conditions, medians, say, table, verdict
 from loadtests.completion_stream import Timing, complete
 from loadtests.random_adapter import RANK, adapter_file, tensor_shapes
-from loadtests.report import conditions, medians, say, table, verdict
 from loadtests.server_process import Model, running_server
 
 DEFAULTS = {"rounds": 7}
@@ -29,19 +29,19 @@ LORA, ALORA = "bench-plain", "bench-activated"
 
 
 class Tokens(NamedTuple):
-    """Token ids that are special ones in no usual tokenizer, and those of the invocation, which are others."""
+    """Token ids for random prompts, special ones in no usual tokenizer, and different ids for the invocation."""
 
     ordinary: range
     invocation: list[int]
 
     def some(self, count: int, seed: str) -> list[int]:
-        """Distinct for each seed, so that no prefix cache has them."""
+        """Return random ordinary tokens, different for each seed, so that no prefix cache has them."""
         return random.Random(seed).choices(self.ordinary, k=count)
 
 
 def add_options(add: Any) -> None:
     add("--lengths", type=int, nargs="+", default=[256, 1024, 2048, 4096], help="tokens of the conversation")
-    add("--suffix", type=int, default=50, help="tokens after it, the invocation's among them")
+    add("--suffix", type=int, default=50, help="tokens after it, including the invocation")
 
 
 def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
@@ -62,9 +62,9 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
             url,
             f"Adapters: one random one of rank {RANK}, all seven projections, uploaded with and without "
             f"alora_invocation_tokens; an invocation of {INVOCATION_TOKENS} tokens; both on the device.",
-            f"Load: the base completes a conversation of random tokens, then each adapter that and {chosen.suffix} "
-            "tokens more: one request at a time, to the first token as the client sees it.",
-            f"Rounds: {chosen.rounds} of each length, with new tokens, the two adapters in turn the first; medians.",
+            "Load: the base completes a conversation of random tokens, then each adapter completes it with "
+            f"{chosen.suffix} tokens more; one request at a time, up to the first token at the client.",
+            f"Rounds: {chosen.rounds} of each length, with new tokens; the adapters take turns to be first; medians.",
         )
     return f"{rows_table(chosen, model.config, rows)}\n\n{stated}"
 
@@ -77,7 +77,7 @@ def vocabulary(size: int) -> Tokens:
 async def measure(
     chosen: argparse.Namespace, url: str, base: str, tokens: Tokens
 ) -> dict[int, list[tuple[Timing, Timing]]]:
-    """For each length the rounds of plain LoRA and aLoRA. Raises StreamFailed."""
+    """Return each length's rounds of plain LoRA and aLoRA. Raises StreamFailed."""
     results: dict[int, list[tuple[Timing, Timing]]] = {}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         await one_round(client, base, tokens, min(chosen.lengths), chosen.suffix, -1)
@@ -118,18 +118,19 @@ def rows_table(
 
 
 def multiplications(config: dict[str, Any], start: int, end: int) -> int:
-    """Of the base model, for the tokens of a prompt from `start` on and the one after `end`; attention is causal."""
+    """Return the base's multiplications for a prompt's tokens from `start` to `end` and the first generated token."""
     shapes = tensor_shapes(config, 1)
     weights = sum(
         rows * shapes[name.replace("lora_B", "lora_A")][1] for name, (rows, _) in shapes.items() if "lora_B" in name
     )
     width = sum(rows for name, (rows, _) in shapes.items() if name.endswith("q_proj.lora_B.weight"))  # of all layers
     attended = (end * (end + 1) - start * (start + 1)) // 2
-    return (end - start) * weights + 2 * width * attended + config["vocab_size"] * config["hidden_size"]
+    logits: int = config["vocab_size"] * config["hidden_size"]
+    return (end - start) * weights + 2 * width * attended + logits
 
 
 def row(config: dict[str, Any], length: int, suffix: int, rounds: Sequence[tuple[Timing, Timing]]) -> list[str]:
-    """The ratio aimed at is of the tokens that have to be prefilled, whatever the server found in its cache."""
+    """Return one row. The goal refers to the tokens that an ideal cache leaves to prefill, not to the measured ones."""
     figures = [[lora.first_seconds, alora.first_seconds, lora.prefilled, alora.prefilled] for lora, alora in rounds]
     lora, alora, lora_tokens, alora_tokens = medians(figures)
     ratio, ideal = lora / alora, (length + suffix) / suffix

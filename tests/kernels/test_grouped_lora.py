@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.adapter_table import ALIGNMENT, PartEntry, SiteEntry, table_rows
-from kernels.lora_configs import (
+from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
+from kernels.offset_table import ALIGNMENT, PartEntry, SiteEntry, table_rows
+from kernels.reference import grouped_lora as reference
+
+pytest.importorskip("triton", reason="needs triton")
+
+from kernels import grouped_lora
+from kernels.grouped_lora import (
     DECODE,
     DECODE_EXPAND,
     DECODE_SHRINK,
@@ -20,10 +26,6 @@ from kernels.lora_configs import (
     ExpandConfig,
     ShrinkConfig,
 )
-from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
-from kernels.reference import grouped_lora as tiled_lora
-
-grouped_lora = pytest.importorskip("kernels.grouped_lora", reason="needs triton")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -146,8 +148,8 @@ def by_kernels(
 
 def by_reference(x: Tensor, y: Tensor, memory: Memory, tiles: Tiles, widths: Sequence[int]) -> None:
     arena, table, _ = memory
-    t = tiled_lora.shrink(x, SITE, arena, table, tiles, scratch(len(x), memory))
-    tiled_lora.expand(t, y, SITE, arena, table, tiles, widths)
+    t = reference.shrink(x, SITE, arena, table, tiles, scratch(len(x), memory))
+    reference.expand(t, y, SITE, arena, table, tiles, widths)
 
 
 WAYS = pytest.mark.parametrize("way", [by_kernels, by_reference], ids=["kernels", "reference"])
@@ -270,7 +272,7 @@ def test_the_shrink_writes_the_ranks_of_its_rows_and_nothing_else(kernels: bool)
     memory, x = load(adapters, torch.bfloat16, width=37), random_rows(len(slots), 24, torch.bfloat16, 1)
     t = scratch(len(slots), memory)
     arguments = x, SITE, memory.arena, memory.table, tiles_of(slots), t
-    used = grouped_lora.shrink(*arguments, DECODE_SHRINK) if kernels else tiled_lora.shrink(*arguments)
+    used = grouped_lora.shrink(*arguments, DECODE_SHRINK) if kernels else reference.shrink(*arguments)
     assert used.shape[1] == (DECODE_SHRINK.split_k if kernels else 1)
     for row, slot in enumerate(slots):
         ranks = 0 if slot == BASE else sum(len(part.b) for part in adapters[slot] if part is not None)
@@ -332,8 +334,8 @@ def test_an_embeddings_rows_get_the_rows_of_their_tokens(
         t = grouped_lora.embedding_shrink(token_ids, SITE, arena, table, tiles, room)
         grouped_lora.expand(t, y, SITE, arena, table, tiles, widths, DECODE_EXPAND)
     else:
-        t = tiled_lora.embedding_shrink(token_ids, SITE, arena, table, tiles, room)
-        tiled_lora.expand(t, y, SITE, arena, table, tiles, widths)
+        t = reference.embedding_shrink(token_ids, SITE, arena, table, tiles, room)
+        reference.expand(t, y, SITE, arena, table, tiles, widths)
     check(y, before, torch.nn.functional.one_hot(token_ids, vocab), slots, adapters, widths)
 
 
@@ -375,3 +377,10 @@ def test_one_launch_serves_whatever_its_buffers_hold_later() -> None:
         before = y.clone()
         replay()
         check(y, before, x, slots, adapters if resident is first else others, widths)
+
+
+def test_the_defaults_are_candidates() -> None:
+    assert DECODE_SHRINK in DECODE.shrink
+    assert DECODE_EXPAND in DECODE.expand
+    assert PREFILL_SHRINK in PREFILL.shrink
+    assert PREFILL_EXPAND in PREFILL.expand

@@ -1,7 +1,7 @@
-"""throughput: the base, one adapter, four adapters mixed, one request at a time and several at once.
+"""throughput: the base, one adapter and four adapters mixed, with one request at a time and with several.
 
-The adapters are random, of rank 16, on all seven projections. --peer measures another OpenAI-compatible server in
-turn with ours, load by load, so that both see the same machine.
+The adapters are random, of rank 16, on all seven projections. --peer measures another OpenAI-compatible server too. The
+two servers take turns, load by load, so that both have the same conditions.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import httpx
 
 from loadtests.adapter_client import AdapterClient
+from loadtests.bench.report import conditions, say, table
 from loadtests.completion_stream import Load, Measurement, complete, measure
 from loadtests.random_adapter import RANK, adapter_file, write_adapter
-from loadtests.report import conditions, say, table
 from loadtests.server_process import Model, running_server
 
 DEFAULTS = {"requests": 4, "rounds": 1, "max_tokens": 48}
@@ -27,10 +27,10 @@ ADAPTER_WORDS = {0: "base", 1: "one adapter", 4: "four adapters mixed"}
 
 
 class Target(NamedTuple):
-    """A server under test, and what it calls the base and the four adapters."""
+    """A server to measure."""
 
     url: str
-    models: Sequence[str]
+    models: Sequence[str]  # its names for the base and the four adapters
 
 
 class Row(NamedTuple):
@@ -68,7 +68,7 @@ def upload(url: str, model: Model) -> Target:
 
 
 def load_peer(chosen: argparse.Namespace, model: Model, scratch: Path) -> Target:
-    """The peer, with the same adapters if it is to load them: from files, for it takes no uploads."""
+    """Return the peer; with --peer-load, first have it load the same adapters from files, by vLLM's API."""
     target = Target(chosen.peer, chosen.peer_models.split(","))
     if chosen.peer_load:
         for seed, name in enumerate(ADAPTERS):
@@ -92,7 +92,7 @@ async def measure_all(chosen: argparse.Namespace, ours: Target, peer: Target | N
 
 
 async def warm_up(target: Target, max_tokens: int) -> None:
-    """One request to each model: the adapters become resident, the kernels are chosen."""
+    """Send one request to each model, which makes the adapters resident and tunes the kernels."""
     async with httpx.AsyncClient(base_url=target.url, timeout=600) as client:
         for model in target.models:
             await complete(client, model, "warm up", max_tokens)
@@ -101,7 +101,7 @@ async def warm_up(target: Target, max_tokens: int) -> None:
 async def one_round(
     chosen: argparse.Namespace, concurrency: int, adapters: int, seed: int, ours: Target, peer: Target | None
 ) -> list[Measurement]:
-    """Measure one load on our server, then on the peer, with the same prompts; no other load has them."""
+    """Measure one load on our server and then on the peer, with the same prompts; every load has different ones."""
     results = []
     for target in (ours, peer) if peer else (ours,):
         load = Load(
@@ -122,7 +122,7 @@ def middle(measured: Sequence[Measurement]) -> Measurement:
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    """Percentages are of the same server's base at the same concurrency."""
+    """Return the table; percentages refer to the same server's base at the same concurrency."""
     head = ["at a time", "model", "tok/s", "of base (goal ≥ 90%)", "between tokens, ms", "first token, ms"]
     if rows[0].peer:
         head += ["peer tok/s", "of its base", "between tokens, ms", "first token, ms", "ours / peer"]

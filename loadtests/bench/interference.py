@@ -1,7 +1,7 @@
-"""interference: what adapters that arrive cost the requests that stream meanwhile, in time between tokens.
+"""interference: how much loads and uploads of adapters slow streaming requests, in time between tokens.
 
-Some base requests stream; in stretches that take turns nothing else happens, adapters are loaded one after another
-from their files to the device, or new ones are uploaded as a training loop does (ephemeral).
+Some base requests stream. Three kinds of stretches take turns: nothing else happens, adapters are loaded one after the
+other from their files to the device, or new adapters are uploaded as a training loop does (ephemeral).
 """
 
 import argparse
@@ -16,27 +16,27 @@ from typing import Any, NamedTuple
 import httpx
 
 from loadtests.adapter_client import AdapterClient
-from loadtests.background_loads import BackgroundLoads, Work
+from loadtests.bench.background_loads import BackgroundLoads, Work
+from loadtests.bench.report import change, conditions, medians, percentile, say, table, verdict
 from loadtests.completion_stream import StreamFailed, events, prompts
 from loadtests.random_adapter import RANK
-from loadtests.report import change, conditions, medians, percentile, say, table, verdict
 from loadtests.server_process import Model, running_server
 
 DEFAULTS = {"rounds": 6, "seconds": 10.0, "max_tokens": 4096, "adapters": 4}
-GOAL = 1.10  # of the 99th percentile with nothing loading
+GOAL = 1.10  # of the 99th percentile without loads and uploads
 STRETCHES: dict[Work, str] = {"none": "nothing", "load": "unload, load", "put": "ephemeral PUT"}
 
 
 class Stretch(NamedTuple):
-    """What one stretch measured: seconds between tokens, and the seconds of each load or upload."""
+    """The measurements of one stretch, in seconds."""
 
-    gaps: list[float]
-    arrivals: list[float]
+    gaps: list[float]  # between tokens
+    arrivals: list[float]  # of each load or upload
 
 
 def add_options(add: Any) -> None:
     add("--pause", type=float, default=0.25, help="seconds between one load or upload and the next")
-    add("--streams", type=int, default=4, help="base requests that stream")
+    add("--streams", type=int, default=4, help="streaming base requests")
 
 
 def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
@@ -54,10 +54,11 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
             model,
             url,
             f"Load: {chosen.streams} streamed greedy base completions of {chosen.prompt_words} prompt words, new ones "
-            f"in each stretch of {chosen.seconds:g} s, measured once all of them have their first token.",
+            f"in each stretch of {chosen.seconds:g} s, which begins when all of them have their first token.",
             f"Adapters: {chosen.adapters} random ones of rank {RANK}, in turn, with {chosen.pause:g} s between the end "
-            "of one and the next; loaded and sent by another process on the same cores.",
-            f"Rounds: {chosen.rounds}, the stretches in another order in each; medians of the rounds' percentiles.",
+            "of one and the start of the next; a second process on the same cores loads and uploads them.",
+            f"Rounds: {chosen.rounds}, each with the stretches in a different order; medians of the rounds' "
+            "percentiles.",
         )
     return f"{rows_table(rounds)}\n\n{stated}"
 
@@ -65,7 +66,7 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
 async def measure(
     chosen: argparse.Namespace, url: str, base: str, background: BackgroundLoads
 ) -> list[dict[Work, Stretch]]:
-    """All stretches of all rounds. Raises StreamFailed, CallFailed."""
+    """Measure all stretches of all rounds. Raises StreamFailed, CallFailed."""
     works = list(STRETCHES)
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         say("warming up")
@@ -92,7 +93,7 @@ async def one_stretch(
     seconds: float,
     seed: str,
 ) -> Stretch:
-    """Streams from their first tokens on, with `work` beside them."""
+    """Measure streams from their first tokens on, during `work`. Raises StreamFailed, CallFailed."""
     streams = [Stream(prompt) for prompt in prompts(chosen.streams, chosen.prompt_words, seed)]
     tasks = [asyncio.create_task(stream.follow(client, base, chosen.max_tokens)) for stream in streams]
     timer = asyncio.create_task(watch(streams, background, work, seconds))
@@ -107,17 +108,17 @@ async def one_stretch(
     arrivals = background.stop()
     gaps = [gap for stream in streams for gap in stream.gaps]
     if not gaps or (work != "none" and not arrivals):
-        raise StreamFailed(f"{seconds:g} s are too short: {len(gaps)} tokens and {len(arrivals)} arrivals came in them")
+        raise StreamFailed(f"{seconds:g} s are too short: they had {len(gaps)} tokens and {len(arrivals)} arrivals")
     return Stretch(gaps, arrivals)
 
 
 class Stream:
-    """One request after another; the seconds between its tokens that begin while `recording` are kept in `gaps`."""
+    """Sends one request after the other and measures the time between tokens."""
 
     def __init__(self, prompt: str) -> None:
-        self.gaps: list[float] = []
+        self.gaps: list[float] = []  # seconds between tokens, of gaps that began while `recording`
         self.recording = False
-        self.token = asyncio.Event()
+        self.token = asyncio.Event()  # set at each token
         self._prompt = prompt
 
     async def follow(self, client: httpx.AsyncClient, model: str, max_tokens: int) -> None:
@@ -136,7 +137,7 @@ class Stream:
 
 
 async def watch(streams: list[Stream], background: BackgroundLoads, work: Work, seconds: float) -> None:
-    """Wait for all streams, then record them for some seconds with the work beside, to the ends of their last gaps."""
+    """Wait for every stream's first token, record the streams during `work`, and wait for their last gaps to end."""
     for stream in streams:
         await stream.token.wait()
     background.start(work)
@@ -175,5 +176,5 @@ def rows_table(rounds: list[dict[Work, Stretch]]) -> str:
 
 
 def percentiles(stretches: list[Stretch]) -> list[float]:
-    """The medians over the rounds of the 50th and the 99th percentile, in seconds."""
+    """Return the medians over the rounds of the 50th and the 99th percentile, in seconds."""
     return medians([percentile(stretch.gaps, share) for share in (0.5, 0.99)] for stretch in stretches)

@@ -1,7 +1,7 @@
-"""tiers: many adapters of very different popularity on a device tier that holds a few, against one that holds all.
+"""tiers: many adapters of different popularity on a device tier that holds a few, compared with one that holds all.
 
-Two servers run at once, over the same adapters, and are measured in turn with the same requests. Host memory holds
-all adapters in both.
+Two servers run at once, with the same adapters, and take turns with the same requests. Host memory holds all adapters
+in both.
 """
 
 import argparse
@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loadtests.adapter_client import AdapterClient
-from loadtests.adapter_copy import memory_bytes
+from loadtests.bench.adapter_copy import memory_bytes
+from loadtests.bench.report import conditions, percentile, say, table, verdict
 from loadtests.completion_stream import complete_all, prompts
 from loadtests.random_adapter import RANK, adapter_file, number_file
-from loadtests.report import conditions, percentile, say, table, verdict
 from loadtests.server_process import Model, running_server
 
 DEFAULTS = {"rounds": 3, "requests": 96, "max_tokens": 48, "adapters": 64}
-GOAL = 0.85  # of the tokens a second of the server that holds all
+GOAL = 0.85  # of the tokens per second of the server that holds all
 
 
 class Round(NamedTuple):
-    """One round on one server; seconds are those to the first token of each request."""
+    """One round on one server."""
 
     tokens_per_second: float
-    first_seconds: list[float]
+    first_seconds: list[float]  # to the first token of each request
     loads: float
     evictions: float
 
@@ -49,34 +49,34 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
         each = upload(whole, model, names)
         say(f"starting a server whose device tier holds {chosen.resident} of {each} bytes")
         with running_server([*arguments, "--adapter-bytes", str(chosen.resident * each)]) as small:
-            bring(small, names, "host")
+            load_all(small, names, "host")
             results = asyncio.run(measure(chosen, names, {"small": small, "all": whole}))
             stated = conditions(model, small, *load_conditions(chosen, each))
     return f"{rows_table(chosen, results)}\n\n{stated}"
 
 
 def upload(url: str, model: Model, names: Sequence[str]) -> int:
-    """Upload an adapter under each name and bring it to the device; returns the bytes that one takes there."""
+    """Upload an adapter under each name and load it to the device; return the bytes of one there."""
     say(f"uploading {len(names)} adapters")
     file = adapter_file(model.config, 0)
     with AdapterClient(url) as client:
         for number, name in enumerate(names):
             number_file(file, number)
             client.put(name, file, preload=False)
-    bring(url, names, "device")
+    load_all(url, names, "device")
     with AdapterClient(url) as client:
         return round(client.metrics().tier("bytes_used")) // len(names)
 
 
-def bring(url: str, names: Sequence[str], tier: str) -> None:
-    """Have all adapters in a tier: from here on, no load starts at a file."""
+def load_all(url: str, names: Sequence[str], tier: str) -> None:
+    """Load all adapters to a tier, so that no later load reads a file."""
     with AdapterClient(url) as client:
         for name in names:
             client.load(name, tier)
 
 
 async def measure(chosen: argparse.Namespace, names: Sequence[str], urls: dict[str, str]) -> dict[str, list[Round]]:
-    """The rounds of each server, by its word: in each, both answer the same requests, and take turns to be first."""
+    """Return each server's rounds; in each, both answer the same requests, and they take turns to be first."""
     results: dict[str, list[Round]] = {word: [] for word in urls}
     for url in urls.values():
         await complete_all(url, jobs(chosen, names, "warm up")[: chosen.at_a_time], chosen.at_a_time, chosen.max_tokens)
@@ -88,13 +88,13 @@ async def measure(chosen: argparse.Namespace, names: Sequence[str], urls: dict[s
 
 
 def jobs(chosen: argparse.Namespace, names: Sequence[str], seed: object) -> list[tuple[str, str]]:
-    """Adapters by their popularity, each with a prompt of its own; the same seed gives the same ones."""
+    """Return (adapter, prompt) jobs, adapters by popularity; the same seed gives the same jobs."""
     models = random.Random(f"{seed}").choices(names, zipf_weights(len(names), chosen.popularity), k=chosen.requests)
     return list(zip(models, prompts(chosen.requests, chosen.prompt_words, seed), strict=True))
 
 
 def zipf_weights(count: int, exponent: float) -> list[float]:
-    """How often each of `count` adapters is chosen, by rank."""
+    """Return the weights by which each of `count` adapters is chosen, by rank."""
     return [1 / rank**exponent for rank in range(1, count + 1)]
 
 
@@ -134,5 +134,5 @@ def load_conditions(chosen: argparse.Namespace, each: int) -> tuple[str, ...]:
         f"Load: streamed /v1/completions, greedy, {chosen.prompt_words} random words each, no two alike, "
         f"{chosen.max_tokens} new tokens, {chosen.requests} requests a round, {chosen.at_a_time} at a time.",
         f"Rounds: {chosen.rounds}; the same requests to both servers, which take turns to be first while the other one "
-        "idles; the median of tok/s, waits of all rounds together, loads and evictions on the device in all rounds.",
+        "is idle; the median of tok/s; first tokens, loads and evictions on the device over all rounds.",
     )

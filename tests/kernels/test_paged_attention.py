@@ -1,7 +1,5 @@
 """Attention over tables of blocks, the kernels and their twins, against attention head by head in float64."""
 
-import subprocess
-import sys
 from types import ModuleType
 
 import numpy as np
@@ -280,10 +278,3 @@ def test_a_batch_of_no_rows_is_no_launch() -> None:
     none = torch.empty((0, SMALL[0], SMALL[2]), device=DEVICE)
     kernels.paged_decode(none, pool.kv, pool.tables([[]])[:0], int32([]), pool.block_size, SCALE, none)
     kernels.paged_prefill(none, pool.kv, pool.tables([[]])[:0], int32([]), int32([0]), pool.block_size, SCALE, none)
-
-
-def test_the_reference_is_used_without_triton() -> None:
-    program = (
-        "import sys; sys.modules['triton'] = None; import kernels.reference.paged_tables, kernels.reference.kv_write"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

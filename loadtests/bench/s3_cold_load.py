@@ -1,6 +1,6 @@
-"""s3: milliseconds from S3 to the device, with nothing cached here, beside the bare transfer of the same file.
+"""s3: milliseconds from S3 to the device with an empty cache, compared with the bare transfer of the same file.
 
-The transfer is one GET by boto3. One server uploads the adapters, another one with an empty cache is measured.
+The transfer is one GET by boto3. One server uploads the adapters; a second one with an empty cache is measured.
 """
 
 import argparse
@@ -13,27 +13,31 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 
 from loadtests.adapter_client import STAGES, AdapterClient, CallFailed
-from loadtests.adapter_copy import memory_bytes
+from loadtests.bench.adapter_copy import memory_bytes
+from loadtests.bench.report import conditions, medians, say, table, verdict
+from loadtests.bench.s3_endpoint import Endpoint, s3_endpoint
 from loadtests.random_adapter import adapter_file, number_file
-from loadtests.report import conditions, medians, say, table, verdict
-from loadtests.s3_endpoint import Endpoint, s3_endpoint
 from loadtests.server_process import Model, running_server
 
 DEFAULTS = {"adapters": 7, "ranks": [8, 16, 64]}
-GOAL_SECONDS = 0.050  # beyond the bare transfer
+GOAL_SECONDS = 0.050  # more than the bare transfer
 
 
 class Stored(NamedTuple):
-    """An adapter in the bucket: its name, and its file's key and bytes."""
+    """An adapter in the bucket."""
 
     name: str
-    key: str
-    bytes: int
+    key: str  # of its file
+    bytes: int  # the file's size
 
 
 def add_options(add: Any) -> None:
-    add("--s3-endpoint", help="with credentials in the environment; default: moto's server on the loopback")
-    add("--s3-bucket", default="rootstock-bench", help="made if it is not there; what is put in it is deleted")
+    add("--s3-endpoint", help="takes credentials from the environment; default: moto's server on loopback")
+    add(
+        "--s3-bucket",
+        default="rootstock-bench",
+        help="created if it does not exist; the run's objects are deleted",
+    )
 
 
 def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
@@ -72,13 +76,13 @@ def measured(
             figures = [one_adapter(server, bare, chosen.s3_bucket, it, number) for number, it in enumerate(adapters)]
             if rank is not None:
                 rows.append(row(rank, adapters, figures))
-        kind = "moto's server on the loopback" if chosen.s3_endpoint is None else chosen.s3_endpoint
+        kind = "moto's server on loopback" if chosen.s3_endpoint is None else chosen.s3_endpoint
         stated = conditions(
             model,
             url,
-            f"S3: {kind}, on which every object was written by another server; the cache directory was empty.",
+            f"S3: {kind}; another server wrote every object, and the cache directory was empty.",
             f"Rounds: {chosen.adapters} random adapters of each rank, all seven projections, each loaded once, with "
-            "wait, after or before (in turn) one GET of its file; one more load before all that does not count; "
+            "wait, and transferred once by a GET of its file, the two in alternating order, after one load to warm up; "
             "medians, and the difference is the median of the differences. Stages of a load may overlap.",
         )
     return f"{table(head(), rows)}\n\n{stated}"
@@ -87,7 +91,7 @@ def measured(
 def upload(
     url: str, client: Any, chosen: argparse.Namespace, model: Model, prefix: str
 ) -> dict[int | None, list[Stored]]:
-    """Upload the adapters of each rank, and under None one to warm up with. Raises CallFailed."""
+    """Upload the adapters of each rank, and one to warm up with, under the key None. Raises CallFailed."""
     stored: dict[int | None, list[Stored]] = {}
     number = 0
     with AdapterClient(url) as server:
@@ -104,7 +108,7 @@ def upload(
 
 
 def find(client: Any, bucket: str, prefix: str, name: str, digest: str) -> Stored:
-    """The object with a digest in its key. Raises CallFailed."""
+    """Return the adapter whose object has a digest in its key. Raises CallFailed."""
     for found in objects(client, bucket, prefix):
         if digest in found["Key"]:
             return Stored(name, found["Key"], found["Size"])
@@ -117,9 +121,9 @@ def objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
 
 
 def one_adapter(server: AdapterClient, client: Any, bucket: str, adapter: Stored, number: int) -> list[float]:
-    """Seconds of the bare transfer, of the cold load, of the difference, and of each stage of the load.
+    """Return the seconds of the bare transfer, of the cold load, of the difference, and of each stage of the load.
 
-    Which of the two comes first, `number` says by being even or odd.
+    The transfer is first for an even `number`, the load for an odd one.
     """
     if number % 2:
         load, stages = cold_load(server, adapter)
@@ -136,12 +140,12 @@ def transfer_seconds(client: Any, bucket: str, adapter: Stored) -> float:
         content = body.read()
     seconds = time.perf_counter() - start
     if len(content) != adapter.bytes:
-        raise CallFailed(f"{adapter.key}: {len(content)} bytes came of {adapter.bytes}")
+        raise CallFailed(f"{adapter.key}: received {len(content)} bytes of {adapter.bytes}")
     return seconds
 
 
 def cold_load(server: AdapterClient, adapter: Stored) -> tuple[float, list[float]]:
-    """The seconds of the call, and of each stage. Raises CallFailed if anything was there already."""
+    """Return the seconds of the call and of each stage. Raises CallFailed if a stage was skipped."""
     before = server.metrics()
     start = time.perf_counter()
     server.load(adapter.name, "device")
@@ -170,6 +174,6 @@ def make_bucket(client: Any, bucket: str) -> None:
 
 
 def empty(client: Any, bucket: str, prefix: str) -> None:
-    """Leave nothing of ours in the bucket."""
+    """Delete the run's objects from the bucket."""
     for found in objects(client, bucket, prefix):
         client.delete_object(Bucket=bucket, Key=found["Key"])

@@ -1,7 +1,7 @@
-"""copy: milliseconds from host to device memory by adapter size, beside a plain memcpy of the same bytes.
+"""copy: milliseconds from host to device memory by adapter size, compared with a memcpy of the same bytes.
 
-The milliseconds are the engine's own, of the stage "copy". The memcpy is numpy's, of one thread, between touched
-ordinary pages as the engine's are; a second one is between huge pages, if the system has them.
+The engine measures the milliseconds itself, as the stage "copy". The memcpy is numpy's, on one thread, between
+prefaulted ordinary pages, as the engine's are; a second memcpy uses huge pages, if the system has them.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loadtests.adapter_client import AdapterClient, CallFailed
+from loadtests.bench.report import conditions, medians, say, table, verdict
 from loadtests.random_adapter import adapter_file, tensor_shapes
-from loadtests.report import conditions, medians, say, table, verdict
 from loadtests.server_process import Model, running_server
 
 DEFAULTS = {"rounds": 15, "ranks": [8, 16, 64, 256]}
@@ -25,7 +25,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class Buffers(NamedTuple):
-    """Two pieces of memory of the same size."""
+    """A pair of buffers of the same size."""
 
     source: np.ndarray
     target: np.ndarray
@@ -37,7 +37,7 @@ class Buffers(NamedTuple):
 
 
 def add_options(add: Any) -> None:
-    del add  # --rounds and --ranks say everything
+    del add  # --rounds and --ranks are enough
 
 
 def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
@@ -52,9 +52,9 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
         stated = conditions(
             model,
             url,
-            "Adapters: random, all seven projections; nothing else runs on the server, and each is alone in its tiers.",
-            f"Rounds: {chosen.rounds} of each size after one that does not count, in each a load and then a memcpy; "
-            "medians, and the share is theirs.",
+            "Adapters: random, all seven projections; the server does nothing else, and each is alone in its tiers.",
+            f"Rounds: {chosen.rounds} of each size after one to warm up, each a load and then a memcpy; medians, and "
+            "the ratio of the medians.",
             f"Transparent huge pages: {HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else 'unknown'}.",
         )
     return f"{table(head(), rows)}\n\n{stated}"
@@ -66,13 +66,13 @@ def head() -> list[str]:
 
 
 def memory_bytes(model: Model, rank: int) -> int:
-    """At least what an adapter takes in memory: four bytes a weight, and what alignment may add."""
+    """Return an upper bound of an adapter's bytes in memory: four bytes a weight, and padding for alignment."""
     shapes = tensor_shapes(model.config, rank).values()
     return sum(4 * rows * columns + PAGE_BYTES for rows, columns in shapes)
 
 
 def measure(client: AdapterClient, model: Model, rank: int, rounds: int) -> list[str]:
-    """One row of the table. Raises CallFailed."""
+    """Measure one rank and return its row of the table. Raises CallFailed."""
     name = f"bench-{rank}"
     say(f"rank {rank}: {rounds} rounds")
     client.put(name, adapter_file(model.config, rank, rank), preload=False)
@@ -95,7 +95,10 @@ def measure(client: AdapterClient, model: Model, rank: int, rounds: int) -> list
 
 
 def load_seconds(client: AdapterClient, name: str) -> tuple[float, float]:
-    """Take an adapter off the device and load it from the host: the engine's seconds of the copy, and our own."""
+    """Unload an adapter from the device and load it from host memory.
+
+    Returns the seconds of the engine's copy and those of the whole call. Raises CallFailed.
+    """
     client.unload(name, "device")
     before = client.metrics()
     start = time.perf_counter()
@@ -112,7 +115,7 @@ def buffers(size: int, *, huge: bool) -> Buffers:
 
 
 def touched(size: int, value: int, *, huge: bool) -> np.ndarray:
-    """Memory that has been written to; as the system gives it to anybody, or in huge pages if it has some to give."""
+    """Allocate and prefault memory, in huge pages if asked for and available."""
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

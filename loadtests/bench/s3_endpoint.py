@@ -1,4 +1,4 @@
-"""An S3 endpoint to measure against: one that runs, or moto's server on the loopback."""
+"""An S3 endpoint for a measurement: a given one, or moto's server on loopback."""
 
 import os
 import socket
@@ -16,19 +16,19 @@ from botocore.config import Config
 from loadtests.server_process import ServerFailed
 
 START_SECONDS = 60
-# For moto, which takes any: no real account has these.
+# For moto, which accepts any credentials; no real account has these
 CREDENTIALS = {"aws_access_key_id": "an-id", "aws_secret_access_key": "a-secret"}
 REGION = "us-east-1"
 
 
 class Endpoint(NamedTuple):
-    """Where S3 is; `environment` is what a server or boto3 must be started with to use it."""
+    """An S3 endpoint and how to use it."""
 
     url: str
-    environment: dict[str, str]
+    environment: dict[str, str]  # variables that a server needs to use it
 
     def client(self) -> Any:
-        """A client of boto3's own, which finds its credentials where a server of ours does."""
+        """Return a client of boto3, with the credentials that a server would use."""
         names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
         given = {key: self.environment[name] for key, name in names.items() if name in self.environment}
         region = self.environment["AWS_DEFAULT_REGION"]
@@ -38,7 +38,7 @@ class Endpoint(NamedTuple):
 
 @contextmanager
 def s3_endpoint(url: str | None) -> Iterator[Endpoint]:
-    """The endpoint at a URL, with the environment's credentials, or a moto of our own. Raises ServerFailed."""
+    """Yield the endpoint at a URL, with the environment's credentials; None starts moto. Raises ServerFailed."""
     if url is not None:
         yield Endpoint(url, environment_for(url))
         return

@@ -1,4 +1,4 @@
-"""Adapters that arrive while something else is measured, from a process of their own so that its clock runs true."""
+"""Loads or uploads adapters during a measurement, in a second process, so that it does not delay the client."""
 
 import multiprocessing
 import time
@@ -18,10 +18,10 @@ START_SECONDS = 120
 
 
 class BackgroundLoads:
-    """Owns the process, which loads or uploads adapters in turn from `start` to `stop`.
+    """The process, which loads or uploads adapters one after the other from `start` to `stop`.
 
-    "load" gives the memory of an uploaded adapter back and loads it to the device again; "put" uploads a new ephemeral
-    one. `pause` is in seconds, between one and the next.
+    "load" unloads an adapter and loads it to the device again; "put" uploads a new ephemeral adapter. `pause` is the
+    time between them in seconds.
     """
 
     def __init__(self, url: str, model: Model, adapters: int, pause: float) -> None:
@@ -45,7 +45,7 @@ class BackgroundLoads:
         self._pipe.send(work)
 
     def stop(self) -> list[float]:
-        """End the work, and say how many seconds each load or upload took. Raises CallFailed."""
+        """End the work and return the seconds of each load or upload. Raises CallFailed."""
         self._pipe.send(None)
         return self._receive()
 
@@ -58,11 +58,11 @@ class BackgroundLoads:
             raise CallFailed("the process that loads adapters is gone") from None
         if isinstance(answer, str):
             raise CallFailed(answer)
-        return answer
+        return list(answer)
 
 
 def serve(pipe: Connection, url: str, config: dict[str, Any], adapters: int, pause: float) -> None:
-    """What the process does: obey until the pipe is closed, and leave no adapter behind."""
+    """Run the process: obey until the pipe is closed, then delete the adapters."""
     try:
         with AdapterClient(url) as client:
             loads = Loads(client, config, adapters)
@@ -76,12 +76,12 @@ def serve(pipe: Connection, url: str, config: dict[str, Any], adapters: int, pau
     except (EOFError, KeyboardInterrupt):
         pass
     except (CallFailed, httpx.HTTPError) as error:
-        with suppress(OSError):  # whoever would hear of it may be gone
+        with suppress(OSError):  # the parent process may have ended
             pipe.send(f"{type(error).__name__}: {error}")
 
 
 class Loads:
-    """The adapters on the server, and the files that they are made of."""
+    """The adapters on the server, and their files."""
 
     def __init__(self, client: AdapterClient, config: dict[str, Any], adapters: int) -> None:
         self._client = client
@@ -97,7 +97,7 @@ class Loads:
             self._client.delete(name)
 
     def work_until(self, pipe: Connection, work: Work, pause: float) -> list[float]:
-        """Work until there is something in the pipe; the seconds of each load or upload."""
+        """Work until the pipe has a message; return the seconds of each load or upload."""
         seconds: list[float] = []
         while not pipe.poll(pause if work != "none" else None):
             start = time.perf_counter()
@@ -117,7 +117,7 @@ class Loads:
             self._pushed[name] = None
 
     def _next_file(self) -> bytearray:
-        """A file that is like no other before it."""
+        """Return a file that differs from all earlier ones."""
         self._number += 1
         number_file(self._file, self._number)
         return self._file

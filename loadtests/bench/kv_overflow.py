@@ -1,7 +1,7 @@
-"""overflow: the pipeline of base turns and aLoRA checks on a KV cache smaller and larger than its working set.
+"""overflow: the pipeline of base turns and aLoRA checks on a K/V cache smaller and larger than its working set.
 
-Several conversations take turns, call by call. The working set are the blocks of all conversations at their end, as
-the base has them; a server that evicts nothing tells how many. What the checks add of their own comes on top.
+Several conversations take turns, call by call. The working set is the base's blocks of all conversations at their end,
+counted on a server that evicts nothing. The blocks that the checks add are not part of it.
 """
 
 import argparse
@@ -16,43 +16,43 @@ from typing import Any, NamedTuple
 import httpx
 
 from loadtests.adapter_client import AdapterClient, CallFailed
-from loadtests.alora_first_token import vocabulary
+from loadtests.bench.alora_first_token import vocabulary
+from loadtests.bench.report import conditions, medians, percentile, say, table
 from loadtests.completion_stream import prompts
 from loadtests.conversation import Call, Conversation, hit_rate, prefilled
 from loadtests.random_adapter import RANK, adapter_file
-from loadtests.report import conditions, medians, percentile, say, table
 from loadtests.server_process import Model, ServerFailed, running_server
 
 DEFAULTS = {"rounds": 3, "max_tokens": 16, "adapters": 3}
 
 
 class Round(NamedTuple):
-    """Every call of one round, those of checks again, and the seconds of the whole."""
+    """The calls of one round."""
 
-    calls: list[Call]
-    checks: list[Call]
-    seconds: float
+    calls: list[Call]  # all, in order
+    checks: list[Call]  # those of checks
+    seconds: float  # of the whole round
 
 
 class WorkingSet(NamedTuple):
-    """Blocks of the base and of everything that a round leaves, and the bytes of one block."""
+    """The K/V blocks that one round leaves in a cache that evicts nothing."""
 
-    blocks: int
-    written: int
+    blocks: int  # of the base
+    written: int  # of the base and the checks
     block_bytes: float
 
     def bytes_for(self, share: float) -> int:
-        """A cache that holds so much of it; one block more, as a server may keep one for itself."""
+        """Return the size of a cache that holds a share of the working set, with one block for the server itself."""
         return math.ceil((share * self.blocks + 1) * self.block_bytes)
 
 
 def add_options(add: Any) -> None:
-    add("--shares", type=float, nargs="+", default=[0.5, 1, 2], help="of the working set that the KV cache holds")
+    add("--shares", type=float, nargs="+", default=[0.5, 1, 2], help="of the working set that the K/V cache holds")
     add("--conversations", type=int, default=6, help="that take turns")
     add("--turns", type=int, default=3, help="of each conversation")
-    add("--notes", type=int, default=300, help="words that the first turn has more than the others")
+    add("--notes", type=int, default=300, help="additional words of the first turn")
     add("--check-tokens", type=int, default=4, help="tokens of a check's answer")
-    add("--ample-kv-bytes", type=int, default=2**30, help="a KV cache that needs to evict nothing")
+    add("--ample-kv-bytes", type=int, default=2**30, help="a K/V cache large enough to evict nothing")
 
 
 def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
@@ -72,13 +72,13 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
 
 
 def arguments(chosen: argparse.Namespace, model: Model, kv_bytes: int, host_bytes: int = 0) -> list[str]:
-    """A server's. Without a host tier it is not mentioned."""
+    """Return a server's arguments; --host-kv-bytes only if there is a host tier."""
     host = ["--host-kv-bytes", str(host_bytes)] if host_bytes else []
     return ["--model", str(model.directory), *shlex.split(chosen.server_args), "--kv-cache-bytes", str(kv_bytes), *host]
 
 
 def upload(url: str, model: Model, count: int) -> list[str]:
-    """The checks, as aLoRA adapters with an invocation each; returns their names."""
+    """Upload the checks, aLoRA adapters with different invocations; return their names."""
     first = vocabulary(model.config["vocab_size"]).invocation
     names = [f"bench-check-{number}" for number in range(count)]
     with AdapterClient(url) as client:
@@ -89,7 +89,7 @@ def upload(url: str, model: Model, count: int) -> list[str]:
 
 
 def working_set(url: str, kv_bytes: int) -> WorkingSet:
-    """What a server that has played one round, and nothing else, holds. Raises CallFailed if it had to evict."""
+    """Return the blocks on a server that has played one round and nothing else. Raises CallFailed if it evicted any."""
     with AdapterClient(url) as client:
         kv = client.kv()
     blocks = kv["blocks"]
@@ -101,7 +101,7 @@ def working_set(url: str, kv_bytes: int) -> WorkingSet:
 
 
 def play(chosen: argparse.Namespace, url: str, checks: Sequence[str], number: int) -> Round:
-    """All conversations from beginning to end; each round has others. Raises StreamFailed."""
+    """Play all conversations from beginning to end; they differ from round to round. Raises StreamFailed."""
     with AdapterClient(url) as adapters:
         base = adapters.base()
     notes = prompts(chosen.conversations, chosen.notes, f"notes {number}")
@@ -119,7 +119,7 @@ def play(chosen: argparse.Namespace, url: str, checks: Sequence[str], number: in
 
 
 def measure(chosen: argparse.Namespace, model: Model, needed: WorkingSet, share: float, *, host: bool) -> list[str]:
-    """One row: a server with this much KV, and host memory for twice the working set or none."""
+    """Measure a server with this share of K/V, and host memory for twice the working set or none; return its row."""
     kv_bytes, word = needed.bytes_for(share), "on" if host else "off"
     holds, blocks = f"{share:g} × working set", round(share * needed.blocks)
     say(f"starting a server whose KV cache holds {holds}, host tier {word}")
@@ -133,7 +133,7 @@ def measure(chosen: argparse.Namespace, model: Model, needed: WorkingSet, share:
                 tier = client.kv()["host"] if host else None
             return row(holds, blocks, word, rounds, f"{tier['stores']} / {tier['hits']}" if tier else "")
     except ServerFailed as error:
-        if host and "host-kv-bytes" in str(error):  # a server that does not know the option
+        if host and "host-kv-bytes" in str(error):  # the server does not have the option
             return not_built(holds, blocks)
         raise
 
@@ -143,7 +143,7 @@ def not_built(holds: str, blocks: int) -> list[str]:
 
 
 def row(holds: str, blocks: int, host: str, rounds: Sequence[Round], moved: str) -> list[str]:
-    """The figures are medians of the rounds; the waits are of the checks of all rounds."""
+    """Return one row: medians of the rounds, and first-token times of the checks of all rounds."""
     figures = [[hit_rate(each.calls), hit_rate(each.checks), prefilled(each.calls), each.seconds] for each in rounds]
     hits, check_hits, computed, seconds = medians(figures)
     waits = [1000 * call.first_seconds for each in rounds for call in each.checks]
@@ -163,7 +163,7 @@ def load_conditions(chosen: argparse.Namespace, needed: WorkingSet) -> tuple[str
         f"Load: {chosen.conversations} conversations of {chosen.turns} turns, call by call in turn, one call at a "
         f"time: {chosen.notes + chosen.prompt_words} random words at first and {chosen.prompt_words} later, answers of "
         f"{chosen.max_tokens} tokens, and after each turn every check once, {chosen.check_tokens} tokens.",
-        f"Working set: {needed.blocks} blocks of {needed.block_bytes / 1e6:.2f} MB; with what the checks add "
-        f"{needed.written}. The host tier has room for twice the working set.",
-        f"Rounds: {chosen.rounds}, the same ones on each server, and no conversation in two of them; medians.",
+        f"Working set: {needed.blocks} blocks of {needed.block_bytes / 1e6:.2f} MB, {needed.written} with those of the "
+        "checks. The host tier holds twice the working set.",
+        f"Rounds: {chosen.rounds}, the same on each server, with different conversations in each; medians.",
     )

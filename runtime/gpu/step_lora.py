@@ -1,47 +1,43 @@
-"""A step's adapters for the fused decoder: two launches a site, whatever the adapters and their ranks."""
+"""The adapters of one step for the fused decoder: two launches a site, for any adapters and ranks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import tuned
-from kernels.grouped_lora import embedding_shrink, expand, shrink
-from kernels.lora_configs import DECODE, PREFILL, ExpandConfig, ShrinkConfig
+from kernels.grouped_lora import DECODE, PREFILL, ExpandConfig, ShrinkConfig, embedding_shrink, expand, shrink
 from kernels.lora_tiles import Tiles
 from runtime.gpu.step_inputs import StepInputs
 from runtime.models.config import ModelConfig
 
-DECODE_HEIGHT, PREFILL_HEIGHT = DECODE.heights[0], PREFILL.heights[1]  # rows of a tile; not measured
+DECODE_HEIGHT, PREFILL_HEIGHT = DECODE.heights[0], PREFILL.heights[1]  # the most rows of a tile; not measured
 DECODE_SPLITS = max(config.split_k for config in DECODE.shrink)
 PREFILL_SPLITS = max(config.split_k for config in PREFILL.shrink)
 
 
 class LoraMemory(NamedTuple):
-    """The arena that adapters lie in, the table of where, and room for what a shrink leaves to its expand.
+    """Device memory of the LoRA kernels. The addresses do not change while the engine runs, so graphs may use them."""
 
-    All stay where they are for as long as the engine runs.
-    """
-
-    arena: Tensor
-    table: Tensor
-    between: Tensor
+    arena: Tensor  # the weights of resident adapters
+    table: Tensor  # the offset table, see kernels.offset_table
+    between: Tensor  # (rows, width) float32, the results of a shrink, which its expand reads
 
     @classmethod
     def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int) -> "LoraMemory":
-        """For steps of so many tokens, or so many requests that decode, with at most `width` ranks at a site."""
+        """Memory for steps of at most `tokens` tokens, or `decodes` decoding requests, and `width` ranks at a site."""
         rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS)
         return cls(arena, table, torch.empty((rows, width), dtype=torch.float32, device=arena.device))
 
 
-class TiledLora:
-    """The adapters of one step, which has at most `width` ranks at a site."""
+class StepLora:
+    """The adapters of one step, each with at most `width` ranks at a site."""
 
     def __init__(self, model: ModelConfig, memory: LoraMemory, step: StepInputs, width: int, gpu: str):
         self._memory = memory
         tokens = len(step.token_ids)
         splits = DECODE_SPLITS if step.tiles.height == DECODE_HEIGHT else PREFILL_SPLITS
-        # Strides are the same for all widths: kernels are compiled for what they are multiples of.
+        # Slices of one buffer keep its strides for every width: Triton compiles a kernel for the strides' divisibility.
         self._between = memory.between[: tokens * splits].unflatten(0, (tokens, splits))[..., :width]
         self._step = step
         self._widths = [[part.out_features for part in site.parts] for site in model.sites()]
@@ -49,16 +45,16 @@ class TiledLora:
         self._gpu = gpu
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
-        """y += LoRA(x) in place, on the rows that carry an adapter."""
+        """y += LoRA(x) in place, on the rows under an adapter."""
         self._apply(site, x, y, self._step.tiles)
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None:
-        """As `apply`, for the rows that the logits are computed of."""
+        """As `apply`, for the head and the sampled rows."""
         if len(self._step.logit_tiles.fields):
             self._apply(self._lm_head_site, x, y, self._step.logit_tiles)
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None:
-        """x += A[:, token_ids]ᵀ B in place, on the rows that carry an adapter."""
+        """x += A[:, token_ids]ᵀ B in place, on the rows under an adapter."""
         arena, table, _ = self._memory
         t = embedding_shrink(token_ids, self._embed_site, arena, table, self._step.tiles, self._between)
         self._expand(t, x, self._embed_site, self._step.tiles)
@@ -73,11 +69,11 @@ class TiledLora:
         config: ExpandConfig = self._tuned("expand", len(y))
         expand(t, y, site, arena, table, tiles, self._widths[site], config)
 
-    def _tuned(self, kernel: str, rows: int):  # type: ignore[no-untyped-def]
+    def _tuned(self, kernel: str, rows: int) -> Any:
         kind = "decode" if self._step.tiles.height == DECODE_HEIGHT else "prefill"
         return tuned.lookup(self._gpu, f"{kind} {kernel}", rows).config
 
 
 def tile_height(decodes: int, tokens: int) -> int:
-    """Rows of a step's tiles: low where every row is a request's own."""
+    """The tile height of a step: low if every row is a decoding request's."""
     return DECODE_HEIGHT if decodes == tokens else PREFILL_HEIGHT

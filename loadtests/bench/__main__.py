@@ -1,7 +1,7 @@
-"""Benchmarks of the server: `python -m loadtests.bench [NAME ...]`, all of them without a NAME.
+"""Benchmarks of the server: `python -m loadtests.bench [NAME ...]`; without a NAME, all of them.
 
-Each starts the servers that it needs; --url measures one that runs, with what can be measured there (throughput,
-interference and alora). Options that a benchmark has no use for are ignored; those left out have its own defaults.
+Each starts the servers that it needs. --url measures a running server instead (throughput, interference and alora
+only). A benchmark ignores the options that it does not use, and has its own defaults.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from types import ModuleType
 
 import httpx
 
-from loadtests import adapter_copy, alora_first_token, interference, kv_overflow, s3_cold_load, throughput, tiers
 from loadtests.adapter_client import CallFailed
+from loadtests.bench import adapter_copy, alora_first_token, interference, kv_overflow, s3_cold_load, throughput, tiers
+from loadtests.bench.report import say
 from loadtests.completion_stream import StreamFailed
-from loadtests.report import say
 from loadtests.server_process import ServerFailed, find_model
 
 BENCHMARKS: Mapping[str, ModuleType] = {
@@ -29,7 +29,7 @@ BENCHMARKS: Mapping[str, ModuleType] = {
     "alora": alora_first_token,
     "overflow": kv_overflow,
 }
-ANY_SERVER = ("throughput", "interference", "alora")  # which need no server started for them
+ANY_SERVER = ("throughput", "interference", "alora")  # can measure a running server
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,13 +40,13 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    add("--url", help="a server that runs; default: start one")
+    add("--url", help="a running server; default: start one")
     add("--model", help="the served model's directory; default: the embedded model")
-    add("--server-args", default="", help="more arguments for the servers that are started")
+    add("--server-args", default="", help="additional arguments of the servers that are started")
     add("--rounds", type=int, help="repetitions; medians are shown")
-    add("--requests", type=int, help="throughput: per unit of concurrency, and at least 8; tiers: a round")
-    add("--seconds", type=float, help="interference: of each stretch")
-    add("--adapters", type=int, help="how many; s3: of each rank; overflow: checks")
+    add("--requests", type=int, help="throughput: per unit of concurrency, at least 8; tiers: in one round")
+    add("--seconds", type=float, help="interference: of each measurement")
+    add("--adapters", type=int, help="number of adapters; s3: of each rank; overflow: of checks")
     add("--ranks", type=int, nargs="+", help="copy, s3: of the adapters")
     add("--prompt-words", type=int, default=60)
     add("--max-tokens", type=int)
@@ -56,7 +56,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown := [name for name in chosen.names if name not in BENCHMARKS]:
         parser.error(f"there is no benchmark {unknown[0]!r}, only {', '.join(BENCHMARKS)}")
     if chosen.url and (refused := [name for name in chosen.names if name not in ANY_SERVER]):
-        parser.error(f"{refused[0]} starts servers of its own: leave --url out")
+        parser.error(f"{refused[0]} starts its own servers: leave --url out")
     if chosen.peer and len(chosen.peer_models.split(",")) != 5:
         parser.error("--peer-models takes five names: the base's and four adapters'")
     chosen.names = chosen.names or list(ANY_SERVER if chosen.url else BENCHMARKS)
@@ -64,7 +64,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def with_defaults(chosen: argparse.Namespace, defaults: Mapping[str, object]) -> argparse.Namespace:
-    """The options, those left out as a benchmark wants them."""
+    """Return the options with a benchmark's defaults for those that were not given."""
     missing = {name: value for name, value in defaults.items() if getattr(chosen, name) is None}
     return argparse.Namespace(**{**vars(chosen), **missing})
 

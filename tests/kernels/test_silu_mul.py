@@ -7,7 +7,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
-from kernels.cpu.elementwise import silu_mul as reference
+from kernels.reference.silu_mul import silu_mul as reference
 from kernels.silu_mul import CANDIDATES, SiluMulConfig, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,10 +55,10 @@ def test_a_slice_of_wider_rows_is_read_where_it_lies(dtype: torch.dtype) -> None
     assert_close(silu_mul(wide[:, 11:91]), exact(wide[:, 11:91]))
 
 
-def test_the_twin_is_the_same_up_to_its_second_rounding() -> None:
+def test_the_twin_is_the_same_up_to_rounding() -> None:
     gate_up = random(7, 640, dtype=torch.float16)
     ours, theirs = silu_mul(gate_up), reference(gate_up)
-    torch.testing.assert_close(ours, theirs, rtol=4 * TOLERANCE[torch.float16], atol=2**-23)
+    torch.testing.assert_close(ours, theirs, rtol=2 * TOLERANCE[torch.float16], atol=2**-23)
 
 
 def test_gates_far_from_zero_saturate() -> None:

@@ -1,4 +1,4 @@
-"""What every benchmark prints: a Markdown table, the statistics in it, and the conditions that they hold under."""
+"""The report of a benchmark: a Markdown table, its statistics, and the conditions of the measurement."""
 
 import math
 import os
@@ -13,36 +13,36 @@ import httpx
 
 from loadtests.server_process import Model
 
-LOAD_AT_START = os.getloadavg()[0]  # before we make one ourselves
+LOAD_AT_START = os.getloadavg()[0]  # before the benchmark adds its own
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` (above 0, at most 1) of all are not above."""
+    """Return the smallest value that at least `share` (above 0, at most 1) of all values do not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def medians(rounds: Iterable[Sequence[float]]) -> list[float]:
-    """The median of each figure over the rounds that it was measured in."""
+    """Return the median of each figure over the rounds."""
     return [statistics.median(figure) for figure in zip(*rounds, strict=True)]
 
 
 def change(value: float, base: float) -> str:
-    """By how much a value is more (+) or less (-) than another one."""
+    """Return by how many percent a value is above (+) or below (-) another one."""
     return f"{100 * (value / base - 1):+.1f} %"
 
 
 def verdict(shown: str, *, met: bool) -> str:
-    """A figure, and whether it is what was aimed at."""
+    """Return a figure followed by whether it met its goal."""
     return f"{shown} ({'met' if met else 'missed'})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def conditions(model: Model, url: str, *more: str) -> str:
-    """What a figure of the server at `url` means nothing without, as a Markdown list; the sentences in `more` too."""
+    """Return the conditions of a measurement of the server at `url`, then those in `more`, as a Markdown list."""
     versions = ", ".join(f"{name} {installed(name)}" for name in ("torch", "numpy", "transformers"))
     lines = [
         f"Machine: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, load {LOAD_AT_START:.2f} before; "
@@ -71,5 +71,5 @@ def installed(name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Progress; standard output carries only the result."""
+    """Print progress to standard error; standard output has only the result."""
     print(text, file=sys.stderr, flush=True)

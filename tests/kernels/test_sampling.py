@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton")
 
 from kernels.reference import sampling as reference
-from kernels.reference.sampling import RowParams
+from kernels.row_params import RowParams
 from kernels.sampling import CANDIDATES, SamplingConfig, sample
 from runtime import sampler
 from runtime.messages import Generate, SamplingParams
