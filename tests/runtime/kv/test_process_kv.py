@@ -1,4 +1,4 @@
-"""The engine process and K/V: prefixes held and let go, namespaces dropped, over the socket."""
+"""The engine process and K/V: prefixes held and released, namespaces dropped, over the socket."""
 
 import json
 
