@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
+from runtime.messages import Generate
+
 KEY_BYTES = 32
 
 
@@ -53,3 +55,46 @@ def block_key(parent: bytes, token_ids: Sequence[int], start: int, adapter: str 
     if salt is not None:
         hasher.update(f"{salt.adapter}@{salt.offset}".encode())
     return hasher.digest()
+
+
+class BlockChain:
+    """The keys of the blocks of one request, each computed once.
+
+    Methods get the request's `token_ids`, which only grow, and the number of tokens in a block.
+    """
+
+    def __init__(self, command: Generate) -> None:
+        self.root = root_key(command.cache_salt)  # parent key of the first block
+        self.keys: list[bytes] = []  # of full blocks, as far as they were asked for
+        self.namespace = None if command.kv_is_base else command.adapter  # of K/V from invocation_start on
+        self.private = False  # blocks of the namespace are registered no more: its K/V were dropped meanwhile
+        self._invocation_start = command.invocation_start
+
+    def keys_up_to(self, token_ids: Sequence[int], tokens: int, block_size: int) -> list[bytes]:
+        """The keys of the full blocks among the first `tokens` tokens."""
+        while (len(self.keys) + 1) * block_size <= tokens:
+            start = len(self.keys) * block_size
+            self.keys.append(self._key(len(self.keys), token_ids[start : start + block_size], start))
+        return self.keys[: tokens // block_size]
+
+    def parent_of(self, index: int) -> bytes:
+        """The key of the block before block `index`; the keys up to there must have been computed."""
+        return self.keys[index - 1] if index else self.root
+
+    def salt_of(self, index: int, block_size: int) -> Salt | None:
+        """The salt of a full block."""
+        return block_salt(index * block_size, block_size, self.namespace, self._invocation_start)
+
+    def identity_of(self, token_ids: Sequence[int], computed: int, index: int, block_size: int) -> BlockIdentity:
+        """The identity of block `index`, full or not, with the tokens of it among the first `computed` ones."""
+        start = index * block_size
+        tokens = tuple(token_ids[start : min(start + block_size, computed)])
+        stop = start + len(tokens)
+        keys = self.keys_up_to(token_ids, stop, block_size)
+        key = keys[index] if index < len(keys) else self._key(index, tokens, start)
+        salt = block_salt(start, len(tokens), self.namespace, self._invocation_start)
+        namespace = self.namespace if stop > self._invocation_start else None
+        return BlockIdentity(key, self.parent_of(index), tokens, salt, namespace)
+
+    def _key(self, index: int, token_ids: Sequence[int], start: int) -> bytes:
+        return block_key(self.parent_of(index), token_ids, start, self.namespace, self._invocation_start)

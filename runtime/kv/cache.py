@@ -1,12 +1,20 @@
 """The K/V tensors on the device: blocks of slots, one slot for each token."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.models.config import ModelConfig
-from runtime.request import KvCopy
+
+
+class KvCopy(NamedTuple):
+    """A copy of the first `tokens` slots of block `source` to block `target`, due before `target` is written to."""
+
+    source: int
+    target: int
+    tokens: int
 
 
 def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
