@@ -113,10 +113,9 @@ def test_an_engine_whose_parent_died_before_it_was_ready_ends_by_itself(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.bind(f"ipc://{tmp_path}/socket")
-    if configured:
-        socket.send(encode(EngineConfig(model=str(tmp_path), load_format="dummy", max_model_len=128)))
     command = [sys.executable, "-m", "runtime.process", f"--parent={os.getpid() + 1}", f"ipc://{tmp_path}/socket"]
-    try:
-        assert subprocess.run(command, timeout=60).returncode == 0
-    finally:
-        socket.close(linger=0)
+    with subprocess.Popen(command) as engine:
+        if configured:
+            socket.send(encode(EngineConfig(model=str(tmp_path), load_format="dummy", max_model_len=128)))
+        assert engine.wait(timeout=60) == 0
+    socket.close(linger=0)
