@@ -72,7 +72,7 @@ def adjust(logits: Tensor, request: Request) -> Tensor:
 
 
 def _draw(logits: Tensor, request: Request) -> int:
-    """Draw from softmax(logits / temperature), cut by top_k, by top_p of the rest, then by min_p of the maximum."""
+    """Draw from softmax(logits / temperature), cut by top_k, by top_p of the rest, and by min_p of the maximum."""
     params = request.params
     probabilities = ((logits - logits.max()) / max(params.temperature, LEAST_DIVISOR)).softmax(-1)
     draw = uniform(request.seed, params.choice, request.num_generated)

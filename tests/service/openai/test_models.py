@@ -7,6 +7,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.openapi.contract_hook import HOOKS
 from tests.service.adapters.adapter_service import bundle, multipart
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
@@ -139,5 +140,5 @@ def test_with_a_key_everything_but_health_and_metrics_needs_it(tiny_model: Path,
                 headers = {} if key is None else {"authorization": key.encode()}
                 response = live.client.request(method, path, headers=headers)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
-        with httpx.Client(base_url=live.url, headers={"authorization": "Bearer secret"}) as client:
+        with httpx.Client(base_url=live.url, headers={"authorization": "Bearer secret"}, event_hooks=HOOKS) as client:
             assert client.get("/v1/models").status_code == 200
