@@ -1,4 +1,4 @@
-"""The README, held to the program: its commands run against a server, its tables and links name what exists."""
+"""Tests of README.md: its commands run against a server, and its tables and links name what exists."""
 
 import os
 import re
@@ -26,8 +26,8 @@ NOT_RUN = {
     "make serve": "makes an environment with pip, then serves without end; the tests start the same server",
     "make serve MODEL=Qwen/Qwen3-0.6B PORT=8000": "fetches a model from Hugging Face",
     "make serve ARGS=--help": "makes an environment with pip; the options are compared with --help below",
-    "docker build --tag rootstock . && docker run --publish 127.0.0.1:8000:8000 --volume rootstock:/data "
-    "--volume cache:/cache rootstock": "builds an image from the network",
+    "docker build --tag rootstock . && docker run --publish 127.0.0.1:8000:8000 --volume rootstock-data:/data "
+    "--volume rootstock-cache:/cache rootstock": "builds an image from the network",
     "docker compose up --build": "builds an image from the network; tests/test_compose.py checks compose.yaml",
     ".venv/bin/pip install --editable '.[gpu]' && .venv/bin/python -m tools.gpu_report": "needs a GPU",
     "make test": "runs the tests, this one among them",
@@ -68,7 +68,7 @@ def rows(heading: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def substitutes(default_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What the README says, and what this test has in its place: the address of a server, and a source of adapters."""
+    """The test's own address of a server and source of adapters, by those that the README names."""
     source = tmp_path_factory.mktemp("adapters")
     shutil.copytree(ROOT / "tests" / "adapters" / "cobalt", source / "poet")
     with running_server(["--threads", "1", "--allow-source", f"file://{source}"]) as url:
@@ -84,8 +84,8 @@ def test_the_commands_give_the_output_that_is_shown(substitutes: dict[str, str],
         if "curl" not in block.text:
             continue
         script = block.text
-        for said, ours in substitutes.items():
-            script = script.replace(said, ours)
+        for written, ours in substitutes.items():
+            script = script.replace(written, ours)
         command = ["bash", "-euo", "pipefail", "-c", script]
         environment = {**os.environ, "CURL_HOME": str(tmp_path)}
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

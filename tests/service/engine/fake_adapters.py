@@ -1,5 +1,6 @@
 """The fake engine's adapters: where each is, whose file is missing, who waits for it, which one is pinned."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class FakeAdapter:
     pinned: Tier | None = None
     loads: list[LoadAdapter | PinAdapter] = field(default_factory=list)  # they wait for its file
     failure: str | None = None  # why its file cannot be had, until it is registered again
+    retired: bool = False  # it leaves when the last request on it has ended
 
 
 class FakeAdapters:
@@ -38,13 +40,18 @@ class FakeAdapters:
         self._bytes: dict[Tier, int] = {"device": config.adapter_bytes, "host": config.host_adapter_bytes}
         self._loads: dict[Tier, int] = {"device": 0, "host": 0}
 
+    def _find(self, digest: str) -> FakeAdapter | None:
+        adapter = self._known.get(digest)
+        return None if adapter is None or adapter.retired else adapter
+
     def usable(self, digest: str) -> bool:
         """Whether a request can be queued for an adapter."""
-        return digest in self._known and self._known[digest].failure is None
+        adapter = self._find(digest)
+        return adapter is not None and adapter.failure is None
 
     def failure(self, digest: str) -> str:
         """Why an adapter is not usable."""
-        adapter = self._known.get(digest)
+        adapter = self._find(digest)
         return f"adapter {digest} is not registered" if adapter is None else f"adapter {digest}: {adapter.failure}"
 
     def on_device(self, digest: str) -> bool:
@@ -52,28 +59,37 @@ class FakeAdapters:
 
     def register(self, digest: str, path: Path) -> list[Event]:
         adapter = self._known.setdefault(digest, FakeAdapter(path))
-        adapter.path, adapter.failure = path, None
+        adapter.path, adapter.failure, adapter.retired = path, None, False
         loads, adapter.loads = adapter.loads, []
         return [event for load in loads for event in self.load(load)] or [self._state(digest)]
 
     def fail(self, digest: str, reason: str) -> list[Event]:
-        if digest not in self._known or not self._known[digest].loads:
+        adapter = self._find(digest)
+        if adapter is None or not adapter.loads:
             return []
-        self._known[digest].failure = reason
+        adapter.failure = reason
         state = AdapterState(digest=digest, state="failed", reason=reason)
         return [state, *self._refuse_loads(digest, "adapter_failed", reason)]
 
-    def retire(self, digest: str) -> list[Event]:
-        if digest not in self._known:
+    def retire(self, digest: str, in_use: Collection[str]) -> list[Event]:
+        adapter = self._find(digest)
+        if adapter is None:
             return []
         answers = self._refuse_loads(digest, "unknown_adapter", f"adapter {digest} has been retired")
-        del self._known[digest]
-        return [AdapterState(digest=digest, state="retired"), *answers]
+        adapter.retired, adapter.pinned = True, None
+        return [*self.drop_retired(in_use), *answers]
+
+    def drop_retired(self, in_use: Collection[str]) -> list[Event]:
+        """Forget the retired adapters on which no request runs."""
+        dropped = [digest for digest, adapter in self._known.items() if adapter.retired and digest not in in_use]
+        for digest in dropped:
+            del self._known[digest]
+        return [AdapterState(digest=digest, state="retired") for digest in dropped]
 
     def load(self, command: LoadAdapter | PinAdapter) -> list[Event]:
         """Load an adapter into a tier; a command with a request id is answered."""
         digest, tier = command.digest, command.tier
-        adapter = self._known.get(digest)
+        adapter = self._find(digest)
         if adapter is None:
             return _answer(command, "unknown_adapter", f"adapter {digest} is not registered")
         if adapter.failure is not None:
@@ -90,7 +106,7 @@ class FakeAdapters:
         return [self._state(digest, seconds), *_answer(command)]
 
     def unload(self, command: UnloadAdapter, *, in_use: bool) -> list[Event]:
-        adapter = self._known.get(command.digest)
+        adapter = self._find(command.digest)
         if adapter is None:
             return _answer(command, "unknown_adapter", f"adapter {command.digest} is not registered")
         if adapter.pinned in (command.tier, "device"):
@@ -101,7 +117,7 @@ class FakeAdapters:
         return [self._state(command.digest), *_answer(command)]
 
     def pin(self, command: PinAdapter) -> list[Event]:
-        adapter = self._known.get(command.digest)
+        adapter = self._find(command.digest)
         if adapter is None:
             return _answer(command, "unknown_adapter", f"adapter {command.digest} is not registered")
         if command.tier is None:

@@ -124,7 +124,7 @@ class FakeEngine:
             case UnloadAdapter():
                 return self.adapters.unload(command, in_use=command.digest in self.adapters_of(running=True))
             case RetireAdapter(digest=digest):
-                return [*self.kv.retire(digest), *self.adapters.retire(digest)]
+                return [*self.kv.retire(digest), *self.adapters.retire(digest, self.adapters_of(running=True))]
             case HoldPrefix():
                 return self.refused(command) or self.kv.hold(command)
             case ReleasePrefix(prefix_id=prefix_id):
@@ -184,7 +184,7 @@ class FakeEngine:
             if isinstance(event, Failed) or event.finish_reason:
                 del self.requests[request_id]
         self.steps += bool(events)
-        return events
+        return [*self.adapters.drop_retired(self.adapters_of(running=True)), *events]
 
     def start(self, sequence: Sequence) -> Failed | None:
         """Let a request run if its adapter is on the device, or fail it if it will not be."""

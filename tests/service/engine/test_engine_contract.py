@@ -8,10 +8,10 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-import msgspec
 import pytest
 
 from runtime.adapter_format.canonical import canonical_from_tensors
@@ -55,6 +55,7 @@ ADAPTER_BYTES = 256  # of one in device memory: A and B of rank 2 on 16 features
 BLOCK_BYTES = 2048  # layers, tokens, K and V, features of a head, float32
 MAX_MODEL_LEN, MAX_RUNNING, MAX_WAITING = 4096, 4, 2
 PROMPT = list(range(20, 69))  # three whole blocks and a token
+SEEDS = count()  # of adapters: none is like another
 T = TypeVar("T", bound=Event)
 
 
@@ -76,6 +77,9 @@ class Engine:
         self._runner.close()
 
     def send(self, *commands: Command) -> None:
+        self._runner.run(self._send(commands))
+
+    async def _send(self, commands: tuple[Command, ...]) -> None:
         for command in commands:
             self.process.send(command)
 
@@ -84,7 +88,7 @@ class Engine:
         return self._runner.run(self._next(kind, fields))
 
     async def _next(self, kind: type[T], fields: dict[str, Any]) -> T:
-        passed = []
+        passed: list[Event] = []
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while True:
@@ -93,7 +97,7 @@ class Engine:
                         return event
                     passed.append(event)
         except TimeoutError:
-            raise AssertionError(f"no {kind.__name__} with {fields} came, but {passed}") from None
+            raise AssertionError(f"no {kind.__name__} with {fields} came, but {passed[-5:]}") from None
 
     def new_id(self) -> str:
         self._requests += 1
@@ -201,26 +205,23 @@ def engine(running: Engine) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def adapter(engine: Engine, model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Adapter]:
+def adapter(engine: Engine, model: Path, tmp_path: Path) -> Iterator[Adapter]:
     """An adapter that no other test has, retired when the test ends."""
-    yield (made := make_adapter(model, tmp_path, seed=hash(request.node.name) % 2**32))
+    yield (made := make_adapter(model, tmp_path))
     engine.send(RetireAdapter(digest=made.digest))
 
 
 @pytest.fixture
-def other(engine: Engine, model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Adapter]:
+def other(engine: Engine, model: Path, tmp_path: Path) -> Iterator[Adapter]:
     """Another one."""
-    yield (made := make_adapter(model, tmp_path, seed=hash(request.node.name) % 2**32 + 1))
+    yield (made := make_adapter(model, tmp_path))
     engine.send(RetireAdapter(digest=made.digest))
 
 
-def make_adapter(model: Path, directory: Path, seed: int) -> Adapter:
+def make_adapter(model: Path, directory: Path) -> Adapter:
     config = ModelConfig.from_directory(model)
-    digest, file = canonical_from_tensors(tensors(seed), json.loads(adapter_config()), config, max_rank=8)
+    digest, file = canonical_from_tensors(tensors(next(SEEDS)), json.loads(adapter_config()), config, max_rank=8)
     return Adapter(digest, directory / f"{digest}.safetensors", file.data.tobytes())
-
-
-# An engine and its requests
 
 
 def test_it_is_ready_with_its_limits(engine: Engine) -> None:
@@ -315,9 +316,6 @@ def test_as_many_requests_are_queued_as_may_run_and_wait(engine: Engine) -> None
     assert engine.refusal(endless("one more")) == "queue_full"
     engine.send(Abort(request_id=names[0]), endless("instead"))
     engine.send(Abort(request_id="instead"), *(Abort(request_id=name) for name in names))
-
-
-# K/V
 
 
 def test_a_prompt_finds_the_kv_of_an_equal_beginning(engine: Engine) -> None:
@@ -425,9 +423,6 @@ def test_a_retired_adapter_ends_what_is_held_of_it(engine: Engine, adapter: Adap
     assert adapter.digest not in engine.stats().namespaces
 
 
-# Adapters
-
-
 def load(engine: Engine, adapter: Adapter, tier: Tier) -> str | None:
     return engine.ask(LoadAdapter, digest=adapter.digest, tier=tier)
 
@@ -530,15 +525,17 @@ def test_a_retired_adapter_is_unknown_and_what_waits_for_it_is_told(engine: Engi
     assert len(engine.generate(adapter=adapter.digest)) == 5, "the same bytes may come again"
 
 
-def test_requests_finish_on_an_adapter_that_is_retired(engine: Engine, adapter: Adapter) -> None:
+def test_an_adapter_is_retired_when_the_last_request_on_it_has_ended(engine: Engine, adapter: Adapter) -> None:
     adapter.write()
     engine.send(adapter.register(), endless("long", adapter=adapter.digest))
     engine.next(Tokens, request_id="long")
     engine.send(RetireAdapter(digest=adapter.digest))
-    state_of_it = engine.next(AdapterState, digest=adapter.digest, state="retired")
-    assert state_of_it.pinned is None
-    assert engine.stats().running == 1
+    assert engine.refusal(request(engine.new_id(), adapter=adapter.digest)) == "adapter_failed"
+    assert load(engine, adapter, "host") == "unknown_adapter"
+    stats = engine.stats()
+    assert (stats.running, stats.device.adapters) == (1, [adapter.digest])
     engine.send(Abort(request_id="long"))
+    state(engine, adapter, "retired")
 
 
 def test_an_unknown_digest_is_refused(engine: Engine) -> None:
@@ -583,9 +580,6 @@ def test_a_pin_waits_for_the_file_and_fails_with_it(engine: Engine, adapter: Ada
     assert engine.stats().host.bytes_pinned > 0
 
 
-# Its end
-
-
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_it_ends_when_it_is_told_to_with_requests_running(kind: str, model: Path) -> None:
     engine = start(kind, model)
@@ -596,9 +590,7 @@ def test_it_ends_when_it_is_told_to_with_requests_running(kind: str, model: Path
     engine.close()
 
 
-def test_every_command_and_event_is_spoken_here() -> None:
-    source = Path(__file__).read_text()
-    for union in (Command, Event):
-        for kind in union.__args__:
-            assert f"{kind.__name__}(" in source or f"({kind.__name__}" in source or kind.__name__ == "Ready", kind
-    assert all(msgspec.structs.fields(Stats))
+def test_every_message_is_spoken_here() -> None:
+    """What this file imports it uses: the linter sees to that."""
+    messages = {kind.__name__ for kind in (*get_args(Command), *get_args(Event))}
+    assert messages - {"Ready"} <= set(globals())

@@ -9,13 +9,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.openapi.contract_hook import HOOKS
 from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.engine.fake_adapters import ADAPTER_BYTES
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
 
 @pytest.fixture(scope="module")
 def grafted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A service with two adapters."""
-    with live_server(fake_settings(tiny_model, tmp_path_factory.mktemp("data"))) as live:
+    """A service with two adapters, and memory for ten."""
+    settings = fake_settings(tiny_model, tmp_path_factory.mktemp("data"), adapter_bytes=10 * ADAPTER_BYTES)
+    with live_server(settings) as live:
         for seed, name in enumerate(("first", "second")):
             assert live.client.put(f"/adapters/{name}", files=multipart(*bundle(seed))).status_code == 201
         yield live
