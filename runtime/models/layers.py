@@ -56,7 +56,7 @@ class Rotary:
         self.scale = 1.0 if rope.attention_factor is None else rope.attention_factor
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and signed sin as `kernels.cpu.elementwise.rotary` takes them, (T, 1, head_dim) in `dtype`."""
+        """cos and signed sin as `kernels.reference.elementwise.rotary` takes them, (T, 1, head_dim) in `dtype`."""
         angles = positions[:, None, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin_()
         if self.scale != 1.0:
