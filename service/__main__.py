@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         say(BANNER.format(name=settings.served_name, url=url, key=key))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._app.state.engine.end_requests("shutting_down", "the service is shutting down")
+        self._app.state.services.engine.end_requests("shutting_down", "the service is shutting down")
         await super().shutdown(sockets)
 
 

@@ -2,7 +2,7 @@
 
 from runtime.adapters.registered import RegisteredAdapter
 from runtime.adapters.tier import AdapterTier
-from runtime.messages import Answer, Tier
+from runtime.messages import Answer, EngineCode, Tier
 
 
 class AdapterAnswers:
@@ -13,7 +13,7 @@ class AdapterAnswers:
         self._answers: list[Answer] = []
         self._waited_for: dict[RegisteredAdapter, None] = {}  # those with loads that somebody waits for
 
-    def give(self, request_id: str, code: str | None = None, message: str = "") -> None:
+    def give(self, request_id: str, code: EngineCode | None = None, message: str = "") -> None:
         """Answer a request; `code` if it is refused."""
         self._answers.append(Answer(request_id=request_id, code=code, message=message))
 

@@ -19,8 +19,8 @@ from runtime.adapters.file import PIECE_BYTES, Pause, read_verified
 from runtime.adapters.layout import AdapterLayout, layout_adapter
 from runtime.adapters.spare_memory import SpareMemory
 from runtime.adapters.tier_memory import touch
+from runtime.background import Pacer, yield_to_others
 from runtime.models.config import ModelConfig
-from runtime.pacer import Pacer, yield_to_others
 
 THREADS = 2
 MEMORY_NICENESS = 19  # of the one that only finds memory for later loads

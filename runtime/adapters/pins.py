@@ -5,7 +5,7 @@ from runtime.adapters.loads import AdapterLoads
 from runtime.adapters.registered import RegisteredAdapter
 from runtime.adapters.tier import PINNED_SHARE
 from runtime.adapters.tier_entry import Claim
-from runtime.messages import Tier
+from runtime.messages import EngineCode, Tier
 
 
 class AdapterPins:
@@ -29,7 +29,7 @@ class AdapterPins:
         adapter.pins.append((request_id, tier))
         self.decide(adapter)
 
-    def end(self, adapter: RegisteredAdapter, code: str, message: str) -> None:
+    def end(self, adapter: RegisteredAdapter, code: EngineCode, message: str) -> None:
         """Unpin an adapter; who has asked for a pin and has no answer yet gets this one."""
         self._unpin(adapter)
         for request_id, _ in adapter.pins:

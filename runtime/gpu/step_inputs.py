@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles, most_tiles
-from runtime.chunk import Chunk
 from runtime.request import Request
+from runtime.scheduler import Chunk
 
 ALIGNMENT = 16  # integers; Triton compiles a kernel once more for pointers that are not aligned
 NO_SLOT = -1  # the slot mapping of a padding row: its K/V are not written

@@ -12,7 +12,6 @@ from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapters.pool import AdapterPool
-from runtime.chunk import Chunk
 from runtime.config import EngineConfig
 from runtime.gpu.adapter_table import AdapterTable, widest
 from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda
@@ -20,8 +19,9 @@ from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
 from runtime.gpu.step_lora import DECODE_HEIGHT, LoraMemory, StepLora, tile_height
-from runtime.model_runner import LoadedModel, Results
 from runtime.request import Request
+from runtime.runner import Results, Runner
+from runtime.scheduler import Chunk
 
 STACKED = 3  # modules of one site, q, k and v: the ranks of a site are up to this many times those of a module
 
@@ -34,7 +34,7 @@ class PreparedStep(NamedTuple):
     sampling: list[Request]  # the requests whose next token it samples, in the order of its logits
 
 
-class TritonRunner(LoadedModel):
+class TritonRunner(Runner):
     """Runs the model with the Triton kernels; decode steps replay CUDA graphs if any fit."""
 
     def __init__(self, config: EngineConfig, device: torch.device):

@@ -1,111 +1,90 @@
-"""From the two files of a bundle to a name: checked completely, made canonical, published."""
+"""From the two files of a bundle to a name: check them completely, write the canonical file, publish it."""
 
-import asyncio
-import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from starlette.datastructures import State
 from starlette.requests import Request
 
+from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
-from runtime.adapter_format.errors import InvalidAdapter
 from service.catalog.record import Condition, Upload
-from service.ingest.base_tensors import base_tensors
+from service.ingest.body_reader import BodyReader
 from service.ingest.bundle import Bundle
-from service.ingest.imports import Import, Imports, Published
-from service.ingest.throttle import Pace
+from service.ingest.imports import Import, Published
+from service.ingest.throttle import Throttle
 from service.ingest.upload_body import read_bundle
-from service.responses import ApiError
+from service.services import Services
 from service.source_urls import Source
-from storage.store import StoreError, StoreFull
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class Wishes(NamedTuple):
-    """What is asked for a new version besides its bytes; `pin` None keeps what the name has."""
+class UploadOptions(NamedTuple):
+    """How a new version is published."""
 
-    preload: bool = True
-    pin: bool | None = None
-    ephemeral: bool = False
+    preload: bool = True  # load it to the device at once
+    pin: bool | None = None  # pin it to the device; None keeps the pin of the name
+    ephemeral: bool = False  # keep it in memory only
 
 
-async def upload(request: Request, name: str, wishes: Wishes, condition: Condition) -> Published:
-    """Publish the bundle in a request's body. Raises ApiError, ClientDisconnect."""
-    state = request.app.state
-    imports: Imports = state.imports
+async def upload(
+    services: Services, request: Request, name: str, options: UploadOptions, condition: Condition
+) -> Published:
+    """Publish the bundle in a request's body. Raises RequestError, InvalidAdapter, StoreError, ClientDisconnect."""
+    catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
-    state.catalog.require(name, condition, ephemeral=wishes.ephemeral)  # before gigabytes are read in vain
-    async with imports.uploading(), translated_errors(), state.catalog.staging(wishes.ephemeral) as directory:
-        pace = Pace(state.engine.busy)
-        bundle = await read_bundle(request, directory, state.settings.max_upload_bytes, pace)
-        checked = await asyncio.to_thread(_checked, state, bundle, "upload", wishes, pace)
+    catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
+    async with imports.uploading(), catalog.blobs.staging(options.ephemeral) as directory:
+        throttle = Throttle(services.engine.busy)
+        body = BodyReader(request, services.settings.max_upload_bytes, throttle)
+        bundle = await imports.on_thread(body.close, read_bundle, body, directory)
+        checked = await imports.on_thread(body.close, _checked, services, bundle, "upload", options, throttle)
         imports.require_idle(name)
-        published: Published = await state.catalog.publish(name, checked, condition)
+        published = await catalog.publish(name, checked, condition)
     imports.published(name)
     return published
 
 
-def start_import(state: State, name: str, source: Source, wishes: Wishes, condition: Condition) -> Import:
-    """Begin to publish a checked source; `Imports.result` waits for it. Raises ApiError 409, 412 and 503 at once."""
-    imports: Imports = state.imports
+def start_import(services: Services, name: str, source: Source, options: UploadOptions, condition: Condition) -> Import:
+    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin."""
+    catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
-    state.catalog.require(name, condition, ephemeral=wishes.ephemeral)
+    catalog.versions.require(name, condition, ephemeral=options.ephemeral)
 
     async def work(job: Import) -> Published:
-        async with translated_errors(), state.catalog.staging(wishes.ephemeral) as directory:
-            pace = Pace(state.engine.busy)
-            fetched = await imports.on_thread(job, state.sources.fetch, source, directory, job.progressed)
-            checked = await imports.on_thread(job, _checked, state, fetched.bundle, fetched.url, wishes, pace)
+        async with catalog.blobs.staging(options.ephemeral) as directory:
+            throttle = Throttle(services.engine.busy)
+            fetched = await imports.on_thread(job.cancel, services.sources.fetch, source, directory, job.progressed)
+            checked = await imports.on_thread(
+                job.cancel, _checked, services, fetched.bundle, fetched.url, options, throttle
+            )
             job.committing = True
-            published: Published = await state.catalog.publish(name, checked, condition)
+            published = await catalog.publish(name, checked, condition)
             imports.published(name)
             return published
 
-    return imports.start(Import(name, source, ephemeral=wishes.ephemeral), work)
+    return imports.start(Import(name, source, ephemeral=options.ephemeral), work)
 
 
-async def remove(state: State, name: str, condition: Condition, *, force: bool = False) -> None:
-    """Take a name away, and end an import of it. Raises ApiError as `Catalog.delete` does."""
-    state.catalog.require(name, condition)
-    imported = await state.imports.forget(name)
-    if imported and state.catalog.resolve(name) is None:
-        return
-    async with translated_errors():
-        await state.catalog.delete(name, condition, force=force)
+async def remove(services: Services, name: str, condition: Condition, *, force: bool = False) -> None:
+    """Delete a name, and cancel an import of it. Raises RequestError as `Catalog.delete` does."""
+    versions = services.catalog.versions
+    versions.require(name, condition)
+    was_imported = await services.imports.forget(name)
+    if was_imported and versions.resolve(name) is None:
+        return  # the import was all that the name had
+    await services.catalog.delete(name, condition, force=force)
 
 
-def _checked(state: State, bundle: Bundle, source: str, wishes: Wishes, pace: Pace) -> Upload:
-    """Check a bundle completely and write its canonical file beside it; blocks."""
+def _checked(services: Services, bundle: Bundle, source: str, options: UploadOptions, throttle: Throttle) -> Upload:
+    """Check a bundle completely and write its canonical file beside it. Blocks. Raises InvalidAdapter."""
     target = bundle.weights.with_name("canonical.safetensors")
-    engine = state.settings.engine
+    engine = services.settings.engine
     summary = canonicalise(
         bundle.weights,
         bundle.config,
-        state.model_config,
+        services.model,
         target,
         max_rank=engine.max_lora_rank,
-        base_model_names=(state.settings.served_name, engine.model),
+        base_model_names=(services.settings.served_name, engine.model),
         base_tensor=base_tensors(engine),
-        pause=pace.pause,
+        pause=throttle.pause,
     )
-    return Upload(summary, target, source, wishes.ephemeral, wishes.preload, wishes.pin)
-
-
-@asynccontextmanager
-async def translated_errors() -> AsyncIterator[None]:
-    """What goes wrong with a change of the catalog, as an ApiError."""
-    try:
-        yield
-    except InvalidAdapter as error:
-        raise ApiError(422, "invalid_adapter", str(error), error.field) from error
-    except StoreFull as error:
-        raise ApiError(507, "storage_full", "there is no room left to keep adapters") from error
-    except StoreError as error:
-        raise ApiError(503, "storage_unavailable", "the adapter store does not work") from error
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise ApiError(507, "storage_full", "there is no room left to keep adapters") from error
-        raise
+    return Upload(summary, target, source, options.ephemeral, options.preload, options.pin)

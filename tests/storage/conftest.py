@@ -111,7 +111,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(params=["local", "s3", "hub"])
 def reader_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[dict[str, bytes]], Reader]]:
-    """Something that reads the objects it is called with."""
+    """A function that returns a reader of the objects that it is called with."""
     if request.param == "hub":
         hub: FakeHub = request.getfixturevalue("hub")
 

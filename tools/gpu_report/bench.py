@@ -79,7 +79,7 @@ class Bench:
         if self._engine is None:
             return
         try:
-            self._engine.fail_all("section_over", "")
+            self._engine.fail_all("engine_error", "")
             while self._engine.busy:
                 self._engine.step()
             self._engine.check()

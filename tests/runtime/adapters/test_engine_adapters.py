@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from runtime.admission import RequestRefused
 from runtime.messages import AdapterState, Failed, Generate, SamplingParams, Tokens
+from runtime.request import RequestRefused
 from runtime.scheduler import ADAPTER_PATIENCE_SECONDS
 from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run

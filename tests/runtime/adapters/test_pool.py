@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from runtime.adapter_format.canonical import InvalidAdapter
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapters.loads import GRACE_POLLS
 from runtime.adapters.pool import AdapterPool
 from runtime.adapters.unavailable import AdapterFailed, UnknownAdapter

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kernels.lora_tiles import BASE, FIRST_ROW, ROWS, SLOT, TILE_FIELDS, most_tiles
-from runtime.chunk import Chunk
 from runtime.gpu.step_inputs import ALIGNMENT, NO_SLOT, StepBuffer, StepShape, step_shape, write_step
 from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT, tile_height
+from runtime.scheduler import Chunk
 from tests.runtime.scheduler_fakes import request
 
 B = 4

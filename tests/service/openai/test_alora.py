@@ -22,7 +22,7 @@ def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def turned(live: LiveServer, text: str) -> str:
-    decoded: str = live.app.state.tokenizer.decode(encode(live, text)[::-1])
+    decoded: str = live.services.tokenizer.decode(encode(live, text)[::-1])
     return decoded
 
 
@@ -88,7 +88,7 @@ def test_part_of_an_invocation_is_none(live: LiveServer) -> None:
 def test_text_that_only_looks_like_the_invocation_is_none(live: LiveServer) -> None:
     """Tokens are compared, not text: spelled out in other tokens it is another prompt."""
     spelled = [token for letter in INVOCATION for token in encode(live, letter)]
-    assert live.app.state.tokenizer.shown(spelled) == INVOCATION
+    assert live.services.tokenizer.shown(spelled) == INVOCATION
     assert error(complete(live, spelled))[1] == "alora_invocation_missing"
 
 
@@ -114,7 +114,7 @@ def test_the_base_may_run_instead(live: LiveServer, stream: bool) -> None:
 def test_a_version_is_held_while_the_base_runs_instead(live: LiveServer) -> None:
     put_adapter(live, "brief", encode(live, INVOCATION), seed=7)
     body = {"model": "brief", "prompt": "hello", "cache_salt": "hold", "stream": True, "alora": {"on_missing": "base"}}
-    with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as stream:
+    with live.client.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()
         assert "hello" in next(lines)
         assert live.client.get("/adapters/brief").json()["requests_in_flight"] == 1
