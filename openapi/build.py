@@ -88,7 +88,8 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
         return {"description": "Done; no body."}
     content: dict[str, Any] = {operation.media: {"schema": as_schema(schema)}}
     if operation.streams:
-        text = f"Server-sent events, each the JSON of a {operation.streams}; the last is [DONE]."
+        kinds = " or a ".join(kind.__name__ for kind in operation.streams)
+        text = f"Server-sent events, each the JSON of a {kinds}; the last is [DONE]."
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.answer_headers:

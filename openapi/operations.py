@@ -9,7 +9,15 @@ from service.adapters.resource import Adapter, AdapterList
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.kv.resource import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.openai.sagemaker import ADAPTER_HEADER
-from service.openai.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, ModelCard, ModelList
+from service.openai.schemas import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ModelCard,
+    ModelList,
+)
 
 JSON, TEXT = "application/json", "text/plain"
 OPEN = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # need no API key
@@ -50,7 +58,7 @@ class Operation(NamedTuple):
     body: Any = None  # a Struct, or schemas by content type
     query: type | None = None  # a Struct whose fields are the parameters
     headers: tuple[str, ...] = ()  # of the request
-    streams: str | None = None  # the Struct of one event, if the answer can be a stream
+    streams: tuple[type, ...] = ()  # the Structs that an event can be, if the answer can be a stream
     media: str = JSON  # content type of the answer
     answer_headers: Mapping[str, str] = {}  # descriptions by name
 
@@ -117,20 +125,21 @@ OPERATIONS = {
         {200: either(ChatCompletion, Completion)},
         body={JSON: either(ChatRequest, CompletionRequest)},
         headers=(ADAPTER_HEADER,),
+        streams=(ChatChunk, Completion),
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/completions"): Operation(
         "Complete a prompt: text, texts or token ids.",
         {200: Completion},
         body=CompletionRequest,
-        streams="Completion",
+        streams=(Completion,),
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/chat/completions"): Operation(
         "Answer a conversation, formatted by the model's chat template.",
         {200: ChatCompletion},
         body=ChatRequest,
-        streams="ChatChunk",
+        streams=(ChatChunk,),
         answer_headers=GENERATED,
     ),
     ("GET", "/kv"): Operation("Get the state of the K/V cache, as a whole and by namespace.", {200: KvCache}),

@@ -1,4 +1,4 @@
-"""Background work in the gaps between steps, so that a step does not share its cores."""
+"""Background work between steps, so that a step need not share its cores."""
 
 import os
 import sys
@@ -6,16 +6,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE_SECONDS = 0.1  # after which a piece of work is done beside a step: a long one must not stop all loads
-NICENESS = 10  # of the threads that work in the background, for what they do beside a step after all
+PATIENCE_SECONDS = 0.1  # then work runs beside the step: a long step must not stop all loads
+NICENESS = 10  # of background threads, for the work that runs beside a step after all
 
 
 class Pacer:
-    """Lets one side compute and others do small pieces of work while it does not.
+    """Makes background threads wait while a step computes.
 
-    A step's threads wait for each other at every product, so whoever takes a core from one of them holds up all: four
-    streams of base tokens on two cores, beside adapters of 10 MB that load in a loop, had a 99th percentile of 60 ms
-    between tokens instead of 45, and 41 against 42 with their loads in the gaps; each then takes twice as long.
+    The threads of a step wait for each other at every product, so a background thread on one of their cores delays the
+    whole step. Four streams of base tokens on two cores, beside adapters of 10 MB that load in a loop: the 99th
+    percentile between tokens was 60 ms (45 without loads); with loads between steps it was 41 ms (42 without loads),
+    and each load took twice as long.
     """
 
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
@@ -25,7 +26,7 @@ class Pacer:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """A step computes: pieces of work that have not begun wait."""
+        """A step computes inside: background work that has not begun waits."""
         self._gap.clear()
         try:
             yield
@@ -33,11 +34,11 @@ class Pacer:
             self._gap.set()
 
     def pause(self) -> None:
-        """To be called before each piece, of a millisecond or less."""
+        """Wait until no step computes; background threads call it before each millisecond of work or less."""
         self._gap.wait(self.patience_seconds)
 
 
 def yield_to_others(niceness: int = NICENESS) -> None:
-    """Give the calling thread a lower priority than those that compute."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+    """Give the calling thread a lower priority than the threads that compute."""
+    if sys.platform == "linux":  # on other systems a thread has no priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

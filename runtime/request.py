@@ -4,9 +4,9 @@ import secrets
 import time
 from array import array
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from runtime.kv.block_keys import BlockIdentity, Salt, block_key, block_salt, root_key
+from runtime.kv.block_keys import BlockChain
 from runtime.messages import EngineCode, Generate
 
 FinishReason = Literal["stop", "length"]
@@ -37,14 +37,6 @@ def check_limits(command: Generate, max_model_len: int, vocab_size: int) -> None
         raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 1, not {params.max_tokens}")
     if any(not 0 <= token < vocab_size for token in params.stop_token_ids):
         raise RequestRefused("invalid_token_id", f"stop_token_ids must be between 0 and {vocab_size - 1}")
-
-
-class KvCopy(NamedTuple):
-    """A copy of the first `tokens` slots of block `source` to block `target`, due before `target` is written to."""
-
-    source: int
-    target: int
-    tokens: int
 
 
 class TokenCounts:
@@ -87,8 +79,6 @@ class Request:
         self.params = params
         self.adapter = command.adapter  # digest; None for the base
         self.invocation_start = command.invocation_start  # first position that the adapter applies to; never changes
-        self.kv_namespace = None if command.kv_is_base else command.adapter  # of its K/V from invocation_start on
-        self.kv_is_private = False  # blocks of kv_namespace are registered no more: its K/V were dropped meanwhile
         self.prefix_id = prefix_id  # the prefix is computed to be held, and nothing is generated
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
@@ -98,10 +88,8 @@ class Request:
         self.pending = 0  # tokens that launched steps sample; they count, though their ids are not known yet
         self.computed = 0  # tokens whose K/V are in the cache, or will be after the launched steps
         self._penalised: TokenCounts | None = None
-        self.root = root_key(command.cache_salt)  # parent key of the first block
-        self.keys: list[bytes] = []  # of full blocks, as far as they were asked for
+        self.chain = BlockChain(command)  # the keys of its blocks
         self.blocks: list[int] = []  # its block table, one reference each
-        self.copy: KvCopy | None = None  # ordered and not done yet; the source is referenced until then
         self.holds_adapter = False  # its adapter is resident and referenced
         self.may_start_early = True  # it may run once without its adapter, up to invocation_start
         self.reloaded = False  # host memory has been searched for its K/V since it began to wait
@@ -179,38 +167,3 @@ class Request:
         if token_id in self.stop_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_tokens else None
-
-    def keys_up_to(self, tokens: int, block_size: int) -> list[bytes]:
-        """Keys of the full blocks among the first `tokens` tokens; each key is computed once."""
-        while (len(self.keys) + 1) * block_size <= tokens:
-            start = len(self.keys) * block_size
-            block_tokens = self.token_ids[start : start + block_size]
-            parent = self.parent_of(len(self.keys))
-            self.keys.append(block_key(parent, block_tokens, start, self.kv_namespace, self.invocation_start))
-        return self.keys[: tokens // block_size]
-
-    def parent_of(self, block_index: int) -> bytes:
-        """The key of the block before block `block_index`; the keys up to there must have been computed."""
-        return self.keys[block_index - 1] if block_index else self.root
-
-    def salt_of(self, block_index: int, block_size: int) -> Salt | None:
-        """The salt of a full block, if the adapter begins to apply inside it."""
-        return block_salt(block_index * block_size, block_size, self.kv_namespace, self.invocation_start)
-
-    def identity_of(self, block_index: int, block_size: int) -> BlockIdentity:
-        """The identity of a block, full or not, by the tokens that have been computed of it."""
-        start = block_index * block_size
-        tokens = tuple(self.token_ids[start : min(start + block_size, self.computed)])
-        keys = self.keys_up_to(start + len(tokens), block_size)
-        parent = self.parent_of(block_index)
-        key = (
-            keys[block_index]
-            if block_index < len(keys)
-            else block_key(parent, tokens, start, self.kv_namespace, self.invocation_start)
-        )
-        salt = block_salt(start, len(tokens), self.kv_namespace, self.invocation_start)
-        return BlockIdentity(key, parent, tokens, salt, self.namespace_of(start + len(tokens)))
-
-    def namespace_of(self, stop: int) -> str | None:
-        """The namespace of a block that ends at position `stop`: the base's up to `invocation_start`."""
-        return self.kv_namespace if stop > self.invocation_start else None

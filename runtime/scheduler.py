@@ -275,7 +275,7 @@ class Scheduler:
     def make_private(self, namespace: str) -> None:
         """Register no more blocks that unfinished requests compute in a namespace."""
         for request in self.requests.values():
-            request.kv_is_private |= request.kv_namespace == namespace
+            request.chain.private |= request.chain.namespace == namespace
 
     def remove(self, request: Request) -> None:
         """End a request that runs or waits, and release all that it holds."""

@@ -29,10 +29,10 @@ class Tallies:
         prompt, cached = request.num_prompt, request.cached_tokens or 0
         self.prompt_tokens += prompt
         self.cached_tokens += cached
-        of_base = prompt if request.kv_namespace is None else min(request.invocation_start, prompt)
+        of_base = prompt if request.chain.namespace is None else min(request.invocation_start, prompt)
         self._add(None, of_base, min(cached, of_base))
-        if request.kv_namespace is not None and not request.kv_is_private:
-            self._add(request.kv_namespace, prompt - of_base, max(cached - of_base, 0))
+        if request.chain.namespace is not None and not request.chain.private:
+            self._add(request.chain.namespace, prompt - of_base, max(cached - of_base, 0))
 
     def drop(self, namespace: str) -> None:
         """Forget an adapter."""

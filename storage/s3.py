@@ -84,6 +84,7 @@ class S3Store:
             retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=_CONNECTIONS,
             request_checksum_calculation="when_required",  # other servers, and older MinIOs, refuse the newer checksums
+            response_checksum_validation="when_supported",  # else s3transfer reads the first part alone
         )
         try:
             with s3_errors({"Bucket": bucket, "Key": ""}):
@@ -222,7 +223,8 @@ class S3Store:
                 part_bytes, executor = version.size + 1, NonThreadedExecutor  # one request, on this thread
             else:
                 executor = None
-            with TransferManager(version, self._transfer_config(part_bytes), executor_cls=executor) as manager:
+            config = self._transfer_config(part_bytes)
+            with s3_errors(version.where), TransferManager(version, config, executor_cls=executor) as manager:
                 manager.download(version.where["Bucket"], version.where["Key"], file, subscribers=[version]).result()
         except RetriesExceededError as error:
             raise StoreUnavailable(f"{url(version.where)}: the answer broke off {self._attempts} times") from error
@@ -311,7 +313,7 @@ class _Version:
 
     def get_object(self, **request: Any) -> dict[str, Any]:
         first, _, last = request.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-        start, end = int(first), int(last) + 1 if last else self.size
+        start, end = int(first), min(int(last) + 1, self.size) if last else self.size
         if start == 0 and self._first is not None:
             body, self._first = self._first, None
             body.end = end

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from runtime.kv.block_pool import BlockPool
-from runtime.request import KvCopy, Request
+from runtime.kv.cache import KvCopy
+from runtime.request import Request
 
 
 class Match(NamedTuple):
@@ -29,22 +30,23 @@ class BlockManager:
     def __init__(self, pool: BlockPool, block_size: int):
         self.pool = pool
         self.block_size = block_size
-        self._copying: list[Request] = []
+        self._copies: dict[Request, KvCopy] = {}  # ordered and not done yet; each source is referenced until then
 
     @property
     def copies(self) -> list[KvCopy]:
-        return [request.copy for request in self._copying if request.copy is not None]
+        return list(self._copies.values())
 
     def find(self, request: Request) -> Match:
         """The known K/V of a request, without its last token: that is computed again, for its logits."""
         size, limit = self.block_size, len(request) - 1
-        blocks = self.pool.match(request.keys_up_to(limit, size))
+        blocks = self.pool.match(request.chain.keys_up_to(request.token_ids, limit, size))
         index = len(blocks)
         start = index * size
         following = request.token_ids[start : min(start + size, limit)]
         if not following:
             return Match(blocks, 0, 0)
-        source, tokens = self.pool.match_within(request.parent_of(index), following, request.salt_of(index, size))
+        chain = request.chain
+        source, tokens = self.pool.match_within(chain.parent_of(index), following, chain.salt_of(index, size))
         return Match(blocks, source, tokens)
 
     def known_tokens(self, match: Match) -> int:
@@ -69,17 +71,15 @@ class BlockManager:
         allocated = self.pool.allocate(missing)
         assert allocated is not None
         if match.tokens:
-            request.copy = KvCopy(match.source, allocated[0], match.tokens)
-            self._copying.append(request)
+            self._copies[request] = KvCopy(match.source, allocated[0], match.tokens)
         request.blocks = match.blocks + allocated
         request.computed = self.known_tokens(match)
         return True
 
     def copied(self) -> None:
         """The ordered copies are done: release their sources."""
-        for request in self._copying:
+        for request in list(self._copies):
             self._end_copy(request)
-        self._copying.clear()
 
     def grow(self, request: Request) -> bool:
         """Allocate blocks for the tokens that a request has got since; False if there are too few."""
@@ -97,29 +97,26 @@ class BlockManager:
 
     def register_tail(self, request: Request) -> None:
         """Register the computed part of a last block that is not full; nothing may write to it afterwards."""
-        if request.copy is None and request.computed % self.block_size:
+        if request not in self._copies and request.computed % self.block_size:
             self._register(request, request.computed // self.block_size)
 
     def free(self, request: Request) -> None:
         """Free the blocks of a request; what it has computed stays in the prefix cache."""
         self.register_tail(request)
-        if request.copy is not None:
-            self._copying.remove(request)
+        if request in self._copies:
             self._end_copy(request)
         self.pool.free(request.blocks)
         request.blocks, request.computed = [], 0
 
     def _register(self, request: Request, index: int) -> None:
-        identity = request.identity_of(index, self.block_size)
-        if request.kv_is_private and identity.namespace is not None:
+        identity = request.chain.identity_of(request.token_ids, request.computed, index, self.block_size)
+        if request.chain.private and identity.namespace is not None:
             return
         previous = request.blocks[index - 1] if index else None
         request.blocks[index] = self.pool.register(request.blocks[index], identity, previous)
 
     def _end_copy(self, request: Request) -> None:
-        assert request.copy is not None
-        self.pool.free([request.copy.source])
-        request.copy = None
+        self.pool.free([self._copies.pop(request).source])
 
     def blocks_for(self, request: Request) -> int:
         """How many blocks all tokens of a request take."""
@@ -128,8 +125,8 @@ class BlockManager:
     def check(self, requests: Iterable[Request], others: Iterable[list[int]] = ()) -> None:
         """Recount the pool against the blocks of `requests` and of `others`."""
         requests = list(requests)
-        sources = {request: [] if request.copy is None else [request.copy.source] for request in requests}
-        self.pool.check([*(request.blocks + sources[request] for request in requests), *others])
-        assert set(self._copying) == {request for request in requests if request.copy is not None}
+        sources = {request: [copy.source] for request, copy in self._copies.items()}
+        self.pool.check([*(request.blocks + sources.get(request, []) for request in requests), *others])
+        assert sources.keys() <= set(requests)
         for request in requests:
             assert len(request.blocks) * self.block_size >= request.computed

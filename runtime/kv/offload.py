@@ -84,7 +84,7 @@ class Offload:
         if not self._host and not self._reloads:
             return False
         match = self._block_manager.find(request)
-        following = request.keys[len(match.blocks) :]
+        following = request.chain.keys[len(match.blocks) :]
         if any(following[:1] == [arrival.identity.key] for reload in self._reloads for arrival in reload.arrivals):
             return True
         if request.reloaded:
@@ -100,13 +100,14 @@ class Offload:
     def _find(self, request: Request, match: Match) -> list[int]:
         """The slots of the blocks after those on the device; the last one may match in part."""
         size, limit = self._block_manager.block_size, len(request) - 1
-        slots = self._host.match(request.keys_up_to(limit, size)[len(match.blocks) :])
+        slots = self._host.match(request.chain.keys_up_to(request.token_ids, limit, size)[len(match.blocks) :])
         index = len(match.blocks) + len(slots)
         start = index * size
         following = request.token_ids[start : min(start + size, limit)]
         if not following:
             return slots
-        slot, tokens = self._host.match_within(request.parent_of(index), following, request.salt_of(index, size))
+        chain = request.chain
+        slot, tokens = self._host.match_within(chain.parent_of(index), following, chain.salt_of(index, size))
         return [*slots, slot] if tokens > (0 if slots else match.tokens) else slots
 
     def _start_reload(self, held: list[int], slots: Sequence[int]) -> None:

@@ -23,10 +23,7 @@ _T = TypeVar("_T")
 
 
 class AdapterFiles(Protocol):
-    """The canonical files of stored adapters, by digest.
-
-    Every method blocks, except `path`, `has`, `hold` and `release`.
-    """
+    """The canonical files of stored adapters, by digest; all methods but path, has, hold and release block."""
 
     @property
     def scratch(self) -> Path:
@@ -50,7 +47,7 @@ class AdapterFiles(Protocol):
         ...
 
     def fetch(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
-        """Make sure that the file is at its path and has the right bytes. Raises StoreError with the reason."""
+        """Make sure that the file is at its path, with the right bytes. Raises StoreError with the reason."""
         ...
 
     def hold(self, digest: str, *, pinned: bool = False) -> None:

@@ -52,7 +52,7 @@ POPULARITIES = pytest.mark.parametrize("slots", POPULARITY.values(), ids=POPULAR
 SHAPES = {
     "one part": (24, (40,)),
     "stacked": (33, (17, 5, 5)),
-    "model-like": (288, (96, 32, 32)),
+    "model-like": (160, (96, 32, 32)),
     "tiny": (1, (1, 1)),
 }
 RANKS = (1, 4, 16, 3, 33)
@@ -69,7 +69,7 @@ Adapter = Sequence[Part | None]  # at the one site that these tests adapt
 
 
 class Memory(NamedTuple):
-    """Resident adapters. Wherever no weight lies is NaN: whatever is read beside the weights is found out."""
+    """Resident adapters. The arena is NaN between weights, so that a read beside them shows."""
 
     arena: Tensor
     table: Tensor
@@ -177,9 +177,9 @@ def expected(
 def check(
     got: Tensor, y: Tensor, x: Tensor, slots: Sequence[int], adapters: Sequence[Adapter], widths: Sequence[int]
 ) -> None:
-    """A sum of n terms in float32 is off by n · 2⁻²⁴ of their absolute values, in whatever order.
+    """A sum of n float32 terms, in any order, is off by n · 2⁻²⁴ of their absolute values at most.
 
-    The terms: the inputs, the splits, each rank three times, bias and y. What is of no adapter keeps its bits.
+    The terms: the inputs, the splits, each rank three times, bias and y. Other rows and columns keep their bits.
     """
     want = expected(y, x, slots, adapters, widths)
     sums = expected(y, x, slots, adapters, widths, sums=True)
@@ -282,7 +282,7 @@ def test_the_shrink_writes_the_ranks_of_its_rows_and_nothing_else(kernels: bool)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_expand_loses_no_bit_of_t(dtype: torch.dtype) -> None:
-    """An identity for B and zeros for y: what comes out is t. Its values have all the bits that float32 has."""
+    """With an identity for B and zeros for y, the result is t, whose values use all bits of float32."""
     rank, slots = 17, [0, 0, 0]
     adapters = [[Part(torch.zeros(rank, 1, dtype=dtype), torch.eye(rank, dtype=dtype), None)]]
     arena, table, _ = load(adapters, dtype)

@@ -50,7 +50,7 @@ class Case:
         return torch.randn(shape, generator=self.random).to(DEVICE)
 
     def write(self, module: ModuleType, *options: object) -> tuple[Tensor, Tensor]:
-        """The wide rows and the cache afterwards; the case keeps what was before."""
+        """The wide rows and the cache after the write; those of the case do not change."""
         wide, kv = self.wide.clone(), self.kv.clone()
         qkv = wide[:, : self.qkv.shape[1]]
         module.qkv_write(qkv, self.positions, self.slots, self.frequencies, *self.weights, EPS, kv, *options)
@@ -142,7 +142,7 @@ def test_a_head_that_is_not_finite_breaks_itself_alone(write: ModuleType, norm: 
     case = Case(SMALL, torch.float32, norm)
     clean_wide, clean_kv = case.write(write)
     case.wide[0, 1], case.wide[0, 6], case.wide[0, 9, 3] = NAN, float("inf"), NAN  # a query, a key and a value
-    with np.errstate(invalid="ignore"):  # the interpreter warns of the NaN that it is to make
+    with np.errstate(invalid="ignore"):  # the interpreter warns of NaN
         wide, kv = case.write(write)
     slot = case.slots[0]
     assert not wide[0, 1].isfinite().any()

@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11}
 if DEVICE == "cuda":
     ROUNDING[torch.bfloat16] = 2**-8
-SERVED = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # what candidates are judged in
+SERVED = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the dtype of the tests of candidates
 DTYPES = pytest.mark.parametrize("dtype", list(ROUNDING))
 TWINS = pytest.mark.parametrize("attention", [kernels, reference], ids=["kernel", "reference"])
 # heads, kv_heads, head_dim, block_size
@@ -144,7 +144,7 @@ def test_a_launch_serves_whatever_its_buffers_hold_when_it_is_repeated(splits: i
         tables.copy_(pool.tables([context or [0] * 8 for context in contexts], 8))
         lengths.copy_(int32(contents))
         q.copy_(pool.queries(4))
-        q[lengths == 0] = NAN  # rows of the bucket that nobody uses
+        q[lengths == 0] = NAN  # padding rows
         replay()
         for row, (context, length) in enumerate(zip(contexts, contents, strict=True)):
             if length:
@@ -174,7 +174,7 @@ def test_what_breaks_one_decoding_sequence_does_not_reach_another(attention: Mod
     contexts = [pool.context(length) for length in lengths]
     q = pool.queries(3)
     pool.kv[pool.slots(contexts[1], 33)[20:]] = poison
-    with np.errstate(invalid="ignore"):  # the interpreter warns of the NaN that it is to make
+    with np.errstate(invalid="ignore"):  # the interpreter warns of NaN
         out = decode(attention, pool, q, pool.tables(contexts), lengths)
     assert not out[1].isfinite().any()
     for row in (0, 2):
@@ -262,7 +262,7 @@ def test_what_breaks_a_row_reaches_none_before_it_and_no_other_sequence(
     pool.kv[pool.slots(tables[0], 35)[broken], part] = poison
     q, out = pool.queries(60), torch.empty((60, SMALL[0], SMALL[2]), device=DEVICE)
     starts = int32([0, 30, 60])
-    with np.errstate(invalid="ignore"):  # the interpreter warns of the NaN that it is to make
+    with np.errstate(invalid="ignore"):  # the interpreter warns of NaN
         attention.paged_prefill(q, pool.kv, pool.tables(tables), int32([35, 39]), starts, pool.block_size, SCALE, out)
     first = broken - chunks[0][0]
     for row in range(first):

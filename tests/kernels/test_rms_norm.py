@@ -91,7 +91,7 @@ def test_the_residual_multiplier_scales_what_is_added(dtype: torch.dtype) -> Non
 
 
 def test_the_twin_gives_the_same_bits_where_the_product_is_exact() -> None:
-    # torch rounds the multiplier to the dtype on a CPU: 7/32 stays what it is.
+    # torch rounds the multiplier to the dtype on a CPU: 7/32 is exact.
     residual, y, weight = random(3, 577, dtype=torch.float16), random(4, 577, dtype=torch.float16)[1:], random(577)
     twin = residual.clone()
     normed = add_rms_norm(residual, y, 7 / 32, *scaled(weight))

@@ -1,4 +1,4 @@
-"""A scheduler beside fakes of all that it asks, and requests for it."""
+"""A scheduler with fakes of the pools that it uses, and requests for it."""
 
 import itertools
 
@@ -43,7 +43,7 @@ class FakeAdapters:
 
 
 class FakeOffload:
-    """Host memory from which K/V of some requests come back."""
+    """Offloading under which some requests wait for a reload."""
 
     def __init__(self):
         self.reloading = set()

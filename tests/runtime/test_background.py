@@ -1,4 +1,4 @@
-"""Loads in the gaps between steps."""
+"""Loads between steps."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""What is before the invocation is computed while the adapter loads (rule 9), by the engine and its loader."""
+"""The engine computes the tokens before the invocation while the adapter loads (rule 9)."""
 
 import time
 
@@ -40,7 +40,7 @@ def request(name, adapter, invocation_start=50, length=60, **fields):
 
 
 def step_until(engine, condition):
-    """What happens until a condition comes true; fails when it does not in time."""
+    """The events until a condition is true; fails after the deadline."""
     events, deadline = [], time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline, "stepped in vain"

@@ -1,4 +1,4 @@
-"""Which runner a configuration gets, and what is refused, by the name of the option."""
+"""The runner for each configuration; a refusal names the option."""
 
 import json
 
@@ -34,7 +34,7 @@ def without_cuda(monkeypatch):
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    """Only what is decided before anything is done on a device can be tried with it."""
+    """For decisions that are made before the device is used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
@@ -59,7 +59,7 @@ def test_what_triton_lacks_on_a_cuda_device_is_told_by_triton(monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(interpreter, "driver", Driver())
-    assert interpreter.can_run_on(torch.device("cuda", 0)), "the first launch says what is missing"
+    assert interpreter.can_run_on(torch.device("cuda", 0)), "the first launch names the missing compiler"
     assert not interpreter.can_run_on(torch.device("cpu"))
 
 

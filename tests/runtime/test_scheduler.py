@@ -176,7 +176,7 @@ def test_rule_9_a_sequence_runs_up_to_its_invocation_while_its_adapter_loads():
     assert step(s) == {early: (5, 5), other: (3, 1)}, "no chunk reaches past the invocation"
     assert step(s) == {other: (4, 1)}
     assert early in s.waiting
-    assert not early.blocks, "it holds up nobody: neither a place nor blocks"
+    assert not early.blocks, "it waits without blocks, so that others can run"
     adapters.resident.add("slow")
     assert step(s) == {early: (10, 4), other: (5, 1)}, "to the token, although a block ends at 8 and at 12"
     assert (early.num_generated, s.preemptions) == (1, 0)

@@ -1,4 +1,4 @@
-"""What is done to a batch on the device is what is done to each row alone, and the host waits for none of it."""
+"""The device samples a batch as the CPU samples each of its rows, and the host does not wait for it."""
 
 import random
 
@@ -55,7 +55,7 @@ def extreme_logits(rows, seed):
 
 
 def bits(values):
-    """What is compared; which of all NaN an operation gives is a GPU's own affair."""
+    """Bits for a comparison. On a GPU all NaN count as equal, since its operations give other NaN than a CPU's."""
     return (values if DEVICE == "cpu" else values.masked_fill(values.isnan(), torch.nan)).view(torch.int32)
 
 

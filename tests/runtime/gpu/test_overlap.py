@@ -1,4 +1,4 @@
-"""Steps that are launched before anybody knows the results of the last: the same tokens, and nothing left behind."""
+"""Steps that are launched before the results of the last are known: the same tokens, and no state left behind."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A step's inputs against a plain restatement, row by row, in whatever memory held before."""
+"""A step's inputs against a plain restatement, row by row, in memory full of other numbers."""
 
 import random
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from tests.runtime.scheduler_fakes import request
 
 B = 4
 CPU = torch.device("cpu")
-JUNK = 987654  # what memory holds before a step is written
+JUNK = 987654  # fills the memory before a step is written
 
 
 class Step(NamedTuple):
@@ -67,7 +67,7 @@ def slots_by_row(tiles, rows):
 
 
 def assert_is(step, inputs):
-    """`inputs` say what the chunks do, one token at a time, and of what is left over that it does nothing."""
+    """Compares `inputs` with the chunks, token by token; padding must have no effect."""
     shape, row, sampled, prefill_rows = step.shape, 0, [], [0]
     adapters, expected = [], []
     for index, (chunk, slot) in enumerate(zip(step.chunks, step.slots_of, strict=True)):
@@ -93,8 +93,8 @@ def assert_is(step, inputs):
     assert inputs.decodes == shape.decodes
     if shape.tiles:
         assert slots_by_row(inputs.tiles, shape.tokens) == adapters + [BASE] * spare
-        wanted = [adapters[row] for row in sampled]
-        assert slots_by_row(inputs.logit_tiles, shape.logits) == wanted + [BASE] * (shape.logits - len(sampled))
+        sampled_slots = [adapters[row] for row in sampled]
+        assert slots_by_row(inputs.logit_tiles, shape.logits) == sampled_slots + [BASE] * (shape.logits - len(sampled))
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def cached(engine, length, seed=0, **fields):
 
 
 def flood(engine, seeds=range(100, 130)):
-    """Other prompts than those of tests, more than there are blocks for."""
+    """Prompts that no test uses, for more blocks than there are."""
     for seed in seeds:
         run(engine, Generate(request_id="flood", token_ids=prompt(60, seed), params=ONE_TOKEN))
 

@@ -124,11 +124,11 @@ class Moves:
         """What stands for the K/V of a position: all that they depend on."""
         applies = request.adapter is not None and position >= request.invocation_start
         whose = (request.adapter, request.invocation_start) if applies else None
-        return request.root, tuple(request.token_ids[: position + 1]), whose
+        return request.chain.root, tuple(request.token_ids[: position + 1]), whose
 
     def remember(self, request):
         for index in range(-(-len(request) // B)):
-            identity = request.identity_of(index, B)
+            identity = request.chain.identity_of(request.token_ids, request.computed, index, B)
             held = range(index * B, index * B + len(identity.token_ids))
             self.known[identity.key] = tuple(self.truth(request, position) for position in held)
         for index, block in enumerate(request.blocks):
@@ -152,7 +152,7 @@ class Moves:
         namespace = self.random.choice([None, "a", "b"])
         self.offload.drop(namespace, self.pool.drop_namespace(namespace))
         for request in self.running:
-            request.kv_is_private |= request.kv_namespace == namespace
+            request.chain.private |= request.chain.namespace == namespace
         dropped = [key for key, content in self.known.items() if belongs(content, namespace)]
         for key in dropped:
             del self.known[key]

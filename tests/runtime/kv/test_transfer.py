@@ -1,4 +1,4 @@
-"""The transfer keeps the order in which it was asked, and every bit."""
+"""The transfer copies every bit, in the order in which the copies were asked for."""
 
 import threading
 
@@ -13,7 +13,7 @@ NAN_WITH_A_PAYLOAD = 0x7FC1
 
 
 class GatedPacer:
-    """Holds up every move until the gate is open."""
+    """Delays every copy until the gate is open."""
 
     def __init__(self):
         self.gate = threading.Event()
@@ -64,7 +64,7 @@ def test_every_bit_goes_there_and_back(kv, transfer, pacer):
     assert transfer.slot_bytes == content.numel()
 
 
-def test_a_slot_may_be_saved_to_as_soon_as_its_load_has_been_asked_for(kv, transfer, pacer):
+def test_a_slot_may_be_overwritten_as_soon_as_its_reload_was_asked_for(kv, transfer, pacer):
     first, second = fill(kv, 1), fill(kv, 2)
     transfer.offload(1, 0)
     loading = transfer.reload([0], [4])
@@ -77,7 +77,7 @@ def test_a_slot_may_be_saved_to_as_soon_as_its_load_has_been_asked_for(kv, trans
     assert torch.equal(bits(kv, 5), second)
 
 
-def test_what_writes_to_a_block_waits_for_its_content_to_be_saved_and_for_nothing_else(kv, transfer, pacer):
+def test_a_write_to_a_block_waits_for_its_own_offload_alone(kv, transfer, pacer):
     content = fill(kv, 1)
     transfer.offload(1, 0)
     transfer.wait_offloaded([2, 3])  # would wait for ever if these had to wait for block 1
@@ -91,7 +91,7 @@ def test_what_writes_to_a_block_waits_for_its_content_to_be_saved_and_for_nothin
     opener.join()
 
 
-def test_whoever_watches_hears_of_every_load(kv, transfer, pacer):
+def test_every_reload_is_reported(kv, transfer, pacer):
     heard = threading.Semaphore(0)
     transfer.on_reloaded = heard.release
     pacer.gate.set()
