@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class EngineProcess:
         try:
             self._child = await asyncio.create_subprocess_exec(
                 *self._command,
+                f"--parent={os.getpid()}",
                 endpoint,
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
