@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from runtime.adapter_format.canonical import canonical_from_tensors
+from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterUnavailable
 from runtime.admission import RequestRefused, check_request
 from runtime.chunk import Chunk
 from runtime.config import EngineConfig

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from runtime.adapters.unavailable import AdapterUnavailable
+from runtime.adapters.errors import AdapterUnavailable
 from runtime.chunk import Chunk
 from runtime.kv.block_tables import BlockTables
 from runtime.request import FinishReason, Request

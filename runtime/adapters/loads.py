@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import MAX_HEADER_BYTES
-from runtime.adapters.file import FileWanted
-from runtime.adapters.loader import THREADS, AdapterLoader, Content, Finished, Source, Task
+from runtime.adapters.errors import FileUnusable
+from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Finished, Source, Task
 from runtime.adapters.registered import FIRST_RETRY_SECONDS, RegisteredAdapter
 from runtime.adapters.tier import AdapterTier
 from runtime.adapters.tier_entry import Claim
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
 
-FILES_IN_MEMORY = 2 * THREADS  # files that are read or wait to be packed: what the threads do until the next poll
+FILES_IN_MEMORY = 2 * READER_THREADS  # files that are read or wait to be packed
 GRACE_POLLS = 4  # steps that a newcomer is safe from eviction, so that whoever waited for it gets to use it
 # How long a load at its turn may lack device memory before later ones may not take what becomes free.
 ROOM_PATIENCE_SECONDS = 1.0
@@ -177,7 +177,8 @@ class AdapterLoads:
             return True
         if not self._due and tier.has_newcomers and not tier.lacks_room(size, adapter.claim):
             self._due = True
-            self.loader.notify()
+            if self.loader.on_change is not None:
+                self.loader.on_change()
         return False
 
     def _fill_host(self, adapter: RegisteredAdapter) -> None:
@@ -272,12 +273,12 @@ class AdapterLoads:
         adapter.stages = {}
         if adapter not in self._queue:
             return
-        if isinstance(error, FileWanted) and adapter.started_with != adapter.registrations:
+        if isinstance(error, FileUnusable) and adapter.started_with != adapter.registrations:
             return  # it has been brought while it was looked for
-        if isinstance(error, FileWanted) and not adapter.brought:
+        if isinstance(error, FileUnusable) and not adapter.brought:
             adapter.wanted, adapter.reason = True, str(error)
             return
-        plain = isinstance(error, FileWanted | InvalidAdapter)
+        plain = isinstance(error, FileUnusable | InvalidAdapter)
         self.fail(adapter, str(error) if plain else f"{type(error).__name__}: {error}")
 
     def _end(self, adapter: RegisteredAdapter) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.cpu.grouped_lora import SiteWeights
 from runtime.adapter_format.canonical import CanonicalFile
 from runtime.adapters.answers import AdapterAnswers
+from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.layout import AdapterLayout
 from runtime.adapters.loader import Content, Source
 from runtime.adapters.loads import AdapterLoads
@@ -19,7 +20,6 @@ from runtime.adapters.reports import AdapterReports
 from runtime.adapters.spare_memory import SpareMemory
 from runtime.adapters.tier import AdapterTier
 from runtime.adapters.tier_entry import Claim
-from runtime.adapters.unavailable import AdapterFailed, UnknownAdapter
 from runtime.messages import AdapterState, Answer, Tier
 from runtime.models.config import ModelConfig
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from runtime.adapters.layout import AdapterLayout
-from runtime.adapters.loader import Content, Sites, Source
+from runtime.adapters.layout import AdapterLayout, Sites
+from runtime.adapters.loader import Content, Source
 from runtime.adapters.tier_entry import Claim
 from runtime.messages import AdapterState, Tier
 

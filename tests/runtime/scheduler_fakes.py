@@ -2,7 +2,7 @@
 
 import itertools
 
-from runtime.adapters.unavailable import AdapterUnavailable
+from runtime.adapters.errors import AdapterUnavailable
 from runtime.kv.block_pool import BlockPool
 from runtime.kv.block_tables import BlockTables
 from runtime.messages import Generate, SamplingParams

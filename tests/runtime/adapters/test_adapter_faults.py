@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from runtime.adapter_format.safetensors_header import write_header
+from runtime.adapters.errors import AdapterFailed
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterFailed
 from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, settle, settled
 
 DIGEST, CONTENT = ONE
@@ -196,7 +196,7 @@ def test_a_file_that_the_system_does_not_give_is_wanted_without_the_path(pool, m
     def refuse(path, flags):
         raise OSError(error, os.strerror(error), path)
 
-    monkeypatch.setattr("runtime.adapters.file.os.open", refuse)
+    monkeypatch.setattr("runtime.adapters.loader.os.open", refuse)
     assert asked(pool, tmp_path / "adapter") == (DIGEST, "wanted", None)
     assert pool.wanted == {DIGEST: f"its file cannot be read: {os.strerror(error)}"}
 

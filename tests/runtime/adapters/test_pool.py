@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from runtime.adapter_format.canonical import InvalidAdapter
+from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.loads import GRACE_POLLS
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterFailed, UnknownAdapter
 from tests.runtime.adapter_format.adapter_files import (
     CONFIG,
     DEADLINE_SECONDS,

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterFailed, UnknownAdapter
 from runtime.messages import Answer
 from tests.runtime.adapter_format.adapter_files import (
     DEADLINE_SECONDS,
