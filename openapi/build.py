@@ -13,6 +13,7 @@ import msgspec
 from starlette.routing import Route
 
 from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
+from service import errors
 from service.adapters import dialects
 from service.adapters import resource as adapter_resource
 from service.adapters import routes as adapters
@@ -21,30 +22,13 @@ from service.kv import resource as kv_resource
 from service.openai import schemas
 
 CONTRACT = Path(__file__).with_name("openapi.json")
-ERROR = {
-    "type": "object",
-    "description": "Every error. `code` is a stable word, `param` the field that it is about.",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "server_error"]},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
-}
 
 
 def structs() -> list[type]:
     """Every Struct of the HTTP bodies; those of a query string are spelled out as parameters instead."""
     found = [
         member
-        for module in (schemas, adapters, adapter_resource, dialects, kv_resource)
+        for module in (schemas, adapters, adapter_resource, dialects, kv_resource, errors)
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]
@@ -78,7 +62,7 @@ def contract() -> dict[str, Any]:
         "security": [{"key": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": {**components, "Error": ERROR},
+            "schemas": components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }

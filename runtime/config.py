@@ -1,66 +1,124 @@
-"""What an engine is started with."""
+"""The configuration of an engine, and how a field declares that it can be set from outside."""
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, get_origin
 
 import msgspec
+from msgspec.structs import FieldInfo
 
 MIB = 1024 * 1024
+LogLevel = Literal["debug", "info", "warning", "error"]
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # asctime has milliseconds
+
+
+class Option(msgspec.Struct, frozen=True):
+    """An annotation of a field that users can set. The field has the type and the default; all else is here."""
+
+    help: str
+    group: str
+    name: str | None = None  # without the dashes; None: the field's, with dashes
+    aliases: tuple[str, ...] = ()  # other names of the same option, without the dashes
+    variables: tuple[str, ...] = ()  # environment variables that are read after the option's own
+    unset: str | None = None  # the default in words, where the field's default does not say what happens
+    least: float | None = None
+    most: float | None = None
+    parse: Callable[[str], Any] | None = None  # from text, raises ValueError; None: the parser of the field's type
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError for a number out of bounds; its text is a predicate, such as "must be at least 1, not 0"."""
+        if not isinstance(value, int | float):
+            return
+        if self.least is not None and value < self.least:
+            raise ValueError(f"must be at least {self.least}, not {value}")
+        if self.most is not None and value > self.most:
+            raise ValueError(f"must be at most {self.most}, not {value}")
+
+
+def options_of(struct: type[msgspec.Struct]) -> Iterator[tuple[FieldInfo, Option]]:
+    """The fields of a Struct that are options, in their order."""
+    for field in msgspec.structs.fields(struct):
+        if get_origin(field.type) is Annotated:
+            yield from ((field, note) for note in field.type.__metadata__ if isinstance(note, Option))
+
+
+def check_bounds(config: msgspec.Struct) -> None:
+    """Raise ValueError with a sentence for the first option that is out of its bounds."""
+    for field, option in options_of(type(config)):
+        try:
+            option.check(getattr(config, field.name))
+        except ValueError as error:
+            raise ValueError(f"{field.name} {error}") from None
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine is started with; frozen, so that a running engine cannot drift from it.
+    """The configuration of an engine, frozen for the engine's life. Raises ValueError with a sentence for a bad value.
 
-    `model` is a directory with `config.json` and, unless `load_format` is "dummy", safetensors weights.
-    `dtype` "auto" takes the dtype that the model's configuration names. Sizes are in bytes, tokens or
-    sequences as their names say; `max_model_len` None takes the model's own limit.
+    Sizes are in bytes, tokens or requests, as the fields' names say.
     """
 
-    model: str
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
-    max_model_len: int | None = None
-    block_size: int = 16
-    kv_cache_bytes: int = 512 * MIB
-    host_kv_bytes: int = 0  # for blocks that are evicted from the cache; 0 keeps none
-    prefix_cache: bool = True
-    max_running: int = 64
-    max_waiting: int = 1024
-    # What decoding sequences wait for when a long prompt comes in. A prefill step of 256 tokens took 204 ms and one of
-    # 512 took 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter one costs no throughput.
-    max_batch_tokens: int = 256
-    adapter_bytes: int = 1024 * MIB
-    host_adapter_bytes: int = 2048 * MIB
-    max_lora_rank: int = 256
-    threads: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA device if there is one
-    kernels: Literal["auto", "reference", "triton"] = "auto"  # auto: triton on a CUDA device, else reference
-    cuda_graphs: bool = True  # of decode steps, where there is a CUDA device
-    overlap: bool = True  # the triton kernels' steps: the next one is laid out and launched while one runs
+    # In an engine, always a directory with config.json and, unless load_format is "dummy", safetensors weights.
+    model: Annotated[
+        str,
+        Option(
+            "directory or Hugging Face id of the base model",
+            "model",
+            variables=("MODEL",),
+            unset="the embedded SmolLM2",
+        ),
+    ]
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Option("dtype of the weights; auto: the one in the model's configuration", "model"),
+    ] = "auto"
+    load_format: Annotated[
+        Literal["safetensors", "dummy"], Option("dummy: random weights, for measurements", "model")
+    ] = "safetensors"
+    max_model_len: Annotated[
+        int | None, Option("tokens of prompt and answer together", "model", unset="the model's limit", least=1)
+    ] = None
+    block_size: int = 16  # tokens in a block of K/V
+    kv_cache_bytes: Annotated[
+        int,
+        Option("device memory for K/V", "K/V cache", aliases=("kv-cache-memory-bytes",), least=1),
+    ] = 512 * MIB
+    host_kv_bytes: Annotated[
+        int, Option("host memory for K/V that the device evicts; 0: none is kept", "K/V cache", least=0)
+    ] = 0
+    prefix_cache: Annotated[
+        bool, Option("reuse the K/V of equal prefixes", "K/V cache", aliases=("enable-prefix-caching",))
+    ] = True
+    max_running: Annotated[
+        int, Option("requests computed in one step", "scheduling", aliases=("max-num-seqs",), least=1)
+    ] = 64
+    max_waiting: Annotated[int, Option("requests queued before clients get status 429", "scheduling", least=0)] = 1024
+    # A decoding request waits for the step's prefill. A prefill step of 256 tokens took 204 ms and one of 512 took
+    # 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter step costs no throughput.
+    max_batch_tokens: Annotated[
+        int, Option("tokens computed in one step", "scheduling", aliases=("max-num-batched-tokens",), least=1)
+    ] = 256
+    adapter_bytes: Annotated[int, Option("device memory for adapters", "adapters", least=1)] = 1024 * MIB
+    host_adapter_bytes: Annotated[int, Option("host memory for adapters", "adapters", least=1)] = 2048 * MIB
+    max_lora_rank: Annotated[int, Option("highest rank of an adapter", "adapters", least=1)] = 256
+    threads: Annotated[
+        int | None, Option("threads of the engine on a CPU", "device", unset="one per core", least=1)
+    ] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: a CUDA device if there is one", "device")] = "auto"
+    kernels: Annotated[
+        Literal["auto", "reference", "triton"],
+        Option("auto: triton on a CUDA device, else reference", "device"),
+    ] = "auto"
+    cuda_graphs: Annotated[bool, Option("replay decode steps as CUDA graphs", "device")] = True
+    overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True
+    log_level: Annotated[LogLevel, Option("lowest severity that is logged", "server")] = "info"
 
     def __post_init__(self) -> None:
-        positive = (
-            "block_size",
-            "kv_cache_bytes",
-            "max_running",
-            "max_batch_tokens",
-            "adapter_bytes",
-            "host_adapter_bytes",
-            "max_lora_rank",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_waiting", "host_kv_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        check_bounds(self)
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, not {self.block_size}")
         if self.max_batch_tokens < self.max_running:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): "
-                "each running sequence decodes one token a step"
+                "each running request decodes one token in a step"
             )
         if self.host_kv_bytes and not self.prefix_cache:
-            raise ValueError("host_kv_bytes must be 0 without prefix_cache: nothing in host memory would be found")
-        for name in ("max_model_len", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            raise ValueError("host_kv_bytes must be 0 without prefix_cache: no request could reuse K/V in host memory")

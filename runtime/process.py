@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import msgspec
 import zmq
 
 from runtime.admission import RequestRefused
-from runtime.config import EngineConfig
+from runtime.config import LOG_FORMAT, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import (
     Abort,
@@ -42,7 +43,7 @@ from runtime.messages import (
     encode,
 )
 
-log = logging.getLogger("rootstock.engine")
+_log = logging.getLogger("runtime.process")  # not __name__, which is __main__ in the engine's process
 
 CANNOT_START = 3
 # Each operation of a step takes the interpreter's lock anew, and waits that long for it while a loader thread is in
@@ -82,7 +83,7 @@ class EngineProcess:
         try:
             return self.engine.step()
         except Exception:  # whatever went wrong in a step ends its requests, not the engine
-            log.exception("a step failed")
+            _log.exception("a step failed")
             return self.engine.fail_all("engine_error", "the engine failed while it computed this request")
 
     def _sleep(self) -> None:
@@ -149,18 +150,20 @@ class EngineProcess:
 
 def main(endpoint: str) -> None:
     """Connect, read the configuration, start the engine and run it."""
-    logging.basicConfig(level=logging.INFO, format="engine: %(message)s")
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(endpoint)
     config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    start = time.monotonic()
     try:
         engine = Engine(config)
     except (ValueError, OSError) as error:
         print(f"engine: {error}", file=sys.stderr)
         sys.exit(CANNOT_START)
+    _log.info("started with %s in %.1f s", config.model, time.monotonic() - start)
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what has been made until now stays: to look through it took 150 ms, in the middle of requests

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -15,16 +14,18 @@ import uvicorn
 from huggingface_hub import snapshot_download
 from starlette.applications import Starlette
 
-from runtime.models.config import UnsupportedModel
+from runtime.models.config_file import UnsupportedModel
 from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
 from service.engine.process import EngineStartFailed
+from service.logs import say, set_up
 from service.openai.tokenizer import TokenizerMissing
+from service.options import BAD_VALUE
 from service.settings import Arguments, Settings, read
 from storage.store import StoreError
 
-BAD_VALUE, CANNOT_START = 2, 1
-GRACE_SECONDS = 2  # for open connections to take their last words, once their requests have been ended
+CANNOT_START = 1  # the exit status, beside BAD_VALUE
+GRACE_SECONDS = 2  # for open connections to receive the end of their responses, after their requests were ended
 DEFAULT_NAME = "smollm2-135m-instruct"
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -40,7 +41,7 @@ Rootstock serves {name} at {url}
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server, which says where it listens, and at its end ends the streams that are open."""
+    """Uvicorn's server, which also writes the banner, and ends open streams before it shuts down."""
 
     def __init__(self, config: uvicorn.Config, app: Starlette):
         super().__init__(config)
@@ -55,14 +56,19 @@ class Server(uvicorn.Server):
         say(BANNER.format(name=settings.served_name, url=url, key=key))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._app.state.engine.end_requests("shutting_down", "the service is shutting down")
+        self._app.state.services.engine.end_requests("shutting_down", "the service is shutting down")
         await super().shutdown(sockets)
 
 
-def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Serve until a signal; a bad value, or an engine or a store that does not answer, ends it with a sentence."""
+def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> None:
+    """Serve until a signal. None stands for the process's own command line or environment.
+
+    A bad value ends the program with a sentence and status 2, an engine or a store that does not answer with 1.
+    """
+    arguments = read(argv, environment)
+    set_up(arguments.log_level)
     try:
-        settings = configure(read(argv, environment))
+        settings = configure(arguments)
     except (ValueError, DefaultModelMissing) as error:
         refuse(str(error), BAD_VALUE)
     listener = listen(settings)
@@ -77,24 +83,24 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def configure(arguments: Arguments) -> Settings:
-    """The settings, with the model's files on this machine. Raises ValueError with a sentence."""
+    """The settings, after the model's files were fetched. Raises ValueError with a sentence, DefaultModelMissing."""
     model = arguments.model
     if model is None:
-        return arguments.settings(ensure_default_model(arguments.cache_directory), DEFAULT_NAME)
+        return arguments.settings(ensure_default_model(arguments.user_cache), DEFAULT_NAME)
     if Path(model).is_dir():
         return arguments.settings(Path(model), Path(model).resolve().name)
     if Path(model).is_absolute() or model.startswith("."):
         raise ValueError(f"the model directory {model} does not exist")
-    say(f"fetching {model} from the Hugging Face hub, unless it is here already")
+    say(f"fetching {model} from the Hugging Face hub, unless the cache has it")
     try:
         directory = snapshot_download(model, allow_patterns=MODEL_FILES)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model} is no directory, and cannot be fetched from the hub: {error}") from None
+        raise ValueError(f"{model} is not a directory, and cannot be fetched from the hub: {error}") from None
     return arguments.settings(Path(directory), model)
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Take the port before the model is loaded: a port in use is found out at once."""
+    """Bind the port before the model is loaded, so that a port in use is reported at once."""
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -118,11 +124,11 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
     say(f"starting the engine: loading {settings.engine.model}")
-    with contextlib.suppress(asyncio.CancelledError):  # a signal while the engine starts: there is nothing to finish
+    with contextlib.suppress(asyncio.CancelledError):  # a signal during the start of the engine: no request is open
         async with app.router.lifespan_context(app):
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
-                signal.signal(number, lambda *_: None)  # uvicorn takes them over, and raises them again at its end
+                signal.signal(number, lambda *_: None)  # uvicorn handles them, and raises them again when it ends
             config = uvicorn.Config(
                 app,
                 http="httptools",
@@ -136,16 +142,11 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
 
 
 def refuse(reason: str, status: int) -> NoReturn:
-    print(f"rootstock: {reason}", file=sys.stderr)
+    say(f"rootstock: {reason}")
     raise SystemExit(status)
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    main(sys.argv[1:], os.environ)
+    main()
     logging.shutdown()
-    os._exit(0)  # at once: a thread that waits for a store which does not answer would hold the process for minutes
+    os._exit(0)  # without joining threads: one that waits for a store could delay the exit by minutes

@@ -1,4 +1,4 @@
-"""The wiring: routes, errors, and what lives as long as the service does."""
+"""The wiring: routes, errors, and the parts that live as long as the service does."""
 
 import asyncio
 import time
@@ -7,20 +7,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.models.config import ModelConfig
-from service.access import RequestId, RequireKey
+from service.access import AccessLog, RequestId, RequireKey
 from service.adapters import dialects
 from service.adapters import routes as adapters
-from service.adapters.catalog import Catalog
-from service.adapters.files import AdapterStorage, open_storage
+from service.catalog.catalog import Catalog
+from service.catalog.files import AdapterStorage, open_storage
 from service.engine.client import EngineClient
+from service.errors import RequestError
 from service.health import health, metrics, openapi, ready, version
+from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
 from service.kv import routes as kv
@@ -29,9 +31,10 @@ from service.metrics import Metrics
 from service.openai.chat import chat_completions
 from service.openai.completions import completions
 from service.openai.models import get_model, list_models
+from service.openai.prompts import PromptEncoder
 from service.openai.sagemaker import invocations
 from service.openai.tokenizer import Tokenizer
-from service.responses import ApiError, on_api_error, on_client_disconnect, on_http_exception, on_unhandled
+from service.services import Services
 from service.settings import Settings
 from storage.store import StoreError
 
@@ -54,7 +57,10 @@ routes = [
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # no key needed
 
 errors = {
-    ApiError: on_api_error,
+    RequestError: on_error,
+    InvalidAdapter: on_error,
+    StoreError: on_error,
+    OSError: on_error,
     HTTPException: on_http_exception,
     ClientDisconnect: on_client_disconnect,
     Exception: on_unhandled,
@@ -63,7 +69,7 @@ errors = {
 
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application; its lifespan starts and ends the engine process."""
-    middleware = [Middleware(RequestId)]
+    middleware = [Middleware(AccessLog), Middleware(RequestId)]
     if settings.api_key is not None:
         middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
@@ -74,50 +80,63 @@ def create_app(settings: Settings) -> Starlette:
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Fill `app.state`. Raises UnsupportedModel, TokenizerMissing, StoreError or EngineStartFailed with a sentence."""
-    state, settings = app.state, app.state.settings
-    directory = Path(settings.engine.model)
-    state.started_at = time.time()
-    state.model_config = ModelConfig.from_directory(directory)
-    state.metrics = Metrics()
-    state.sources = Sources(settings.allowed_sources, settings.max_upload_bytes)
-    state.imports = Imports(settings.max_uploads)
-    state.engine = EngineClient(settings.engine, settings.engine_command)
-    state.engine.on_load = state.metrics.loaded
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(state.engine.close)
-        starting = asyncio.create_task(state.engine.start())
-        stack.callback(starting.cancel)
-        state.tokenizer = await asyncio.to_thread(Tokenizer, directory)
-        state.catalog = await open_catalog(state)
-        stack.push_async_callback(state.catalog.close)
-        stack.push_async_callback(state.imports.close)
-        stack.callback(state.sources.close)
-        state.prefixes = Prefixes(state.engine, state.catalog)
-        stack.callback(state.prefixes.close)
-        await starting
-        state.max_model_len = state.engine.ready.max_model_len
-        state.vocab_size = state.engine.ready.vocab_size
+    """Set `app.state.services` while they run.
+
+    Raises UnsupportedModel, TokenizerMissing, StoreError or EngineStartFailed with a sentence.
+    """
+    async with running(app.state.settings) as services:
+        app.state.services = services
         yield
 
 
-async def open_catalog(state: State) -> Catalog:
-    """The catalog of the store that the settings name. Raises StoreError with a sentence."""
-    settings: Settings = state.settings
-    storage = await asyncio.to_thread(opened_storage, settings)
-    catalog = await Catalog.open(
-        storage,
-        state.engine,
-        state.model_config,
-        settings.engine.max_lora_rank,
-        settings.refresh_seconds,
-        settings.collect_after_seconds,
-    )
-    catalog.on_download = state.metrics.downloaded
-    return catalog
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Services]:
+    """The parts of the service, started together and ended in reverse order."""
+    started_at, directory = time.time(), Path(settings.engine.model)
+    model, metrics = ModelConfig.from_directory(directory), Metrics()
+    sources, imports = Sources(settings.allowed_sources, settings.max_upload_bytes), Imports(settings.max_uploads)
+    engine = EngineClient(settings.engine, settings.engine_command, metrics)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.close)
+        starting = asyncio.create_task(engine.start())
+        stack.callback(starting.cancel)
+        tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        catalog = await Catalog.open(
+            await asyncio.to_thread(opened_storage, settings),
+            engine,
+            metrics,
+            model,
+            max_rank=settings.engine.max_lora_rank,
+            refresh_seconds=settings.refresh_seconds,
+            collect_after_seconds=settings.collect_after_seconds,
+        )
+        stack.push_async_callback(catalog.close)
+        stack.push_async_callback(imports.close)
+        stack.callback(sources.close)
+        prefixes = Prefixes(engine.prefixes, catalog.versions)
+        stack.push_async_callback(prefixes.close)
+        await starting
+        assert engine.ready is not None
+        max_model_len, vocab_size = engine.ready.max_model_len, engine.ready.vocab_size
+        yield Services(
+            settings=settings,
+            started_at=started_at,
+            model=model,
+            metrics=metrics,
+            engine=engine,
+            catalog=catalog,
+            sources=sources,
+            imports=imports,
+            tokenizer=tokenizer,
+            prompts=PromptEncoder(tokenizer, vocab_size, max_model_len),
+            prefixes=prefixes,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+        )
 
 
 def opened_storage(settings: Settings) -> AdapterStorage:
+    """The storage that the settings name. Raises StoreError with a sentence."""
     try:
         return open_storage(settings)
     except OSError as error:

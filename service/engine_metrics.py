@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from runtime.messages import Ready, Stats
-from service.adapters.record import AdapterVersion
+from service.catalog.record import AdapterVersion
 from storage.cache import DiskCache
 
 MAX_LOADED = 100  # adapters with a series that says where they are

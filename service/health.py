@@ -7,8 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.engine_metrics import EngineMetrics
+from service.errors import RequestError
+from service.http import json_response
 from service.metrics import CONTENT_TYPE
-from service.responses import ApiError, json_response
+from service.services import services_of
 
 CONTRACT = Path(__file__).parents[1] / "openapi" / "openapi.json"
 
@@ -20,8 +22,8 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Requests would be served now."""
-    if request.app.state.engine.ready is None:
-        raise ApiError(503, "engine_unavailable", "the engine is not running", headers={"retry-after": "1"})
+    if services_of(request).engine.ready is None:
+        raise RequestError("engine_unavailable", "the engine is not running")
     return json_response({"status": "ready"})
 
 
@@ -34,16 +36,16 @@ async def version(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     if not CONTRACT.is_file():
-        raise ApiError(404, "not_found", "this installation came without openapi.json")
+        raise RequestError("not_found", "this installation came without openapi.json")
     return Response(CONTRACT.read_bytes(), media_type="application/json")
 
 
 async def metrics(request: Request) -> Response:
-    state = request.app.state
-    stats, engine = await state.engine.latest_stats(), state.engine.ready
+    services = services_of(request)
+    stats, engine = await services.engine.latest_stats(), services.engine.ready
     snapshot = None
     if stats is not None and engine is not None:
-        catalog = state.catalog
-        state.metrics.looked_up(stats.namespaces, {v.digest: v.record.kind for v in catalog.list()})
-        snapshot = EngineMetrics(stats, engine, state.settings.served_name, catalog.list(), catalog.disk)
-    return Response(state.metrics.render(snapshot), headers={"content-type": CONTENT_TYPE})
+        named = services.catalog.versions.list()
+        services.metrics.looked_up(stats.namespaces, {version.digest: version.record.kind for version in named})
+        snapshot = EngineMetrics(stats, engine, services.settings.served_name, named, services.catalog.disk)
+    return Response(services.metrics.render(snapshot), headers={"content-type": CONTENT_TYPE})

@@ -5,9 +5,9 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from runtime.messages import KvNamespace
-from service.engine_metrics import EngineMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 MAX_SERIES = 100  # adapters with series of their own; what comes later shares one
@@ -105,7 +105,7 @@ class Metrics:
             self._series[label] = Series(self, label)
         return self._series[label]
 
-    def render(self, engine: EngineMetrics | None) -> bytes:
+    def render(self, engine: Collector | None) -> bytes:
         """Everything in the text format, with the engine's metrics if there is a snapshot."""
         own = generate_latest(self.registry)
         if engine is None:

@@ -147,12 +147,6 @@ class DiskCache:
             self._pins -= Counter([digest] * pinned)
             self._room.notify_all()
 
-    def discard(self, digest: str) -> None:
-        """Remove a file if it is here and nobody holds it."""
-        with self._lock:
-            if digest in self._bytes and self._is_free(digest):
-                self._remove(digest)
-
     def check(self) -> None:
         """Recount: what is believed of the files is so, and they fit."""
         with self._lock:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what their disk's errors mean."""
+"""Atomic writes of files, and the errors of their disk."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def disk_errors(key: str) -> Iterator[None]:
-    """Raise what the disk says about an object as errors of the store."""
+    """Raise an OSError that concerns an object as StoreFull or StoreError."""
     try:
         yield
     except OSError as error:
@@ -26,24 +26,26 @@ def disk_errors(key: str) -> Iterator[None]:
 
 @contextmanager
 def temporary_file(directory: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """A new file, removed in the end unless it was renamed away."""
+    """A new file and its name; it is removed at the end of the block unless the block has renamed it."""
     descriptor, name = tempfile.mkstemp(dir=directory)
     try:
-        with open(descriptor, "wb", buffering=0) as file:
+        with open(descriptor, "wb") as file:
             yield name, file
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def write_all(file: BinaryIO, chunk: bytes) -> None:
-    """Write every byte, where one call may write fewer."""
-    view = memoryview(chunk)
-    while view:
-        view = view[file.write(view) :]
+@contextmanager
+def atomic_file(destination: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `destination` at the end of the block; if the block raises, it is removed instead."""
+    with temporary_file(destination.parent) as (name, file):
+        yield file
+        file.flush()
+        os.rename(name, destination)
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory whose own entry survives a loss of power."""
+    """Make a directory durably: its own entry survives a power loss."""
     if not directory.is_dir():
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
@@ -51,7 +53,7 @@ def make_directory(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames and removals in a directory survive a loss of power."""
+    """Flush a directory, so that renames and removals in it survive a power loss."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,40 +1,48 @@
-"""A repository of the Hugging Face hub, to be read at one commit."""
+"""Files of a model repository on the Hugging Face hub, read at one commit."""
 
-import io
-import os
+import random
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from threading import Event
+from typing import Any, BinaryIO, TypeVar
 
-from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-from storage.files import disk_errors, temporary_file
-from storage.hub_session import HubSession
+from storage.files import CHUNK_BYTES, atomic_file, disk_errors
 from storage.store import (
-    MAX_GET_BYTES,
-    Entry,
+    AccessDenied,
     InvalidKey,
     NotFound,
+    ObjectTooLarge,
     OnProgress,
-    Stored,
     StoreError,
+    StoreUnavailable,
     checked_key,
-    checked_prefix,
-    is_key,
 )
 
 _COMMIT = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
-_MAX_PAGES = 100  # of a list; the hub gives a thousand files or so on each
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_MISSING = {"RepoNotFound": "repository", "RevisionNotFound": "revision", "EntryNotFound": "file"}
+_PAUSE_SECONDS = 0.2  # before the first retry; it doubles with each one
+
+_Result = TypeVar("_Result")
 
 
 class HubRepository:
-    """The files of a model repository, below `folder`, at the commit that `revision` named when it was opened.
+    """The files below `folder`, at the commit that `revision` named when the repository was opened.
 
-    A `Reader`. Plain HTTP: the library's own download functions would write into the user's cache, cannot be
-    bounded, and may fetch from hosts that the hub names (Xet). The library finds the endpoint (HF_ENDPOINT) and
-    the token (HF_TOKEN, a login) unless they are given. `timeout_seconds` is for each silence of the server.
+    huggingface_hub finds the endpoint (HF_ENDPOINT) and the token (HF_TOKEN, a login) unless they are given, and does
+    not send the token to the other hosts that the hub redirects to. Its own downloads are not used: they report no
+    progress, cannot be cancelled and write into the user's cache. Each step is tried `attempts` times;
+    `timeout_seconds` counts the seconds without an answer, not the length of a transfer.
     """
 
     def __init__(
@@ -50,71 +58,109 @@ class HubRepository:
     ) -> None:
         self._repo = repo
         self._folder = _checked_folder(folder)
-        self._session = HubSession(endpoint, token, timeout_seconds, attempts)
+        self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self._timeout_seconds = timeout_seconds
+        self._attempts = attempts
+        self._closed = Event()
+        self._headers = {**build_hf_headers(token=token, library_name="rootstock"), "Accept-Encoding": "identity"}
+        revision = revision or constants.DEFAULT_REVISION
+        name = f"hf://{repo}@{revision}"
+        api = HfApi(endpoint=self._endpoint, token=token, library_name="rootstock")
         try:
-            hf_hub_url(repo, "any")
+            model = self._tried(name, lambda: api.model_info(repo, revision=revision, timeout=timeout_seconds))
         except HFValidationError as error:
             raise InvalidKey(f"{repo!r} is not the name of a repository: expected 'owner/name'") from error
-        self._api = f"{self._session.endpoint}/api/models/{repo}"
-        revision = revision or constants.DEFAULT_REVISION
-        answer, _ = self._session.json(f"{self._api}/revision/{quote(revision, safe='')}", f"hf://{repo}@{revision}")
-        self.commit = str(answer.get("sha")) if isinstance(answer, dict) else ""
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"{name}: {self._endpoint} does not answer as the hub does") from error
+        self.commit = str(model.sha)
         if not _COMMIT.fullmatch(self.commit):
-            raise StoreError(f"hf://{repo}@{revision}: the hub named no commit")
-        self._name = f"hf://{repo}@{self.commit[:12]}"
+            raise StoreError(f"{name}: the hub named no commit")
 
     def close(self) -> None:
-        """End transfers under way: they fail with `StoreUnavailable`; closing twice is fine."""
-        self._session.close()
-
-    def get(self, key: str) -> Stored:
-        file = io.BytesIO()
-        etag = self._session.download(*self._address(key), file, MAX_GET_BYTES, None)
-        return Stored(file.getvalue(), etag)
+        """Make fetches under way fail with StoreUnavailable at their next bytes or timeout; closing twice is fine."""
+        self._closed.set()
 
     def fetch(
         self, key: str, destination: Path, *, max_bytes: int | None = None, on_progress: OnProgress | None = None
     ) -> str:
-        address = self._address(key)
-        with disk_errors(key), temporary_file(destination.parent) as (name, file):
-            etag = self._session.download(*address, file, max_bytes, on_progress)
-            os.rename(name, destination)
-        return etag
-
-    def list(self, prefix: str = "") -> list[Entry]:
-        checked_prefix(prefix)
-        folder = f"/{quote(self._folder)}".rstrip("/")
-        url: str | None = f"{self._api}/tree/{self.commit}{folder}?recursive=true"
-        entries: list[Entry] = []
-        for _ in range(_MAX_PAGES):
-            try:
-                page, url = self._session.json(str(url), f"{self._name}{folder}")
-                entries += _entries(page, self._folder, prefix)
-            except NotFound:
-                return []  # no such folder
-            except (TypeError, KeyError, AttributeError) as error:
-                raise StoreError(f"{self._name}{folder}: what the hub answered is no list of files") from error
-            if url is None:
-                return sorted(entries)
-        raise StoreError(f"{self._name}{folder} has too many files to be listed")
-
-    def _address(self, key: str) -> tuple[str, str]:
-        """Where a file is, and how to call it in a message."""
         path = self._folder + checked_key(key)
-        url = hf_hub_url(self._repo, path, revision=self.commit, endpoint=self._session.endpoint)
-        return url, f"{self._name}/{path}"
+        url = hf_hub_url(self._repo, path, revision=self.commit, endpoint=self._endpoint)
+        name = f"hf://{self._repo}@{self.commit[:12]}/{path}"
+        with disk_errors(key), atomic_file(destination) as file:
+            return self._tried(name, lambda: self._copy(url, name, file, max_bytes, on_progress))
+
+    def _copy(self, url: str, name: str, file: BinaryIO, max_bytes: int | None, on_progress: OnProgress | None) -> str:
+        """Write a file's bytes and return its etag; what an earlier attempt has written already is not sent again."""
+        found = get_hf_file_metadata(
+            url, token=False, timeout=self._timeout_seconds, headers=self._headers, endpoint=self._endpoint
+        )
+        size, done = found.size, file.tell()
+        if size is None:
+            raise StoreError(f"{name}: the hub does not state how many bytes it has")
+        if max_bytes is not None and size > max_bytes:
+            raise ObjectTooLarge(f"{name} has {size} bytes; at most {max_bytes} are taken")
+        if done < size:
+            headers = {**self._headers, "Range": f"bytes={done}-"} if done else self._headers
+            with get_session().stream(
+                "GET", url, headers=headers, timeout=self._timeout_seconds, follow_redirects=True
+            ) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:
+                    done = file.seek(0)
+                    file.truncate()
+                _check_length(response, name, done, size)
+                for chunk in response.iter_raw(CHUNK_BYTES):
+                    self._refuse_if_closed(name)
+                    done += file.write(chunk)
+                    if on_progress is not None:
+                        on_progress(done, size)
+        return found.etag or ""
+
+    def _tried(self, name: str, call: Callable[[], _Result]) -> _Result:
+        """Return the result of a call, which is repeated after transient failures."""
+        problem, said = Exception(), ""
+        for attempt in range(self._attempts):
+            if attempt:
+                self._closed.wait(random.uniform(0, _PAUSE_SECONDS * 2**attempt))
+            self._refuse_if_closed(name)
+            try:
+                return call()
+            except OfflineModeIsEnabled as error:
+                raise StoreUnavailable(f"{name}: HF_HUB_OFFLINE forbids requests to the hub") from error
+            except HfHubHTTPError as error:
+                if error.response.status_code not in _TRANSIENT:
+                    raise self._refusal(error.response, name) from error
+                problem, said = error, f"the hub answered {error.response.status_code}"
+            except HTTPError as error:
+                problem, said = error, type(error).__name__  # its message can hold a redirect's signed address
+        raise StoreUnavailable(f"{name}: {said}, {self._attempts} times, from {self._endpoint}") from problem
+
+    def _refuse_if_closed(self, name: str) -> None:
+        if self._closed.is_set():
+            raise StoreUnavailable(f"{name}: the connection to the hub was closed")
+
+    def _refusal(self, response: Any, name: str) -> StoreError:
+        status, code = response.status_code, response.headers.get("X-Error-Code", "")
+        if status in (401, 403):
+            token = "with the token given" if "authorization" in self._headers else "without a token (HF_TOKEN)"
+            said = f"the hub answered {status} {code}"
+            return AccessDenied(f"{name}: it is private, gated or does not exist {token}; {said}")
+        if status == 404:
+            return NotFound(f"{name}: there is no such {_MISSING.get(code, 'repository, revision or file')}")
+        return StoreError(f"{name}: the hub answered {status} {code}")
 
 
-def _entries(page: Any, folder: str, prefix: str) -> list[Entry]:
-    files = [found for found in page if found["type"] == "file" and found["path"].startswith(folder)]
-    keyed = ((found["path"].removeprefix(folder), found) for found in files)
-    return [
-        Entry(key, found["size"], found["oid"], 0.0) for key, found in keyed if is_key(key) and key.startswith(prefix)
-    ]
+def _check_length(response: Any, name: str, start: int, size: int) -> None:
+    """Refuse an answer that is not exactly the bytes from `start` to the size that the hub stated."""
+    headers = response.headers
+    expected = ("Content-Range", f"bytes {start}-{size - 1}/{size}") if start else ("Content-Length", str(size))
+    if headers.get(expected[0]) != expected[1] or headers.get("Content-Encoding", "identity") != "identity":
+        said = f"it stated {size} and then {headers.get(expected[0])}"
+        raise StoreError(f"{name}: the hub does not state clearly how many bytes it has: {said}")
 
 
 def _checked_folder(folder: str) -> str:
-    """The folder with a slash behind it, or "" for the root; `InvalidKey` if it could lead elsewhere."""
+    """The folder with a slash behind it, or "" for the root. Raises InvalidKey if it could lead elsewhere."""
     folder = folder.strip("/")
     if not folder:
         return ""

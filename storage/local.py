@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from storage.files import CHUNK_BYTES, disk_errors, make_directory, sync_directory, temporary_file, write_all
+from storage.files import CHUNK_BYTES, atomic_file, disk_errors, make_directory, sync_directory, temporary_file
 from storage.scratch import Scratch, locked
 from storage.store import (
     MAX_GET_BYTES,
@@ -49,6 +49,7 @@ class LocalStore:
         target = self.path(key)
         with disk_errors(key), temporary_file(self.scratch.path) as (name, file):
             etag = _write(file, _chunks(content))
+            file.flush()
             os.fsync(file.fileno())
             with locked(self._root):
                 _check_condition(key, target, if_match, if_none_match)
@@ -81,10 +82,8 @@ class LocalStore:
             total = os.fstat(source.fileno()).st_size  # of a file that is never written to: a `put` makes another one
             if max_bytes is not None and total > max_bytes:
                 raise ObjectTooLarge(f"{key!r} has {total} bytes; at most {max_bytes} are taken")
-            with temporary_file(destination.parent) as (name, file):
-                etag = _write(file, _reported(_read(source), total, on_progress))
-                os.rename(name, destination)
-        return etag
+            with atomic_file(destination) as file:
+                return _write(file, _reported(_read(source), total, on_progress))
 
     def list(self, prefix: str = "") -> list[Entry]:
         parent = checked_prefix(prefix).rpartition("/")[0]
@@ -142,7 +141,7 @@ def _write(file: BinaryIO, chunks: Iterator[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
         digest.update(chunk)
-        write_all(file, chunk)
+        file.write(chunk)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What S3 and the way to it can answer, as errors of the store."""
+"""boto3's errors, translated to errors of the store."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,8 +7,7 @@ from botocore import exceptions
 
 from storage.store import AccessDenied, NotFound, PreconditionFailed, StoreError, StoreFull, StoreUnavailable
 
-# A body that ends early, stalls or breaks; botocore retries requests, never the reading of an answer.
-BODY_ERRORS = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
+_NO_ANSWER = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
 
 _CREDENTIALS = (
     exceptions.NoCredentialsError,
@@ -18,15 +17,15 @@ _CREDENTIALS = (
     exceptions.TokenRetrievalError,
     exceptions.SSOError,
 )
-_ABSENT = {"NoSuchKey", "404", "NotFound"}  # an answer to HEAD has no body, and so no name for what is missing
-_DENIED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"}  # some come with a 400
+_ABSENT = {"NoSuchKey", "404", "NotFound"}  # the answer to a HEAD has no body, so its code is the status
+_DENIED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"}  # some have the status 400
 _UNAVAILABLE = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 
 
 @contextmanager
 def s3_errors(where: Mapping[str, str]) -> Iterator[None]:
-    """Raise what boto3 says about an object, named by its Bucket and Key, as errors of the store."""
+    """Raise boto3's errors about an object, named by its Bucket and Key, as errors of the store."""
     try:
         yield
     except exceptions.ClientError as error:
@@ -36,7 +35,7 @@ def s3_errors(where: Mapping[str, str]) -> Iterator[None]:
             f"{url(where)}: no usable AWS credentials were found ({type(error).__name__}); set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or give the machine a role or a profile"
         ) from error
-    except BODY_ERRORS as error:
+    except _NO_ANSWER as error:
         raise StoreUnavailable(f"{url(where)}: {error}") from error
     except exceptions.BotoCoreError as error:
         raise StoreError(f"{url(where)}: {error}") from error
@@ -47,21 +46,27 @@ def url(where: Mapping[str, str]) -> str:
 
 
 def is_absent(error: BaseException | None) -> bool:
-    """Whether the server's answer was that there is no such object, in a bucket that exists."""
-    return isinstance(error, exceptions.ClientError) and error.response.get("Error", {}).get("Code") in _ABSENT
+    """Whether the server answered that the object does not exist, in a bucket that exists."""
+    return isinstance(error, exceptions.ClientError) and _code_of(error) in _ABSENT
 
 
 def is_not_offered(error: BaseException | None) -> bool:
-    """Whether the server may have refused a request because it knows no such condition."""
-    return isinstance(error, exceptions.ClientError) and (
-        error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (400, 501)
-    )
+    """Whether the server may have refused a request because it does not implement the condition."""
+    return isinstance(error, exceptions.ClientError) and status_of(error) in (400, 501)
+
+
+def status_of(error: exceptions.ClientError) -> int:
+    """The HTTP status of a server's answer; 0 if there is none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code_of(error: exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _answered(error: exceptions.ClientError, where: Mapping[str, str]) -> StoreError:
-    # Only the code: an answer's text can name accounts and keys.
-    code = error.response.get("Error", {}).get("Code", "")
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    # The message has the code only: an answer's text can name accounts and keys.
+    code, status = _code_of(error), status_of(error)
     said = f"the server answered {status} {code}".rstrip()
     if code == "NoSuchBucket":
         return NotFound(f"{url(where)}: there is no bucket {where['Bucket']!r}")

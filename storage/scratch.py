@@ -1,4 +1,4 @@
-"""Temporary files that cannot outlive their process for long."""
+"""Directories for temporary files, removed with their process or by the next one."""
 
 import fcntl
 import os
@@ -11,11 +11,11 @@ from threading import Lock
 
 
 class Scratch:
-    """A directory of this process alone, below a root that several processes may share.
+    """A directory that only this process uses, below a root that several processes may share.
 
-    Its owner holds a lock (flock) on it, which the kernel drops however the process ends. So whoever opens
-    the root next can tell the directories of the dead from those in use, and removes them. A process id
-    would not do: it is reused, and means another process in another container.
+    The process holds a lock (flock) on it, which the kernel releases when the process ends, even by a kill. So the next
+    process that opens the root finds the directories without an owner and removes them. A process id would not do: ids
+    are reused, and containers share them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -29,7 +29,7 @@ class Scratch:
 
     @property
     def path(self) -> Path:
-        """The directory, the same one always; made again, empty, if a cleaner of temporary files removed it."""
+        """The directory, always of one name; if a cleaner of temporary files removed it, it is made again, empty."""
         if not self._path.is_dir():
             with self._changing:
                 if self._lock is not None:
@@ -40,7 +40,7 @@ class Scratch:
         """Remove the directory and everything in it; closing twice is fine."""
         with self._changing:
             if self._lock is not None:
-                # Under the root's lock, for those who sweep; whatever prevents it, the next of them does it.
+                # The root's lock keeps other processes from a sweep meanwhile; after an error, the next sweep removes it.
                 with suppress(OSError), locked(self._root):
                     shutil.rmtree(self._path, ignore_errors=True)
                 os.close(self._lock)
@@ -54,8 +54,26 @@ class Scratch:
         os.close(lock)
 
 
+def private_scratch(parent: Path | None = None) -> Scratch:
+    """A scratch directory that no other user can read, below `parent`; by default in the system's temporary directory.
+
+    Raises PermissionError, OSError.
+    """
+    root = (parent or Path(tempfile.gettempdir())) / f"rootstock-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if os.lstat(root).st_uid != os.getuid():
+        raise PermissionError(f"{root} belongs to another user")
+    return Scratch(root)
+
+
+def memory_scratch() -> Scratch:
+    """A private scratch directory in memory (tmpfs) if the machine has one, so that its files never reach a disk."""
+    shared = Path("/dev/shm")
+    return private_scratch(shared if os.access(shared, os.W_OK | os.X_OK) else None)
+
+
 def _sweep(root: Path) -> None:
-    """Remove the directories of the dead; the root must be locked. What is no directory is not ours."""
+    """Remove the directories without an owner; the root must be locked. Other files are not ours and stay."""
     for path in root.iterdir():
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -65,13 +83,16 @@ def _sweep(root: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
-            pass  # its process lives
+            pass  # its process is alive
         finally:
             os.close(lock)
 
 
 def held(directory: Path, *, wait: bool = True) -> int:
-    """A descriptor that holds the directory's lock until it is closed. Raises BlockingIOError instead of waiting."""
+    """Lock a directory and return the descriptor that holds the lock until it is closed.
+
+    Raises BlockingIOError, unless `wait`, when the directory is locked already.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -83,7 +104,7 @@ def held(directory: Path, *, wait: bool = True) -> int:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory's lock: one holder at a time, among threads and among processes."""
+    """Hold a directory's lock during the block; threads and processes exclude each other."""
     descriptor = held(directory)
     try:
         yield

@@ -52,13 +52,7 @@ LIBRARIES = {
         "safetensors",
     },
 }
-# Settings read the command line and the environment; the programs hand the environment to them.
-ENVIRONMENT_READERS = {
-    "service/settings.py",
-    "service/__main__.py",
-    "service/collect.py",
-    "service/default_model.py",
-}
+ENVIRONMENT_READERS = {"service/settings.py"}
 
 
 def sources(*rooms: str) -> list[Path]:
@@ -89,8 +83,8 @@ def test_a_room_imports_only_what_its_place_allows(room: str) -> None:
 def test_the_service_runs_without_torch(default_model_path: Path) -> None:
     """The engine process has it; in the service it would cost memory and seconds at every start."""
     program = (
-        "import sys; from pathlib import Path; import service.__main__; from service.tokenizer import Tokenizer; "
-        "Tokenizer(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
+        "import sys; from pathlib import Path; import service.__main__; "
+        "from service.openai.tokenizer import Tokenizer; Tokenizer(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, default_model_path], cwd=ROOT, check=True)
 

@@ -8,11 +8,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from service.adapters.publish import Wishes, remove, start_import
 from service.adapters.queries import new_name
-from service.adapters.record import Condition
-from service.bodies import read_json
-from service.ingest.publish import Wishes, remove, start_import
-from service.responses import ApiError, error_body, json_response
+from service.catalog.record import Condition
+from service.errors import RequestError, answer_of, error_body, request_error
+from service.http import json_response, read_json
+from service.services import services_of
+from storage.store import StoreError
 
 
 class VllmLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,31 +50,31 @@ class SglangAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def vllm_load(request: Request) -> Response:
-    body = await read_json(request, VllmLoad, request.app.state.settings.max_body_bytes)
+    body = await read_json(request, VllmLoad, services_of(request).settings.max_body_bytes)
     await _load(request, body.lora_name, body.lora_path, Wishes(), replace=bool(body.load_inplace))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def vllm_unload(request: Request) -> Response:
-    body = await read_json(request, VllmUnload, request.app.state.settings.max_body_bytes)
+    body = await read_json(request, VllmUnload, services_of(request).settings.max_body_bytes)
     await _unload(request, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 async def sglang_load(request: Request) -> Response:
     try:
-        body = await read_json(request, SglangLoad, request.app.state.settings.max_body_bytes)
+        body = await read_json(request, SglangLoad, services_of(request).settings.max_body_bytes)
         await _load(request, body.lora_name, body.lora_path, Wishes(pin=bool(body.pinned)), replace=False)
-    except ApiError as error:
+    except RequestError as error:
         return _sglang_answer(request, error)
     return _sglang_answer(request)
 
 
 async def sglang_unload(request: Request) -> Response:
     try:
-        body = await read_json(request, SglangUnload, request.app.state.settings.max_body_bytes)
+        body = await read_json(request, SglangUnload, services_of(request).settings.max_body_bytes)
         await _unload(request, body.lora_name)
-    except ApiError as error:
+    except RequestError as error:
         return _sglang_answer(request, error)
     return _sglang_answer(request)
 
@@ -86,45 +88,48 @@ routes = [
 
 
 async def _load(request: Request, name: str, path: str, wishes: Wishes, *, replace: bool) -> None:
-    state = request.app.state
+    services = services_of(request)
     try:
-        source = state.sources.checked(_as_source(path))
-        condition = Condition(if_none_match=not replace)
-        await state.imports.result(start_import(state, new_name(request, name), source, wishes, condition))
-    except ApiError as error:
+        source = services.sources.checked(_as_source(path))
+        name = new_name(name, services.settings.served_name)
+        job = start_import(services, name, source, wishes, Condition(if_none_match=not replace))
+        await services.imports.result(job)
+    except RequestError as error:
         raise _in_their_words(error, name) from None
 
 
 async def _unload(request: Request, name: str) -> None:
     try:
-        await remove(request.app.state, name, Condition())
-    except ApiError as error:
-        raise _in_their_words(error, name) from None
+        await remove(services_of(request), name, Condition())
+    except (RequestError, StoreError) as error:
+        known = request_error(error)
+        assert known is not None
+        raise _in_their_words(known, name) from None
 
 
 def _as_source(path: str) -> str:
     return path if "://" in path or path.startswith("/") or "/" not in path else f"hf://{path}"
 
 
-def _in_their_words(error: ApiError, name: str) -> ApiError:
+def _in_their_words(error: RequestError, name: str) -> RequestError:
     """Our refusal with their field, and where they have a status and a sentence for it, with those."""
     param = {"src": "lora_path", "name": "lora_name"}.get(error.param or "", error.param)
     if error.code == "precondition_failed":
-        message = f"The lora adapter '{name}' has already been loaded."
-        return ApiError(400, "adapter_exists", message, "lora_name")
+        return RequestError("adapter_exists", f"The lora adapter '{name}' has already been loaded.", "lora_name")
     if error.code == "name_is_base_model":
-        return ApiError(400, error.code, error.message, param)
+        return RequestError("lora_name_is_base_model", error.message, param)
     if error.code == "adapter_not_found":
-        return ApiError(404, error.code, f"The lora adapter '{name}' cannot be found.", param)
-    return ApiError(error.status, error.code, error.message, param, error.headers)
+        return RequestError(error.code, f"The lora adapter '{name}' cannot be found.", param)
+    return RequestError(error.code, error.message, param)
 
 
-def _sglang_answer(request: Request, error: ApiError | None = None) -> Response:
+def _sglang_answer(request: Request, error: RequestError | None = None) -> Response:
     """SGLang knows two statuses; ours say more where it is the server that could not."""
-    loaded = {version.name: version.record.source for version in request.app.state.catalog.list()}
+    loaded = {version.name: version.record.source for version in services_of(request).catalog.versions.list()}
     message = None if error is None else error.message
     answer = SglangAnswer(success=error is None, error_message=message, loaded_adapters=loaded)
     if error is None:
         return json_response(answer)
-    status = 400 if error.status < 500 else error.status
-    return json_response({**msgspec.structs.asdict(answer), **error_body(error)}, status, error.headers)
+    found = answer_of(error)
+    body = {**msgspec.structs.asdict(answer), **msgspec.structs.asdict(error_body(error))}
+    return json_response(body, 400 if found.status < 500 else found.status, found.headers)

@@ -3,12 +3,12 @@
 from typing import Literal
 
 import msgspec
-from starlette.datastructures import State
 
 from runtime.messages import AdapterState, Stats, Tier
-from service.adapters.catalog import Catalog
-from service.adapters.record import AdapterVersion
+from service.catalog.catalog import Catalog
+from service.catalog.record import AdapterVersion
 from service.ingest.imports import Import
+from service.services import Services
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,37 +55,36 @@ class AdapterList(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[Adapter]
 
 
-def find_adapter(state: State, name: str, stats: Stats | None = None) -> Adapter | None:
+def find_adapter(services: Services, name: str, stats: Stats | None = None) -> Adapter | None:
     """A name's version, or the import that is to give it one, or the version that drains after it lost the name."""
-    catalog: Catalog = state.catalog
-    job: Import | None = state.imports.get(name)
-    if (version := catalog.resolve(name)) is not None:
-        return adapter_resource(state, version, job, stats)
+    versions, job = services.catalog.versions, services.imports.get(name)
+    if (version := versions.resolve(name)) is not None:
+        return adapter_resource(services, version, job, stats)
     if job is not None:
         return _imported(job)
-    draining = catalog.draining(name)
-    return None if draining is None else adapter_resource(state, draining, stats=stats)
+    draining = versions.draining(name)
+    return None if draining is None else adapter_resource(services, draining, stats=stats)
 
 
-def list_adapters(state: State, stats: Stats | None = None) -> list[Adapter]:
+def list_adapters(services: Services, stats: Stats | None = None) -> list[Adapter]:
     """Every named version and every import of a new name, by name."""
-    jobs: dict[str, Import] = {job.name: job for job in state.imports.jobs()}
-    found = [adapter_resource(state, version, jobs.pop(version.name, None), stats) for version in state.catalog.list()]
+    jobs = {job.name: job for job in services.imports.jobs()}
+    named = services.catalog.versions.list()
+    found = [adapter_resource(services, version, jobs.pop(version.name, None), stats) for version in named]
     return sorted([*found, *map(_imported, jobs.values())], key=lambda adapter: adapter.name)
 
 
 def adapter_resource(
-    state: State, version: AdapterVersion, job: Import | None = None, stats: Stats | None = None
+    services: Services, version: AdapterVersion, job: Import | None = None, stats: Stats | None = None
 ) -> Adapter:
     """A version as it is now, with the import under way over it; `stats` are a recent snapshot of the engine."""
-    catalog: Catalog = state.catalog
-    engine: AdapterState | None = state.engine.adapter_states.get(version.digest)
-    record, failure = version.record, catalog.failure(version)
+    catalog, engine = services.catalog, services.engine.adapters.states.get(version.digest)
+    record, failure = version.record, catalog.versions.failure(version)
     if failure is None and engine is not None and engine.state == "failed":
         failure = engine.reason
     progress = _progress(catalog, version, engine)
     phase: Literal["loading", "ready", "draining", "failed"] = "ready"
-    if catalog.resolve(version.name) is not version:
+    if catalog.versions.resolve(version.name) is not version:
         phase = "draining"
     elif failure is not None:
         phase = "failed"
@@ -127,7 +126,7 @@ def _tier(
         return engine.tier
     if version.ephemeral:
         return "host"  # its file is in memory
-    return "disk" if catalog.on_disk(version) else "remote"
+    return "disk" if catalog.blobs.here(version.digest) else "remote"
 
 
 def _kv_blocks(stats: Stats, digest: str) -> int:
@@ -136,7 +135,7 @@ def _kv_blocks(stats: Stats, digest: str) -> int:
 
 
 def _progress(catalog: Catalog, version: AdapterVersion, engine: AdapterState | None) -> Progress | None:
-    if (download := catalog.download(version)) is not None:
+    if (download := catalog.blobs.download(version.digest)) is not None:
         return Progress(stage="download", bytes=download.bytes_done, total_bytes=download.bytes_total)
     if engine is None or engine.state not in ("wanted", "loading"):
         return None

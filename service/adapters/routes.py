@@ -6,14 +6,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from runtime.messages import Tier
-from service.adapters.catalog import Catalog
-from service.adapters.queries import DeleteQuery, NoQuery, PutQuery, WaitQuery, new_name, read_condition, read_query
-from service.adapters.record import AdapterVersion, Condition
+from service.adapters.publish import Wishes, remove, start_import, upload
+from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
 from service.adapters.resource import AdapterList, adapter_resource, find_adapter, list_adapters
-from service.bodies import read_json
-from service.ingest.publish import Wishes, remove, start_import, translated_errors, upload
-from service.openai.streaming import until_disconnect
-from service.responses import ApiError, json_response
+from service.catalog.record import AdapterVersion, Condition
+from service.catalog.versions import no_adapter
+from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
+from service.services import Services, services_of
 
 
 class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,77 +47,78 @@ class AdapterChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 async def put_adapter(request: Request) -> Response:
-    name = new_name(request, request.path_params["name"])
+    services = services_of(request)
+    name = new_name(request.path_params["name"], services.settings.served_name)
     query = read_query(request, PutQuery)
     wishes = Wishes(query.preload, query.pin, query.ephemeral)
-    version, created = await upload(request, name, wishes, read_condition(request))
-    return _shown(request, version, 201 if created else 200)
+    version, created = await upload(services, request, name, wishes, read_condition(request))
+    return _shown(services, version, 201 if created else 200)
 
 
 async def post_adapter(request: Request) -> Response:
-    state, query = request.app.state, read_query(request, WaitQuery)
-    body = await read_json(request, AdapterSource, state.settings.max_body_bytes)
-    name = new_name(request, body.name)
-    source = state.sources.checked(body.src, body.revision)
-    job = start_import(state, name, source, Wishes(body.preload, body.pin, body.ephemeral), read_condition(request))
+    services, query = services_of(request), read_query(request, WaitQuery)
+    body = await read_json(request, AdapterSource, services.settings.max_body_bytes)
+    name = new_name(body.name, services.settings.served_name)
+    source = services.sources.checked(body.src, body.revision)
+    wishes = Wishes(body.preload, body.pin, body.ephemeral)
+    job = start_import(services, name, source, wishes, read_condition(request))
     if not query.wait:
-        return json_response(find_adapter(state, name), 202)
-    version, created = await state.imports.result(job)
-    return _shown(request, version, 201 if created else 200)
+        return json_response(find_adapter(services, name), 202)
+    version, created = await services.imports.result(job)
+    return _shown(services, version, 201 if created else 200)
 
 
 async def get_adapters(request: Request) -> Response:
     read_query(request, NoQuery)
-    state = request.app.state
-    return json_response(AdapterList(adapters=list_adapters(state, await state.engine.recent_stats())))
+    services = services_of(request)
+    return json_response(AdapterList(adapters=list_adapters(services, await services.engine.recent_stats())))
 
 
 async def get_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
-    name, state = request.path_params["name"], request.app.state
-    adapter = find_adapter(state, name, await state.engine.recent_stats())
+    name, services = request.path_params["name"], services_of(request)
+    adapter = find_adapter(services, name, await services.engine.recent_stats())
     if adapter is None:
-        raise ApiError(404, "adapter_not_found", f"there is no adapter {name!r}", "name")
+        raise no_adapter(name)
     return json_response(adapter, headers=None if adapter.digest is None else {"ETag": f'"{adapter.digest}"'})
 
 
 async def load_adapter(request: Request) -> Response:
-    query = read_query(request, WaitQuery)
-    body = await read_json(request, AdapterLoad, request.app.state.settings.max_body_bytes)
-    name, catalog = _known_name(request), _catalog(request)
-    async with translated_errors():
-        if body.pin is not None:
-            await catalog.set_pin(name, body.tier if body.pin else None, Condition())
-        if not query.wait:
-            return _shown(request, await catalog.load(name, body.tier, wait=False), 202)
-        return await until_disconnect(request, _loaded(request, name, body.tier))
+    services, query = services_of(request), read_query(request, WaitQuery)
+    body = await read_json(request, AdapterLoad, services.settings.max_body_bytes)
+    name, catalog = _known_name(request), services.catalog
+    if body.pin is not None:
+        await catalog.set_pin(name, body.tier if body.pin else None, Condition())
+    if not query.wait:
+        return _shown(services, await catalog.load(name, body.tier, wait=False), 202)
+    return await until_disconnect(request, _loaded(services, name, body.tier))
 
 
-async def _loaded(request: Request, name: str, tier: Tier) -> Response:
-    return _shown(request, await _catalog(request).load(name, tier, wait=True))
+async def _loaded(services: Services, name: str, tier: Tier) -> Response:
+    return _shown(services, await services.catalog.load(name, tier, wait=True))
 
 
 async def unload_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
-    body = await read_json(request, AdapterUnload, request.app.state.settings.max_body_bytes)
-    return _shown(request, await _catalog(request).unload(_known_name(request), body.tier))
+    services = services_of(request)
+    body = await read_json(request, AdapterUnload, services.settings.max_body_bytes)
+    return _shown(services, await services.catalog.unload(_known_name(request), body.tier))
 
 
 async def patch_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
-    body = await read_json(request, AdapterChange, request.app.state.settings.max_body_bytes)
-    name, catalog = _known_name(request), _catalog(request)
-    version = catalog.resolve(name)
-    pinned = version is not None and version.record.pinned
-    tier: Tier = version.record.pin_tier if version is not None and pinned else "device"
-    async with translated_errors():
-        version = await catalog.set_pin(name, tier if body.pinned else None, read_condition(request))
-    return _shown(request, version)
+    services = services_of(request)
+    body = await read_json(request, AdapterChange, services.settings.max_body_bytes)
+    name = _known_name(request)
+    version = services.catalog.versions.resolve(name)
+    tier: Tier = "device" if version is None or version.record.pin is None else version.record.pin
+    version = await services.catalog.set_pin(name, tier if body.pinned else None, read_condition(request))
+    return _shown(services, version)
 
 
 async def delete_adapter(request: Request) -> Response:
     query = read_query(request, DeleteQuery)
-    await remove(request.app.state, request.path_params["name"], read_condition(request), force=query.force)
+    await remove(services_of(request), request.path_params["name"], read_condition(request), force=query.force)
     return Response(status_code=204)
 
 
@@ -134,19 +134,15 @@ routes = [
 ]
 
 
-def _catalog(request: Request) -> Catalog:
-    catalog: Catalog = request.app.state.catalog
-    return catalog
-
-
 def _known_name(request: Request) -> str:
-    """The name in the path. Raises ApiError 409 if it is imported and so means nothing yet."""
+    """The name in the path. Raises RequestError while an import is to give the name its first version."""
     name: str = request.path_params["name"]
-    if _catalog(request).resolve(name) is None:
-        request.app.state.imports.require_idle(name)
+    services = services_of(request)
+    if services.catalog.versions.resolve(name) is None:
+        services.imports.require_idle(name)
     return name
 
 
-def _shown(request: Request, version: AdapterVersion, status: int = 200) -> Response:
+def _shown(services: Services, version: AdapterVersion, status: int = 200) -> Response:
     headers = {"ETag": f'"{version.digest}"'}
-    return json_response(adapter_resource(request.app.state, version), status, headers)
+    return json_response(adapter_resource(services, version), status, headers)

@@ -1,17 +1,10 @@
 """What the engine is told of adapters, and what it says of them."""
 
 import asyncio
-import itertools
-import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from runtime.messages import (
     AdapterState,
-    Answer,
-    Command,
     FailAdapter,
     LoadAdapter,
     PinAdapter,
@@ -20,154 +13,82 @@ from runtime.messages import (
     Tier,
     UnloadAdapter,
 )
-
-log = logging.getLogger("rootstock.service")
-
-
-class RequestFailed(Exception):
-    """The engine ended a request without a result; `code` is the stable word for why."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code, self.message = code, message
+from service.engine.connection import Connection
+from service.metrics import Metrics
 
 
-class EngineAdapters(ABC):
-    """Remembers which adapters the engine shall know and hold, so that a new engine can be told all of it again.
+class EngineAdapters:
+    """Remembers which adapters the engine must know and pin, so that a new engine can be told all of it again."""
 
-    `adapter_states` is what the engine said last of each. `on_wanted` is called with the digest of an adapter whose
-    file the engine does not find, `on_settled` with that of one for which it does nothing any more, `on_load` with the
-    seconds of each stage of a load.
-    """
-
-    def __init__(self) -> None:
-        self.adapter_states: dict[str, AdapterState] = {}
-        self.on_wanted: Callable[[str], None] | None = None
-        self.on_settled: Callable[[str], None] | None = None
-        self.on_load: Callable[[dict[str, float]], None] | None = None
+    def __init__(self, connection: Connection, metrics: Metrics) -> None:
+        self.states: dict[str, AdapterState] = {}  # by digest: the engine's last word on each adapter
+        self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()  # every word, for the owner of the files
+        self._connection, self._metrics = connection, metrics
         self._paths: dict[str, Path] = {}
         self._pins: dict[str, Tier] = {}
-        self._told = False  # whether there has been an engine
-        self._numbers = itertools.count()
-        self._answers: dict[str, asyncio.Future[None]] = {}
+        self._had_engine = False
 
-    @property
-    @abstractmethod
-    def serving(self) -> bool:
-        """Whether there is an engine to talk to."""
-
-    @abstractmethod
-    def _send(self, command: Command) -> None:
-        """Send a command, if there is an engine."""
-
-    def register_adapter(self, digest: str, path: Path) -> None:
-        """Tell the engine, and every later one, where an adapter's canonical file is, or will be when it is wanted."""
+    def register(self, digest: str, path: Path) -> None:
+        """Tell the engine, and every later one, where an adapter's canonical file is, or will be once it is fetched."""
         self._paths[digest] = path
-        self._send(RegisterAdapter(digest=digest, path=str(path)))
+        self._connection.send(RegisterAdapter(digest=digest, path=str(path)))
 
-    def retire_adapter(self, digest: str) -> None:
-        """Forget an adapter; what runs on it finishes."""
+    def retire(self, digest: str) -> None:
+        """Forget an adapter; requests that run on it finish."""
         self._paths.pop(digest, None)
         self._pins.pop(digest, None)
-        self.adapter_states.pop(digest, None)
-        self._send(RetireAdapter(digest=digest))
+        self.states.pop(digest, None)
+        self._connection.send(RetireAdapter(digest=digest))
 
-    def fail_adapter(self, digest: str, reason: str) -> None:
-        """The file that the engine wants cannot be had."""
-        self._send(FailAdapter(digest=digest, reason=reason))
+    def fail(self, digest: str, reason: str) -> None:
+        """Tell the engine that a file which it asked for cannot be fetched."""
+        self._connection.send(FailAdapter(digest=digest, reason=reason))
 
-    def load_adapter(self, digest: str, tier: Tier = "device") -> None:
-        """Start to bring an adapter into a tier."""
-        self._send(LoadAdapter(digest=digest, tier=tier))
+    def prefetch(self, digest: str, tier: Tier = "device") -> None:
+        """Start to load an adapter into a tier."""
+        self._connection.send(LoadAdapter(digest=digest, tier=tier))
 
-    async def bring_adapter(self, digest: str, tier: Tier) -> None:
-        """Bring an adapter into a tier, and return when it is there. Raises RequestFailed with why it did not come."""
-        self._require_engine()
-        await self._ask(number := self._number(), LoadAdapter(request_id=number, digest=digest, tier=tier))
+    async def load(self, digest: str, tier: Tier) -> None:
+        """Load an adapter into a tier; returns when it is there. Raises EngineError with the reason if it fails."""
+        request_id = self._connection.new_id()
+        await self._connection.ask(request_id, LoadAdapter(request_id=request_id, digest=digest, tier=tier))
 
-    async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
+    async def unload(self, digest: str, tier: Tier) -> None:
+        """Free an adapter's memory in a tier and above it. Raises EngineError if it is in use or pinned."""
+        request_id = self._connection.new_id()
+        await self._connection.ask(request_id, UnloadAdapter(request_id=request_id, digest=digest, tier=tier))
+
+    async def pin(self, digest: str, tier: Tier | None) -> None:
         """Keep an adapter in a tier, now and in every later engine; None ends that.
 
-        Raises RequestFailed when the engine refuses, or there is none any more; before the first one has started it is
-        done then.
+        Raises EngineError when the engine refuses or has died; before the first engine has started, the pin is only
+        remembered.
         """
         if tier is None:
             self._pins.pop(digest, None)
-        if self._told:
-            self._require_engine()
-            await self._ask(number := self._number(), PinAdapter(request_id=number, digest=digest, tier=tier))
+        if self._had_engine:
+            request_id = self._connection.new_id()
+            await self._connection.ask(request_id, PinAdapter(request_id=request_id, digest=digest, tier=tier))
         if tier is not None:
             self._pins[digest] = tier
 
-    async def unload_adapter(self, digest: str, tier: Tier) -> None:
-        """Give back an adapter's memory in a tier. Raises RequestFailed when the engine refuses, or there is none."""
-        self._require_engine()
-        await self._ask(number := self._number(), UnloadAdapter(request_id=number, digest=digest, tier=tier))
-
-    # ------------------------------------------------------------------ for the client
-
-    def _tell_all(self) -> None:
+    def tell_all(self) -> None:
         """Make a new engine know everything that the last one knew."""
-        self._told = True
+        self._had_engine = True
         for digest, path in self._paths.items():
-            self._send(RegisterAdapter(digest=digest, path=str(path)))
+            self._connection.send(RegisterAdapter(digest=digest, path=str(path)))
         for digest, tier in self._pins.items():
-            self._send(PinAdapter(request_id=f"again-{digest}", digest=digest, tier=tier))
+            self._connection.send(PinAdapter(request_id=f"again-{digest}", digest=digest, tier=tier))
 
-    def _forget_engine(self, reason: str) -> None:
-        """The engine died: what waited for it fails."""
-        self.adapter_states.clear()
-        failure = RequestFailed("engine_died", reason)
-        for answer in self._answers.values():
-            fail(answer, failure)
+    def lost(self) -> None:
+        """The engine died, and with it every state."""
+        self.states.clear()
 
-    def _on_answer(self, answer: Answer) -> None:
-        asked = self._answers.get(answer.request_id)
-        if asked is None:
-            if answer.code is not None:
-                log.error("%s: the engine refused: %s", answer.request_id, answer.message)
-        elif answer.code is None:
-            succeed(asked)
-        else:
-            fail(asked, RequestFailed(answer.code, answer.message))
-
-    def _on_state(self, event: AdapterState) -> None:
-        if event.seconds and self.on_load is not None:
-            self.on_load(event.seconds)
+    def on_state(self, event: AdapterState) -> None:
+        if event.seconds:
+            self._metrics.loaded(event.seconds)
         if event.state == "retired" or event.digest not in self._paths:
-            self.adapter_states.pop(event.digest, None)
+            self.states.pop(event.digest, None)
             return
-        self.adapter_states[event.digest] = event
-        if event.state == "wanted" and self.on_wanted is not None:
-            self.on_wanted(event.digest)
-        if event.state not in ("wanted", "loading") and self.on_settled is not None:
-            self.on_settled(event.digest)
-
-    # ------------------------------------------------------------------ inside
-
-    async def _ask(self, number: str, command: Command) -> None:
-        asked = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._send(command)
-        try:
-            await asked
-        finally:
-            del self._answers[number]
-
-    def _number(self) -> str:
-        return f"ask-{next(self._numbers)}"
-
-    def _require_engine(self) -> None:
-        if not self.serving:
-            raise RequestFailed("engine_unavailable", "the engine is not running; it is being restarted")
-
-
-def succeed(future: "asyncio.Future[Any]", result: Any = None) -> None:
-    """Give an answer to whoever still waits for it."""
-    if not future.done():
-        future.set_result(result)
-
-
-def fail(future: "asyncio.Future[Any]", failure: RequestFailed) -> None:
-    """Give a failure to whoever still waits."""
-    if not future.done():
-        future.set_exception(failure)
+        self.states[event.digest] = event
+        self.changes.put_nowait(event)

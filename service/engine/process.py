@@ -11,7 +11,7 @@ import zmq.asyncio
 
 from runtime.config import EngineConfig
 from runtime.messages import Command, Event, Ready, Shutdown, decode_events, encode
-from service.private_directory import private_scratch
+from storage.scratch import private_scratch
 
 REASON_BYTES = 4096  # of standard error, kept to say why an engine did not start
 SHUTDOWN_SECONDS = 3.0  # for an engine to end by itself before it is killed

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from runtime.adapter_format.errors import shown
-from service.responses import ApiError
+from service.errors import RequestError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
@@ -20,7 +20,7 @@ class Bundle(NamedTuple):
 class BundleFiles:
     """The two files of a bundle while they arrive: no others, each once, each within its limit.
 
-    Every method blocks and may raise ApiError.
+    Every method blocks and may raise RequestError.
     """
 
     def __init__(self, directory: Path, max_weights_bytes: int) -> None:
@@ -35,9 +35,9 @@ class BundleFiles:
         """Start a file that its container calls `name` and, if it says so, has `size` bytes."""
         if name not in self._limits:
             message = f"{shown(name)!r} is not expected: only {CONFIG} and {WEIGHTS} are"
-            raise ApiError(400, "unexpected_file", message, shown(name))
+            raise RequestError("unexpected_file", message, shown(name))
         if name in self._complete:
-            raise ApiError(400, "duplicate_file", f"{name} comes twice", name)
+            raise RequestError("duplicate_file", f"{name} comes twice", name)
         if size > self._limits[name]:
             raise too_large(self._limits[name], name)
         self._name, self._room = name, self._limits[name]
@@ -64,10 +64,10 @@ class BundleFiles:
         """Both files, which must have come to their end."""
         for name in self._limits:
             if name not in self._complete:
-                raise ApiError(400, "missing_file", f"the upload has no {name}, or it is cut off", name)
+                raise RequestError("missing_file", f"the upload has no {name}, or it is cut off", name)
         return Bundle(self._directory / WEIGHTS, (self._directory / CONFIG).read_bytes())
 
 
-def too_large(limit: int, name: str | None = None) -> ApiError:
+def too_large(limit: int, name: str | None = None) -> RequestError:
     """The error for a body, or a file in it, over its limit in bytes."""
-    return ApiError(413, "body_too_large", f"{name or 'the upload'} has more than {limit} bytes", name)
+    return RequestError("body_too_large", f"{name or 'the upload'} has more than {limit} bytes", name)

@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from service.adapters.record import AdapterVersion
-from service.ingest.source_urls import Source
-from service.responses import ApiError
+from service.catalog.record import AdapterVersion
+from service.errors import RequestError, request_error
+from service.source_urls import Source
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_RETRY = {"retry-after": "5"}
 MAX_WAITING = 1000  # imports that wait for others; each is a few hundred bytes
 CLOSE_SECONDS = 5.0
 MAX_FAILED, FAILED_SECONDS = 1000, 3600.0  # how many failures are remembered, and how long
@@ -33,7 +32,7 @@ class Import:
         self.created_at, self.ended_at = time.time(), 0.0
         self.bytes = 0
         self.total_bytes: int | None = None
-        self.error: ApiError | None = None
+        self.error: RequestError | None = None
         self.committing = False  # from here on its end is waited for, as half of a change is none
         self._cancelled = threading.Event()
 
@@ -66,10 +65,10 @@ class Imports:
         self._failed: dict[str, Import] = {}
 
     def start(self, job: Import, work: Work) -> Import:
-        """Run an import's work as soon as there is room. Raises ApiError 409 while another has its name, 503."""
+        """Run an import's work as soon as there is room. Raises RequestError 409 while another has its name, 503."""
         self.require_idle(job.name)
         if len(self._running) >= MAX_WAITING:
-            raise ApiError(503, "too_many_uploads", f"{MAX_WAITING} imports are waiting already", headers=_RETRY)
+            raise RequestError("too_many_uploads", f"{MAX_WAITING} imports are waiting already")
         self._failed.pop(job.name, None)
         self._running[job.name] = job
         self._tasks[job] = task = asyncio.create_task(self._run(job, work), name=f"import {job.name}")
@@ -77,13 +76,16 @@ class Imports:
         return job
 
     async def result(self, job: Import) -> Published:
-        """What an import has published, and whether the name is new. Raises what it failed with, or ApiError 409."""
+        """What an import has published, and whether the name is new. Raises its failure."""
         task = self._tasks[job]
         await asyncio.wait([task])
         if self._failed.get(job.name) is job:
             del self._failed[job.name]  # its caller knows
         if task.cancelled():
-            raise ApiError(409, "import_cancelled", f"adapter {job.name!r} was deleted while it was imported", "name")
+            raise RequestError("import_cancelled", f"adapter {job.name!r} was deleted while it was imported", "name")
+        error = task.exception()
+        if isinstance(error, Exception):
+            raise request_error(error) or error
         return task.result()
 
     def get(self, name: str) -> Import | None:
@@ -97,10 +99,10 @@ class Imports:
         return [*self._running.values(), *self._failed.values()]
 
     def require_idle(self, name: str) -> None:
-        """Raise ApiError 409 while a name is imported."""
+        """Raise RequestError 409 while a name is imported."""
         if name in self._running:
             message = f"adapter {name!r} is being imported: wait for that, or delete it first"
-            raise ApiError(409, "import_in_progress", message, "name")
+            raise RequestError("import_in_progress", message, "name")
 
     async def forget(self, name: str) -> bool:
         """End the import of a name, or drop its failure; whether there was one.
@@ -125,9 +127,9 @@ class Imports:
 
     @asynccontextmanager
     async def uploading(self) -> AsyncIterator[None]:
-        """Take one of the places. Raises ApiError 503 when there is none: an upload's bytes cannot wait."""
+        """Take one of the places. Raises RequestError 503 when there is none: an upload's bytes cannot wait."""
         if self._slots.locked():
-            raise ApiError(503, "too_many_uploads", "too many uploads and imports are under way", headers=_RETRY)
+            raise RequestError("too_many_uploads", "too many uploads and imports are under way")
         async with self._slots:
             yield
 
@@ -158,10 +160,11 @@ class Imports:
 
     def _ended(self, job: Import, task: asyncio.Task[Published]) -> None:
         del self._tasks[job]
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, ApiError):
-            _log.error("the import of %s failed", job.name, exc_info=error)
-            error = ApiError(500, "internal_error", "an internal error; the server's log has it")
+        failure = None if task.cancelled() else task.exception()
+        error = request_error(failure) if isinstance(failure, Exception) else None
+        if failure is not None and error is None:
+            _log.error("the import of %s failed", job.name, exc_info=failure)
+            error = RequestError("internal_error", "an internal error; the server's log has it")
         if self._running.get(job.name) is job:  # else its name is free already, and may be another import's
             del self._running[job.name]
             if error is not None:

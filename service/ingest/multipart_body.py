@@ -3,8 +3,8 @@
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from service.errors import RequestError
 from service.ingest.bundle import CONFIG, WEIGHTS, Bundle, BundleFiles
-from service.responses import ApiError
 
 
 class MultipartBody:
@@ -76,5 +76,5 @@ class MultipartBody:
         self._ended = True
 
 
-def _invalid(message: str, name: str | None = None) -> ApiError:
-    return ApiError(400, "invalid_multipart", message, name)
+def _invalid(message: str, name: str | None = None) -> RequestError:
+    return RequestError("invalid_multipart", message, name)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from service.errors import RequestError
 from service.ingest.bundle import CONFIG, WEIGHTS, BundleFiles
-from service.responses import ApiError
 from storage.store import OnProgress
 
 _COPY_BYTES = 1 << 20
@@ -18,8 +18,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 def copy_files(root: Path, below: Sequence[str], files: BundleFiles, on_progress: OnProgress) -> None:
     """Copy the two files out of the directory that is `below` a root, so that nobody changes them any more.
 
-    Blocks. Links are refused at every step below the root: what they point at may be elsewhere. Raises ApiError: 403
-    for those and what is no plain file, 404 for what is not there, 413 past the limits; what `on_progress` raises.
+    Blocks. Links are refused at every step below the root: what they point at may be elsewhere. Raises
+    RequestError for links, missing files and files past the limits; passes on what `on_progress` raises.
     """
     with _directory(root, below) as directory:
         for name in (CONFIG, WEIGHTS):
@@ -45,10 +45,10 @@ def _directory(root: Path, below: Sequence[str]) -> Iterator[int]:
             finally:
                 os.close(parent)
     except FileNotFoundError:
-        raise ApiError(404, "source_not_found", "the source's directory is not there", "src") from None
+        raise RequestError("source_not_found", "the source's directory is not there", "src") from None
     except OSError as error:
         message = f"the source is no plain directory that may be read: {error.strerror}"
-        raise ApiError(403, "source_not_allowed", message, "src") from None
+        raise RequestError("source_not_allowed", message, "src") from None
     try:
         yield descriptor
     finally:
@@ -60,10 +60,10 @@ def _open_plain(name: str, directory: int) -> BinaryIO:
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     except FileNotFoundError:
-        raise ApiError(404, "source_not_found", f"the source has no {name}", "src") from None
+        raise RequestError("source_not_found", f"the source has no {name}", "src") from None
     except OSError as error:
-        raise ApiError(403, "source_not_allowed", f"{name} of the source: {error.strerror}", "src") from None
+        raise RequestError("source_not_allowed", f"{name} of the source: {error.strerror}", "src") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ApiError(403, "source_not_allowed", f"{name} of the source is not a plain file", "src")
+        raise RequestError("source_not_allowed", f"{name} of the source is not a plain file", "src")
     return open(descriptor, "rb")

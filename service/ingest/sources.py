@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from service.errors import RequestError
 from service.ingest.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
 from service.ingest.source_files import copy_files
-from service.ingest.source_urls import AllowedSources, Source, check_revision, source_of
-from service.responses import ApiError
+from service.source_urls import AllowedSources, Source, check_revision, source_of
 from storage.huggingface import HubRepository
 from storage.s3 import S3Store
 from storage.store import (
@@ -26,7 +26,6 @@ from storage.store import (
 )
 
 _log = logging.getLogger(__name__)
-_RETRY_SECONDS = 5
 _Remote = TypeVar("_Remote", S3Store, HubRepository)
 
 
@@ -55,24 +54,23 @@ class Sources:
         self._open: set[S3Store | HubRepository] = set()
 
     def checked(self, src: str, revision: str | None = None) -> Source:
-        """The source that a URL names. Raises ApiError: 400 for one that is none, 403 for one that is not allowed."""
+        """The source that a URL names. Raises RequestError for a bad or a forbidden one."""
         try:
             source = source_of(src)
         except ValueError as error:
-            raise ApiError(400, "unsupported_source", f"the source is not accepted: {error}", "src") from None
+            raise RequestError("unsupported_source", f"the source is not accepted: {error}", "src") from None
         if revision is not None:
             source = _with_revision(source, revision)
         if self._allowed.place_of(source) is None:
             message = f"{source.url} is not a source that this server allows (--allow-source)"
-            raise ApiError(403, "source_not_allowed", message, "src")
+            raise RequestError("source_not_allowed", message, "src")
         return source
 
     def fetch(self, source: Source, directory: Path, on_progress: OnProgress) -> Fetched:
         """Bring the two files of a checked source into a directory, which the caller removes whatever happens; blocks.
 
-        `on_progress` hears of the weights, in bytes, and what it raises ends the fetch. Raises ApiError: 404 and 403
-        for what is not there or not readable, 413 past the limits, 409 when it changed meanwhile, 502 and 503 when its
-        store does not work; StoreFull, OSError.
+        `on_progress` gets the bytes of the weights so far, and its exceptions end the fetch. Raises RequestError if the
+        source is missing, unreadable, too large, changes meanwhile, or its store does not work; StoreFull, OSError.
         """
         if source.scheme == "file":
             return self._fetch_files(source, directory, on_progress)
@@ -119,7 +117,7 @@ class Sources:
             try:
                 reader.fetch(name, directory / name, max_bytes=limit, on_progress=listener)
             except NotFound:
-                raise ApiError(404, "source_not_found", f"the source has no {name}", "src") from None
+                raise RequestError("source_not_found", f"the source has no {name}", "src") from None
             except ObjectTooLarge:
                 raise too_large(limit, name) from None
         return Bundle(directory / WEIGHTS, (directory / CONFIG).read_bytes())
@@ -127,14 +125,14 @@ class Sources:
 
 def _with_revision(source: Source, revision: str) -> Source:
     if source.scheme != "hf":
-        raise ApiError(400, "unsupported_revision", "revision goes with hf:// sources only", "revision")
+        raise RequestError("unsupported_revision", "revision goes with hf:// sources only", "revision")
     try:
         check_revision(revision)
     except ValueError as error:
-        raise ApiError(400, "unsupported_revision", str(error), "revision") from None
+        raise RequestError("unsupported_revision", str(error), "revision") from None
     if source.revision not in (None, revision):
         message = f"src names the revision {source.revision!r} and revision is {revision!r}: give one"
-        raise ApiError(400, "conflicting_revisions", message, "revision")
+        raise RequestError("conflicting_revisions", message, "revision")
     return source._replace(revision=revision)
 
 
@@ -146,20 +144,20 @@ def _translated(source: Source) -> Iterator[None]:
     except StoreFull:
         raise  # the server's own disk
     except NotFound as error:
-        raise _failed(404, "source_not_found", f"{source.url} is not there", error) from None
+        raise _failed("source_not_found", f"{source.url} is not there", error) from None
     except AccessDenied as error:
-        raise _failed(403, "source_access_denied", f"the server may not read {source.url}", error) from None
+        raise _failed("source_access_denied", f"the server may not read {source.url}", error) from None
     except ObjectChanged as error:
-        raise _failed(409, "source_changed", f"{source.url} changed while it was read", error) from None
+        raise _failed("source_changed", f"{source.url} changed while it was read", error) from None
     except InvalidKey as error:
-        raise _failed(400, "unsupported_source", f"{source.url} cannot be read from its store", error) from None
+        raise _failed("unsupported_source", f"{source.url} cannot be read from its store", error) from None
     except StoreUnavailable as error:
         message = f"the store of {source.url} does not answer"
-        raise _failed(503, "source_unavailable", message, error, {"retry-after": str(_RETRY_SECONDS)}) from None
+        raise _failed("source_unavailable", message, error) from None
     except StoreError as error:
-        raise _failed(502, "source_unavailable", f"the store of {source.url} does not work", error) from None
+        raise _failed("source_broken", f"the store of {source.url} does not work", error) from None
 
 
-def _failed(status: int, code: str, message: str, error: StoreError, headers: dict[str, str] | None = None) -> ApiError:
+def _failed(code: str, message: str, error: StoreError) -> RequestError:
     _log.info("%s: %s", message, error)
-    return ApiError(status, code, message, "src", headers)
+    return RequestError(code, message, "src")

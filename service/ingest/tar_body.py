@@ -3,8 +3,8 @@
 import tarfile
 
 from runtime.adapter_format.errors import shown
+from service.errors import RequestError
 from service.ingest.bundle import CONFIG, WEIGHTS, Bundle, BundleFiles
-from service.responses import ApiError
 
 BLOCK_BYTES = 512
 MAX_ENTRIES = 16
@@ -136,5 +136,5 @@ def _check_pax(records: bytes) -> None:
         records = records[int(length) :]
 
 
-def _invalid(message: str, name: str | None = None) -> ApiError:
-    return ApiError(400, "invalid_archive", message, name)
+def _invalid(message: str, name: str | None = None) -> RequestError:
+    return RequestError("invalid_archive", message, name)

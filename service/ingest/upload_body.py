@@ -11,11 +11,11 @@ from starlette.requests import Request
 
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import read_header
+from service.errors import RequestError
 from service.ingest.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
 from service.ingest.multipart_body import MultipartBody
 from service.ingest.tar_body import TarBody
 from service.ingest.throttle import PIECE_BYTES, Pace
-from service.responses import ApiError
 
 ACCEPTED = "multipart/form-data, application/x-tar or application/vnd.safetensors"
 # A client that sends less takes one of few places from those that would send more.
@@ -23,7 +23,7 @@ PATIENCE_SECONDS, LEAST_BYTES_PER_SECOND = 30.0, 16 * 1024
 
 
 class Body(Protocol):
-    """A container format, fed piece by piece; its methods block and may raise ApiError."""
+    """A container format, fed piece by piece; its methods block and may raise RequestError."""
 
     def feed(self, data: bytes) -> None: ...
 
@@ -56,7 +56,7 @@ class SafetensorsBody:
 async def read_bundle(request: Request, directory: Path, max_bytes: int, pace: Pace) -> Bundle:
     """Read a request's body into `directory`, which the caller removes whatever happens.
 
-    Raises ApiError: 415 for another content type, 413 past `max_bytes` (counted, whatever the headers say),
+    Raises RequestError: 415 for another content type, 413 past `max_bytes` (counted, whatever the headers say),
     400 for a malformed container; InvalidAdapter for a safetensors body without a configuration;
     ClientDisconnect.
     """
@@ -81,7 +81,7 @@ def _body(request: Request, files: BundleFiles, directory: Path) -> Body:
     if content_type == b"application/vnd.safetensors":
         return SafetensorsBody(files, directory)
     message = f"the content type {content_type.decode('latin-1')!r} is not accepted: expected {ACCEPTED}"
-    raise ApiError(415, "unsupported_media_type", message, "Content-Type", {"Accept": ACCEPTED})
+    raise RequestError("unsupported_media_type", message, "Content-Type")
 
 
 async def _feed(request: Request, feed: Callable[[bytes], None], max_bytes: int, pace: Pace) -> None:
@@ -107,10 +107,10 @@ def _feed_all(feed: Callable[[bytes], None], chunks: list[bytes]) -> None:
 
 
 async def _next(stream: AsyncGenerator[bytes, None], deadline: float) -> bytes | None:
-    """The next piece of a body, None after the last. Raises ApiError 408 when it does not come in time."""
+    """The next piece of a body, None after the last. Raises RequestError 408 when it does not come in time."""
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
             return await anext(stream, None)
     except TimeoutError:
         message = f"the body came too slowly: expected {LEAST_BYTES_PER_SECOND} bytes a second"
-        raise ApiError(408, "upload_too_slow", message, headers={"connection": "close"}) from None
+        raise RequestError("upload_too_slow", message) from None

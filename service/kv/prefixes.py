@@ -1,20 +1,20 @@
-"""Which prefixes are held, of which adapter version, and why those that ended did."""
+"""Which prefixes are held, of which adapter version, until when, and why those that ended did."""
 
+import asyncio
 import time
 from contextlib import ExitStack
 from typing import NamedTuple
 from uuid import uuid4
 
 from runtime.messages import HoldPrefix, PrefixHeld
-from service.adapters.record import AdapterVersion
-from service.adapters.versions import AdapterView
-from service.engine.adapters import RequestFailed
-from service.engine.prefixes import EnginePrefixes
+from service.catalog.record import AdapterVersion
+from service.catalog.versions import Versions
+from service.engine.prefixes import EnginePrefixes, HeldPrefix
+from service.errors import RequestError
 from service.openai.invocation import Prompt
-from service.responses import ApiError
 
-MAX_PREFIXES = 4096  # held at once: those that share their blocks would not meet the engine's bound
-MAX_ENDED = 1000  # of which it is remembered why
+MAX_PREFIXES = 4096  # held at once: prefixes that share their blocks would not reach the engine's bound on blocks
+MAX_ENDED = 1000  # ended prefixes whose reason is remembered
 
 REASONS = {
     "expired": "its time is over",
@@ -27,24 +27,25 @@ REASONS = {
 
 
 class Wanted(NamedTuple):
-    """A prefix to be computed; `model` is what its client called the model, `version` the adapter that this is."""
+    """A prefix to compute."""
 
-    model: str
-    version: AdapterVersion | None
+    model: str  # as the client named it
+    version: AdapterVersion | None  # the adapter that the model is; None: the base
     prompt: Prompt
     ttl_seconds: float
     cache_salt: str
 
 
 class Prefix:
-    """A prefix that is held, or being computed while `held` is None. Times are seconds since 1970."""
+    """A prefix that is held, or that is being computed. Times are seconds since 1970."""
 
     def __init__(self, wanted: Wanted) -> None:
         self.id = f"prefix-{uuid4().hex}"
         self.wanted = wanted
-        self.held: PrefixHeld | None = None
+        self.held: PrefixHeld | None = None  # None while it is computed
         self.created_at = self.expires_at = time.time()
-        self.using = ExitStack()
+        self.using = ExitStack()  # the use of the adapter version
+        self.timer: asyncio.Task[None] | None = None
 
     def command(self) -> HoldPrefix:
         prompt = self.wanted.prompt
@@ -54,84 +55,85 @@ class Prefix:
             token_ids=prompt.token_ids,
             ttl_seconds=self.wanted.ttl_seconds,
             adapter=prompt.adapter,
-            invocation_start=prompt.activation,
-            kv_is_base=prompt.shares_kv,
+            invocation_start=prompt.invocation_start,
+            kv_is_base=prompt.kv_is_base,
             cache_salt=self.wanted.cache_salt,
         )
 
 
 class Prefixes:
-    """Owns the held prefixes, and with each the use of the adapter version whose K/V it is."""
+    """Owns the held prefixes, their time limits, and with each the use of the adapter version of its K/V."""
 
-    def __init__(self, engine: EnginePrefixes, catalog: AdapterView) -> None:
-        self._engine, self._catalog = engine, catalog
+    def __init__(self, engine: EnginePrefixes, versions: Versions) -> None:
+        self._engine, self._versions = engine, versions
         self._prefixes: dict[str, Prefix] = {}
-        self._ended: dict[str, str] = {}
-        engine.on_prefix_ended = self._end
+        self._ended: dict[str, str] = {}  # the reasons, the oldest first
 
     async def hold(self, wanted: Wanted) -> Prefix:
-        """Compute a prefix and hold it. Raises RequestFailed, and ApiError for an adapter that cannot be used."""
-        if len(self._prefixes) >= MAX_PREFIXES:
-            raise RequestFailed("prefixes_full", f"{MAX_PREFIXES} prefixes are held already")
-        prefix = Prefix(wanted)
-        self._prefixes[prefix.id] = prefix  # before the engine can say that it has ended
-        try:
-            if wanted.prompt.adapter is not None and wanted.version is not None:
-                prefix.using.enter_context(self._catalog.using(wanted.version))
-            prefix.held = await self._engine.hold_prefix(prefix.command())
-        except BaseException:
-            self._forget(prefix.id)
-            raise
+        """Compute a prefix and hold it until its time is over. Raises RequestError."""
+        prefix, handle = await self._compute(wanted)
         prefix.expires_at = time.time() + wanted.ttl_seconds
+        prefix.timer = asyncio.create_task(self._watch(prefix, handle), name=prefix.id)
         return prefix
 
     async def warm(self, wanted: Wanted) -> Prefix:
         """Compute a prefix and hold nothing: it stays as long as the cache keeps it. Raises as `hold` does."""
-        prefix = await self.hold(wanted)
-        self._engine.release_prefix(prefix.id)
+        prefix, _ = await self._compute(wanted)
+        self._engine.release(prefix.id)
         self._forget(prefix.id)
         return prefix
 
     def list(self) -> list[Prefix]:
         """Every prefix that is held, the oldest first."""
-        self._expire()
         return [prefix for prefix in self._prefixes.values() if prefix.held is not None]
 
     def get(self, prefix_id: str) -> Prefix:
-        """A prefix that is held. Raises ApiError 404, with the reason if it was held."""
-        self._expire()
+        """A prefix that is held. Raises RequestError, with the reason if it was held once."""
         prefix = self._prefixes.get(prefix_id)
         if prefix is not None and prefix.held is not None:
             return prefix
         reason = self._ended.get(prefix_id)
         why = "there is no such prefix" if reason is None else f"it is held no longer: {REASONS.get(reason, reason)}"
-        raise ApiError(404, "prefix_not_found", f"prefix {prefix_id!r}: {why}", "id")
+        raise RequestError("prefix_not_found", f"prefix {prefix_id!r}: {why}", "id")
 
     def release(self, prefix_id: str) -> None:
-        """Hold a prefix no longer. Raises ApiError as `get` does."""
-        self._release(self.get(prefix_id), "released")
+        """Stop holding a prefix. Raises RequestError as `get` does."""
+        self._end(self.get(prefix_id), "released")
 
-    def close(self) -> None:
-        """Let go of every adapter version."""
+    async def close(self) -> None:
+        """Release every adapter version."""
+        timers = [prefix.timer for prefix in self._prefixes.values() if prefix.timer is not None]
         for prefix_id in list(self._prefixes):
             self._forget(prefix_id)
+        await asyncio.gather(*timers, return_exceptions=True)
 
-    # ------------------------------------------------------------------ inside
+    async def _compute(self, wanted: Wanted) -> tuple[Prefix, HeldPrefix]:
+        if len(self._prefixes) >= MAX_PREFIXES:
+            raise RequestError("prefixes_full", f"{MAX_PREFIXES} prefixes are held already: release one first")
+        prefix = Prefix(wanted)
+        self._prefixes[prefix.id] = prefix
+        try:
+            if wanted.prompt.adapter is not None and wanted.version is not None:
+                prefix.using.enter_context(self._versions.using(wanted.version))
+            prefix.held, handle = await self._engine.hold(prefix.command())
+        except BaseException:
+            self._forget(prefix.id)
+            raise
+        return prefix, handle
 
-    def _expire(self) -> None:
-        """The engine says so too, but between two of its steps."""
-        now = time.time()
-        for prefix in list(self._prefixes.values()):
-            if prefix.held is not None and prefix.expires_at <= now:
-                self._release(prefix, "expired")
+    async def _watch(self, prefix: Prefix, handle: HeldPrefix) -> None:
+        """Wait until a prefix's time is over, or until the engine ends it before that."""
+        try:
+            async with asyncio.timeout(prefix.wanted.ttl_seconds):
+                reason = await handle.ended
+        except TimeoutError:
+            reason = "expired"
+        self._end(prefix, reason)
 
-    def _release(self, prefix: Prefix, reason: str) -> None:
-        self._engine.release_prefix(prefix.id)
-        self._end(prefix.id, reason)
-
-    def _end(self, prefix_id: str, reason: str) -> None:
-        if self._forget(prefix_id):
-            self._ended[prefix_id] = reason
+    def _end(self, prefix: Prefix, reason: str) -> None:
+        if self._forget(prefix.id):
+            self._engine.release(prefix.id)
+            self._ended[prefix.id] = reason
             if len(self._ended) > MAX_ENDED:
                 del self._ended[next(iter(self._ended))]
 
@@ -139,4 +141,6 @@ class Prefixes:
         prefix = self._prefixes.pop(prefix_id, None)
         if prefix is not None:
             prefix.using.close()
+            if prefix.timer is not None and prefix.timer is not asyncio.current_task():
+                prefix.timer.cancel()
         return prefix is not None

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from runtime.messages import HostKvStats, KvNamespace, Stats
-from service.adapters.record import AdapterVersion
+from service.catalog.record import AdapterVersion
 from service.kv.prefixes import Prefix
 from service.openai.invocation import Invocation
 from service.openai.schemas import Alora, Count, Message, Name
@@ -116,7 +116,7 @@ def held_prefix(prefix: Prefix, *, pinned: bool = True) -> HeldPrefix:
         id=prefix.id if pinned else None,
         model=wanted.model,
         digest=None if wanted.version is None else wanted.version.digest,
-        activation=None if wanted.prompt.adapter is None else wanted.prompt.activation,
+        activation=None if wanted.prompt.adapter is None else wanted.prompt.invocation_start,
         invocation=wanted.prompt.invocation,
         tokens=held.tokens,
         blocks=held.blocks,

@@ -2,18 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
+from uuid import uuid4
 
 import msgspec
-from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.adapters.record import AdapterVersion
-from service.bodies import read_json
+from service.catalog.record import AdapterVersion
+from service.errors import RequestError
+from service.http import read_json
 from service.openai.detokenizer import UNKNOWN
 from service.openai.generation import Delta
-from service.openai.prompts import chat_prompt
 from service.openai.sampling import answer_length, sampling_params
 from service.openai.schemas import (
     ChatChoice,
@@ -29,49 +28,38 @@ from service.openai.schemas import (
     Usage,
 )
 from service.openai.streaming import Inputs, answer
-from service.openai.tokenizer import Tokenizer
-from service.responses import ApiError
+from service.services import Services, services_of
 
 
 async def chat_completions(request: Request) -> Response:
-    arrived = time.perf_counter()
-    return await chat(
-        request, await read_json(request, ChatRequest, request.app.state.settings.max_body_bytes), arrived
-    )
+    arrived, services = time.perf_counter(), services_of(request)
+    body = await read_json(request, ChatRequest, services.settings.max_body_bytes)
+    return await answer(request, services, Chat(services, body), arrived)
 
 
-async def chat(request: Request, body: ChatRequest, arrived: float) -> Response:
-    """The answer to a decoded request."""
-    return await answer(request, body, "chatcmpl", partial(prepare, request.app.state, body), arrived)
+class Chat:
+    """One chat request: reads its fields, and formats its answer as OpenAI's API does."""
 
-
-async def prepare(state: State, body: ChatRequest, version: AdapterVersion | None, identity: str) -> Inputs:
-    """Check a request and turn its messages into tokens. Raises ApiError 400 naming the field."""
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "invalid_field", "top_logprobs needs logprobs to be true", "top_logprobs")
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        message = f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ"
-        raise ApiError(400, "invalid_field", message, "max_completion_tokens")
-    prompt = await chat_prompt(state, body.messages, version, body.alora)
-    asked = body.max_completion_tokens or body.max_tokens
-    length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    length = len(prompt.token_ids)
-    max_tokens = answer_length(asked, None, length, state.max_model_len, "messages", length_param)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, max_tokens, logprobs, state.vocab_size)
-    return Inputs(
-        [prompt], params, ChatShape(identity, body.model, state.tokenizer, with_logprobs=params.logprobs is not None)
-    )
-
-
-class ChatShape:
-    """Words the answers of one request; `chunk` remembers which choices have begun."""
-
-    def __init__(self, identity: str, model: str, tokenizer: Tokenizer, *, with_logprobs: bool):
-        self._identity, self._model, self._tokenizer = identity, model, tokenizer
-        self._with_logprobs = with_logprobs
+    def __init__(self, services: Services, body: ChatRequest):
+        self.id, self.body = f"chatcmpl-{uuid4().hex}", body
+        self._services, self._tokenizer = services, services.tokenizer
         self._created = int(time.time())
-        self._begun: set[int] = set()
+        self._begun: set[int] = set()  # the choices that have had a chunk
+
+    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+        body, services = self.body, self._services
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("invalid_field", "top_logprobs needs logprobs to be true", "top_logprobs")
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+            message = f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ"
+            raise RequestError("invalid_field", message, "max_completion_tokens")
+        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora)
+        asked = body.max_completion_tokens or body.max_tokens
+        length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        length = len(prompt.token_ids)
+        max_tokens = answer_length(asked, None, length, services.max_model_len, "messages", length_param)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return Inputs([prompt], sampling_params(body, max_tokens, logprobs, services.vocab_size))
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
         if not (delta.text or delta.logprobs or delta.finish_reason):
@@ -90,11 +78,11 @@ class ChatShape:
         return self._chunk([], usage)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self._identity, created=self._created, model=self._model, choices=choices, usage=usage)
+        return ChatChunk(id=self.id, created=self._created, model=self.body.model, choices=choices, usage=usage)
 
     def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
         found = [self._choice(deltas) for deltas in choices]
-        return ChatCompletion(id=self._identity, created=self._created, model=self._model, choices=found, usage=usage)
+        return ChatCompletion(id=self.id, created=self._created, model=self.body.model, choices=found, usage=usage)
 
     def _choice(self, deltas: Sequence[Delta]) -> ChatChoice:
         reason = deltas[-1].finish_reason
@@ -107,7 +95,7 @@ class ChatShape:
         )
 
     def _logprobs(self, deltas: Sequence[Delta]) -> ChatLogprobs | None:
-        if not self._with_logprobs:
+        if not self.body.logprobs:
             return None
         content = []
         for delta in deltas:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
+from service.access import AccessRecord
 from service.engine.client import EngineClient
 from service.metrics import Series
 from service.openai.detokenizer import StopStrings
@@ -20,21 +21,21 @@ FinishReason = Literal["stop", "length"]
 
 
 class Plan(NamedTuple):
-    """What is to be generated: `choices` sequences for each prompt."""
+    """What is to be generated."""
 
     request_id: str
     prompts: list[Prompt]
     params: SamplingParams
-    choices: int
-    stops: tuple[str, ...]
+    choices: int  # sequences for each prompt
+    stops: tuple[str, ...]  # stop strings
     cache_salt: str
 
 
 class Delta(NamedTuple):
-    """What one choice gained. `text` may be empty: part of a character, or held back for a stop string."""
+    """What one choice gained."""
 
     choice: int
-    text: str
+    text: str  # empty for part of a character, or while text is held back for a stop string
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
@@ -69,8 +70,17 @@ class Choice:
 class Generation:
     """Runs a plan, and counts what it used."""
 
-    def __init__(self, plan: Plan, engine: EngineClient, tokenizer: Tokenizer, series: Series, arrived: float):
+    def __init__(
+        self,
+        plan: Plan,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        series: Series,
+        record: AccessRecord,
+        arrived: float,
+    ):
         self._plan, self._engine, self._tokenizer, self._series = plan, engine, tokenizer, series
+        self._record = record
         self._arrived = self._last = arrived  # time.perf_counter() when the request came in, and at its last token
         self._completion_tokens = self._computed_prompts = 0
         self.cached_tokens = 0
@@ -100,7 +110,7 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """What the choices gain, as it comes; closing the generator aborts them.
 
-        Choice c of prompt p has the index p·n + c. Raises RequestFailed.
+        Choice c of prompt p has the index p·n + c. Raises EngineError.
         """
         runs = self._runs()
         finished = False
@@ -111,8 +121,14 @@ class Generation:
                     yield delta
             finished = True
         finally:
-            usage = self.usage
-            self._series.ended(usage.prompt_tokens, self.cached_tokens, usage.completion_tokens, finished=finished)
+            self._count_up(self.usage, finished=finished)
+
+    def _count_up(self, usage: Usage, *, finished: bool) -> None:
+        """Tell the metrics and the access log what the request used."""
+        self._series.ended(usage.prompt_tokens, self.cached_tokens, usage.completion_tokens, finished=finished)
+        self._record.prompt_tokens, self._record.cached_tokens = usage.prompt_tokens, self.cached_tokens
+        self._record.completion_tokens = usage.completion_tokens
+        self._record.first_token_seconds = self.first_token_seconds
 
     def _time(self) -> None:
         now = time.perf_counter()
@@ -153,8 +169,8 @@ class Generation:
             token_ids=prompt.token_ids,
             params=msgspec.structs.replace(self._plan.params, choice=choice) if choice else self._plan.params,
             adapter=prompt.adapter,
-            invocation_start=prompt.activation,
-            kv_is_base=prompt.shares_kv,
+            invocation_start=prompt.invocation_start,
+            kv_is_base=prompt.kv_is_base,
             cache_salt=self._plan.cache_salt,
         )
 

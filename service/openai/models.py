@@ -5,38 +5,40 @@ import re
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.adapters.catalog import Catalog
-from service.adapters.record import AdapterVersion
+from service.catalog.record import AdapterVersion
+from service.catalog.versions import Versions
+from service.errors import RequestError
+from service.http import json_response
 from service.openai.schemas import GenerationRequest, ModelCard, ModelList
-from service.responses import ApiError, json_response
+from service.services import services_of
 
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 
 
-def resolve(request: GenerationRequest, base: str, catalog: Catalog) -> AdapterVersion | None:
-    """The adapter that a request asks for, None for the base. Raises ApiError 404, or 400 if it asks for two."""
+def resolve(request: GenerationRequest, base: str, versions: Versions) -> AdapterVersion | None:
+    """The adapter that a request asks for, None for the base. Raises RequestError, also if it asks for two."""
     asked = {field: name for field in ("lora_path", "adapter_id") if (name := getattr(request, field)) is not None}
-    version = find_version(request.model, base, catalog, "model")
+    version = find_version(request.model, base, versions, "model")
     for field, name in asked.items():
-        other = find_version(name, base, catalog, field)
+        other = find_version(name, base, versions, field)
         if version is not None and other is not version:
             message = f"model {request.model!r} and {field} {name!r} are different adapters: name one"
-            raise ApiError(400, "conflicting_adapters", message, field)
+            raise RequestError("conflicting_adapters", message, field)
         version = other
     return version
 
 
-def find_version(name: str, base: str, catalog: Catalog, param: str) -> AdapterVersion | None:
-    """The adapter that goes by a name, None for the base. Raises ApiError 404."""
+def find_version(name: str, base: str, versions: Versions, param: str) -> AdapterVersion | None:
+    """The adapter that goes by a name, None for the base. Raises RequestError."""
     if name == base:
         return None
     wanted, _, digest = name.removeprefix(f"{base}:").partition("@")
-    version = catalog.resolve(wanted)
+    version = versions.resolve(wanted)
     if version is None:
-        raise ApiError(404, "model_not_found", f"there is no model or adapter {name!r}", param)
+        raise RequestError("model_not_found", f"there is no model or adapter {name!r}", param)
     if "@" in name and not (DIGEST.fullmatch(digest) and version.digest.startswith(digest)):
         message = f"adapter {wanted!r} is now {version.digest}, not {digest!r} (give at least 8 of its hex digits)"
-        raise ApiError(404, "model_not_found", message, param)
+        raise RequestError("model_not_found", message, param)
     return version
 
 
@@ -49,12 +51,12 @@ async def get_model(request: Request) -> Response:
     for card in _cards(request):
         if card.id == name:
             return json_response(card)
-    raise ApiError(404, "model_not_found", f"there is no model or adapter {name!r}", "model")
+    raise RequestError("model_not_found", f"there is no model or adapter {name!r}", "model")
 
 
 def _cards(request: Request) -> list[ModelCard]:
-    state = request.app.state
-    base = state.settings.served_name
+    services = services_of(request)
+    base = services.settings.served_name
 
     def card(name: str, created: float, parent: str | None) -> ModelCard:
         return ModelCard(
@@ -63,8 +65,11 @@ def _cards(request: Request) -> list[ModelCard]:
             owned_by="rootstock",
             root=name,
             parent=parent,
-            max_model_len=state.max_model_len,
+            max_model_len=services.max_model_len,
         )
 
-    adapters = (card(version.name, version.record.created_at, base) for version in state.catalog.list())
-    return [card(base, state.started_at, None), *adapters]
+    named = services.catalog.versions.list()
+    return [
+        card(base, services.started_at, None),
+        *(card(version.name, version.record.created_at, base) for version in named),
+    ]

@@ -1,109 +1,110 @@
-"""Prompts of requests, as text, token ids or messages, made token ids for their model."""
+"""Prompts of requests, as text, token ids or messages, encoded to token ids for their model."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from starlette.datastructures import State
-
-from service.adapters.record import AdapterVersion
-from service.openai.invocation import Prompt, activated, on_missing, without_invocation
+from service.catalog.record import AdapterVersion
+from service.errors import RequestError
+from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling import answer_length, check_token_ids, refuse_unbuilt
 from service.openai.schemas import Alora, Message
 from service.openai.tokenizer import InvalidChat, Tokenizer
-from service.responses import ApiError
 
 
-async def text_prompts(
-    state: State, prompt: str | list[str | int | list[int]], version: AdapterVersion | None, alora: Alora | None
-) -> list[Prompt]:
-    """The prompts of a completion, each activated by itself. Raises ApiError 400."""
-    prompts = await encode_prompts(prompt, state.tokenizer, state.vocab_size)
-    answer_length(None, None, max(map(len, prompts)), state.max_model_len, "prompt")  # before they are searched
-    found = []
-    for token_ids, place in zip(prompts, await activated(prompts, version), strict=True):
-        if place is None:
-            assert version is not None
-            place = without_invocation(token_ids, version, alora, state.tokenizer, "prompt")
-        found.append(place)
-    return found
+class PromptEncoder:
+    """Encodes prompts and finds in each where its adapter begins to apply. All methods raise RequestError."""
 
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len  # tokens of prompt and answer together
 
-async def chat_prompt(
-    state: State, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
-) -> Prompt:
-    """A conversation up to where the assistant's answer begins. Raises ApiError 400.
+    async def text_prompts(
+        self, prompt: str | list[str | int | list[int]], version: AdapterVersion | None, alora: Alora | None
+    ) -> list[Prompt]:
+        """The prompts of a completion, each with its own invocation."""
+        prompts = await self._encode_prompts(prompt)
+        answer_length(None, None, max(map(len, prompts)), self._max_model_len, "prompt")  # before they are searched
+        encoded = []
+        for token_ids, found in zip(prompts, await invoked(prompts, version), strict=True):
+            if found is None:
+                assert version is not None
+                found = without_invocation(token_ids, version, alora, self._tokenizer, "prompt")
+            encoded.append(found)
+        return encoded
 
-    An invocation that is to be appended stands in place of the assistant's header.
-    """
-    token_ids = await _encode_chat(state, messages, generation_prompt=True)
-    [prompt] = await activated([token_ids], version)
-    if prompt is not None:
-        return prompt
-    assert version is not None
-    if on_missing(alora) == "append":
-        token_ids = await _encode_chat(state, messages, generation_prompt=False)
-    return without_invocation(token_ids, version, alora, state.tokenizer, "messages")
+    async def chat_prompt(
+        self, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
+    ) -> Prompt:
+        """A conversation up to where the assistant's answer begins.
 
-
-async def chat_prefix(
-    state: State, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
-) -> Prompt:
-    """What a later request with these messages begins with, whatever follows them. Raises ApiError 400."""
-    whole = await _encode_chat(state, messages, generation_prompt=False)
-    answered = await _encode_chat(state, messages, generation_prompt=True)
-    # A template may end a conversation with what is not there when it goes on, and so may the tokenizer with a token
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False))
-    shared = _some([token_id for token_id, _ in pairs])
-    place, later = await activated([shared, answered], version)
-    if later is not None and (place is None or place.activation < later.activation):
-        # The assistant's header invokes: whatever is said before it, an earlier one among it, will be the base's
+        An invocation that is to be appended replaces the generation prompt (the assistant's header).
+        """
+        token_ids = await self._encode_chat(messages, generation_prompt=True)
+        [prompt] = await invoked([token_ids], version)
+        if prompt is not None:
+            return prompt
+        assert version is not None
         if on_missing(alora) == "append":
-            return later
-        return later._replace(token_ids=shared, activation=min(later.activation, len(shared)))
-    if place is not None:
-        return place
-    assert version is not None
-    base = whole if on_missing(alora) == "append" else shared
-    return without_invocation(base, version, alora, state.tokenizer, "messages")
+            token_ids = await self._encode_chat(messages, generation_prompt=False)
+        return without_invocation(token_ids, version, alora, self._tokenizer, "messages")
 
+    async def chat_prefix(
+        self, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
+    ) -> Prompt:
+        """The tokens that every later request with these first messages begins with."""
+        whole = await self._encode_chat(messages, generation_prompt=False)
+        answered = await self._encode_chat(messages, generation_prompt=True)
+        # A template may end a conversation with tokens that are absent when it goes on, and so may the tokenizer
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False))
+        shared = _some([token_id for token_id, _ in pairs])
+        found, later = await invoked([shared, answered], version)
+        if later is not None and (found is None or found.invocation_start < later.invocation_start):
+            # The generation prompt itself contains the invocation, so every token before it uses the base model
+            if on_missing(alora) == "append":
+                return later
+            return later._replace(token_ids=shared, invocation_start=min(later.invocation_start, len(shared)))
+        if found is not None:
+            return found
+        assert version is not None
+        base = whole if on_missing(alora) == "append" else shared
+        return without_invocation(base, version, alora, self._tokenizer, "messages")
 
-async def encode_prompts(
-    prompt: str | list[str | int | list[int]], tokenizer: Tokenizer, vocab_size: int
-) -> list[list[int]]:
-    """The token ids of a prompt in any of its four forms. Raises ApiError 400."""
-    if isinstance(prompt, str):
-        prompts = await tokenizer.encode_texts([prompt])
-    elif all(isinstance(item, str) for item in prompt):
-        prompts = await tokenizer.encode_texts([item for item in prompt if isinstance(item, str)])
-    elif all(isinstance(item, int) for item in prompt):
-        prompts = [[item for item in prompt if isinstance(item, int)]]
-    elif all(isinstance(item, list) for item in prompt):
-        prompts = [item for item in prompt if isinstance(item, list)]
-    else:
-        raise ApiError(400, "invalid_field", "prompt: strings, token ids and lists of them cannot be mixed", "prompt")
-    if not prompts or not all(prompts):
-        raise ApiError(400, "empty_prompt", "prompt: a prompt needs at least one token", "prompt")
-    for token_ids in prompts:
-        check_token_ids(token_ids, vocab_size, "prompt")
-    return prompts
+    async def _encode_prompts(self, prompt: str | list[str | int | list[int]]) -> list[list[int]]:
+        """The token ids of a prompt in any of its four forms."""
+        if isinstance(prompt, str):
+            prompts = await self._tokenizer.encode_texts([prompt])
+        elif all(isinstance(item, str) for item in prompt):
+            prompts = await self._tokenizer.encode_texts([item for item in prompt if isinstance(item, str)])
+        elif all(isinstance(item, int) for item in prompt):
+            prompts = [[item for item in prompt if isinstance(item, int)]]
+        elif all(isinstance(item, list) for item in prompt):
+            prompts = [item for item in prompt if isinstance(item, list)]
+        else:
+            message = "prompt: strings, token ids and lists of them cannot be mixed"
+            raise RequestError("invalid_field", message, "prompt")
+        if not prompts or not all(prompts):
+            raise RequestError("empty_prompt", "prompt: a prompt needs at least one token", "prompt")
+        for token_ids in prompts:
+            check_token_ids(token_ids, self._vocab_size, "prompt")
+        return prompts
 
-
-async def _encode_chat(state: State, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
-    for index, turn in enumerate(messages):
-        refuse_unbuilt(turn, f"messages[{index}].")
-    try:
-        plain = [_plain(message) for message in messages]
-        token_ids: list[int] = await state.tokenizer.encode_chat(plain, generation_prompt)
-    except InvalidChat as error:
-        raise ApiError(400, "invalid_chat", str(error), "messages") from None
-    check_token_ids(_some(token_ids), state.vocab_size, "messages")
-    return token_ids
+    async def _encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
+        for index, turn in enumerate(messages):
+            refuse_unbuilt(turn, f"messages[{index}].")
+        try:
+            plain = [_plain(message) for message in messages]
+            token_ids = await self._tokenizer.encode_chat(plain, generation_prompt)
+        except InvalidChat as error:
+            raise RequestError("invalid_chat", str(error), "messages") from None
+        check_token_ids(_some(token_ids), self._vocab_size, "messages")
+        return token_ids
 
 
 def _some(token_ids: list[int]) -> list[int]:
     if not token_ids:
-        raise ApiError(400, "empty_prompt", "messages: the chat template makes no tokens of them", "messages")
+        raise RequestError("empty_prompt", "messages: the chat template makes no tokens of them", "messages")
     return token_ids
 
 
@@ -111,5 +112,5 @@ def _plain(message: Message) -> Mapping[str, Any]:
     """A message as chat templates know it: content is one string."""
     content = message.content
     text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    found = {"role": message.role, "content": text}
-    return found if message.name is None else {**found, "name": message.name}
+    plain = {"role": message.role, "content": text}
+    return plain if message.name is None else {**plain, "name": message.name}

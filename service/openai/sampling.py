@@ -6,17 +6,17 @@ from typing import Any
 import msgspec
 
 from runtime.messages import SamplingParams
+from service.errors import RequestError
 from service.openai.schemas import HARMLESS, GenerationRequest
-from service.responses import ApiError
 
 
 def refuse_unbuilt(body: msgspec.Struct, place: str = "") -> None:
-    """Raise ApiError 400 for a field that asks for something not built here, instead of ignoring it."""
+    """Raise RequestError for a field that asks for something not built here, instead of ignoring it."""
     for field in body.__struct_fields__:
         if field in HARMLESS:
             value = getattr(body, field)
             if value is not None and value not in HARMLESS[field]:
-                raise ApiError(400, "unsupported_parameter", f"{place}{field} is not supported", f"{place}{field}")
+                raise RequestError("unsupported_parameter", f"{place}{field} is not supported", f"{place}{field}")
 
 
 def answer_length(
@@ -30,30 +30,30 @@ def answer_length(
     """How many tokens may be generated after a prompt of so many within a context of `limit` tokens.
 
     `default` None means the rest of the context; `param` is the field the prompt came from, `length_param` the one
-    that asked for a length. Raises ApiError 400 with the numbers.
+    that asked for a length. Raises RequestError with the numbers.
     """
     room = limit - prompt
     if room < 1 or (asked or 0) > room:
         answer = f" and {asked} of {length_param}" if asked else ", which leaves none for an answer"
         message = f"the model's context is {limit} tokens; the prompt has {prompt}{answer}"
-        raise ApiError(400, "context_length_exceeded", message, length_param if room >= 1 else param)
+        raise RequestError("context_length_exceeded", message, length_param if room >= 1 else param)
     return asked or min(room, default or room)
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raise ApiError 400 for an id that is not in the vocabulary."""
+    """Raise RequestError for an id that is not in the vocabulary."""
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         message = f"{param}: token id {wrong} is not between 0 and {vocab_size - 1}"
-        raise ApiError(400, "invalid_token_id", message, param)
+        raise RequestError("invalid_token_id", message, param)
 
 
 def sampling_params(body: GenerationRequest, max_tokens: int, logprobs: int | None, vocab_size: int) -> SamplingParams:
-    """The parameters of one request. Raises ApiError 400 naming the field."""
+    """The parameters of one request. Raises RequestError naming the field."""
     check_token_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
     if (body.min_tokens or 0) > max_tokens:
         message = f"min_tokens ({body.min_tokens}) is more than max_tokens ({max_tokens})"
-        raise ApiError(400, "invalid_field", message, "min_tokens")
+        raise RequestError("invalid_field", message, "min_tokens")
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,

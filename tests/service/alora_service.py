@@ -26,7 +26,7 @@ def put_adapter(
 
 
 def encode(live: LiveServer, text: str) -> list[int]:
-    found: list[int] = live.app.state.tokenizer.encode(text)
+    found: list[int] = live.services.tokenizer.encode(text)
     return found
 
 

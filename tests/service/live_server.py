@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 
 from runtime.config import EngineConfig
 from service.app import create_app
+from service.services import Services
 from service.settings import Settings
 from tests.service.engine import fake_engine
 
@@ -20,10 +21,15 @@ NAME = "tiny"
 
 
 class LiveServer:
-    """A running service: `url`, an HTTP client on it, the application with its state."""
+    """A running service: `url`, an HTTP client on it, the application and its parts."""
 
     def __init__(self, app: Starlette, url: str, client: httpx.Client):
         self.app, self.url, self.client = app, url, client
+
+    @property
+    def services(self) -> Services:
+        services: Services = self.app.state.services
+        return services
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.client.post(path, json=body)

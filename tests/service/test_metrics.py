@@ -10,7 +10,7 @@ from moto.server import ThreadedMotoServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.messages import Ready, Stats, TierStats
-from service.adapters.record import AdapterRecord, AdapterVersion
+from service.catalog.record import AdapterRecord, AdapterVersion
 from service.engine_metrics import MAX_LOADED, EngineMetrics
 from service.metrics import Metrics
 from tests.service.adapters.adapter_service import bundle, multipart

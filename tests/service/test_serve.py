@@ -1,4 +1,4 @@
-"""`python -m service` as a program, with the real engine on made-up weights: it starts, says so, and ends."""
+"""`python -m service` as a program, with the real engine on random weights: its start, its messages and its end."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def service(model: Path, data: Path, *options: str, **environment: str) -> Itera
 
 
 def said(process: subprocess.Popen[str], pattern: str) -> str:
-    """What the first group of a pattern matches in what the program says; fails if it ends without saying it."""
+    """The first group of a pattern in the first line of standard error that matches; fails if no line does."""
     assert process.stderr is not None
     text = ""
     for line in process.stderr:
@@ -48,7 +48,7 @@ def engine_of(process: subprocess.Popen[str]) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -56,7 +56,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model: Path, tmp_path: Path) -> None:
-    with service(tiny_model, tmp_path, "--load-format", "dummy", "--served-name", "base") as process:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", ROOTSTOCK_SERVED_MODEL_NAME="base") as process:
         url = said(process, r"serves base at (http://127\.0\.0\.1:\d+)$")
         engine = engine_of(process)
         answer = httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "hello", "max_tokens": 4})
@@ -68,6 +68,17 @@ def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model:
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=10) == 0
         assert not alive(engine)
+
+
+def test_log_records_of_the_engine_have_a_time_a_level_and_a_name(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", ROOTSTOCK_LOG_LEVEL="info") as process:
+        record = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO runtime\.process: started with (\S+) in \d+\.\d s$"
+        assert said(process, record) == str(tiny_model)
+
+
+def test_the_log_level_reaches_the_engine(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", "--log-level", "warning") as process:
+        assert said(process, r"(runtime\.process|at http://)") == "at http://"
 
 
 def test_a_signal_while_the_engine_starts_ends_both(tiny_model: Path, tmp_path: Path) -> None:

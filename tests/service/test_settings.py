@@ -1,6 +1,7 @@
-"""The command line and the environment: what they set, and what they refuse."""
+"""The command line and the environment: the settings that they give, and the values that they refuse."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from runtime.config import MIB, EngineConfig
 from service.__main__ import main
+from service.options import Declared, declared, size, size_text
 from service.settings import Settings, read
 from tests.service.tiny_model import CONFIG
 
@@ -78,19 +80,187 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
     assert (found.engine.prefix_cache, settings("--no-prefix-cache").engine.prefix_cache) == (True, False)
 
 
+# Each option with a text and the field and the value that it gives; an option that is declared and not here fails.
+OPTIONS = {
+    "--host": ("0.0.0.0", "host", "0.0.0.0"),
+    "--port": ("0", "port", 0),
+    "--api-key": ("a,key", "api_key", "a,key"),
+    "--max-body-bytes": ("1000", "max_body_bytes", 1000),
+    "--served-model-name": ("base", "served_name", "base"),
+    "--store": ("s3://bucket/team/", "store", "s3://bucket/team"),
+    "--data-directory": ("/data", "data_directory", Path("/data")),
+    "--cache-directory": ("/cache", "cache_directory", Path("/cache")),
+    "--disk-cache-bytes": ("5m", "disk_cache_bytes", 5 * MIB),
+    "--refresh-seconds": ("0.5", "refresh_seconds", 0.5),
+    "--collect-after-seconds": ("60", "collect_after_seconds", 60.0),
+    "--allow-source": ("s3://bucket/team-a", "allowed_sources", ("s3://bucket/team-a",)),
+    "--max-uploads": ("3", "max_uploads", 3),
+    "--max-upload-bytes": ("10M", "max_upload_bytes", 10 * MIB),
+    "--model": ("org/name", "model", "org/name"),
+    "--dtype": ("float32", "dtype", "float32"),
+    "--load-format": ("dummy", "load_format", "dummy"),
+    "--max-model-len": ("512", "max_model_len", 512),
+    "--kv-cache-bytes": ("64M", "kv_cache_bytes", 64 * MIB),
+    "--host-kv-bytes": ("4G", "host_kv_bytes", 4096 * MIB),
+    "--prefix-cache": ("no", "prefix_cache", False),
+    "--max-running": ("8", "max_running", 8),
+    "--max-waiting": ("0", "max_waiting", 0),
+    "--max-batch-tokens": ("128", "max_batch_tokens", 128),
+    "--adapter-bytes": ("2G", "adapter_bytes", 2048 * MIB),
+    "--host-adapter-bytes": ("3G", "host_adapter_bytes", 3072 * MIB),
+    "--max-lora-rank": ("64", "max_lora_rank", 64),
+    "--threads": ("2", "threads", 2),
+    "--device": ("cpu", "device", "cpu"),
+    "--kernels": ("triton", "kernels", "triton"),
+    "--cuda-graphs": ("off", "cuda_graphs", False),
+    "--overlap": ("0", "overlap", False),
+    "--log-level": ("debug", "log_level", "debug"),
+}
+DECLARED = [*declared(Settings), *declared(EngineConfig)]
+
+
+def value_of(field: str, *argv: str, **environment: str) -> object:
+    if field == "model":
+        return read(argv, environment).model
+    found = settings(*argv, **environment)
+    return getattr(found if field in Settings.__struct_fields__ else found.engine, field)
+
+
+def test_every_option_is_in_the_list_above() -> None:
+    assert {f"--{option.name}" for option in DECLARED} == set(OPTIONS)
+    fields = {*Settings.__struct_fields__, *EngineConfig.__struct_fields__}
+    assert fields - {option.field for option in DECLARED} == {"engine", "engine_command", "block_size"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_is_set_by_its_flag_and_by_its_variable(option: str) -> None:
+    text, field, value = OPTIONS[option]
+    assert value_of(field) != value
+    flag = [option.replace("--", "--no-")] if value is False else [option, text]
+    assert value_of(field, *flag) == value
+    variable = "ROOTSTOCK_" + option.removeprefix("--").upper().replace("-", "_")
+    assert value_of(field, **{variable: text}) == value
+
+
+@pytest.mark.parametrize("declaration", DECLARED, ids=lambda declaration: declaration.name)
+def test_help_shows_an_option_with_its_default_its_variables_and_its_aliases(
+    declaration: Declared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as end:
+        read(["--help"], {})
+    assert end.value.code == 0
+    first = re.compile(rf"  --{declaration.name}[ ,]")
+    [line] = [line for line in entries(capsys.readouterr().out) if first.match(line)]
+    assert declaration.option.help in line
+    for name in (*declaration.variables, *(f"--{alias}" for alias in declaration.option.aliases)):
+        assert name in line
+
+
+def entries(text: str) -> list[str]:
+    """The lines of --help, each joined with its continuation."""
+    return text.replace("\n" + " " * 36, " ").splitlines()
+
+
+def test_help_shows_defaults_as_one_would_write_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        read(["--help"], {"ROOTSTOCK_API_KEY": "a-secret", "ROOTSTOCK_PORT": "many"})
+    text = capsys.readouterr().out
+    for shown in (
+        "[512M; ROOTSTOCK_KV_CACHE_BYTES;",
+        "[8G; ROOTSTOCK_DISK",
+        "[0; ROOTSTOCK_HOST_KV",
+        "[900; ",
+        "[yes; ",
+    ):
+        assert shown in text
+    assert "a-secret" not in text
+
+
+@pytest.mark.parametrize("value", [0, 1, 1000, 1024, 1536, 5 * MIB, 1024 * MIB, 2**40])
+def test_a_size_is_shown_as_it_is_read(value: int) -> None:
+    assert size(size_text(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--served-name", "base"], "served_name", "base"),
+        (["--max-num-seqs", "8"], "max_running", 8),
+        (["--max-num-batched-tokens", "512"], "max_batch_tokens", 512),
+        (["--kv-cache-memory-bytes", "64M"], "kv_cache_bytes", 64 * MIB),
+        (["--no-enable-prefix-caching"], "prefix_cache", False),
+        (["--no-prefix-cache", "--enable-prefix-caching"], "prefix_cache", True),
+        (["--max-running", "8", "--max-num-seqs", "9"], "max_running", 9),
+    ],
+)
+def test_names_that_other_servers_use_work(argv: list[str], field: str, value: object) -> None:
+    assert value_of(field, *argv) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--enable-lora"], "LoRA is always enabled"),
+        (["--enable-lora", "--port", "0"], "LoRA is always enabled"),
+        (["--max-loras", "4"], "use --adapter-bytes"),
+        (["--max-cpu-loras=16"], "use --host-adapter-bytes"),
+    ],
+)
+def test_an_option_of_other_servers_that_has_no_meaning_here_is_explained(
+    argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        read(argv, {})
+    assert end.value.code == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"rootstock: argument {argv[0].split('=')[0]}: ")
+    assert reason in sentence
+
+
+def test_the_command_line_wins_over_a_variable_and_an_options_own_variable_over_a_short_one() -> None:
+    assert value_of("port", PORT="1", ROOTSTOCK_PORT="2") == 2
+    assert value_of("port", "--port", "3", PORT="1", ROOTSTOCK_PORT="2") == 3
+    assert value_of("port", "--port", "3", ROOTSTOCK_PORT="many") == 3
+    assert value_of("prefix_cache", "--prefix-cache", ROOTSTOCK_PREFIX_CACHE="off") is True
+    assert value_of("max_running", "--max-num-seqs", "3", ROOTSTOCK_MAX_RUNNING="4") == 3
+    sources = ("--allow-source", "s3://bucket-a", "--allow-source", "s3://bucket-b")
+    assert value_of("allowed_sources", *sources, ROOTSTOCK_ALLOW_SOURCE="hf://org") == (
+        "s3://bucket-a",
+        "s3://bucket-b",
+    )
+
+
+def test_an_empty_variable_sets_nothing() -> None:
+    assert settings(ROOTSTOCK_API_KEY="", ROOTSTOCK_STORE="", PORT="", ROOTSTOCK_PREFIX_CACHE="") == settings()
+
+
+def test_a_variable_that_kubernetes_sets_for_a_service_of_our_name_is_ignored() -> None:
+    assert value_of("port", ROOTSTOCK_PORT="tcp://10.0.0.1:80") == 8000
+    assert value_of("port", ROOTSTOCK_PORT="tcp://10.0.0.1:80", PORT="9000") == 9000
+
+
+@pytest.mark.parametrize("text", ["s3://bucket-a,hf://org", "s3://bucket-a\nhf://org\n", " s3://bucket-a , hf://org,"])
+def test_a_list_in_a_variable_is_separated_by_commas_or_newlines(text: str) -> None:
+    assert value_of("allowed_sources", ROOTSTOCK_ALLOW_SOURCE=text) == ("s3://bucket-a", "hf://org")
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        (["--port", "70000"], "70000 is not between 0 and 65535"),
+        (["--port", "70000"], "argument --port: must be at most 65535, not 70000"),
         (["--port", "http"], "'http' is not a whole number"),
         (["--kv-cache-bytes", "2T"], "'2T' is not a number of bytes"),
-        (["--kv-cache-bytes", "0"], "kv_cache_bytes must be at least 1"),
+        (["--kv-cache-bytes", "0"], "argument --kv-cache-bytes: must be at least 1, not 0"),
         (["--max-model-len", "-1"], "max-model-len"),
         (["--max-running", "600"], "max_batch_tokens (256) must be at least max_running (600)"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--host-kv-bytes", "1G", "--no-prefix-cache"], "host_kv_bytes must be 0 without prefix_cache"),
-        (["--max-body-bytes", "0"], "max_body_bytes must be at least 1"),
+        (["--max-body-bytes", "0"], "argument --max-body-bytes: must be at least 1, not 0"),
         (["--served-name", "a@b"], "must not be empty or contain"),
         (["--allow-source", "file:///nowhere/at/all"], "'file:///nowhere/at/all' is not a directory"),
         (["--allow-source", "https://example.com"], "the allowed source 'https://example.com' is not accepted"),
@@ -98,15 +268,18 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
         (["--store", "/srv/adapters"], "argument --store: '/srv/adapters': expected s3://"),
         (["--store", "hf://org/repo"], "a store is s3://bucket"),
         (["--store", "s3://key:secret@bucket"], "is not the name of a bucket"),
-        (["--disk-cache-bytes", "0"], "disk_cache_bytes must be at least 1"),
-        (["--host-adapter-bytes", "0"], "host_adapter_bytes must be at least 1"),
-        (["--max-uploads", "0"], "max_uploads must be at least 1"),
+        (["--disk-cache-bytes", "0"], "argument --disk-cache-bytes: must be at least 1, not 0"),
+        (["--host-adapter-bytes", "0"], "argument --host-adapter-bytes: must be at least 1, not 0"),
+        (["--max-uploads", "0"], "argument --max-uploads: must be at least 1, not 0"),
         (["--refresh-seconds", "0"], "refresh_seconds must be more than 0"),
         (["--refresh-seconds", "-1"], "refresh-seconds"),
+        (["--max-num-seqs", "0"], "argument --max-num-seqs: must be at least 1, not 0"),
+        (["--collect-after-seconds", "59.9"], "argument --collect-after-seconds: must be at least 60, not 59.9"),
         (["--collect-after-seconds", "soon"], "'soon' is not a number of seconds"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
-        (["--model", "nobody/nothing"], "nobody/nothing is no directory, and cannot be fetched from the hub"),
+        (["--model", "nobody/nothing"], "nobody/nothing is not a directory, and cannot be fetched from the hub"),
         (["--host", "no such host"], "cannot listen on no such host"),
+        (["--log-level", "loud"], "argument --log-level: invalid choice: 'loud' is not one of debug, info"),
         (["--frobnicate"], "unrecognized arguments"),
     ],
 )
@@ -117,17 +290,31 @@ def test_a_bad_value_ends_the_program_with_a_sentence(
     with pytest.raises(SystemExit) as end:
         main([*model, *argv], {})
     assert end.value.code == 2
-    assert complaint in capsys.readouterr().err
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("rootstock: ")
+    assert complaint in sentence
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("MODEL", "./nowhere"), ("ROOTSTOCK_STORE", "bucket")])
-def test_a_bad_value_in_the_environment_is_refused_as_well(
-    name: str, value: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("PORT", "eighty", "PORT: 'eighty' is not a whole number"),
+        ("MODEL", "./nowhere", "the model directory ./nowhere does not exist"),
+        ("ROOTSTOCK_STORE", "bucket", "ROOTSTOCK_STORE: 'bucket': expected s3://"),
+        ("ROOTSTOCK_KV_CACHE_BYTES", "0", "ROOTSTOCK_KV_CACHE_BYTES: must be at least 1, not 0"),
+        ("ROOTSTOCK_DTYPE", "int8", "ROOTSTOCK_DTYPE: invalid choice: 'int8' is not one of auto, bfloat16, float32"),
+        ("ROOTSTOCK_PREFIX_CACHE", "maybe", "ROOTSTOCK_PREFIX_CACHE: 'maybe' is not one of 1, true, yes, on, 0, false"),
+        ("ROOTSTOCK_REFRESH_SECONDS", "soon", "ROOTSTOCK_REFRESH_SECONDS: 'soon' is not a number of seconds"),
+    ],
+)
+def test_a_bad_value_in_the_environment_is_refused_with_one_sentence(
+    name: str, value: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main([], {name: value})
     assert end.value.code == 2
-    assert value in capsys.readouterr().err
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"rootstock: {complaint}")
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded(

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tests.storage.loopback import send, serving
 
@@ -26,8 +26,7 @@ class FakeHub:
         self.silent = False  # it takes requests and never answers
         self.cut_bodies = 0  # this many bodies end half-way
         self.stated_bytes: int | None = None  # what it says of every large file instead of the truth
-        self.page_size = 1000
-        self.next_host: str | None = None  # where it says a list goes on
+        self.page: bytes | None = None  # what it answers to every question about a revision
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.endpoint = self.elsewhere = ""
         self._over = threading.Event()
@@ -45,7 +44,7 @@ class FakeHub:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         self.requests.append((request.path, {name.lower(): value for name, value in request.headers.items()}))
-        path, query = urlsplit(request.path).path, parse_qs(urlsplit(request.path).query)
+        path = urlsplit(request.path).path
         api, files = f"/api/models/{REPOSITORY}/", f"/{REPOSITORY}/resolve/"
         if self.silent:
             self._over.wait(20)
@@ -59,9 +58,6 @@ class FakeHub:
             send(request, 403, X_Error_Code="GatedRepo")
         elif path.startswith(f"{api}revision/"):
             self._send_revision(request, unquote(path.removeprefix(f"{api}revision/")))
-        elif path.startswith(f"{api}tree/"):
-            commit, _, folder = unquote(path.removeprefix(f"{api}tree/")).partition("/")
-            self._send_tree(request, commit, folder, int(query.get("cursor", ["0"])[0]))
         elif path.startswith(files):
             commit, _, name = unquote(path.removeprefix(files)).partition("/")
             self._send_file(request, commit, name)
@@ -70,28 +66,12 @@ class FakeHub:
 
     def _send_revision(self, request: BaseHTTPRequestHandler, revision: str) -> None:
         commit = revision if revision in self.files else self.revisions.get(revision)
-        if commit is None:
+        if self.page is not None:
+            send(request, 200, self.page)
+        elif commit is None:
             send(request, 404, X_Error_Code="RevisionNotFound")
         else:
             send(request, 200, json.dumps({"id": REPOSITORY, "sha": commit}).encode())
-
-    def _send_tree(self, request: BaseHTTPRequestHandler, commit: str, folder: str, start: int) -> None:
-        below = f"{folder}/" if folder else ""
-        found = [
-            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for name, content in sorted(self.files[commit].items())
-            if name.startswith(below)
-        ]
-        if not found:
-            send(request, 404, X_Error_Code="EntryNotFound")
-            return
-        folders: list[dict[str, object]] = [{"type": "directory", "path": f"{below}folder", "size": 0, "oid": "0"}]
-        end = start + self.page_size
-        links = {}
-        if end < len(found):
-            address = f"{self.next_host or self.endpoint}{urlsplit(request.path).path}?recursive=true&cursor={end}"
-            links["Link"] = f'<{address}>; rel="next"'
-        send(request, 200, json.dumps(folders + found[start:end]).encode(), **links)
 
     def _send_file(self, request: BaseHTTPRequestHandler, commit: str, name: str) -> None:
         content = self.files.get(commit, {}).get(name)

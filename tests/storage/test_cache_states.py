@@ -105,13 +105,6 @@ class CacheStates(RuleBasedStateMachine):
         self.held -= Counter([digest])
 
     @rule(digest=digests)
-    def discard(self, digest: str) -> None:
-        kept = self.held_here()
-        self.cache.discard(digest)
-        assert kept == self.held_here()
-        assert self.held[digest] or not self.cache.has(digest)
-
-    @rule(digest=digests)
     def damage(self, digest: str) -> None:
         if self.cache.has(digest) and FILES[digest]:
             self.cache.path(digest).write_bytes(b"z" * len(FILES[digest]))

@@ -26,6 +26,13 @@ def filled(hub: FakeHub) -> None:
     hub.commit(FILES)
 
 
+def content(repository: HubRepository, key: str, tmp_path: Path) -> bytes:
+    repository.fetch(key, tmp_path / "content")
+    read = (tmp_path / "content").read_bytes()
+    (tmp_path / "content").unlink()
+    return read
+
+
 def opened(hub: FakeHub, revision: str | None = None, folder: str = "", token: str | None = None) -> HubRepository:
     return HubRepository(
         REPOSITORY, revision, folder, endpoint=hub.endpoint, token=token, timeout_seconds=0.5, attempts=3
@@ -37,33 +44,27 @@ def test_a_revision_is_resolved_once_and_its_files_stay_what_they_were(hub: Fake
     assert repository.commit == hub.revisions["main"]
     later = hub.commit({**FILES, "adapter_config.json": b"changed"})
 
-    assert repository.get("adapter_config.json").content == b"{}"
-    repository.fetch("adapter_model.safetensors", tmp_path / "weights")
-    assert (tmp_path / "weights").read_bytes() == WEIGHTS
+    assert content(repository, "adapter_config.json", tmp_path) == b"{}"
+    assert content(repository, "adapter_model.safetensors", tmp_path) == WEIGHTS
     assert opened(hub).commit == later
-    assert opened(hub, repository.commit).get("adapter_config.json").content == b"{}"
+    assert content(opened(hub, repository.commit), "adapter_config.json", tmp_path) == b"{}"
 
 
-def test_a_branch_may_have_a_slash_in_its_name(hub: FakeHub) -> None:
+def test_a_branch_may_have_a_slash_in_its_name(hub: FakeHub, tmp_path: Path) -> None:
     commit = hub.commit({"a": b"on a branch"}, "refs/pr/1")
 
     repository = opened(hub, "refs/pr/1")
-    assert (repository.commit, repository.get("a").content) == (commit, b"on a branch")
+    assert (repository.commit, content(repository, "a", tmp_path)) == (commit, b"on a branch")
 
 
-def test_a_folder_is_a_world_of_its_own(hub: FakeHub) -> None:
+def test_a_folder_hides_what_is_beside_it(hub: FakeHub, tmp_path: Path) -> None:
     repository = opened(hub, folder="other/")
 
-    assert [entry.key for entry in repository.list()] == ["adapter_config.json"]
-    assert repository.get("adapter_config.json").content == b"{ }"
-    assert opened(hub, folder="nothing/here").list() == []
-
-
-def test_a_list_of_several_pages_is_read_to_its_end(hub: FakeHub) -> None:
-    hub.commit({f"file-{number}": b"x" for number in range(7)})
-    hub.page_size = 3
-
-    assert [entry.key for entry in opened(hub).list()] == [f"file-{number}" for number in range(7)]
+    assert content(repository, "adapter_config.json", tmp_path) == b"{ }"
+    with pytest.raises(NotFound):
+        content(repository, "adapter_model.safetensors", tmp_path)
+    with pytest.raises(NotFound):
+        content(opened(hub, folder="nothing/here"), "adapter_config.json", tmp_path)
 
 
 def test_the_token_goes_to_the_hub_and_to_no_other_host(hub: FakeHub, tmp_path: Path) -> None:
@@ -73,14 +74,6 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(hub: FakeHub, tmp_path: 
 
     seen = {path.startswith("elsewhere"): headers.get("authorization") for path, headers in hub.requests}
     assert seen == {False: "Bearer hf_secret", True: None}
-
-
-def test_a_list_that_goes_on_at_another_host_is_refused(hub: FakeHub) -> None:
-    hub.page_size, hub.next_host, hub.token = 1, hub.elsewhere, "hf_secret"
-
-    with pytest.raises(StoreError, match="another host"):
-        opened(hub, token="hf_secret").list()
-    assert not any(path.startswith("elsewhere") for path, _ in hub.requests)
 
 
 def test_the_token_comes_from_the_environment_unless_it_is_given(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +95,6 @@ def test_what_is_missing_is_named(hub: FakeHub, tmp_path: Path) -> None:
         HubRepository("someone/nothing", endpoint=hub.endpoint)
     with pytest.raises(NotFound, match=r"@nothing.*revision"):
         opened(hub, "nothing")
-    with pytest.raises(NotFound, match=r"nothing.json.*file"):
-        opened(hub).get("nothing.json")
     with pytest.raises(NotFound, match=r"nothing.json.*file"):
         opened(hub).fetch("nothing.json", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
@@ -165,13 +156,20 @@ def test_a_hub_that_is_not_there_is_unavailable(hub: FakeHub) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_hub_that_says_nothing_is_given_up(hub: FakeHub) -> None:
+def test_a_hub_that_says_nothing_is_given_up(hub: FakeHub, tmp_path: Path) -> None:
     repository = opened(hub)
     hub.silent = True
     started = time.monotonic()
     with pytest.raises(StoreUnavailable, match="3 times"):
-        repository.get("adapter_config.json")
+        repository.fetch("adapter_config.json", tmp_path / "config")
     assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("page", [b"<html>hello", b"[]", b"{}", b'{"id": "someone/adapter"}'])
+def test_an_answer_that_is_no_hubs_is_a_clear_error(hub: FakeHub, page: bytes) -> None:
+    hub.page = page
+    with pytest.raises(StoreError, match=r"does not answer as the hub does|named no commit"):
+        opened(hub)
 
 
 def test_offline_means_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

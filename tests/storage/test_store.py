@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.store import InvalidKey, NotFound, PreconditionFailed, Store
+from storage import local, s3
+from storage.store import InvalidKey, NotFound, ObjectTooLarge, PreconditionFailed, Store
 
 
 def test_what_was_put_is_got_back_with_its_etag(store: Store) -> None:
@@ -21,6 +22,53 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
 
     assert store.get("names/empty").content == b""
     assert [entry[:2] for entry in store.list("names/")] == [("names/empty", 0)]
+
+
+def test_an_object_is_read_into_memory_or_a_file_with_one_etag(store: Store, tmp_path: Path) -> None:
+    etag = store.put("names/a", b"one")
+
+    assert store.get("names/a") == (b"one", etag)
+    assert store.fetch("names/a", tmp_path / "file") == etag
+
+
+def test_an_object_too_large_for_memory_is_for_fetch(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("big", bytes(1001))
+    for module in (local, s3):
+        monkeypatch.setattr(module, "MAX_GET_BYTES", 1000)
+
+    with pytest.raises(ObjectTooLarge):
+        store.get("big")
+    store.fetch("big", tmp_path / "file")
+
+
+def test_what_is_not_there_is_not_found(store: Store) -> None:
+    with pytest.raises(NotFound, match="names/a"):
+        store.get("names/a")
+
+
+def test_a_list_is_sorted_and_takes_its_prefix_literally(store: Store) -> None:
+    for key in ("names/b", "names/a", "names/ab/c", "blobs/a", "namesake"):
+        store.put(key, b"xyz")
+
+    def keys(prefix: str) -> list[str]:
+        return [entry.key for entry in store.list(prefix)]
+
+    assert keys("names/") == ["names/a", "names/ab/c", "names/b"]
+    assert keys("names/a") == ["names/a", "names/ab/c"]
+    assert keys("names") == ["names/a", "names/ab/c", "names/b", "namesake"]
+    assert keys("") == ["blobs/a", "names/a", "names/ab/c", "names/b", "namesake"]
+    assert keys("nothing/here/") == []
+    assert [entry[:2] for entry in store.list("blobs/")] == [("blobs/a", 3)]
+
+
+def test_a_revision_stays_while_the_object_does(store: Store) -> None:
+    store.put("a", b"one")
+    store.put("b", b"two")
+
+    (first, other), (again, _) = store.list(), store.list()
+    assert first.revision == again.revision != other.revision
 
 
 def test_a_later_put_replaces_the_object_and_changes_its_etag(store: Store) -> None:
@@ -154,7 +202,10 @@ def test_of_many_writers_with_one_etag_exactly_one_wins(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "/", "/etc/passwd", "../a", "a/../b", "a/..", "a//b", "a/", ".hidden", "a/.b", "a\\b", "a\0b", "a\nb", "é"],
+    [
+        *("", "/", "/etc/passwd", "../a", "a/../b", "a/..", "a//b", "a/", ".hidden", "a/.b"),
+        *("a\\b", "a\0b", "a\nb", "é", "a?b", "a%2e"),
+    ],
 )
 def test_a_key_that_could_mean_something_else_is_refused(store: Store, tmp_path: Path, key: str) -> None:
     with pytest.raises(InvalidKey):
@@ -170,7 +221,7 @@ def test_a_key_that_could_mean_something_else_is_refused(store: Store, tmp_path:
     assert store.list() == []
 
 
-@pytest.mark.parametrize("prefix", ["../", "/etc/", "a/../../"])
+@pytest.mark.parametrize("prefix", ["../", "/etc/", "a/../../", "/../", "..//../", "a//b/../", "a?b/../", "a%2e/../"])
 def test_a_prefix_cannot_leave_the_store(store: Store, prefix: str) -> None:
     with pytest.raises(InvalidKey):
         store.list(prefix)

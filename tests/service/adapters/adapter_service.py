@@ -14,7 +14,7 @@ import numpy as np
 import uvicorn
 from safetensors.numpy import save
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -22,13 +22,17 @@ from runtime.config import EngineConfig
 from runtime.models.config import ModelConfig, RopeConfig
 from service.adapters import dialects
 from service.adapters import routes as adapters
-from service.adapters.catalog import Catalog
-from service.adapters.files import open_storage
+from service.app import errors
+from service.catalog.catalog import Catalog
+from service.catalog.files import open_storage
+from service.errors import RequestError
+from service.http import json_response
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
-from service.responses import ApiError, json_response, on_api_error, on_client_disconnect
+from service.metrics import Metrics
+from service.services import Services
 from service.settings import Settings
-from tests.service.adapters.adapter_engine import AdapterEngine
+from tests.service.catalog.adapter_engine import AdapterEngine
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -98,12 +102,10 @@ class Service:
                 Route("/release", self._on_release, methods=["POST"]),
                 Route("/collect", self._on_collect, methods=["POST"]),
             ],
-            exception_handlers={ApiError: on_api_error, ClientDisconnect: on_client_disconnect},
+            exception_handlers=errors,
             lifespan=self._lifespan,
         )
-        app.state.model_config = TINY
-        app.state.engine = self.engine
-        app.state.settings = self.settings = Settings(
+        self.settings = Settings(
             **{
                 "served_name": "base-model",
                 "data_directory": directory,
@@ -118,7 +120,7 @@ class Service:
                 **settings,
             }
         )
-        app.state.sources = self.sources = (sources or _sources)(self.settings)
+        self.sources = (sources or _sources)(self.settings)
         listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = listener.getsockname()
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5))
@@ -133,23 +135,45 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        settings, state = self.settings, app.state
-        storage = await asyncio.to_thread(open_storage, settings)
-        self.catalog = state.catalog = await Catalog.open(storage, self.engine, TINY, settings.engine.max_lora_rank)
-        self.imports = state.imports = Imports(settings.max_uploads)
+        settings, metrics = self.settings, Metrics()
+        self.catalog = await Catalog.open(
+            await asyncio.to_thread(open_storage, settings),
+            self.engine,
+            metrics,
+            TINY,
+            max_rank=settings.engine.max_lora_rank,
+            refresh_seconds=settings.refresh_seconds,
+            collect_after_seconds=settings.collect_after_seconds,
+        )
+        self.imports = Imports(settings.max_uploads)
+        app.state.services = Services(
+            settings=settings,
+            started_at=0.0,
+            model=TINY,
+            metrics=metrics,
+            engine=self.engine,
+            catalog=self.catalog,
+            sources=self.sources,
+            imports=self.imports,
+            tokenizer=None,  # nobody generates
+            prompts=None,
+            prefixes=None,
+            max_model_len=128,
+            vocab_size=TINY.vocab_size,
+        )
         yield
         self._release.set()
         await self.imports.close()
         await self.catalog.settle()
-        self.catalog.check()
+        self.catalog.versions.check()
         await self.catalog.close()
 
     async def _use(self, request: Request) -> Response:
         """Stands for a completion: runs on the version that it resolved until all are released."""
-        version = self.catalog.resolve(request.path_params["name"])
+        version = self.catalog.versions.resolve(request.path_params["name"])
         if version is None:
-            raise ApiError(404, "model_not_found", "there is no such adapter", "model")
-        with self.catalog.using(version):
+            raise RequestError("model_not_found", "there is no such adapter", "model")
+        with self.catalog.versions.using(version):
             await self._release.wait()
             assert self.engine.registered[version.digest].exists()
             return json_response({"digest": version.digest, "generation": version.generation})
@@ -183,7 +207,7 @@ class Service:
 
     def files(self) -> list[str]:
         """Every file that the service keeps, on disk and in memory; a deleted name leaves an empty one, not counted."""
-        memory = self.catalog.memory
+        memory = self.catalog.blobs._memory.path
         kept = [path for path in self.directory.rglob("*") if path.is_file() and path.stat().st_size]
         names = [str(path.relative_to(self.directory)) for path in kept]
         return sorted([*names, *(f"memory/{path.relative_to(memory)}" for path in memory.rglob("*"))])

@@ -57,7 +57,7 @@ def test_a_load_can_pin_and_unpin(service: Service, digest: str) -> None:
 
 
 def test_memory_is_given_back(service: Service, digest: str) -> None:
-    service.engine.adapter_states[digest] = AdapterState(digest=digest, state="idle", tier="device")
+    service.engine.states[digest] = AdapterState(digest=digest, state="idle", tier="device")
     response = service.post("/adapters/poet/unload", tier="device")
     assert response.status_code == 200
     assert service.engine.unloads == [(digest, "device")]

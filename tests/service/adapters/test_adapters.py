@@ -244,7 +244,7 @@ def test_the_state_is_what_the_engine_says_of_the_digest(service: Service) -> No
     digest, loading = adapter["digest"], {"stage": "load", "bytes": 0, "total_bytes": adapter["bytes"]}
 
     def shown(**state: Any) -> tuple[str, str, str | None, dict[str, Any] | None]:
-        service.engine.adapter_states[digest] = AdapterState(digest=digest, **state)
+        service.engine.states[digest] = AdapterState(digest=digest, **state)
         adapter = service.get("poet")
         return adapter["state"], adapter["tier"], adapter["reason"], adapter["progress"]
 

@@ -10,9 +10,10 @@ import pytest
 
 from runtime.config import EngineConfig
 from runtime.messages import Generate, SamplingParams, Tokens
-from service.engine.adapters import RequestFailed
 from service.engine.client import EngineClient
 from service.engine.process import EngineStartFailed
+from service.errors import EngineError
+from service.metrics import Metrics
 from tests.service.engine import fake_engine
 from tests.service.live_server import wait_until
 
@@ -38,7 +39,7 @@ def config(tiny_model: Path) -> EngineConfig:
 
 def test_an_engine_lives_from_start_to_close(config: EngineConfig) -> None:
     async def run() -> int | None:
-        client = EngineClient(config, fake_engine.COMMAND)
+        client = EngineClient(config, fake_engine.COMMAND, Metrics())
         await client.start()
         pid = client.pid
         assert alive(pid)
@@ -55,7 +56,7 @@ def test_an_engine_lives_from_start_to_close(config: EngineConfig) -> None:
 
 def test_an_engine_that_cannot_start_says_why(config: EngineConfig) -> None:
     async def run(command: tuple[str, ...]) -> None:
-        client = EngineClient(config, command)
+        client = EngineClient(config, command, Metrics())
         try:
             await client.start()
         finally:
@@ -73,7 +74,7 @@ def test_closing_before_the_engine_is_ready_leaves_no_process(config: EngineConf
     program = f"import os, signal, pathlib; pathlib.Path({str(noted)!r}).write_text(str(os.getpid())); signal.pause()"
 
     async def run() -> None:
-        client = EngineClient(config, (fake_engine.COMMAND[0], "-c", program))
+        client = EngineClient(config, (fake_engine.COMMAND[0], "-c", program), Metrics())
         starting = asyncio.create_task(client.start())
         await asyncio.to_thread(wait_until, lambda: noted.exists() and noted.read_text() != "")
         assert alive(int(noted.read_text()))
@@ -87,13 +88,13 @@ def test_closing_before_the_engine_is_ready_leaves_no_process(config: EngineConf
 
 def test_closing_fails_what_still_runs(config: EngineConfig) -> None:
     async def run() -> str:
-        client = EngineClient(config, fake_engine.COMMAND)
+        client = EngineClient(config, fake_engine.COMMAND, Metrics())
         await client.start()
         held = asyncio.create_task(collect(client, generate(script="silent")))
         while (await client.stats()).running == 0:
             pass
         await client.close()
-        with pytest.raises(RequestFailed) as failure:
+        with pytest.raises(EngineError) as failure:
             await held
         return failure.value.code
 
@@ -102,7 +103,7 @@ def test_closing_fails_what_still_runs(config: EngineConfig) -> None:
 
 def test_an_abandoned_generator_aborts_its_request(config: EngineConfig) -> None:
     async def run() -> int:
-        client = EngineClient(config, fake_engine.COMMAND)
+        client = EngineClient(config, fake_engine.COMMAND, Metrics())
         await client.start()
         async with aclosing(client.generate(generate(script="hold"))) as events:
             await anext(events)
@@ -116,7 +117,7 @@ def test_an_abandoned_generator_aborts_its_request(config: EngineConfig) -> None
 
 def test_snapshots_asked_for_together_are_one(config: EngineConfig) -> None:
     async def run() -> None:
-        client = EngineClient(config, fake_engine.COMMAND)
+        client = EngineClient(config, fake_engine.COMMAND, Metrics())
         await client.start()
         first, second = await asyncio.gather(client.stats(), client.stats())
         assert first is second
@@ -125,7 +126,7 @@ def test_snapshots_asked_for_together_are_one(config: EngineConfig) -> None:
         asked = asyncio.create_task(client.stats())
         await asyncio.sleep(0)
         os.kill(client.pid, signal.SIGKILL)
-        with pytest.raises(RequestFailed, match="the engine died"):
+        with pytest.raises(EngineError, match="the engine died"):
             await asked
         await client.close()
 

@@ -3,11 +3,11 @@
 import threading
 from pathlib import Path
 
+from service.errors import RequestError
 from service.ingest.bundle import CONFIG, WEIGHTS, Bundle
-from service.ingest.source_urls import Source
 from service.ingest.sources import Fetched, Sources
-from service.responses import ApiError
 from service.settings import Settings
+from service.source_urls import Source
 from storage.store import OnProgress
 from tests.service.adapters.adapter_service import bundle
 
@@ -52,5 +52,5 @@ class GatedSources(Sources):
             self.most_running = max(self.most_running, self.running)
 
 
-def denied() -> ApiError:
-    return ApiError(403, "source_access_denied", "the server may not read it", "src")
+def denied() -> RequestError:
+    return RequestError("source_access_denied", "the server may not read it", "src")

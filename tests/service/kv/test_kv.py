@@ -117,8 +117,8 @@ def test_an_engine_that_says_nothing_holds_up_no_list(live: LiveServer, monkeypa
     async def silent() -> None:
         raise TimeoutError
 
-    monkeypatch.setattr(live.app.state.engine, "stats", silent)
-    monkeypatch.setattr(live.app.state.engine, "_stats_at", 0.0)
+    monkeypatch.setattr(live.services.engine, "stats", silent)
+    monkeypatch.setattr(live.services.engine, "_stats_at", 0.0)
     assert kv_blocks(live, "plain") is None
     assert [each["kv_blocks"] for each in live.client.get("/adapters").json()["adapters"]] == [None] * 4
 

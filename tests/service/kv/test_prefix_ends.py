@@ -49,7 +49,7 @@ def test_a_prefix_that_kills_the_engine_gets_a_503(mortal: LiveServer) -> None:
 
 def test_prefixes_end_with_their_engine(mortal: LiveServer) -> None:
     prefix = hold(mortal, "plain", prompt="hello")
-    os.kill(mortal.app.state.engine.pid, signal.SIGKILL)
+    os.kill(mortal.services.engine.pid, signal.SIGKILL)
     wait_until(lambda: gone(mortal, prefix, "engine died"))
     assert in_flight(mortal, "plain") == 0
     wait_until(lambda: mortal.client.get("/health/ready").status_code == 200)
@@ -60,6 +60,6 @@ def test_prefixes_end_with_their_engine(mortal: LiveServer) -> None:
 def test_a_service_that_ends_lets_go_of_what_is_held(tiny_model: Path, tmp_path: Path) -> None:
     with alora_server(tiny_model, tmp_path) as running:
         hold(running, "plain", prompt="hello")
-    running.app.state.catalog.check()
+    running.services.catalog.versions.check()
     with alora_server(tiny_model, tmp_path) as running:
         assert listed(running) == []

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from starlette.datastructures import State
 
 from service.kv import prefixes
-from service.openai.prompts import chat_prefix, chat_prompt
+from service.openai.prompts import PromptEncoder
 from service.openai.schemas import Message
 from service.openai.tokenizer import Tokenizer
 from tests.service.alora_service import HEADER, INVOCATION, alora_server, encode
@@ -76,7 +75,7 @@ def test_a_prefix_ends_when_its_time_is_over(live: LiveServer) -> None:
 
 def test_it_is_not_shown_beyond_its_time_though_the_engine_is_late(live: LiveServer) -> None:
     prefix = hold(live, prompt="hello", ttl_seconds=0.05)
-    held = live.app.state.prefixes
+    held = live.services.prefixes
     wait_until(lambda: gone(live, prefix, "time is over"))
     assert held.list() == []
 
@@ -101,11 +100,11 @@ def test_a_chat_prefix_is_what_later_requests_begin_with(live: LiveServer) -> No
 
 def test_a_chat_prefix_of_the_default_model_is_one_of_what_later_requests_render(default_model_path: Path) -> None:
     """With the tokenizer and the template that people use: the last token too is the later request's own."""
-    state = State({"tokenizer": Tokenizer(default_model_path), "vocab_size": 10**6})
+    prompts = PromptEncoder(Tokenizer(default_model_path), vocab_size=10**6, max_model_len=8192)
     turns = [Message(role=turn["role"], content=turn["content"]) for turn in TURNS]
-    prefix = asyncio.run(chat_prefix(state, turns, None, None)).token_ids
+    prefix = asyncio.run(prompts.chat_prefix(turns, None, None)).token_ids
     for more in ([], [Message(role="user", content="and then?")]):
-        whole = asyncio.run(chat_prompt(state, [*turns, *more], None, None)).token_ids
+        whole = asyncio.run(prompts.chat_prompt([*turns, *more], None, None)).token_ids
         assert whole[: len(prefix)] == prefix
         assert len(whole) > len(prefix)
 
@@ -231,7 +230,7 @@ def test_there_is_a_bound_to_prefixes_that_share_their_blocks(
 
 def test_why_prefixes_ended_is_remembered_of_the_latest(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "MAX_ENDED", 2)
-    monkeypatch.setattr(live.app.state.prefixes, "_ended", {})
+    monkeypatch.setattr(live.services.prefixes, "_ended", {})
     ended = [hold(live, prompt="hello") for _ in range(3)]
     for prefix in ended:
         live.client.delete(f"/kv/prefixes/{prefix['id']}")

@@ -22,7 +22,7 @@ def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def turned(live: LiveServer, text: str) -> str:
-    decoded: str = live.app.state.tokenizer.decode(encode(live, text)[::-1])
+    decoded: str = live.services.tokenizer.decode(encode(live, text)[::-1])
     return decoded
 
 
@@ -88,7 +88,7 @@ def test_part_of_an_invocation_is_none(live: LiveServer) -> None:
 def test_text_that_only_looks_like_the_invocation_is_none(live: LiveServer) -> None:
     """Tokens are compared, not text: spelled out in other tokens it is another prompt."""
     spelled = [token for letter in INVOCATION for token in encode(live, letter)]
-    assert live.app.state.tokenizer.shown(spelled) == INVOCATION
+    assert live.services.tokenizer.shown(spelled) == INVOCATION
     assert error(complete(live, spelled))[1] == "alora_invocation_missing"
 
 

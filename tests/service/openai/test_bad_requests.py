@@ -135,7 +135,7 @@ def test_an_unknown_model_is_not_found(server: LiveServer, name: str) -> None:
 
 
 def test_a_body_over_the_limit_is_refused_however_long_it_says_it_is(server: LiveServer) -> None:
-    limit = server.app.state.settings.max_body_bytes
+    limit = server.services.settings.max_body_bytes
 
     def endless() -> object:
         for _ in range(limit // 65536 + 1):

@@ -16,7 +16,7 @@ def chunks(text: str) -> list[dict]:
 
 
 def test_a_chat_goes_through_the_models_own_template(server: LiveServer) -> None:
-    expected = server.app.state.tokenizer.encode(PROMPT)
+    expected = server.services.tokenizer.encode(PROMPT)
     body = server.chat("hello", max_tokens=len(expected) - 5, stop_token_ids=[], ignore_eos=True).json()
     assert body["usage"]["prompt_tokens"] == len(expected)
     assert body["object"] == "chat.completion"

@@ -60,7 +60,7 @@ def test_the_usage_of_a_stream_comes_last_and_without_choices_when_asked_for(ser
 
 @pytest.mark.parametrize("prompt", ["hello world", ["hello world"], [267, 271], [[267, 271]]])
 def test_a_prompt_may_be_text_or_token_ids_alone_or_in_a_list(server: LiveServer, prompt: object) -> None:
-    ids = server.app.state.tokenizer.encode("hello world")
+    ids = server.services.tokenizer.encode("hello world")
     given = json.loads(json.dumps(prompt).replace("267, 271", f"{ids[0]}, {ids[1]}"))
     assert server.complete(given, max_tokens=2).json()["choices"][0]["text"] == "hello world"
 
@@ -136,7 +136,7 @@ def test_what_might_have_become_a_stop_string_is_given_out_at_the_end(server: Li
 
 
 def test_a_stop_token_ends_the_text_and_is_counted_but_not_shown(server: LiveServer) -> None:
-    ids = server.app.state.tokenizer.encode("hello world")
+    ids = server.services.tokenizer.encode("hello world")
     body = server.complete("hello world", max_tokens=9, stop_token_ids=[ids[1]]).json()
     assert body["choices"][0]["text"] == "hello"
     assert body["choices"][0]["finish_reason"] == "stop"

@@ -61,11 +61,11 @@ def test_a_slow_reader_disturbs_nobody(server: LiveServer) -> None:
 
 
 def kill_engine(server: LiveServer) -> None:
-    os.kill(server.app.state.engine.pid, signal.SIGKILL)
+    os.kill(server.services.engine.pid, signal.SIGKILL)
 
 
 def test_when_the_engine_dies_its_requests_end_with_a_clear_error_and_it_is_restarted(mortal: LiveServer) -> None:
-    before = mortal.app.state.engine.pid
+    before = mortal.services.engine.pid
     with httpx.stream("POST", f"{mortal.url}/v1/completions", content=body(cache_salt="hold", stream=True)) as stream:
         lines = (line for line in stream.iter_lines() if line)
         assert "hello" in next(lines)
@@ -79,7 +79,7 @@ def test_when_the_engine_dies_its_requests_end_with_a_clear_error_and_it_is_rest
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b'"engine_died"' in answer
     wait_until(lambda: mortal.client.get("/health/ready").status_code == 200)
-    assert mortal.app.state.engine.pid != before
+    assert mortal.services.engine.pid != before
     assert mortal.complete("hello world", max_tokens=2).json()["choices"][0]["text"] == "hello world"
 
 
@@ -148,9 +148,9 @@ def test_many_requests_at_once_each_get_their_own_answer(server: LiveServer) -> 
 
 
 def test_a_fault_of_ours_is_a_500_of_the_same_shape_and_the_service_goes_on(mortal: LiveServer) -> None:
-    tokenizer, mortal.app.state.tokenizer = mortal.app.state.tokenizer, None
+    tokenizer, mortal.services.tokenizer = mortal.services.tokenizer, None
     broken = mortal.complete("hello")
-    mortal.app.state.tokenizer = tokenizer
+    mortal.services.tokenizer = tokenizer
     assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal_error")
     assert "NoneType" not in broken.text
     assert mortal.complete("hello").status_code == 200

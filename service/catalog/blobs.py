@@ -3,15 +3,19 @@
 import asyncio
 import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
-from runtime.messages import AdapterState, Tier
-from service.adapters.files import SUFFIX, AdapterStorage
-from service.private_directory import memory_scratch
+from runtime.messages import AdapterState
+from service.catalog.files import SUFFIX, AdapterStorage
+from service.engine.adapters import EngineAdapters
+from service.metrics import Metrics
+from storage.scratch import memory_scratch
 from storage.store import AccessDenied, Corrupt, NotFound, ObjectTooLarge, StoreError, StoreFull, StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -29,32 +33,6 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
-class Engine(Protocol):
-    """What adapters need of the engine's client."""
-
-    on_wanted: Callable[[str], None] | None
-    on_settled: Callable[[str], None] | None
-
-    @property
-    def adapter_states(self) -> Mapping[str, AdapterState]: ...
-
-    def register_adapter(self, digest: str, path: Path) -> None: ...
-
-    def retire_adapter(self, digest: str) -> None: ...
-
-    def fail_adapter(self, digest: str, reason: str) -> None: ...
-
-    def load_adapter(self, digest: str, tier: Tier = "device") -> None: ...
-
-    async def bring_adapter(self, digest: str, tier: Tier) -> None: ...
-
-    async def pin_adapter(self, digest: str, tier: Tier | None) -> None: ...
-
-    async def unload_adapter(self, digest: str, tier: Tier) -> None: ...
-
-    def end_requests(self, code: str, message: str, digest: str | None = None) -> None: ...
-
-
 class Download:
     """A file on its way from a remote store, in bytes."""
 
@@ -70,12 +48,11 @@ class Blobs:
 
     Each name, each running request and each upload under way counts one on its digest. When the last of
     them lets go, the engine forgets the digest, and a file that was only in memory goes; what is stored stays
-    until it is collected. `on_download` gets the seconds of each fetch.
+    until it is collected.
     """
 
-    def __init__(self, storage: AdapterStorage, engine: Engine) -> None:
-        self.on_download: Callable[[float], None] | None = None
-        self._storage, self._files, self._engine = storage, storage.files, engine
+    def __init__(self, storage: AdapterStorage, engine: EngineAdapters, metrics: Metrics) -> None:
+        self._storage, self._files, self._engine, self._metrics = storage, storage.files, engine, metrics
         self._memory = memory_scratch()
         self._counts: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # of those that are stored
@@ -87,13 +64,16 @@ class Blobs:
         self._slots = asyncio.Semaphore(_DOWNLOADS)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
-        engine.on_wanted = self._on_wanted
-        engine.on_settled = self._on_settled
 
-    @property
-    def memory(self) -> Path:
-        """The directory of what is only in memory."""
-        return self._memory.path
+    @asynccontextmanager
+    async def staging(self, ephemeral: bool) -> AsyncIterator[Path]:
+        """A private directory for an upload, on the file system where its bytes will stay; removed at the end."""
+        parent = self._memory.path if ephemeral else self._files.scratch
+        directory = Path(tempfile.mkdtemp(dir=parent))  # at once: a cancelled thread would leave one behind
+        try:
+            yield directory
+        finally:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
 
     @property
     def digests(self) -> Collection[str]:
@@ -137,7 +117,7 @@ class Blobs:
                 else:
                     await self._storage.run(self._files.add, digest, file, replace=digest in self._broken)
                     self._sizes[digest] = size
-                if digest in self._broken or self._engine.adapter_states.get(digest, IDLE).state == "failed":
+                if digest in self._broken or self._engine.states.get(digest, IDLE).state == "failed":
                     self._served.pop(digest, None)  # so that the engine hears of the whole file
                 self._broken.discard(digest)
         except BaseException:
@@ -156,7 +136,7 @@ class Blobs:
         path = self.path(digest)
         if self._served.get(digest) != path:
             self._served[digest] = path
-            self._engine.register_adapter(digest, path)
+            self._engine.register(digest, path)
 
     def acquire(self, digest: str) -> None:
         self._counts[digest] = self._counts.get(digest, 0) + 1
@@ -169,8 +149,10 @@ class Blobs:
 
     async def settle(self) -> None:
         """Wait until everything that nobody counts on is gone, and every download has ended."""
+        await self._engine.changes.join()
         while self._tasks:
             await asyncio.gather(*self._tasks)
+            await self._engine.changes.join()
 
     def check(self, counts: Mapping[str, int]) -> None:
         """Assert that exactly these digests are counted, so often, and that nothing else is kept."""
@@ -181,7 +163,15 @@ class Blobs:
         kept = {path.name.removesuffix(SUFFIX) for path in self._memory.path.glob(f"*{SUFFIX}")}
         assert kept == self._in_memory, f"{kept ^ self._in_memory} are in memory for nobody, or should be and are not"
 
-    # ------------------------------------------------------------------ what the engine asks for
+    async def follow_engine(self) -> None:
+        """Fetch the files that the engine asks for, and let the cache evict those that it has read; for ever."""
+        while True:
+            state = await self._engine.changes.get()
+            if state.state == "wanted":
+                self._on_wanted(state.digest)
+            elif state.state != "loading":
+                self._on_settled(state.digest)
+            self._engine.changes.task_done()
 
     def _on_wanted(self, digest: str) -> None:
         if digest in self._counts and digest not in self._downloads:
@@ -206,14 +196,13 @@ class Blobs:
                 self._broken.add(digest)
             self._on_settled(digest)
             reason = REASONS.get(type(error), "its file cannot be read") if digest in self._counts else UNKNOWN
-            self._engine.fail_adapter(digest, reason)
+            self._engine.fail(digest, reason)
             return
         finally:
             del self._downloads[digest]
-        if self.on_download is not None:
-            self.on_download(seconds)
+        self._metrics.downloaded(seconds)
         if digest in self._counts:
-            self._engine.register_adapter(digest, self.path(digest))
+            self._engine.register(digest, self.path(digest))
         else:
             self._on_settled(digest)
 
@@ -221,8 +210,6 @@ class Blobs:
         if digest in self._held:
             self._held.discard(digest)
             self._files.release(digest)
-
-    # ------------------------------------------------------------------ inside
 
     async def _discard(self, digest: str) -> None:
         async with self._lock(digest):
@@ -234,7 +221,7 @@ class Blobs:
             if digest not in self._downloads:
                 self._on_settled(digest)
             if self._served.pop(digest, None) is not None:
-                self._engine.retire_adapter(digest)
+                self._engine.retire(digest)
             await asyncio.to_thread(self._memory_path(digest).unlink, missing_ok=True)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

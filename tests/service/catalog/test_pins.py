@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from runtime.messages import Tier
-from service.engine.adapters import RequestFailed
-from service.responses import ApiError
-from tests.service.adapters.adapter_engine import AdapterEngine
-from tests.service.adapters.catalogs import FREE, opened, publish, run
+from service.errors import EngineError, RequestError, answer_of
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, opened, publish, run
 
 
 def test_a_pin_is_durable_and_comes_back_with_the_next_start(tmp_path: Path) -> None:
@@ -59,22 +58,26 @@ def test_a_pin_that_the_engine_refuses_leaves_everything_as_it_was(tmp_path: Pat
                 publish(catalog, "other", seed=1, pin=True),
                 catalog.set_pin("other", "device", FREE),
             ):
-                with pytest.raises(ApiError) as refused:
+                with pytest.raises(RequestError) as refused:
                     await change
-                assert (refused.value.status, refused.value.code, refused.value.param) == (409, "pins_full", "pin")
+                assert (answer_of(refused.value).status, refused.value.code, refused.value.param) == (
+                    409,
+                    "pins_full",
+                    "pin",
+                )
             await catalog.settle()
-            assert [version.name for version in catalog.list()] == ["other", "poet"]
+            assert [version.name for version in catalog.versions.list()] == ["other", "poet"]
             assert engine.pins == {old.digest: "device"}
-            assert not catalog.list()[0].record.pinned
+            assert not catalog.versions.list()[0].record.pinned
 
     run(program())
 
 
 def test_names_with_one_content_that_pin_it_together_are_all_refused_or_none(tmp_path: Path) -> None:
     class SlowEngine(AdapterEngine):
-        async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
+        async def pin(self, digest: str, tier: Tier | None) -> None:
             await asyncio.sleep(0)
-            await super().pin_adapter(digest, tier)
+            await super().pin(digest, tier)
 
     async def program() -> None:
         engine = SlowEngine()
@@ -85,7 +88,7 @@ def test_names_with_one_content_that_pin_it_together_are_all_refused_or_none(tmp
             engine.refuse = "pins_full"
             tried = await asyncio.gather(*(catalog.set_pin(n, "device", FREE) for n in names), return_exceptions=True)
             assert [getattr(each, "code", each) for each in tried] == ["pins_full"] * 3
-            assert not any(version.record.pinned for version in catalog.list())
+            assert not any(version.record.pinned for version in catalog.versions.list())
             engine.refuse = None
             await asyncio.gather(*(catalog.set_pin(name, "device", FREE) for name in names))
             assert engine.pins == {digest: "device"}
@@ -97,10 +100,10 @@ def test_names_with_one_content_that_pin_it_together_are_all_refused_or_none(tmp
 
 def test_a_pinned_adapter_is_replaced_although_both_have_no_room_together(tmp_path: Path) -> None:
     class EngineForOne(AdapterEngine):
-        async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
+        async def pin(self, digest: str, tier: Tier | None) -> None:
             if tier is not None and self.pins.keys() - {digest}:
-                raise RequestFailed("pins_full", "there is room for one")
-            await super().pin_adapter(digest, tier)
+                raise EngineError("pins_full", "there is room for one")
+            await super().pin(digest, tier)
 
     async def program() -> None:
         engine = EngineForOne()
@@ -108,7 +111,7 @@ def test_a_pinned_adapter_is_replaced_although_both_have_no_room_together(tmp_pa
             await publish(catalog, "poet", pin=True)
             new = await publish(catalog, "poet", seed=1)
             assert engine.pins == {new.digest: "device"}
-            with pytest.raises(ApiError, match="room for one"):
+            with pytest.raises(RequestError, match="room for one"):
                 await publish(catalog, "other", seed=2, pin=True)
             assert engine.pins == {new.digest: "device"}
 
@@ -141,16 +144,16 @@ def test_loads_and_unloads_go_to_the_engine_and_its_refusals_to_the_client(tmp_p
             assert engine.unloads == [(digest, "device")]
             for code, status in (("adapter_in_use", 409), ("adapter_pinned", 409), ("engine_died", 503)):
                 engine.refuse = code
-                with pytest.raises(ApiError) as refused:
+                with pytest.raises(RequestError) as refused:
                     await catalog.unload("poet", "host")
-                assert (refused.value.status, refused.value.code) == (status, code)
+                assert (answer_of(refused.value).status, refused.value.code) == (status, code)
             engine.refuse = "adapter_failed"
-            with pytest.raises(ApiError) as failed:
+            with pytest.raises(RequestError) as failed:
                 await catalog.load("poet", "device", wait=True)
-            assert (failed.value.status, failed.value.headers) == (503, {"retry-after": "1"})
+            assert (answer_of(failed.value).status, answer_of(failed.value).headers) == (503, {"retry-after": "1"})
             for change in (catalog.load("nobody", "host", wait=True), catalog.unload("nobody", "host")):
-                with pytest.raises(ApiError) as unknown:
+                with pytest.raises(RequestError) as unknown:
                     await change
-                assert (unknown.value.status, unknown.value.code) == (404, "adapter_not_found")
+                assert (answer_of(unknown.value).status, unknown.value.code) == (404, "adapter_not_found")
 
     run(program())

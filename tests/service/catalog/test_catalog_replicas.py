@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from service.adapters.catalog import Catalog
-from service.adapters.files import AdapterStorage, StoredFiles, local_storage
-from service.adapters.record import Condition
-from service.responses import ApiError
+from service.catalog.catalog import Catalog
+from service.catalog.files import AdapterStorage, StoredFiles, local_storage
+from service.catalog.record import Condition
+from service.errors import RequestError, answer_of
+from service.metrics import Metrics
 from storage.local import LocalStore
 from storage.store import StoreUnavailable
-from tests.service.adapters.adapter_engine import AdapterEngine
 from tests.service.adapters.adapter_service import TINY
-from tests.service.adapters.catalogs import FREE, NEVER, blob, files, opened, publish, run
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, NEVER, blob, files, opened, publish, run
 
 
 def test_names_that_another_process_writes_replaces_and_deletes_are_followed(tmp_path: Path) -> None:
@@ -25,18 +26,18 @@ def test_names_that_another_process_writes_replaces_and_deletes_are_followed(tmp
             first = await publish(theirs, "poet", pin=True)
             await mine.refresh()
             await mine.settle()
-            seen = mine.resolve("poet")
+            seen = mine.versions.resolve("poet")
             assert seen is not None
             assert (seen.digest, seen.generation) == (first.digest, 1)
             assert engine.pins == {first.digest: "device"}
 
             second = await publish(theirs, "poet", seed=1, pin=False)
-            with mine.using(seen):
+            with mine.versions.using(seen):
                 await mine.refresh()
-                replaced = mine.resolve("poet")
+                replaced = mine.versions.resolve("poet")
                 assert replaced is not None
                 assert (replaced.digest, replaced.generation) == (second.digest, 2)
-                assert mine.draining("poet") is seen
+                assert mine.versions.draining("poet") is seen
                 assert first.digest in engine.registered, "a request runs on it"
             await mine.settle()
             assert list(engine.registered) == [second.digest]
@@ -45,7 +46,7 @@ def test_names_that_another_process_writes_replaces_and_deletes_are_followed(tmp
             await theirs.delete("poet", FREE)
             await mine.refresh()
             await mine.settle()
-            assert mine.list() == []
+            assert mine.versions.list() == []
             assert engine.registered == {}
 
     run(program())
@@ -55,10 +56,18 @@ def test_a_catalog_follows_the_store_by_itself(tmp_path: Path) -> None:
     async def program() -> None:
         async with opened(tmp_path) as theirs:
             storage = local_storage(tmp_path)
-            mine = await Catalog.open(storage, AdapterEngine(), TINY, 8, 0.01, NEVER)
+            mine = await Catalog.open(
+                storage,
+                AdapterEngine(),
+                Metrics(),
+                TINY,
+                max_rank=8,
+                refresh_seconds=0.01,
+                collect_after_seconds=NEVER,
+            )
             await publish(theirs, "poet")
             async with asyncio.timeout(20):
-                while mine.resolve("poet") is None:
+                while mine.versions.resolve("poet") is None:
                     await asyncio.to_thread(storage.store.get, "names/poet.json")  # something that takes a while
             await mine.close()
 
@@ -72,7 +81,7 @@ def test_of_two_writers_the_later_wins_and_the_generations_count_both(tmp_path: 
             late = await publish(mine, "poet", seed=2)  # it had seen no such name yet
             assert late.generation == 2
             await theirs.refresh()
-            seen = theirs.resolve("poet")
+            seen = theirs.versions.resolve("poet")
             assert seen is not None
             assert seen.record == late.record
 
@@ -90,11 +99,11 @@ def test_a_condition_that_another_process_has_made_false_is_refused(tmp_path: Pa
                 mine.delete("poet", Condition(frozenset({first.digest}))),
                 mine.set_pin("poet", "device", Condition(frozenset({first.digest}))),
             ):
-                with pytest.raises(ApiError) as refused:
+                with pytest.raises(RequestError) as refused:
                     await change
-                assert (refused.value.status, refused.value.param) == (412, "If-Match")
+                assert (answer_of(refused.value).status, refused.value.param) == (412, "If-Match")
             await theirs.delete("poet", FREE)
-            with pytest.raises(ApiError) as gone:
+            with pytest.raises(RequestError) as gone:
                 await mine.delete("poet", FREE)
             assert gone.value.code == "adapter_not_found"
             again = await publish(mine, "poet", seed=2, condition=Condition(None, True))
@@ -111,18 +120,18 @@ def test_many_writers_of_one_name_lose_nothing_and_agree_in_the_end(tmp_path: Pa
             async def write(turn: int) -> int:
                 catalog = catalogs[turn % 3]
                 while True:
-                    with suppress(ApiError):  # the others were faster too often: the client sends it again
+                    with suppress(RequestError):  # the others were faster too often: the client sends it again
                         return (await publish(catalog, "poet", seed=turn)).generation
 
             generations = await asyncio.gather(*map(write, range(12)))
             assert sorted(generations) == list(range(1, 13)), "every one was written, over the one before it"
             for catalog in catalogs:
                 await catalog.refresh()
-            assert len({catalog.list()[0].record.digest for catalog in catalogs}) == 1
+            assert len({catalog.versions.list()[0].record.digest for catalog in catalogs}) == 1
             for catalog in catalogs:
                 await catalog.settle()
             await one.collect(-1)
-            assert files(tmp_path) == [blob(one.list()[0].digest), "names/poet.json"]
+            assert files(tmp_path) == [blob(one.versions.list()[0].digest), "names/poet.json"]
 
     run(program())
 
@@ -142,16 +151,18 @@ def test_an_unreachable_store_keeps_what_is_known_and_is_read_again_later(tmp_pa
         async with opened(tmp_path) as theirs, opened(far) as mine:
             await publish(theirs, "poet")
             await mine.refresh()
-            known = mine.list()
+            known = mine.versions.list()
             await publish(theirs, "poet", seed=1)
             await publish(theirs, "other", seed=2)
             store.reachable = False
             for _ in range(2):
                 with pytest.raises(StoreUnavailable):
                     await mine.refresh()
-                assert mine.list() == known
+                assert mine.versions.list() == known
             store.reachable = True
             await mine.refresh()
-            assert [version.record for version in mine.list()] == [version.record for version in theirs.list()]
+            assert [version.record for version in mine.versions.list()] == [
+                version.record for version in theirs.versions.list()
+            ]
 
     run(program())

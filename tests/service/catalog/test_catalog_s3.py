@@ -12,14 +12,14 @@ import pytest
 from blake3 import blake3
 from moto.server import ThreadedMotoServer
 
-from service.adapters.files import AdapterStorage, cached_storage
-from service.adapters.record import Condition
-from service.responses import ApiError
+from service.catalog.files import AdapterStorage, cached_storage
+from service.catalog.record import Condition
+from service.errors import RequestError, answer_of
 from storage.cache import DiskCache
 from storage.s3 import S3Store
-from tests.service.adapters.adapter_engine import AdapterEngine
-from tests.service.adapters.catalogs import FREE, blob, opened, publish, run
-from tests.service.adapters.test_catalog_kills import FIRST, OUTCOMES, ROOT
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, blob, opened, publish, run
+from tests.service.catalog.test_catalog_kills import FIRST, OUTCOMES, ROOT
 
 BUCKET = "adapters"
 
@@ -66,7 +66,7 @@ def test_what_one_server_uploads_another_serves_after_a_look_at_the_bucket(tmp_p
             assert engine.pins == {version.digest: "device"}
             await theirs.delete("poet", FREE)
             await mine.refresh()
-            assert mine.list() == []
+            assert mine.versions.list() == []
             await mine.settle()
             assert await theirs.collect(-1) == (1, version.record.bytes)
 
@@ -79,17 +79,17 @@ def test_writers_of_one_name_lose_nothing_and_agree_in_the_end(tmp_path: Path) -
 
             async def write(turn: int) -> int:
                 while True:
-                    with suppress(ApiError):  # the other was faster too often: the client sends it again
+                    with suppress(RequestError):  # the other was faster too often: the client sends it again
                         return (await publish((one, two)[turn % 2], "poet", seed=turn)).generation
 
             assert sorted(await asyncio.gather(*map(write, range(8)))) == list(range(1, 9))
             await asyncio.gather(one.refresh(), two.refresh())
-            [mine], [theirs] = one.list(), two.list()
+            [mine], [theirs] = one.versions.list(), two.versions.list()
             assert mine.record == theirs.record
             stale = Condition(frozenset({"0" * 64}))
-            with pytest.raises(ApiError) as refused:
+            with pytest.raises(RequestError) as refused:
                 await two.delete("poet", stale)
-            assert refused.value.status == 412
+            assert answer_of(refused.value).status == 412
 
     run(program())
 
@@ -106,7 +106,7 @@ def test_a_kill_between_any_two_calls_shows_all_or_nothing(tmp_path: Path, opera
     command = [
         sys.executable,
         "-m",
-        "tests.service.adapters.killed_catalog",
+        "tests.service.catalog.killed_catalog",
         operation,
         "base",
         tmp_path / "killed",
@@ -120,13 +120,13 @@ def test_a_kill_between_any_two_calls_shows_all_or_nothing(tmp_path: Path, opera
         done = (tmp_path / "killed" / f"{step}.done").exists()
         remote = S3Store(BUCKET, f"killed/{step}")
         async with opened(cached_storage(remote, DiskCache(tmp_path / "killed" / str(step), 1 << 20))) as catalog:
-            shown = {version.name: (version.generation, version.record.pinned) for version in catalog.list()}
+            shown = {version.name: (version.generation, version.record.pinned) for version in catalog.versions.list()}
             assert shown in ([OUTCOMES[operation]] if done else [FIRST, OUTCOMES[operation]])
             seen.append(shown)
             await catalog.collect(-1)
             stored = [entry.key for entry in remote.list() if entry.bytes]
-            names = [f"names/{version.name}.json" for version in catalog.list()]
-            assert stored == sorted([*(blob(version.digest) for version in catalog.list()), *names])
+            names = [f"names/{version.name}.json" for version in catalog.versions.list()]
+            assert stored == sorted([*(blob(version.digest) for version in catalog.versions.list()), *names])
 
     for step in range(steps + 1):
         run(look(step))

@@ -10,14 +10,15 @@ import msgspec
 import pytest
 
 from runtime.models.config import ModelConfig
-from service.adapters.blobs import Blobs
-from service.adapters.files import AdapterStorage, StoredFiles, local_storage
-from service.responses import ApiError
+from service.catalog.blobs import Blobs
+from service.catalog.files import AdapterStorage, StoredFiles, local_storage
+from service.errors import RequestError, answer_of
+from service.metrics import Metrics
 from storage.local import LocalStore
 from storage.store import StoreFull
-from tests.service.adapters.adapter_engine import AdapterEngine
 from tests.service.adapters.adapter_service import TINY
-from tests.service.adapters.catalogs import FREE, blob, files, opened, prepared, publish, run, stored
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, blob, files, opened, prepared, publish, run, stored
 
 
 def over(store: LocalStore) -> AdapterStorage:
@@ -37,7 +38,7 @@ def test_a_corrupt_name_is_skipped_and_no_file_is_collected_while_it_may_point_a
     async def program() -> None:
         engine = AdapterEngine()
         async with opened(tmp_path, engine) as catalog:
-            assert [version.name for version in catalog.list()] == ["whole"]
+            assert [version.name for version in catalog.versions.list()] == ["whole"]
             assert list(engine.registered) == [digests["whole"]]
             with pytest.raises(Exception, match="names/"):
                 await catalog.collect(-1)
@@ -98,13 +99,13 @@ def test_an_adapter_checked_against_another_base_is_not_given_to_the_engine(tmp_
     async def program(model: ModelConfig, max_rank: int, reason: str) -> None:
         engine = AdapterEngine()
         async with opened(tmp_path, engine, model, max_rank) as catalog:
-            version = catalog.resolve("poet")
+            version = catalog.versions.resolve("poet")
             assert version is not None
-            assert reason in (catalog.failure(version) or "")
+            assert reason in (catalog.versions.failure(version) or "")
             assert engine.registered == {}
-            with pytest.raises(ApiError, match="cannot be served") as refused, catalog.using(version):
+            with pytest.raises(RequestError, match="cannot be served") as refused, catalog.versions.using(version):
                 pass
-            assert (refused.value.status, refused.value.code) == (503, "adapter_failed")
+            assert (answer_of(refused.value).status, refused.value.code) == (503, "adapter_failed")
 
     run(program(msgspec.structs.replace(TINY, hidden_size=32), 8, "another shape"))
     run(program(TINY, 1, "rank 2"))
@@ -132,10 +133,10 @@ def test_a_full_disk_is_said_so_and_changes_nothing(tmp_path: Path) -> None:
                 await catalog.settle()
                 await catalog.collect(-1)
                 assert files(tmp_path) == before
-                assert catalog.list() == [old]
+                assert catalog.versions.list() == [old]
                 assert engine.registered == registered
                 assert engine.pins == {}
-                catalog.check()
+                catalog.versions.check()
 
     run(program())
 
@@ -145,22 +146,22 @@ def test_a_version_that_is_used_outlives_its_name_and_no_longer(tmp_path: Path) 
         engine = AdapterEngine()
         async with opened(tmp_path, engine) as catalog:
             version = await publish(catalog, "poet")
-            with catalog.using(version), catalog.using(version):
+            with catalog.versions.using(version), catalog.versions.using(version):
                 await catalog.delete("poet", FREE)
-                catalog.check()
-                assert catalog.resolve("poet") is None
-                assert catalog.draining("poet") is version
+                catalog.versions.check()
+                assert catalog.versions.resolve("poet") is None
+                assert catalog.versions.draining("poet") is version
                 await catalog.collect(-1)
                 assert files(tmp_path) == [blob(version.digest)]
                 assert engine.retired == []
-            assert catalog.draining("poet") is None
+            assert catalog.versions.draining("poet") is None
             await catalog.settle()
             assert engine.retired == [version.digest]
             await catalog.collect(-1)
             assert files(tmp_path) == []
-            with pytest.raises(ApiError) as refused, catalog.using(version):
+            with pytest.raises(RequestError) as refused, catalog.versions.using(version):
                 pass
-            assert (refused.value.status, refused.value.code) == (404, "model_not_found")
+            assert (answer_of(refused.value).status, refused.value.code) == (404, "model_not_found")
 
     run(program())
 
@@ -174,7 +175,7 @@ def test_the_same_bytes_coming_back_while_they_go_are_served(tmp_path: Path) -> 
                 await catalog.delete("poet", FREE)
             version = await publish(catalog, "poet")
             await catalog.settle()
-            catalog.check()
+            catalog.versions.check()
             assert engine.registered == {version.digest: tmp_path / blob(version.digest)}
             assert files(tmp_path) == [blob(version.digest), "names/poet.json"]
 
@@ -184,7 +185,7 @@ def test_the_same_bytes_coming_back_while_they_go_are_served(tmp_path: Path) -> 
 def test_a_file_that_is_wanted_again_before_it_went_stays(tmp_path: Path) -> None:
     async def program() -> None:
         storage, engine = local_storage(tmp_path), AdapterEngine()
-        blobs = Blobs(storage, engine)
+        blobs = Blobs(storage, engine, Metrics())
         summary, file = prepared(storage.files.scratch, seed=0)
         await blobs.keep(summary.digest, summary.bytes, file, ephemeral=False)
         blobs.serve(summary.digest)
@@ -205,7 +206,7 @@ def test_an_ephemeral_adapter_touches_no_disk_and_goes_with_its_name(tmp_path: P
         async with opened(tmp_path, engine) as catalog:
             version = await publish(catalog, "step", ephemeral=True)
             file = engine.registered[version.digest]
-            assert file.is_relative_to(catalog.memory)
+            assert file.is_relative_to(catalog.blobs._memory.path)
             assert files(tmp_path) == []
             engine.want(version.digest)
             await catalog.settle()
@@ -280,7 +281,7 @@ def test_a_cancelled_upload_whose_name_is_being_written_is_finished(tmp_path: Pa
             assert upload.cancelled()
             go_on.set()
             await catalog.settle()
-            version = catalog.resolve("poet")
+            version = catalog.versions.resolve("poet")
             assert version is not None
             assert files(tmp_path) == [blob(version.digest), "names/poet.json"]
 

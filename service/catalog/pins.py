@@ -8,26 +8,12 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from runtime.messages import Tier
-from service.adapters.blobs import Engine
-from service.adapters.files import AdapterStorage
-from service.engine.adapters import RequestFailed
-from service.responses import ApiError
+from service.catalog.files import AdapterStorage
+from service.engine.adapters import EngineAdapters
+from service.errors import EngineError
 
 _log = logging.getLogger(__name__)
 _PIN_SHARE = 0.5  # of the disk cache, as of each tier of memory: what is pinned must leave room for the rest
-
-# What the engine may refuse, and the status that tells the client so
-_STATUS = {
-    "pins_full": 409,
-    "adapter_in_use": 409,
-    "adapter_pinned": 409,
-    "load_cancelled": 409,
-    "superseded": 409,
-    "unknown_adapter": 404,
-    "adapter_failed": 503,
-    "engine_died": 503,
-    "engine_unavailable": 503,
-}
 
 
 class Pin(NamedTuple):
@@ -41,7 +27,7 @@ class Pin(NamedTuple):
 class Residency:
     """Owns which name pins which digest; a digest is pinned in the highest tier that any of its names asks for."""
 
-    def __init__(self, storage: AdapterStorage, engine: Engine) -> None:
+    def __init__(self, storage: AdapterStorage, engine: EngineAdapters) -> None:
         self._files, self._disk, self._engine = storage.files, storage.disk, engine
         self._pins: dict[str, Pin] = {}  # granted, by name
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -50,7 +36,7 @@ class Residency:
     async def pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
         """Make a name pin a digest (of `size` bytes) in a tier, instead of what it pinned before, or nothing.
 
-        Raises ApiError when there is no room to pin it in, and leaves everything as it was.
+        Raises EngineError when there is no room to pin it in, and leaves everything as it was.
         """
         async with self._locked(f"name {name}"):
             before = self._pins.get(name)
@@ -63,26 +49,26 @@ class Residency:
                     await stack.enter_async_context(self._locked(each))
                 try:
                     await self._replace(name, before, after)
-                except RequestFailed as error:
-                    raise refused(error, "pin") from error
+                except EngineError as error:
+                    raise EngineError(error.code, error.message, "pin") from error
 
     async def _replace(self, name: str, before: Pin | None, after: Pin | None) -> None:
         try:
             await self._change(name, after)
-        except RequestFailed:
+        except EngineError:
             if before is None or after is None or before.digest == after.digest:
                 raise
             await self._change(name, None)  # its room may be what the new one needs
             try:
                 await self._change(name, after)
-            except RequestFailed:
+            except EngineError:
                 await self._restore(name, before)
                 raise
 
     async def _restore(self, name: str, pin: Pin) -> None:
         try:
             await self._change(name, pin)
-        except RequestFailed as error:
+        except EngineError as error:
             _log.error("adapter %s is pinned no longer, another one took its room: %s", name, error)
 
     def pin_later(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
@@ -90,21 +76,21 @@ class Residency:
         self._start(self._try_pin(name, digest, tier, size))
 
     async def load(self, digest: str, tier: Tier, *, wait: bool) -> None:
-        """Start to bring a digest into a tier and, if asked, wait until it is there. Raises ApiError."""
+        """Start to bring a digest into a tier and, if asked, wait until it is there. Raises EngineError."""
         if not wait:
-            self._engine.load_adapter(digest, tier)
+            self._engine.prefetch(digest, tier)
             return
         try:
-            await self._engine.bring_adapter(digest, tier)
-        except RequestFailed as error:
-            raise refused(error, "name") from error
+            await self._engine.load(digest, tier)
+        except EngineError as error:
+            raise EngineError(error.code, error.message, "name") from error
 
     async def unload(self, digest: str, tier: Tier) -> None:
-        """Give back a digest's memory in a tier and above. Raises ApiError when it is in use or pinned."""
+        """Give back a digest's memory in a tier and above. Raises EngineError when it is in use or pinned."""
         try:
-            await self._engine.unload_adapter(digest, tier)
-        except RequestFailed as error:
-            raise refused(error, "name") from error
+            await self._engine.unload(digest, tier)
+        except EngineError as error:
+            raise EngineError(error.code, error.message, "name") from error
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -116,10 +102,8 @@ class Residency:
         while self._tasks:
             await asyncio.gather(*self._tasks)
 
-    # ------------------------------------------------------------------ inside
-
     async def _change(self, name: str, pin: Pin | None) -> None:
-        """Have the engine do what a name's new pin takes, then note it. Raises RequestFailed, before anything is done.
+        """Have the engine do what a name's new pin takes, then note it. Raises EngineError, before anything is done.
 
         The caller has the locks of the name and of both digests.
         """
@@ -134,13 +118,13 @@ class Residency:
 
     async def _apply(self, digest: str, was: Tier | None, now: Tier | None, size: int) -> None:
         if now is None and was is not None:
-            with suppress(RequestFailed):  # the engine has forgotten it, or is no more: either way it is not pinned
-                await self._engine.pin_adapter(digest, None)
+            with suppress(EngineError):  # the engine has forgotten it, or is no more: either way it is not pinned
+                await self._engine.pin(digest, None)
             self._files.release(digest, pinned=True)
         elif now != was:
             if was is None:
                 self._require_disk(size)
-            await self._engine.pin_adapter(digest, now)
+            await self._engine.pin(digest, now)
             if was is None:
                 self._files.hold(digest, pinned=True)
 
@@ -159,7 +143,7 @@ class Residency:
                 f"pinned adapters would take {pinned} bytes, and at most half of the disk cache's "
                 f"{self._disk.capacity_bytes} may be pinned"
             )
-            raise RequestFailed("pins_full", message)
+            raise EngineError("pins_full", message)
 
     def _locked(self, what: str) -> asyncio.Lock:
         return self._locks.setdefault(what, asyncio.Lock())
@@ -167,16 +151,10 @@ class Residency:
     async def _try_pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
         try:
             await self.pin(name, digest, tier, size)
-        except ApiError as error:
+        except EngineError as error:
             _log.error("adapter %s is not pinned: %s", name, error)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def refused(error: RequestFailed, param: str) -> ApiError:
-    """What the engine's refusal is to the client."""
-    status = _STATUS.get(error.code, 500)
-    return ApiError(status, error.code, error.message, param, {"retry-after": "1"} if status == 503 else None)

@@ -1,6 +1,6 @@
 """A program that is killed at every step that it takes, one step later each time.
 
-usage: python -m tests.service.adapters.killed_catalog OPERATION BASE TARGET [BUCKET]. Each step is one on the file
+usage: python -m tests.service.catalog.killed_catalog OPERATION BASE TARGET [BUCKET]. Each step is one on the file
 system and TARGET/N is a copy of the directory BASE in which the operation was killed at its Nth step; with a bucket,
 each is a call of the store, and BASE and TARGET/N are prefixes. N.done exists in the directory TARGET if the operation
 had been acknowledged before. The last one, which was not killed any more, is printed.
@@ -17,10 +17,10 @@ from typing import Any
 
 import boto3
 
-from service.adapters.files import AdapterStorage, cached_storage, local_storage
+from service.catalog.files import AdapterStorage, cached_storage, local_storage
 from storage.cache import DiskCache
 from storage.s3 import S3Store
-from tests.service.adapters.catalogs import FREE, opened, publish
+from tests.service.catalog.catalogs import FREE, opened, publish
 
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "os.truncate", "fcntl.flock"}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.ingest.source_urls import AllowedSources, source_of, store_of
+from service.source_urls import AllowedSources, source_of, store_of
 
 
 @pytest.mark.parametrize(

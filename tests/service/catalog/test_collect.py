@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from service.adapters.files import blob_key
-from service.adapters.names import AdapterNames
-from service.adapters.record import AdapterRecord
+from service.catalog.files import blob_key
+from service.catalog.names import AdapterNames
+from service.catalog.record import AdapterRecord
 from service.collect import collect, main
 from storage.local import LocalStore
 from storage.store import Entry, StoreError

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from service.adapters.record import AdapterRecord
+from service.catalog.record import AdapterRecord
 from storage.store import NotFound, Store, StoreError
 
 _PREFIX, _SUFFIX = "names/", ".json"

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from service.adapters.files import cached_storage
-from service.responses import ApiError
+from service.catalog.files import cached_storage
+from service.errors import RequestError, answer_of
+from service.metrics import Metrics
 from storage.cache import DiskCache
 from storage.local import LocalStore
 from storage.store import StoreUnavailable
-from tests.service.adapters.adapter_engine import AdapterEngine
-from tests.service.adapters.catalogs import FREE, blob, opened, publish, run, stored
+from tests.service.catalog.adapter_engine import AdapterEngine
+from tests.service.catalog.catalogs import FREE, blob, opened, publish, run, stored
 
 
 class RemoteStore(LocalStore):
@@ -33,25 +34,26 @@ def test_a_file_is_fetched_when_it_is_wanted_and_once(tmp_path: Path) -> None:
     digest = stored(tmp_path / "remote", "poet")["poet"]
 
     async def program() -> None:
-        engine, store = AdapterEngine(), RemoteStore(tmp_path / "remote")
-        async with opened(cached_storage(store, DiskCache(tmp_path / "cache", 1 << 20)), engine) as catalog:
-            seconds: list[float] = []
-            catalog.on_download = seconds.append
-            version = catalog.resolve("poet")
+        engine, store, metrics = AdapterEngine(), RemoteStore(tmp_path / "remote"), Metrics()
+        storage = cached_storage(store, DiskCache(tmp_path / "cache", 1 << 20))
+        async with opened(storage, engine, metrics=metrics) as catalog:
+            version = catalog.versions.resolve("poet")
             assert version is not None
-            assert not catalog.on_disk(version)
+            assert not catalog.blobs.here(version.digest)
             path = engine.registered[digest]
             assert not path.exists()
             engine.want(digest)
-            assert catalog.download(version) is not None
+            await engine.changes.join()
+            assert catalog.blobs.download(version.digest) is not None
             await catalog.settle()
-            assert catalog.download(version) is None
-            assert catalog.on_disk(version)
+            assert catalog.blobs.download(version.digest) is None
+            assert catalog.blobs.here(version.digest)
             assert engine.registered == {digest: path}
             assert path.read_bytes() == (tmp_path / "remote" / blob(digest)).read_bytes()
             engine.want(digest)
             await catalog.settle()
-            assert (store.fetches, len(seconds)) == (1, 2)
+            assert store.fetches == 1
+            assert b'rootstock_adapter_load_seconds_count{stage="download"} 2.0' in metrics.render(None)
 
     run(program())
 
@@ -71,10 +73,11 @@ def test_progress_counts_the_bytes_of_a_fetch(tmp_path: Path) -> None:
         engine = AdapterEngine()
         storage = cached_storage(SlowStore(tmp_path / "remote"), DiskCache(tmp_path / "cache", 1 << 20))
         async with opened(storage, engine) as catalog:
-            version = catalog.resolve("poet")
+            version = catalog.versions.resolve("poet")
             assert version is not None
             engine.want(digest)
-            download = catalog.download(version)
+            await engine.changes.join()
+            download = catalog.blobs.download(version.digest)
             assert download is not None
             assert (download.bytes_done, download.bytes_total) == (0, version.record.bytes)
             await asyncio.to_thread(half_way.wait, 20)
@@ -105,11 +108,12 @@ def test_a_store_out_of_reach_fails_what_waits_and_the_next_try_succeeds(tmp_pat
 
 def test_an_upload_is_stored_remotely_and_lies_in_the_cache(tmp_path: Path) -> None:
     async def program() -> None:
-        engine, store = AdapterEngine(), RemoteStore(tmp_path / "remote")
-        async with opened(cached_storage(store, DiskCache(tmp_path / "cache", 1 << 20)), engine) as catalog:
+        engine, store, metrics = AdapterEngine(), RemoteStore(tmp_path / "remote"), Metrics()
+        storage = cached_storage(store, DiskCache(tmp_path / "cache", 1 << 20))
+        async with opened(storage, engine, metrics=metrics) as catalog:
             version = await publish(catalog, "poet")
             assert (tmp_path / "remote" / blob(version.digest)).exists()
-            assert catalog.on_disk(version)
+            assert catalog.blobs.here(version.digest)
             assert engine.registered[version.digest].read_bytes()
             assert store.fetches == 0
             again = await publish(catalog, "other")
@@ -170,9 +174,9 @@ def test_pinned_files_stay_in_the_cache_and_may_fill_half_of_it(tmp_path: Path) 
         disk = DiskCache(tmp_path / "cache", 2 * size)
         async with opened(cached_storage(store, disk), engine) as catalog:
             await catalog.set_pin("one", "host", FREE)
-            with pytest.raises(ApiError) as refused:
+            with pytest.raises(RequestError) as refused:
                 await catalog.set_pin("two", "host", FREE)
-            assert (refused.value.status, refused.value.code) == (409, "pins_full")
+            assert (answer_of(refused.value).status, refused.value.code) == (409, "pins_full")
             for name in ("one", "two", "three"):
                 engine.want(digests[name])
                 await catalog.settle()

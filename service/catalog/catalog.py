@@ -10,14 +10,17 @@ import msgspec
 
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
-from service.adapters.blobs import Engine
-from service.adapters.files import AdapterStorage
-from service.adapters.names import AdapterNames, UnreadableName
-from service.adapters.pins import Residency
-from service.adapters.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
-from service.adapters.versions import AdapterView, no_adapter
+from service.catalog.blobs import Blobs
+from service.catalog.files import AdapterStorage
+from service.catalog.names import AdapterNames, UnreadableName
+from service.catalog.pins import Residency
+from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
+from service.catalog.versions import Versions, no_adapter
 from service.collect import Collected, collect
-from service.responses import ApiError
+from service.engine.client import EngineClient
+from service.errors import RequestError
+from service.metrics import Metrics
+from storage.cache import DiskCache
 from storage.store import PreconditionFailed, StoreError
 
 _log = logging.getLogger(__name__)
@@ -27,17 +30,20 @@ _CLEAN_SECONDS = 60.0  # at least, from one collection to the next
 _T = TypeVar("_T")
 
 
-class Catalog(AdapterView):
+class Catalog:
     """Owns which version a name means; a name is written only once its bytes are durable.
 
     All calls belong to one event loop. The view in memory follows what other processes write to the store.
     """
 
-    def __init__(self, storage: AdapterStorage, engine: Engine, model: ModelConfig, max_rank: int) -> None:
-        super().__init__(storage, engine, model, max_rank)
-        self._engine = engine
+    def __init__(
+        self, storage: AdapterStorage, engine: EngineClient, metrics: Metrics, model: ModelConfig, max_rank: int
+    ) -> None:
+        self.blobs = Blobs(storage, engine.adapters, metrics)
+        self.versions = Versions(self.blobs, model, max_rank)
+        self._storage, self._engine = storage, engine
         self._names = AdapterNames(storage.store)
-        self._residency = Residency(storage, engine)
+        self._residency = Residency(storage, engine.adapters)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
         self._chores: list[asyncio.Task[None]] = []
@@ -46,27 +52,35 @@ class Catalog(AdapterView):
     async def open(
         cls,
         storage: AdapterStorage,
-        engine: Engine,
+        engine: EngineClient,
+        metrics: Metrics,
         model: ModelConfig,
+        *,
         max_rank: int,
-        refresh_seconds: float = 2.0,
-        collect_after_seconds: float = 900.0,
+        refresh_seconds: float,
+        collect_after_seconds: float,
     ) -> "Catalog":
         """The catalog of a store, loaded; it owns the storage, which is closed with it. Raises StoreError.
 
         It follows the store every `refresh_seconds`, and collects what was unreferenced for `collect_after_seconds`.
         """
-        catalog = cls(storage, engine, model, max_rank)
+        catalog = cls(storage, engine, metrics, model, max_rank)
         try:
             await catalog.refresh()
         except BaseException:
             await catalog.close()
             raise
         catalog._chores = [
+            asyncio.create_task(catalog.blobs.follow_engine()),
             asyncio.create_task(catalog._keep_up(refresh_seconds)),
             asyncio.create_task(catalog._keep_clean(collect_after_seconds)),
         ]
         return catalog
+
+    @property
+    def disk(self) -> DiskCache | None:
+        """The cache before a remote store."""
+        return self._storage.disk
 
     async def close(self) -> None:
         """Forget everything that is only in memory; the names and their bytes stay in the store."""
@@ -77,50 +91,46 @@ class Catalog(AdapterView):
             await asyncio.wait(self._changes, timeout=_CLOSE_SECONDS)
         await self._residency.close()
         await asyncio.to_thread(self._storage.close)
-        await self._blobs.close()
+        await self.blobs.close()
 
     async def settle(self) -> None:
         """Wait until no change is under way and everything that nobody counts on is gone."""
         await asyncio.gather(*self._changes, return_exceptions=True)
         await self._residency.settle()
-        await self._blobs.settle()
-
-    # ------------------------------------------------------------------ residency
+        await self.blobs.settle()
 
     async def load(self, name: str, tier: Tier, *, wait: bool) -> AdapterVersion:
         """Start to bring a name's version into a tier; with `wait`, return when it is there.
 
-        Raises ApiError: 404 if there is no such name, 503 with the reason if it does not come.
+        Raises RequestError: 404 if there is no such name, 503 with the reason if it does not come.
         """
-        version = self._require_version(name)
-        with self.using(version):
+        version = self.versions.named(name)
+        with self.versions.using(version):
             await self._residency.load(version.digest, tier, wait=wait)
         return version
 
     async def unload(self, name: str, tier: Tier) -> AdapterVersion:
-        """Give back the memory of a name's version in a tier and above it. Raises ApiError: 404, or 409 if in use."""
-        version = self._require_version(name)
+        """Give back the memory of a name's version in a tier and above it. Raises RequestError if it is in use."""
+        version = self.versions.named(name)
         await self._residency.unload(version.digest, tier)
         return version
-
-    # ------------------------------------------------------------------ changes
 
     async def publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
         """Make a name mean an upload, and say whether the name is new; durable when this returns.
 
-        The generation rises only with another digest. Raises ApiError as `require` does, or 409 if it cannot be
+        The generation rises only with another digest. Raises RequestError as `require` does, or 409 if it cannot be
         pinned or other processes keep changing the name; StoreError or OSError if the bytes could not be kept.
         """
         return await self._whole(self._publish(name, upload, condition))
 
     async def set_pin(self, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
-        """Pin a name's adapter in a tier, or no longer, durably. Raises ApiError: 404, 412, 409 without room."""
+        """Pin a name's adapter in a tier, or no longer, durably. Raises RequestError: 404, 412, 409 without room."""
         return await self._whole(self._set_pin(name, tier, condition))
 
     async def delete(self, name: str, condition: Condition, *, force: bool = False) -> None:
         """Take a name away, durably when this returns, and with `force` end the requests that run on it.
 
-        Raises ApiError: 404 if there is no such name, 412 as `require` does, 409 if `force` would end the
+        Raises RequestError: 404 if there is no such name, 412 as `require` does, 409 if `force` would end the
         requests of another name too, which has the same content.
         """
         await self._whole(self._delete(name, condition, force))
@@ -136,10 +146,8 @@ class Catalog(AdapterView):
     async def collect(self, older_than_seconds: float) -> Collected:
         """Delete the stored files that no name points at and nothing here counts on. Raises StoreError."""
         return await self._storage.run(
-            collect, self._storage.store, older_than_seconds, keep=frozenset(self._blobs.digests)
+            collect, self._storage.store, older_than_seconds, keep=frozenset(self.blobs.digests)
         )
-
-    # ------------------------------------------------------------------ inside
 
     async def _whole(self, change: Coroutine[Any, Any, _T]) -> _T:
         """Run a change to its end even if its caller is cancelled: half of one would need a restart to heal."""
@@ -151,21 +159,21 @@ class Catalog(AdapterView):
     async def _publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
         summary = upload.summary
         async with self._lock(name):
-            self.require(name, condition, ephemeral=upload.ephemeral)
-            await self._blobs.keep(summary.digest, summary.bytes, upload.file, ephemeral=upload.ephemeral)
+            self.versions.require(name, condition, ephemeral=upload.ephemeral)
+            await self.blobs.keep(summary.digest, summary.bytes, upload.file, ephemeral=upload.ephemeral)
             try:
-                self._blobs.serve(summary.digest)
+                self.blobs.serve(summary.digest)
                 record, new = await self._commit(
-                    name, condition, lambda old: record_of(name, upload, old, self._base), upload.ephemeral
+                    name, condition, lambda old: record_of(name, upload, old, self.versions.base), upload.ephemeral
                 )
                 if not upload.ephemeral:
-                    await self._blobs.confirm(summary.digest, upload.file)
+                    await self.blobs.confirm(summary.digest, upload.file)
             except BaseException:
-                self._blobs.release(summary.digest)
+                self.blobs.release(summary.digest)
                 raise
-            version = self._point(record, ephemeral=upload.ephemeral)
+            version = self.versions.point(record, ephemeral=upload.ephemeral)
             if upload.preload:
-                self._engine.load_adapter(summary.digest)
+                self._engine.adapters.prefetch(summary.digest)
             return version, new
 
     async def _set_pin(self, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
@@ -175,10 +183,10 @@ class Catalog(AdapterView):
             return msgspec.structs.replace(old, pinned=tier is not None, pin_tier=tier or old.pin_tier)
 
         async with self._lock(name):
-            ephemeral = self._require_version(name).ephemeral
+            ephemeral = self.versions.named(name).ephemeral
             record, _ = await self._commit(name, condition, pinned, ephemeral)
-            self._blobs.acquire(record.digest)
-            return self._point(record, ephemeral=ephemeral)
+            self.blobs.acquire(record.digest)
+            return self.versions.point(record, ephemeral=ephemeral)
 
     async def _commit(
         self, name: str, condition: Condition, change: Callable[[AdapterRecord | None], AdapterRecord], ephemeral: bool
@@ -188,8 +196,8 @@ class Catalog(AdapterView):
         Where another process was faster, what it wrote is read and all conditions are asked again.
         """
         for _ in range(_ATTEMPTS):
-            self.require(name, condition, ephemeral=ephemeral)
-            old = self._versions.get(name)
+            self.versions.require(name, condition, ephemeral=ephemeral)
+            old = self.versions.resolve(name)
             record = change(None if old is None else old.record)
             await self._residency.pin(name, record.digest, record.pin, record.bytes)
             try:
@@ -213,12 +221,16 @@ class Catalog(AdapterView):
     async def _delete(self, name: str, condition: Condition, force: bool) -> None:
         async with self._lock(name):
             for _ in range(_ATTEMPTS):
-                version = self._require_version(name)
-                self.require(name, condition)
-                twins = [other.name for other in self.list() if other.digest == version.digest and other is not version]
+                version = self.versions.named(name)
+                self.versions.require(name, condition)
+                twins = [
+                    other.name
+                    for other in self.versions.list()
+                    if other.digest == version.digest and other is not version
+                ]
                 if force and twins:
                     message = f"adapter {twins[0]!r} has the same content, and force would end its requests too"
-                    raise ApiError(409, "adapter_is_shared", message, "force")
+                    raise RequestError("adapter_is_shared", message, "force")
                 try:
                     if not version.ephemeral:
                         await self._storage.run(self._names.bury, name)
@@ -230,9 +242,7 @@ class Catalog(AdapterView):
             await self._residency.pin(name, version.digest, None, 0)
             if force:
                 self._engine.end_requests("adapter_deleted", f"adapter {name!r} was deleted", version.digest)
-            self._drop(name)
-
-    # ------------------------------------------------------------------ what other processes write
+            self.versions.drop(name)
 
     async def _follow_locked(self, name: str) -> None:
         async with self._lock(name):
@@ -248,15 +258,15 @@ class Catalog(AdapterView):
         except StoreError:
             self._names.again(name)
             raise
-        old = self._versions.get(name)
+        old = self.versions.resolve(name)
         if record is None:
             if old is not None and not old.ephemeral:
                 self._residency.pin_later(name, old.digest, None, 0)
-                self._drop(name)
+                self.versions.drop(name)
         elif old is None or old.ephemeral or old.record != record:
-            self._blobs.adopt(record.digest, record.bytes)
-            version = self._point(record, ephemeral=False)
-            failure = self.failure(version)
+            self.blobs.adopt(record.digest, record.bytes)
+            version = self.versions.point(record, ephemeral=False)
+            failure = self.versions.failure(version)
             if failure is not None:
                 _log.error("adapter %s cannot be served: %s", name, failure)
             self._residency.pin_later(name, record.digest, None if failure else record.pin, record.bytes)
@@ -288,5 +298,5 @@ class Catalog(AdapterView):
         return self._locks.setdefault(name, asyncio.Lock())
 
 
-def _contended(name: str) -> ApiError:
-    return ApiError(409, "adapter_changed", f"other processes keep changing adapter {name!r}; send it again", "name")
+def _contended(name: str) -> RequestError:
+    return RequestError("adapter_changed", f"other processes keep changing adapter {name!r}; send it again", "name")

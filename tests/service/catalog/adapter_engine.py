@@ -1,19 +1,19 @@
 """What adapters need of the engine's client, without an engine: it remembers what it was told."""
 
-from collections.abc import Callable
+import asyncio
 from pathlib import Path
 
 from runtime.messages import AdapterState, Tier
-from service.engine.adapters import RequestFailed
+from service.errors import EngineError
 
 
 class AdapterEngine:
     """A test plays the engine's part with `want` and sets `refuse` to the code of what comes next."""
 
     def __init__(self) -> None:
-        self.on_wanted: Callable[[str], None] | None = None
-        self.on_settled: Callable[[str], None] | None = None
-        self.adapter_states: dict[str, AdapterState] = {}
+        self.adapters = self  # a client's part for adapters, and the rest that adapters need of a client
+        self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()
+        self.states: dict[str, AdapterState] = {}
         self.registered: dict[str, Path] = {}
         self.loads: list[tuple[str, Tier]] = []
         self.retired: list[str] = []
@@ -31,33 +31,31 @@ class AdapterEngine:
         """Say that a registered adapter's file is not there, or not whole."""
         assert digest in self.registered
         del self.registered[digest]
-        assert self.on_wanted is not None
-        self.on_wanted(digest)
+        self.changes.put_nowait(AdapterState(digest=digest, state="wanted"))
 
     def settle(self, digest: str) -> None:
         """Say that the file has been read, or is not needed any more."""
-        assert self.on_settled is not None
-        self.on_settled(digest)
+        self.changes.put_nowait(AdapterState(digest=digest, state="idle"))
 
-    def register_adapter(self, digest: str, path: Path) -> None:
+    def register(self, digest: str, path: Path) -> None:
         self.registered[digest] = path
 
-    def retire_adapter(self, digest: str) -> None:
+    def retire(self, digest: str) -> None:
         self.registered.pop(digest, None)
         self.pins.pop(digest, None)
         self.retired.append(digest)
 
-    def fail_adapter(self, digest: str, reason: str) -> None:
+    def fail(self, digest: str, reason: str) -> None:
         self.failed[digest] = reason
 
-    def load_adapter(self, digest: str, tier: Tier = "device") -> None:
+    def prefetch(self, digest: str, tier: Tier = "device") -> None:
         self.loads.append((digest, tier))
 
-    async def bring_adapter(self, digest: str, tier: Tier) -> None:
+    async def load(self, digest: str, tier: Tier) -> None:
         self.loads.append((digest, tier))
         self._refuse()
 
-    async def pin_adapter(self, digest: str, tier: Tier | None) -> None:
+    async def pin(self, digest: str, tier: Tier | None) -> None:
         if tier is None:
             self.pins.pop(digest, None)
             return
@@ -65,7 +63,7 @@ class AdapterEngine:
         self._refuse()
         self.pins[digest] = tier
 
-    async def unload_adapter(self, digest: str, tier: Tier) -> None:
+    async def unload(self, digest: str, tier: Tier) -> None:
         self._refuse()
         self.unloads.append((digest, tier))
 
@@ -77,4 +75,4 @@ class AdapterEngine:
 
     def _refuse(self) -> None:
         if self.refuse is not None:
-            raise RequestFailed(self.refuse, "as the test has it")
+            raise EngineError(self.refuse, "as the test has it")

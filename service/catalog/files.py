@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 from blake3 import blake3
 
-from service.ingest.source_urls import store_of
 from service.settings import Settings
+from service.source_urls import store_of
 from storage.cache import DiskCache
 from storage.local import LocalStore
 from storage.s3 import S3Store

@@ -8,11 +8,12 @@ from typing import Any
 
 from runtime.adapter_format.canonical import AdapterSummary, canonicalise
 from runtime.models.config import ModelConfig
-from service.adapters.catalog import Catalog
-from service.adapters.files import AdapterStorage, local_storage
-from service.adapters.record import AdapterVersion, Condition, Upload
-from tests.service.adapters.adapter_engine import AdapterEngine
+from service.catalog.catalog import Catalog
+from service.catalog.files import AdapterStorage, local_storage
+from service.catalog.record import AdapterVersion, Condition, Upload
+from service.metrics import Metrics
 from tests.service.adapters.adapter_service import TINY, bundle
+from tests.service.catalog.adapter_engine import AdapterEngine
 
 FREE = Condition()
 NEVER = 3600.0  # seconds: a test follows and collects when it says so
@@ -20,15 +21,27 @@ NEVER = 3600.0  # seconds: a test follows and collects when it says so
 
 @asynccontextmanager
 async def opened(
-    storage: AdapterStorage | Path, engine: AdapterEngine | None = None, model: ModelConfig = TINY, max_rank: int = 8
+    storage: AdapterStorage | Path,
+    engine: AdapterEngine | None = None,
+    model: ModelConfig = TINY,
+    max_rank: int = 8,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Catalog]:
     """A catalog that is checked when all is at rest, and closed."""
     storage = local_storage(storage) if isinstance(storage, Path) else storage
-    catalog = await Catalog.open(storage, engine or AdapterEngine(), model, max_rank, NEVER, NEVER)
+    catalog = await Catalog.open(
+        storage,
+        engine or AdapterEngine(),
+        metrics or Metrics(),
+        model,
+        max_rank=max_rank,
+        refresh_seconds=NEVER,
+        collect_after_seconds=NEVER,
+    )
     try:
         yield catalog
         await catalog.settle()
-        catalog.check()
+        catalog.versions.check()
     finally:
         await catalog.close()
 
@@ -50,7 +63,7 @@ async def publish(
     pin: bool | None = None,
     condition: Condition = FREE,
 ) -> AdapterVersion:
-    async with catalog.staging(ephemeral) as staged:
+    async with catalog.blobs.staging(ephemeral) as staged:
         summary, file = prepared(staged, seed)
         return (await catalog.publish(name, Upload(summary, file, "test", ephemeral, pin=pin), condition))[0]
 

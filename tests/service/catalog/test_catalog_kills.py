@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.service.adapters.catalogs import blob, files, opened, publish, run
+from tests.service.catalog.catalogs import blob, files, opened, publish, run
 
 ROOT = Path(__file__).parents[3]
 FEWEST_STEPS = 15  # an operation with fewer than these has not been taken apart
@@ -30,7 +30,7 @@ def kill(operation: str, directory: Path) -> int:
     command = [
         sys.executable,
         "-m",
-        "tests.service.adapters.killed_catalog",
+        "tests.service.catalog.killed_catalog",
         operation,
         directory / "base",
         directory / "killed",
@@ -59,16 +59,16 @@ def test_a_kill_at_any_step_shows_all_or_nothing_and_is_cleaned_up(tmp_path: Pat
 
     async def look(directory: Path, done: bool) -> None:
         async with opened(directory) as catalog:
-            shown = {v.name: (v.generation, v.record.pinned) for v in catalog.list()}
+            shown = {v.name: (v.generation, v.record.pinned) for v in catalog.versions.list()}
             assert shown in ([OUTCOMES[operation]] if done else [FIRST, OUTCOMES[operation]])
             seen.append(shown)
-            for version in catalog.list():
+            for version in catalog.versions.list():
                 content = (directory / blob(version.digest)).read_bytes()
                 assert blake3(content).hexdigest() == version.digest
             await catalog.collect(-1)
-            names = [f"names/{version.name}.json" for version in catalog.list()]
-            assert files(directory) == sorted([*(blob(version.digest) for version in catalog.list()), *names])
-            assert [path.name for path in catalog.memory.parent.iterdir() if path.is_file()] == []
+            names = [f"names/{version.name}.json" for version in catalog.versions.list()]
+            assert files(directory) == sorted([*(blob(version.digest) for version in catalog.versions.list()), *names])
+            assert [path.name for path in catalog.blobs._memory.path.parent.iterdir() if path.is_file()] == []
 
     for step in range(steps + 1):
         done = (tmp_path / "killed" / f"{step}.done").exists()

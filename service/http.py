@@ -1,0 +1,159 @@
+"""Reading requests and writing responses: JSON bodies, queries, errors, a client that goes away."""
+
+import asyncio
+import re
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.errors import RequestError, answer_of, error_body, request_error
+
+T = TypeVar("T")
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
+encode_json = msgspec.json.Encoder().encode
+
+
+class NoQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The query of a call that takes none."""
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encode_json(content), status, headers, media_type="application/json")
+
+
+def error_response(error: RequestError) -> Response:
+    answer = answer_of(error)
+    return json_response(error_body(error), answer.status, answer.headers)
+
+
+async def read_json(request: Request, kind: type[T], max_bytes: int) -> T:
+    """The body as a Struct. Raises RequestError: `body_too_large`, or as `decode_json`."""
+    return decode_json(await read_body(request, max_bytes), kind)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body. Its bytes are counted as they arrive, because a client may announce any length, or none."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise RequestError("body_too_large", f"the body is larger than the limit of {max_bytes} bytes")
+    return bytes(body)
+
+
+def decode_json(body: bytes, kind: type[T]) -> T:
+    """Decode a body. Raises RequestError, whose param is the field that is wrong."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        _refuse_type(kind, str(error))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        _refuse_syntax(body, str(error))
+    except RecursionError:
+        raise RequestError("invalid_json", "the body is nested too deeply") from None
+
+
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query as a Struct of booleans. Raises RequestError for an unknown name, a repeated one or another value."""
+    query = request.query_params
+    for name, _ in query.multi_items():
+        if len(query.getlist(name)) > 1:
+            raise RequestError("invalid_query", f"the query has {name!r} more than once", name)
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        place = re.search(r"unknown field `(.*)`|at `\$\.(.*)`", str(error))
+        param = (place[1] or place[2]) if place else None
+        raise RequestError("invalid_query", f"the query is not accepted: {error}", param) from None
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Do the work of a request whose body has been read; cancel it when the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    with suppress(ClientDisconnect):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """Answer an exception that `request_error` knows; any other one is a fault of ours."""
+    known = request_error(error)
+    if known is None:
+        raise error
+    return error_response(known)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer Starlette's own refusals: an unknown path, or a known one with another method."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    body = error_body(RequestError(code, f"{request.method} {request.url.path}: {error.detail}"))
+    return json_response(body, error.status_code, error.headers)
+
+
+async def on_client_disconnect(request: Request, error: Exception) -> Response:
+    """Answer a client that went away in the middle of its body."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def on_unhandled(request: Request, error: Exception) -> Response:
+    """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it and closes the connection."""
+    return error_response(RequestError("internal_error", "an internal error; the server's log has it"))
+
+
+def _refuse_type(kind: Any, reason: str) -> NoReturn:
+    """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"."""
+    complaint, _, place = reason.partition(" - at `$")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", complaint)
+    missing = re.fullmatch(r"Object missing required field `(.*)`", complaint)
+    path = place.rstrip("`").lstrip(".")
+    if missing:
+        param = f"{path}.{missing[1]}" if path else missing[1]
+        raise RequestError("missing_field", f"{param} is required", param)
+    if unknown:
+        param = f"{path}.{unknown[1]}" if path else unknown[1]
+        raise RequestError("unknown_field", f"{param} is not a field of this request", param)
+    complaint = complaint.replace("`", "")
+    if complaint.startswith("Invalid enum value"):
+        choices = _choices(msgspec.inspect.type_info(kind), re.findall(r"[^.\[\]]+", path))
+        complaint += f", expected one of {', '.join(map(str, choices))}"
+    raise RequestError("invalid_field", f"{path or 'the body'}: {complaint}", path or None)
+
+
+def _choices(place: msgspec.inspect.Type, steps: Sequence[str]) -> Iterator[Any]:
+    """The values of the Literal that `steps`, names of fields and indices, lead to from a type."""
+    if isinstance(place, msgspec.inspect.UnionType):
+        for each in place.types:
+            yield from _choices(each, steps)
+    elif isinstance(place, msgspec.inspect.LiteralType) and not steps:
+        yield from place.values
+    elif isinstance(place, msgspec.inspect.ListType) and steps:
+        yield from _choices(place.item_type, steps[1:])
+    elif isinstance(place, msgspec.inspect.StructType) and steps:
+        for field in place.fields:
+            if field.encode_name == steps[0]:
+                yield from _choices(field.type, steps[1:])
+
+
+def _refuse_syntax(body: bytes, reason: str) -> NoReturn:
+    """Say where the JSON is broken, and in which field: clients send NaN and Infinity, which JSON does not have."""
+    place = re.search(r"\(byte (\d+)\)", reason)
+    keys = re.findall(rb'"([A-Za-z_][A-Za-z0-9_]{0,63})"\s*:\s*[^",{}]*$', body[: int(place[1])]) if place else []
+    param = keys[-1].decode() if keys else None
+    where = f" (in the value of {param})" if param else ""
+    raise RequestError("invalid_json", f"the body is not valid JSON: {reason}{where}", param)
