@@ -318,7 +318,7 @@ class Engine:
 
     def watch(self, on_arrival: Callable[[], None]) -> None:
         """Call `on_arrival`, from a thread, whenever something has come that a step has to take in."""
-        self.adapters.on_change = on_arrival
+        self.adapters.watch(on_arrival)
         self.host_kv.watch(on_arrival)
 
     @property

@@ -116,6 +116,6 @@ def _collect(engine: Driven, outputs: Mapping[str, Completion]) -> None:
             output.finish_reason, output.stop_token = event.finish_reason, event.stop_token
             output.cached_tokens += event.cached_tokens or 0
     if engine.steps == steps:
-        for digest, reason in engine.adapters.wanted.items():
-            engine.adapters.fail(digest, reason)  # whoever could bring the file is waiting for us to return
+        for digest, reason in engine.adapters.missing.items():
+            engine.adapters.fail(digest, reason)  # only the caller could fetch the file, and it waits for us
         engine.wait(timeout=1.0)

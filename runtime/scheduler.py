@@ -1,9 +1,8 @@
 """Which tokens the next step computes: continuous batching with chunked prefill under a token budget."""
 
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from runtime.adapters.errors import AdapterUnavailable
@@ -11,21 +10,19 @@ from runtime.chunk import Chunk
 from runtime.kv.block_tables import BlockTables
 from runtime.request import FinishReason, Request
 
-# How long a request may be passed over for want of adapter memory before later ones have to wait for it.
-ADAPTER_PATIENCE_SECONDS = 1.0
-
 
 class QueueFull(Exception):
     """The waiting queue is at its bound."""
 
 
 class Adapters(Protocol):
-    """What the scheduler asks of the adapter pool."""
+    """What the scheduler asks of the adapter pool, which also decides who waits for adapter memory."""
 
     def prefetch(self, digest: str) -> None: ...
-    def acquire(self, digest: str) -> bool: ...
-    def release(self, digest: str) -> None: ...
-    def lacks_room(self, digest: str, leaving: Collection[str] = ()) -> bool: ...
+    def cancel(self, digest: str) -> None: ...
+    def ready(self, digest: str) -> bool: ...
+    def acquire(self, digest: str, steps: int = 0) -> bool: ...
+    def release(self, digest: str, *, waits: bool = False) -> None: ...
 
 
 class EvictedKv(Protocol):
@@ -133,7 +130,7 @@ class Scheduler:
     def _acquire(self, request: Request) -> bool:
         """Reference a request's adapter, if it has one; False while that is not resident."""
         if request.adapter is not None and not request.holds_adapter:
-            request.holds_adapter = self.adapters.acquire(request.adapter)
+            request.holds_adapter = self.adapters.acquire(request.adapter, request.max_tokens - len(request))
         return not request.lacks_adapter
 
     def _share(self, budget: int, prompts: int) -> int:
@@ -168,53 +165,38 @@ class Scheduler:
 
     def _withdraw(self, request: Request) -> None:
         """Let a running request wait again, as the first of all."""
-        self._release(request)
+        self._release(request, waits=True)
         self.waiting.appendleft(request)
 
     def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> int:
         """Start waiting requests, and reject those whose adapter failed; returns what is left of the budget."""
         passed_over: list[Request] = []
-        open_to: set[str] | None = None  # the adapters that may start while one has waited too long for memory
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             request = self.waiting.popleft()
-            adapter = request.adapter
             try:
-                ready = adapter is None or ((open_to is None or adapter in open_to) and self._acquire(request))
+                ready = request.adapter is None or self.adapters.ready(request.adapter)
             except AdapterUnavailable as error:
+                self._release_adapter(request)
                 rejected.append((request, error))
                 continue
-            if adapter is not None and not ready and not self._starts_early(request):
+            if not ready and not self._starts_early(request):
                 passed_over.append(request)
-                patient = self.clock() - request.enqueued_at < ADAPTER_PATIENCE_SECONDS
-                if open_to is None and not patient and self.adapters.lacks_room(adapter):
-                    open_to = self._staying(adapter)
                 continue
             spare = len(self.running)  # blocks: the newcomer is not to be preempted when these need their next ones
             if self.evicted.awaits(request, spare):
-                request.may_start_early |= request.lacks_adapter  # it is asked again when its K/V are there
-                self._release_adapter(request)
+                request.may_start_early |= not ready  # it is asked again when its K/V are there
                 passed_over.append(request)
                 continue
             if not self.tables.take(request, spare):
-                self._release_adapter(request)
                 self.waiting.appendleft(request)
                 break
+            if ready:
+                self._acquire(request)
             self._start(request)
             chunks.append(self._chunk(request, min(request.reach, self._share(budget, 0))))
             budget -= chunks[-1].length
         self.waiting.extendleft(reversed(passed_over))
         return budget
-
-    def _staying(self, adapter: str) -> set[str]:
-        """The adapters in use that need not leave for one that lacks room: those that leave soonest make its room."""
-        left: dict[str, int] = {}
-        for request in self.running:
-            if request.adapter is not None and request.holds_adapter:
-                left[request.adapter] = max(left.get(request.adapter, 0), request.max_tokens - len(request))
-        soonest = sorted(left, key=lambda other: left[other])
-        enough = range(len(soonest) + 1)
-        leaving = bisect_left(enough, True, key=lambda n: not self.adapters.lacks_room(adapter, soonest[:n]))
-        return set(soonest[leaving:])
 
     def _starts_early(self, request: Request) -> bool:
         """Whether a request without its adapter has tokens before its invocation to compute; asked for once.
@@ -283,18 +265,22 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+            self._release_adapter(request)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: Request, *, waits: bool = False) -> None:
         self.running.remove(request)
         request.forget_pending()
         self.tables.give_back(request)
-        self._release_adapter(request)
+        self._release_adapter(request, waits=waits)
         request.recalled = False
 
-    def _release_adapter(self, request: Request) -> None:
+    def _release_adapter(self, request: Request, *, waits: bool = False) -> None:
+        """Give back a request's adapter, or its place in line for it; a request that `waits` keeps a place."""
         if request.adapter is not None and request.holds_adapter:
-            self.adapters.release(request.adapter)
+            self.adapters.release(request.adapter, waits=waits)
             request.holds_adapter = False
+        elif request.adapter is not None and not waits:
+            self.adapters.cancel(request.adapter)
 
     def check(self, others: Iterable[list[int]] = ()) -> None:
         """Recount the invariants between queues, requests and blocks, of which `others` hold some too."""

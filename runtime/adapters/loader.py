@@ -21,8 +21,7 @@ from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header, read_header
 from runtime.adapters.errors import FileUnusable
 from runtime.adapters.layout import AdapterLayout, layout_adapter
-from runtime.adapters.spare_memory import SpareMemory
-from runtime.adapters.tier_memory import touch
+from runtime.adapters.prefault import SpareMemory, prefault
 from runtime.models.config import ModelConfig
 from runtime.pacer import Pacer, yield_to_others
 
@@ -84,8 +83,8 @@ class AdapterLoader(Generic[Key]):
         self._max_rank = max_rank  # of one module; a shared store may hold files from servers that allow more
         self._readers = ThreadPoolExecutor(READER_THREADS, "adapter-loader", yield_to_others)
         self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
-        self._toucher = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
-        self.memory = SpareMemory(READER_THREADS)  # for files
+        self._prefaulter = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
+        self.file_memory = SpareMemory(READER_THREADS)
         self._finished: queue.SimpleQueue[Finished[Key]] = queue.SimpleQueue()
         self._arrived: list[Finished[Key]] = []
         self._in_flight = 0
@@ -112,11 +111,10 @@ class AdapterLoader(Generic[Key]):
         layout.check_ranks(self._max_rank)
         return Content(file.config, file.header, layout, file.data)
 
-    def touch(self, memory: Tensor) -> None:
-        """Prefault memory in the background."""
-        elements = PIECE_BYTES // memory.itemsize
-        for start in range(0, len(memory), elements):
-            self._toucher.submit(_touch, memory[start : start + elements], self.pacer.pause)
+    def prefault(self, memory: Tensor) -> None:
+        """Fault in a part of a tier's buffer in the background."""
+        for piece in torch.split(memory, PIECE_BYTES // memory.itemsize):
+            self._prefaulter.submit(self._prefault, piece)
 
     def take(self) -> list[Finished[Key]]:
         """The results since the last call; never blocks."""
@@ -135,7 +133,11 @@ class AdapterLoader(Generic[Key]):
         """Stop the threads, each after its current task."""
         self._readers.shutdown(cancel_futures=True)
         self._copier.shutdown(cancel_futures=True)
-        self._toucher.shutdown(cancel_futures=True)
+        self._prefaulter.shutdown(cancel_futures=True)
+
+    def _prefault(self, memory: Tensor) -> None:
+        self.pacer.pause()
+        prefault(memory)
 
     def _receive(self, timeout: float | None) -> None:
         try:
@@ -175,7 +177,7 @@ class AdapterLoader(Generic[Key]):
         if isinstance(source, Content):
             return source
         if isinstance(source, Path):
-            data = read_verified(source, digest, self._max_file_bytes, self.memory.take, self.pacer.pause)
+            data = read_verified(source, digest, self._max_file_bytes, self.file_memory.take, self.pacer.pause)
         else:
             data = np.frombuffer(source, np.uint8)
         self.pacer.pause()
@@ -229,11 +231,6 @@ def _too_large(file: FileIO, size: int, max_bytes: int) -> Exception:
     except InvalidAdapter:
         return FileUnusable(f"its file is corrupt: {size} bytes")
     return InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
-
-
-def _touch(memory: Tensor, pause: Pause) -> None:
-    pause()
-    touch(memory)
 
 
 def _copy(source: Tensor, target: Tensor, submitted: torch.cuda.Event | None, pause: Pause) -> None:

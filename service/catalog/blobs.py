@@ -167,7 +167,7 @@ class Blobs:
         """Fetch the files that the engine asks for, and let the cache evict those that it has read; for ever."""
         while True:
             state = await self._engine.changes.get()
-            if state.state == "wanted":
+            if state.state == "missing":
                 self._on_wanted(state.digest)
             elif state.state != "loading":
                 self._on_settled(state.digest)

@@ -2,7 +2,7 @@
 
 A request's `cache_salt` scripts it: "die" ends the process, "hold" gives one token and then nothing, "silent" gives
 nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round, and leaves out
-what is before its invocation. A load is done at once if the file is there, else the file is wanted; of pins there is
+what is before its invocation. A load is done at once if the file is there, else the file is missing; of pins there is
 room for one. A prefix is held at once; half of the blocks may be held. Command line:
 python -m tests.service.engine.fake_engine [--cannot-start] ENDPOINT.
 """
@@ -29,11 +29,13 @@ from runtime.messages import (
     HoldPrefix,
     HostKvStats,
     LoadAdapter,
-    PinAdapter,
+    PinsSet,
     Ready,
+    Refusal,
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
+    SetPins,
     Shutdown,
     Stats,
     Tier,
@@ -92,7 +94,7 @@ class FakeEngine:
         self.kv = FakeKv(self.num_blocks)
         self.host_kv = HostKvStats(bytes_total=config.host_kv_bytes, bytes_used=64, blocks=1, stores=2, loads=1)
         self.adapters: dict[str, Path] = {}
-        self.wanted: dict[str, tuple[str, Tier, str | None]] = {}
+        self.missing: dict[str, tuple[str, Tier, str | None]] = {}
         self.tiers: dict[str, Tier] = {}
         self.pins: dict[str, Tier] = {}
         self.steps = self.generated_tokens = 0
@@ -116,14 +118,16 @@ class FakeEngine:
                 self.running.pop(request_id, None)
             case RegisterAdapter(digest=digest, path=path):
                 self.adapters[digest] = Path(path)
-                return self.load(*self.wanted.pop(digest)) if digest in self.wanted else [self.state(digest)]
+                return self.load(*self.missing.pop(digest)) if digest in self.missing else [self.state(digest)]
             case FailAdapter(digest=digest, reason=reason):
                 failed = AdapterState(digest=digest, state="failed", reason=reason)
                 return [failed, *self.answer_load(digest, "adapter_failed", reason)]
             case LoadAdapter(digest=digest, tier=tier, request_id=asked):
                 return self.load(digest, tier, asked)
-            case PinAdapter() | UnloadAdapter():
-                return self.move(command)
+            case UnloadAdapter():
+                return self.unload(command)
+            case SetPins():
+                return self.set_pins(command)
             case RetireAdapter(digest=digest):
                 answers = self.answer_load(digest, "unknown_adapter", "it was retired")
                 for known in (self.adapters, self.tiers, self.pins):
@@ -163,28 +167,36 @@ class FakeEngine:
 
     def load(self, digest: str, tier: Tier, asked: str | None = None) -> list[Event]:
         if not self.adapters[digest].exists():
-            self.wanted[digest] = digest, tier, asked
-            return [AdapterState(digest=digest, state="wanted")]
+            self.missing[digest] = digest, tier, asked
+            return [AdapterState(digest=digest, state="missing")]
         self.tiers[digest] = tier
         state = self.state(digest, read=0.01, pack=0.02, **({"copy": 0.04} if tier == "device" else {}))
         return [state] if asked is None else [state, Answer(request_id=asked)]
 
     def answer_load(self, digest: str, code: str, message: str) -> list[Event]:
-        """Refuse whoever waits for the load of an adapter whose file is wanted."""
-        _, _, asked = self.wanted.pop(digest, (digest, "device", None))
+        """Refuse whoever waits for the load of an adapter whose file is missing."""
+        _, _, asked = self.missing.pop(digest, (digest, "device", None))
         return [] if asked is None else [Answer(request_id=asked, code=code, message=message)]
 
-    def move(self, command: PinAdapter | UnloadAdapter) -> list[Event]:
-        request_id, digest, tier = command.request_id, command.digest, command.tier
-        if isinstance(command, PinAdapter):
-            if tier is None:
-                self.pins.pop(digest, None)
+    def set_pins(self, command: SetPins) -> list[Event]:
+        unpinned = [digest for digest, tier in self.pins.items() if command.pins.get(digest) != tier]
+        for digest in unpinned:
+            del self.pins[digest]
+        events = [self.state(digest) for digest in unpinned]
+        refused: dict[str, Refusal] = {}
+        for digest, tier in command.pins.items():
+            if digest not in self.adapters:
+                refused[digest] = Refusal("unknown_adapter", "nobody has registered it")
             elif self.pins.keys() - {digest}:
-                return [Answer(request_id=request_id, code="pins_full", message="there is room for one")]
-            else:
+                refused[digest] = Refusal("pins_full", "there is room for one")
+            elif digest not in self.pins:
                 self.pins[digest] = tier
-                return [*self.load(digest, tier), Answer(request_id=request_id)]
-        elif digest in self.pins:
+                events += self.load(digest, tier)
+        return [*events, PinsSet(request_id=command.request_id, refused=refused)]
+
+    def unload(self, command: UnloadAdapter) -> list[Event]:
+        request_id, digest, tier = command.request_id, command.digest, command.tier
+        if digest in self.pins:
             return [Answer(request_id=request_id, code="adapter_pinned", message="it is pinned")]
         elif any(sequence.command.adapter == digest for sequence in self.running.values()):
             return [Answer(request_id=request_id, code="adapter_in_use", message="it is in use")]
