@@ -7,7 +7,6 @@ from runtime.adapter_format.safetensors_header import MAX_HEADER_BYTES
 from runtime.adapters.adapter import FIRST_RETRY_SECONDS, LAST, Adapter, Job, Load, State
 from runtime.adapters.errors import FileUnusable
 from runtime.adapters.events import AdapterEvents
-from runtime.adapters.layout import AdapterLayout
 from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Finished, Task
 from runtime.adapters.tier import AdapterTier
 from runtime.messages import Tier
@@ -156,37 +155,23 @@ class AdapterLoads:
             self._fill_host(adapter, load)
 
     def _cannot_fit(self, adapter: Adapter, size: int, goal: Tier) -> bool:
-        """Fail a load for which a tier on its way has too little memory beside the pinned adapters."""
+        """Fail a load for which a tier on its way has no room, whatever is evicted there."""
         on_its_way = [self._device] if goal == "device" else []
         if not self._host.holds(adapter.digest):
             on_its_way.append(self._host)
-        for tier in on_its_way:
-            limit = tier.limit(adapter.digest)
-            if size > limit:
-                pinned = f", of which {tier.capacity_bytes - limit} are pinned" if limit < tier.capacity_bytes else ""
-                reason = f"it takes {size} bytes, and {tier.name} adapter memory has {tier.capacity_bytes}{pinned}"
-                self.fail(adapter, reason)
-                return True
-        return False
-
-    def _reserve(self, adapter: Adapter, size: int, tier: AdapterTier) -> bool:
-        """Take an extent, if there is one now; fails the load if the pinned adapters leave no gap for it, ever."""
-        if tier.reserve(adapter, size, adapter.place):
-            return True
-        if tier.bytes_pinned and size > (gap := tier.gap()):
-            reason = (
-                f"it takes {size} bytes, and the adapters pinned in {tier.name} memory leave at most {gap} of its "
-                f"{tier.capacity_bytes} in one piece: unpin one of them, load this adapter and pin the other again"
-            )
+        reasons = (tier.cannot_hold(adapter.digest, size) for tier in on_its_way)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None:
             self.fail(adapter, reason)
-        return False
+        return reason is not None
 
     def _copy(self, adapter: Adapter, source: AdapterTier, target: AdapterTier) -> None:
         assert adapter.size is not None
-        if self._may_take(adapter, target) and self._reserve(adapter, adapter.size, target):
-            source.acquire(adapter.digest)
-            copy = source.extent(adapter.digest), target.extent(adapter.digest)
-            self._start(adapter, Task(adapter.digest, copy=copy), Job(filling=(target.name,), source=source.name))
+        digest = adapter.digest
+        if self._may_take(adapter, target) and target.reserve(adapter, adapter.size, adapter.place):
+            source.acquire(digest)
+            job = Job(filling=(target.name,), source=source.name, layout=source.layout(digest))
+            self._start(adapter, Task(digest, copy=(source.extent(digest), target.extent(digest))), job)
 
     def _fill_host(self, adapter: Adapter, load: Load) -> None:
         """Read the file and pack it: in one task if the size is known, so that nothing is read without room for it."""
@@ -197,7 +182,7 @@ class AdapterLoads:
         if adapter.size is None:
             self._start(adapter, Task(digest, source), Job(filling=(), reads_file=reads))
             return
-        if not self._reserve(adapter, adapter.size, self._host):
+        if not self._host.reserve(adapter, adapter.size, adapter.place):
             load.content = None
             self._with_file.discard(adapter)
             return
@@ -258,7 +243,8 @@ class AdapterLoads:
             load.seconds |= result.seconds
             load.refetched &= content is None
         if job.filling:
-            layout = self._layout(adapter, job, content)
+            layout = job.layout if content is None else content.layout
+            assert layout is not None
             for name in job.filling:
                 self.tiers[name].publish(adapter.digest, layout)
             self._prefault()
@@ -275,13 +261,6 @@ class AdapterLoads:
             self.answer_when_loaded(request_id, adapter, tier)
         if load.goal is not None and self.tiers[load.goal].holds(adapter.digest):
             self._end(adapter)
-
-    def _layout(self, adapter: Adapter, job: Job, content: Content | None) -> AdapterLayout:
-        """The layout of what a task has written: of the file, or of the copy that it read."""
-        if content is not None:
-            return content.layout
-        assert job.source is not None
-        return self.tiers[job.source].layout(adapter.digest)
 
     def answer_when_loaded(self, request_id: str, adapter: Adapter, tier: Tier) -> None:
         """Answer a command when its load has ended, or at once if the adapter is there or has failed."""

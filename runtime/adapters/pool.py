@@ -100,6 +100,7 @@ class AdapterPool:
                 self._pins.reload(adapter)
             elif adapter.state is State.MISSING:
                 self.loads.refetched(adapter)
+            self._pins.decide(adapter)  # an adapter in memory has a known size
         self._events.touch(adapter)
 
     def add(self, digest: str, file: CanonicalFile) -> None:
@@ -201,7 +202,8 @@ class AdapterPool:
         """
         adapter = self._registered(digest)
         if adapter is None:
-            self._events.gone(digest)
+            if digest not in self._adapters:
+                self._events.gone(digest)
             if request_id is not None:
                 self._answer_unknown(request_id, digest)
             return

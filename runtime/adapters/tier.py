@@ -49,6 +49,7 @@ class AdapterTier:
         self._reached = 0  # where the extents from the bottom have ended at most
         self._prefaulted = 0  # the end of what `ahead` has returned
         self._entries: dict[str, Entry] = {}  # by digest
+        self._gap: int | None = None  # computed by `gap`; None after a change
         self._pins: dict[str, int] = {}  # bytes, by digest; promised whether the adapter has been loaded yet or not
         self._evicted: list[str] = []  # since `take_evicted`
         # Loads (place in line, size) that found no room. A later one that is as large finds none either, until
@@ -103,9 +104,24 @@ class AdapterTier:
         return self.capacity_bytes - self.bytes_pinned + self._pins.get(digest, 0)
 
     def gap(self) -> int:
-        """The largest size in bytes that an unpinned adapter may have between the pinned ones that are here."""
-        unpinned = {entry.offset for digest, entry in self._entries.items() if digest not in self._pins}
-        return self._arena.largest(unpinned)
+        """The most bytes in one piece between the pinned adapters that are here."""
+        if self._gap is None:
+            unpinned = {entry.offset for digest, entry in self._entries.items() if digest not in self._pins}
+            self._gap = self._arena.largest(unpinned)
+        return self._gap
+
+    def cannot_hold(self, digest: str, size: int) -> str | None:
+        """Why there is no room for an adapter even if all others are evicted that may be; None if there is."""
+        limit = self.limit(digest)
+        if size > limit:
+            pinned = f", of which {self.capacity_bytes - limit} are pinned" if limit < self.capacity_bytes else ""
+            return f"it takes {size} bytes, and {self.name} adapter memory has {self.capacity_bytes}{pinned}"
+        if digest not in self._entries and size > self.gap():
+            return (
+                f"it takes {size} bytes, and the adapters pinned in {self.name} memory leave at most {self.gap()} of "
+                f"its {self.capacity_bytes} in one piece: unpin one of them, and pin it again once this one is loaded"
+            )
+        return None
 
     def reserve(self, adapter: Adapter, size: int, place: int) -> bool:
         """Take an extent for a load with a place in line, after evicting what that takes; False if it cannot now."""
@@ -124,6 +140,7 @@ class AdapterTier:
             assert offset is not None
         if not high:
             self._reached = max(self._reached, offset + size)
+        self._gap = None
         self._entries[adapter.digest] = Entry(adapter, offset, size)
         return True
 
@@ -220,6 +237,7 @@ class AdapterTier:
         entry = self._entries.pop(digest)
         assert not entry.references, f"{digest} is in use in {self.name} memory"
         self._arena.free(entry.offset)
+        self._gap = None
         self.look_again()
 
     def acquire(self, digest: str, until: int = 0) -> None:
@@ -249,17 +267,16 @@ class AdapterTier:
             return (
                 f"it takes {size} bytes; {self.bytes_pinned} of the {most} that pins may take in {self.name} memory are"
             )
-        if not self.holds(digest) and size > self.gap():
-            return (
-                f"it takes {size} bytes, and the adapters pinned in {self.name} memory leave at most {self.gap()} in "
-                "one piece: unpin one of them, pin this one and pin the other again"
-            )
+        if not self.holds(digest) and (reason := self.cannot_hold(digest, size)) is not None:
+            return reason
         self._pins[digest] = aligned(size)
+        self._gap = None
         return None
 
     def unpin(self, digest: str) -> None:
         """End a pin, if there is one."""
         self._pins.pop(digest, None)
+        self._gap = None
         self.look_again()
 
     # Reports

@@ -234,7 +234,7 @@ def test_an_adapter_that_no_gap_between_pinned_ones_holds_fails_with_sizes_and_t
     [failed] = [event for event in events if isinstance(event, AdapterState) and event.state == "failed"]
     assert failed.reason == (
         f"it takes {3 * SIZE} bytes, and the adapters pinned in device memory leave at most {2 * SIZE} of its "
-        f"{8 * SIZE} in one piece: unpin one of them, load this adapter and pin the other again"
+        f"{8 * SIZE} in one piece: unpin one of them, and pin it again once this one is loaded"
     )
     assert set_pins(pool, device=[digests[1], digests[7]]) == {}
     pool.register(large, content)

@@ -35,7 +35,7 @@ def asked(pool, path):
 
 
 @pytest.mark.parametrize("content", [None, CONTENT[:-1], CONTENT[:-1] + b"\xff", b""])
-def test_a_file_that_is_missing_or_corrupt_is_wanted_once_and_loads_when_it_is_brought(pool, tmp_path, content):
+def test_a_file_that_is_missing_or_corrupt_is_asked_for_once_and_loads_when_it_is_there(pool, tmp_path, content):
     path = tmp_path / "adapter"
     if content is not None:
         path.write_bytes(content)
@@ -113,7 +113,7 @@ def test_registering_a_failed_adapter_again_gives_it_a_new_start(pool, tmp_path)
     assert settle(pool)[-1] == (DIGEST, "idle", "device")
 
 
-def test_only_an_adapter_that_is_wanted_can_be_said_to_fail(pool):
+def test_only_an_adapter_whose_file_is_missing_can_be_said_to_fail(pool):
     pool.fail("never heard of", "gone")
     pool.register(DIGEST, CONTENT)
     pool.fail(DIGEST, "gone")
@@ -135,7 +135,7 @@ def test_a_file_is_needed_only_while_no_tier_has_the_adapter(pool, tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"", CONTENT])
-def test_a_file_larger_than_what_could_be_read_is_wanted_anew_as_it_cannot_be_right(pool, tmp_path, start):
+def test_a_file_larger_than_what_could_be_read_is_asked_for_again_as_it_cannot_be_right(pool, tmp_path, start):
     path = tmp_path / "adapter"
     with path.open("wb") as file:
         file.write(start)
@@ -175,7 +175,7 @@ def a_loop(path):
         (os.mkfifo, "Not a regular file"),
     ],
 )
-def test_what_cannot_be_read_is_wanted_in_the_systems_words_and_without_the_path(pool, clock, tmp_path, make, reason):
+def test_what_cannot_be_read_is_reported_in_the_systems_words_and_without_the_path(pool, clock, tmp_path, make, reason):
     path = tmp_path / "adapter"
     make(path)
     assert asked(pool, path) == (DIGEST, "missing", None)
@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_wanted_in_the_systems_words_and_without_the_path
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_a_file_that_the_system_does_not_give_is_wanted_without_the_path(pool, monkeypatch, tmp_path, error):
+def test_a_file_that_the_system_does_not_give_is_reported_without_the_path(pool, monkeypatch, tmp_path, error):
     def refuse(path, flags):
         raise OSError(error, os.strerror(error), path)
 

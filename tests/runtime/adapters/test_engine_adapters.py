@@ -209,7 +209,7 @@ def test_as_a_library_a_file_that_nobody_will_bring_fails_the_request(start, tmp
     assert len(completion.token_ids) == 20
 
 
-def test_a_request_waits_for_a_file_that_is_wanted_while_others_run(start, tmp_path):
+def test_a_request_waits_for_a_file_that_is_missing_while_others_run(start, tmp_path):
     engine = start()
     [expected] = engine.generate([prompt(20)], GREEDY)
     digest, content = canonical(engine)

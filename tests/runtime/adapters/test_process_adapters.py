@@ -53,7 +53,7 @@ def until(engine, state, tier=None):
             return event
 
 
-def test_a_file_is_wanted_brought_and_served(engine, adapter):
+def test_a_file_is_missing_fetched_and_served(engine, adapter):
     digest, path, content = adapter
     engine.send(RegisterAdapter(digest=digest, path=str(path)))
     until(engine, "idle")
