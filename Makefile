@@ -2,7 +2,7 @@
 #   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
-#   make bench-kv what aLoRA adapters gain by the base's KV, and a pipeline of them on too little of it: URL, ARGS
+#   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ fmt: .venv/dev
 openapi: .venv/runtime
 	.venv/bin/python -m openapi.build
 
-# Stamps: a later run calls pip only if what is asked for has changed.
+# Stamps: a later run calls pip only if the requirements have changed.
 .venv/made:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Rootstock needs Python 3.11 or later and $(PYTHON) is {v}; name another one: make PYTHON=python3.12")'
 	@echo "environment: making .venv"

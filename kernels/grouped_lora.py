@@ -1,40 +1,96 @@
-"""Grouped LoRA products over tiles: one launch for the shrinks of a site, one for the expands of all its parts.
+"""Grouped LoRA products over tiles: one launch shrinks all rows of a site, one launch expands them to all its parts.
 
-kernels.reference.tiled_lora has the same functions in PyTorch.
+A shrink is t = x Aᵀ, an expand y += t B + bias. kernels.reference.grouped_lora specifies both in PyTorch.
 """
 
 from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import adapter_table, lora_tiles
+from kernels import lora_tiles, offset_table
 from kernels.interpreter import interpreted
-from kernels.lora_configs import ExpandConfig, ShrinkConfig
 from kernels.lora_tiles import Tiles
 
-_A = tl.constexpr(adapter_table.A)
-_RANKS = tl.constexpr(adapter_table.RANKS)
-_ALL_RANKS = tl.constexpr(adapter_table.RANKS + adapter_table.MAX_PARTS)
-_B = tl.constexpr(adapter_table.B)
-_BIAS = tl.constexpr(adapter_table.BIAS)
-_FIELDS = tl.constexpr(adapter_table.FIELDS)
-_ALIGNMENT = tl.constexpr(adapter_table.ALIGNMENT)
+_A = tl.constexpr(offset_table.A)
+_RANKS = tl.constexpr(offset_table.RANKS)
+_ALL_RANKS = tl.constexpr(offset_table.RANKS + offset_table.MAX_PARTS)
+_B = tl.constexpr(offset_table.B)
+_BIAS = tl.constexpr(offset_table.BIAS)
+_FIELDS = tl.constexpr(offset_table.FIELDS)
+_ALIGNMENT = tl.constexpr(offset_table.ALIGNMENT)
 _FIRST_ROW = tl.constexpr(lora_tiles.FIRST_ROW)
 _ROWS = tl.constexpr(lora_tiles.ROWS)
 _SLOT = tl.constexpr(lora_tiles.SLOT)
 _TILE_FIELDS = tl.constexpr(lora_tiles.TILE_FIELDS)
 
-_EMBEDDING_RANKS = 64  # a program's; not measured
+_EMBEDDING_RANKS = 64  # ranks of one program; not measured
+
+
+class ShrinkConfig(NamedTuple):
+    """Launch configuration of the shrink."""
+
+    block_r: int  # ranks of one program
+    block_k: int  # inputs that are multiplied at a time
+    split_k: int  # programs that share the sum over the inputs; the expand adds their partial sums
+    num_warps: int
+    num_stages: int
+
+
+class ExpandConfig(NamedTuple):
+    """Launch configuration of the expand."""
+
+    block_n: int  # columns of one program
+    block_r: int  # ranks that are multiplied at a time
+    num_warps: int
+    num_stages: int
+
+
+class Candidates(NamedTuple):
+    """The launch configurations that a tuner may choose from for one kind of batch; each is correct for every shape."""
+
+    heights: tuple[int, ...]  # the most rows of a tile
+    shrink: tuple[ShrinkConfig, ...]
+    expand: tuple[ExpandConfig, ...]
+
+
+def _shrinks(*choices: tuple[int, ...]) -> tuple[ShrinkConfig, ...]:
+    return tuple(ShrinkConfig(*choice) for choice in product(*choices))
+
+
+def _expands(*choices: tuple[int, ...]) -> tuple[ExpandConfig, ...]:
+    return tuple(ExpandConfig(*choice) for choice in product(*choices))
+
+
+# Few rows: the weights are read once, and the speed depends on how many programs read them at the same time.
+DECODE = Candidates(
+    heights=(16,),
+    shrink=_shrinks((16, 32, 64), (64, 128, 256), (1, 4, 16), (2, 4), (2, 4)),
+    expand=_expands((32, 64, 128), (16, 32, 64), (2, 4), (1, 2)),
+)
+# Many rows: x and y are most of the traffic, and each should be read once.
+PREFILL = Candidates(
+    heights=(32, 64, 128),
+    shrink=_shrinks((16, 32, 64), (32, 64, 128), (1, 2, 4), (4, 8), (2, 3)),
+    expand=_expands((64, 128), (16, 32), (4, 8), (1, 2)),
+)
+
+# Not measured: values from the middle of the candidates, until a tuner has measured better ones.
+DECODE_SHRINK = ShrinkConfig(block_r=16, block_k=128, split_k=4, num_warps=4, num_stages=4)
+DECODE_EXPAND = ExpandConfig(block_n=64, block_r=16, num_warps=4, num_stages=2)
+PREFILL_SHRINK = ShrinkConfig(block_r=32, block_k=64, split_k=1, num_warps=4, num_stages=3)
+PREFILL_EXPAND = ExpandConfig(block_n=128, block_r=16, num_warps=4, num_stages=2)
 
 
 def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor, config: ShrinkConfig) -> Tensor:
     """Σₛ t[rows, s, :rank] = x[rows] Aᵀ for every tile whose adapter adapts the site, accumulated in float32.
 
-    x is (T, in), `t` (T, splits, width) float32 with at least `config.split_k` splits. Gives `t[:, :split_k]`, for the
-    expand. Other rows of `t`, and columns past the adapter's ranks, are not written.
+    x is (T, in), `t` (T, splits, width) float32 with at least `config.split_k` splits. Returns `t[:, :split_k]`, the
+    input of the expand. Other rows of `t`, and columns beyond the adapter's ranks, are not written.
     """
     assert config.split_k <= t.shape[1], f"{config.split_k} splits do not fit {t.shape[1]}"
     assert x.stride(1) == t.stride(2) == 1
@@ -65,9 +121,9 @@ def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: 
 
 
 def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
-    """As the shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
+    """The shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
 
-    token_ids is (T,) int64. Gives `t[:, :1]`, for the expand.
+    token_ids is (T,) int64. Returns `t[:, :1]`, the input of the expand.
     """
     assert t.stride(2) == 1
     assert table.is_contiguous()
@@ -100,14 +156,14 @@ def expand(
 ) -> None:
     """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
 
-    `t` is what the shrink gave, y is (T, out) and the site's parts fill its columns side by side, `widths` of them
-    each. Accumulated in float32 and rounded to y's dtype once: against bfloat16 weights each t is taken apart into
-    three bfloat16 terms, which hold all of its 24 bits, so that tensor cores lose none (an infinite t gives NaN).
-    Rows of no tile and columns of parts that are not adapted keep their bits.
+    `t` is the result of the shrink. y is (T, out); the site's parts fill its columns side by side, `widths[i]` columns
+    for part i. Accumulated in float32 and rounded to y's dtype once. For bfloat16 weights, each t is split into three
+    bfloat16 terms that together hold its 24 bits, so that tensor cores lose none (an infinite t gives NaN). Rows of no
+    tile, and columns of parts that are not adapted, keep their bits.
     """
     assert y.stride(1) == t.stride(2) == 1
     assert table.is_contiguous()
-    first, second, third = [*widths, *[0] * (adapter_table.MAX_PARTS - len(widths))]
+    first, second, third = [*widths, *[0] * (offset_table.MAX_PARTS - len(widths))]
     grid = (len(tiles.fields), sum(triton.cdiv(width, config.block_n) for width in widths))
     _expand_kernel[grid](
         t,
@@ -136,7 +192,10 @@ def expand(
 
 
 def _dot_dtype(*factors: Tensor) -> tl.dtype:
-    """What is multiplied on tensor cores: bfloat16 where all is. Triton's interpreter multiplies its bit patterns."""
+    """The dtype that tensor cores multiply: bfloat16 if all factors are.
+
+    Always float32 in Triton's interpreter: it would multiply the bit patterns of bfloat16 as integers.
+    """
     narrow = all(factor.dtype == torch.bfloat16 for factor in factors) and not interpreted()
     return tl.bfloat16 if narrow else tl.float32
 
@@ -177,7 +236,7 @@ def _shrink_kernel(
     a_tile = arena + tl.multiple_of(tl.load(entry + _A), _ALIGNMENT) + (ranks[None, :] * IN + k[:, None])
     in_tile, in_rank = row[:, None] < count, ranks[None, :] < total
 
-    # A split of the last blocks may have none: it still leaves zeros for the expand to add.
+    # The last splits may have no inputs: they still write zeros, because the expand adds every split.
     SHARE: tl.constexpr = (IN + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
     start = tl.program_id(2) * SHARE
     acc = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
@@ -226,7 +285,7 @@ def _embedding_shrink_kernel(
 def _part_of(
     block: tl.tensor, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, WIDTH_2: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The part of a site's columns that a block lies in, its width and first column, and which block of it this is.
+    """For a block of a site's columns: its part, the part's width and first column, and the block's index in the part.
 
     No block has columns of two parts.
     """

@@ -1,4 +1,4 @@
-"""Whether kernels are interpreted, and so where they run."""
+"""Whether Triton interprets the kernels, and on which devices they run."""
 
 import torch
 import triton
@@ -6,15 +6,15 @@ from triton.runtime.driver import driver
 
 
 def interpreted() -> bool:
-    """Whether Triton was told to interpret kernels when they were imported: then they take tensors of the CPU."""
+    """Whether Triton was told to interpret kernels when they were imported; interpreted kernels take CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def can_run_on(device: torch.device) -> bool:
-    """Whether kernels take tensors of a device; interpreted ones take any.
+    """Whether kernels take tensors of a device; interpreted kernels take any.
 
-    Of a CUDA device Triton is not asked: if it cannot have it, for want of a C compiler say, its own error at the first
-    launch says why.
+    True for every CUDA device, without asking Triton: if Triton cannot use it, for example because a C compiler is
+    missing, Triton's own error at the first launch names the reason.
     """
     if interpreted() or device.type == "cuda":
         return True

@@ -1,4 +1,4 @@
-"""What lies between a layer's query, key and value projection and its attention, in one launch."""
+"""The step between a layer's QKV projection and its attention, in one launch: norm, RoPE, the write to the KV cache."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class QkvWriteConfig(NamedTuple):
-    """How the write is launched: a program takes `heads` heads of one token."""
+    """Launch configuration of the write."""
 
-    heads: int
+    heads: int  # heads of one token that a program takes
     num_warps: int
 
 
@@ -24,7 +24,7 @@ DEFAULT = CANDIDATES[0]  # not measured
 def qkv_write(
     qkv: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     frequencies: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
@@ -33,30 +33,32 @@ def qkv_write(
     rotary_scale: float = 1.0,
     config: QkvWriteConfig = DEFAULT,
 ) -> None:
-    """q ← R(q), in place; kv[slots[t], 0] = R(k); kv[slots[t], 1] = v; R: x / sqrt(mean(x²) + eps) · weight, turned.
+    """q ← R(q), in place; kv[slot_mapping[t], 0] = R(k); kv[slot_mapping[t], 1] = v; R is an RMSNorm, then RoPE.
 
-    `qkv` is (T, heads + 2 kv_heads, d): queries, keys and values of a token side by side, of which only the queries
-    change; `kv` is (slots, 2, kv_heads, d). `positions` and `slots` are (T,) integers; a token whose slot is -1 is
-    left alone. `q_weight` and `k_weight` are (d,) of any float dtype, both None for heads without a norm. The turn is
-    RoPE's: halves (a, b) become (a cos θ - b sin θ, b cos θ + a sin θ), cosine and sine times `rotary_scale`, where
-    θ = position · frequencies, (d / 2,) float32.
+    `qkv` is (T, heads + 2 kv_heads, d): a token's queries, keys and values in that order. Only the queries change.
+    `kv` is (slots, 2, kv_heads, d). `positions` and `slot_mapping` are (T,) integers; a token whose slot is -1 is
+    skipped. The norm is x / sqrt(mean(x²) + eps) · weight; `q_weight` and `k_weight` are (d,) of any float dtype, or
+    both None for heads without a norm. RoPE turns the halves (a, b) of a head into
+    (a cos θ - b sin θ, b cos θ + a sin θ), where θ = position · frequencies, (d / 2,) float32, and cosine and sine are
+    multiplied by `rotary_scale`.
 
     Norm, cosine, sine and the products with the cosine are each rounded to qkv's dtype, as in
-    kernels.reference.kv_write. In float32 the two agree to a few units in the last place; in bfloat16 or float16 to
-    the bit, save where those float32 units carry a value over a border of rounding: then by a unit of that dtype.
+    kernels.reference.kv_write. In float32, kernel and reference differ by a few units in the last place. In bfloat16
+    and float16 their bits are equal, except where that float32 difference changes a rounding: there they differ by one
+    unit of the dtype.
     """
     tokens, rows, head_dim = qkv.shape
     kv_heads = kv.shape[2]
     assert kv.shape[1:] == (2, kv_heads, head_dim), kv.shape
-    assert kv.is_contiguous(), "slots lie side by side"
-    assert qkv.stride()[1:] == (head_dim, 1), "a token's heads lie side by side"
+    assert kv.is_contiguous(), "slots must follow each other in memory"
+    assert qkv.stride()[1:] == (head_dim, 1), "a token's heads must follow each other in memory"
     assert qkv.dtype == kv.dtype, f"{qkv.dtype} is written to a cache of {kv.dtype}"
     assert frequencies.shape == (head_dim // 2,), frequencies.shape
     assert (q_weight is None) == (k_weight is None), "queries and keys have a norm, or neither has"
     if not tokens:
         return
     _qkv_write_kernel[(tokens, triton.cdiv(rows, config.heads))](
-        qkv, positions, slots, frequencies, q_weight, k_weight, eps, kv, rotary_scale, qkv.stride(0),
+        qkv, positions, slot_mapping, frequencies, q_weight, k_weight, eps, kv, rotary_scale, qkv.stride(0),
         Q_HEADS=rows - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         PAIRS=triton.next_power_of_2(head_dim // 2), HEADS=config.heads, NORM=q_weight is not None,
         num_warps=config.num_warps, enable_fp_fusion=True,
@@ -65,14 +67,14 @@ def qkv_write(
 
 @triton.jit
 def _qkv_write_kernel(
-    qkv: tl.tensor, positions: tl.tensor, slots: tl.tensor, frequencies: tl.tensor, q_weight: tl.tensor,
+    qkv: tl.tensor, positions: tl.tensor, slot_mapping: tl.tensor, frequencies: tl.tensor, q_weight: tl.tensor,
     k_weight: tl.tensor, eps: tl.tensor, kv: tl.tensor, rotary_scale: tl.tensor, qkv_row: tl.tensor,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr,
 ) -> None:  # fmt: skip
-    """HEADS heads of one token: queries go back, keys and values to its slot; all but values are normed and turned."""
+    """HEADS heads of one token: norm and turn queries and keys; store queries in place, keys and values in the slot."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
         return
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -104,7 +106,7 @@ def _qkv_write_kernel(
 def _weight(
     q_weight: tl.tensor, k_weight: tl.tensor, query: tl.tensor, pair: tl.tensor, HALF: tl.constexpr
 ) -> tl.tensor:
-    """The norm's weights of half a head, float32, for query heads and for others."""
+    """The norm's weights for half a head, float32: `q_weight` for query heads, `k_weight` for the others."""
     q = tl.load(q_weight + pair, pair < HALF, other=0.0).to(tl.float32)
     k = tl.load(k_weight + pair, pair < HALF, other=0.0).to(tl.float32)
     return tl.where(query, q, k)

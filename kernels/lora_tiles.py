@@ -1,28 +1,29 @@
-"""Tiles: consecutive rows of a batch under one adapter, cut to a height, as the grouped kernels take them."""
+"""Tiles: the units of work of the grouped LoRA kernels. A tile is consecutive rows of a batch under one adapter."""
 
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-FIRST_ROW, ROWS, SLOT = range(3)
+FIRST_ROW, ROWS, SLOT = range(3)  # the fields of a tile; SLOT is the adapter's row of the offset table
 TILE_FIELDS = 3
 BASE = -1  # the slot of a row without an adapter
 
 
 class Tiles(NamedTuple):
-    """`fields` is (tiles, TILE_FIELDS) int32: first row, rows and slot of each; unused tiles have no rows.
+    """The tiles of one batch.
 
-    No tile has more than `height` rows. Kernels launch programs for all of `fields`, used or not, so that a graph
-    captured with it replays whatever it then holds; outside graphs a slice of the used ones is enough.
+    Kernels launch programs for all of `fields`, used or not, so that a captured CUDA graph serves any batch that is
+    later written there. Outside graphs, a slice of the used tiles is enough.
     """
 
-    fields: Tensor
-    height: int
+    fields: Tensor  # (tiles, TILE_FIELDS) int32; an unused tile has 0 rows
+    height: int  # the most rows that a tile may have
 
 
 def most_tiles(rows: int, runs: int, height: int) -> int:
-    """The most tiles that `rows` rows take in at most `runs` runs; a run is consecutive rows under one adapter.
+    """The most tiles that `rows` rows need in at most `runs` runs; a run is consecutive rows under one adapter.
 
     Each run wastes less than a tile: Σ ⌈nᵢ / h⌉ ≤ (Σ nᵢ + runs · (h - 1)) / h.
     """
@@ -30,11 +31,11 @@ def most_tiles(rows: int, runs: int, height: int) -> int:
     return (rows + runs * (height - 1)) // height
 
 
-def lay_tiles(slots: np.ndarray, height: int, out: np.ndarray) -> int:
-    """Cut a batch into tiles: fill `out` and zero the rest of it. Gives the number of tiles; too many assert.
+def lay_tiles(slots: npt.NDArray[np.int32], height: int, out: npt.NDArray[np.int32]) -> int:
+    """Cut a batch into tiles, write them to `out`, zero the rest of it, and return how many tiles there are.
 
-    `slots` (T,) int32 is each row's adapter, BASE for none. `out` is `Tiles.fields` as the host sees it: on a CPU the
-    same memory, else part of what is copied to the device for a step.
+    `slots` (T,) is the adapter slot of each row, BASE for none. `out` is `Tiles.fields` in host memory: the tensor
+    itself on a CPU, otherwise a part of the buffer that is uploaded for the step. Asserts that the tiles fit.
     """
     changes = np.flatnonzero(slots[1:] != slots[:-1]) + 1
     starts = np.concatenate(([0], changes))[: len(slots)]

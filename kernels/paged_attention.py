@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache: decoding rows split over their context, prompt chunks in tiles of queries."""
+"""Attention over a paged KV cache. Decode splits each sequence's context; prefill takes tiles of queries."""
 
 import math
 from typing import NamedTuple
@@ -8,26 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_tile import attend, normalised
-
-MIN_DOT = 16  # the least extent of a matrix product's operands
-LEAST_SEQUENCES = 64  # that the prefill kernel is compiled for; more of them, for powers of two
+MIN_DOT = 16  # the least size of a dimension of tl.dot's operands
+LEAST_SEQUENCES = 64  # one compiled prefill kernel serves fewer sequences; one more is compiled for each power of two
 
 
 class DecodeConfig(NamedTuple):
-    """How decode is launched: `splits` programs share a sequence's context, and take `keys` keys a step."""
+    """Launch configuration of decode."""
 
-    splits: int
-    keys: int
+    splits: int  # programs that share the context of a sequence
+    keys: int  # keys of one step
     num_warps: int
     num_stages: int
 
 
 class PrefillConfig(NamedTuple):
-    """How prefill is launched: a tile has up to `rows` rows (queries · heads that share K/V), `keys` keys a step."""
+    """Launch configuration of prefill."""
 
-    rows: int
-    keys: int
+    rows: int  # the most rows of a tile; a row is a query of one of the heads that share a KV head
+    keys: int  # keys of one step
     num_warps: int
     num_stages: int
 
@@ -51,8 +49,8 @@ PREFILL_CANDIDATES = [
     ]
 ]
 PREFILL = PREFILL_CANDIDATES[0]  # not measured
-# In float32 there are no tensor cores to leave a tile's results with: as compiled for an H100, larger ones than these
-# find no room in registers (at d=128, the ones above put 2 and 9 KB a thread elsewhere).
+# Tensor cores do not multiply float32, so a tile's results stay in registers. As compiled for an H100, larger tiles
+# than these spill (at d=128, the defaults above spill 2 and 9 KB a thread).
 FLOAT32_DECODE = DecodeConfig(splits=8, keys=16, num_warps=8, num_stages=2)
 FLOAT32_PREFILL = PrefillConfig(rows=32, keys=16, num_warps=8, num_stages=2)
 
@@ -69,17 +67,17 @@ def paged_decode(
 ) -> None:
     """out[s, h] = softmax(q[s, h] Kᵀ · scale) V over sequence s's context, h reading KV head h // (heads / kv_heads).
 
-    `q` and `out` are (S, heads, d), a row's heads side by side; `kv` is (slots, 2, kv_heads, d), K at index 0, V at 1.
+    `q` and `out` are (S, heads, d), contiguous within a row; `kv` is (slots, 2, kv_heads, d), K at index 0, V at 1.
     `block_tables` (S, blocks) and `context_lens` (S,) are int32: token p of sequence s lies in slot
-    block_tables[s, p // block_size] · block_size + p % block_size. A context of 0 gives zeros. Nothing from a
-    context's end on is read, of the table neither. Sums are in float32; the weights are rounded to kv's dtype.
-    The launch depends on shapes and `config` alone, so that a CUDA graph of it serves any contexts.
+    block_tables[s, p // block_size] · block_size + p % block_size. A context of 0 gives zeros. Slots and table
+    entries beyond a context are not read. Sums are float32; the weights are rounded to kv's dtype. The launch depends
+    on shapes and `config` alone, so that its CUDA graph serves any contexts.
     """
     rows, heads, head_dim = q.shape
     layout = _layout(q, kv, block_tables, out, block_size)
     if not rows:
         return
-    sums = stats = out  # with one split, nothing is put aside
+    sums = stats = out  # not used with one split
     if config.splits > 1:
         sums = torch.empty((rows, heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((rows, heads, config.splits, 2), dtype=torch.float32, device=q.device)
@@ -108,12 +106,12 @@ def paged_prefill(
     out: Tensor,
     config: PrefillConfig = PREFILL,
 ) -> None:
-    """As `paged_decode` for several queries a sequence: the last ones of its context, each seeing up to itself.
+    """As `paged_decode`, for several queries a sequence: the last tokens of its context, with a causal mask.
 
-    `q` and `out` are (T, heads, d); `query_starts` (S + 1,) int32 is where each sequence's rows begin and, last,
-    where they end. Query i of n stands at position context_lens[s] - n + i; a context is at least n, or 0 and its
-    rows get zeros, as do rows past the end. A row that sees no NaN or infinity gets none from keys of its
-    sequence that come after it either; one that sees an infinity in V may get NaN.
+    `q` and `out` are (T, heads, d); sequence s has the rows from query_starts[s] to query_starts[s + 1] - 1, where
+    `query_starts` is (S + 1,) int32. Query i of n is at position context_lens[s] - n + i. A context is at least n, or
+    0. Rows of a context of 0, and rows beyond the last sequence, get zeros. A NaN or infinity reaches no row that
+    precedes it. A row that sees an infinity in V may get NaN.
     """
     rows, sequences = q.shape[0], len(context_lens)
     layout = _layout(q, kv, block_tables, out, block_size)
@@ -121,7 +119,7 @@ def paged_prefill(
         return
     tile_rows = max(config.rows, triton.next_power_of_2(layout["GROUP"]))
     queries = tile_rows // layout["GROUP"]
-    # A sequence, and the rows that belong to none, may fill its last tile in part: a tile more for each.
+    # One more tile for each sequence, and for the rows of no sequence, because each may end within a tile.
     _prefill_kernel[(rows // queries + sequences + 1, layout["KV_HEADS"])](
         q, kv, block_tables, context_lens, query_starts, out, scale / math.log(2), sequences, rows,
         q.stride(0), block_tables.stride(0), out.stride(0), **layout,
@@ -132,15 +130,15 @@ def paged_prefill(
 
 
 def _layout(q: Tensor, kv: Tensor, block_tables: Tensor, out: Tensor, block_size: int) -> dict[str, int]:
-    """The constants that both kernels are compiled for; asserts what they take for granted."""
+    """The constants that both kernels are compiled for; asserts the layouts that they assume."""
     heads, head_dim = q.shape[1:]
     kv_heads = kv.shape[2]
     assert kv.shape[1:] == (2, kv_heads, head_dim), kv.shape
-    assert kv.is_contiguous(), "slots lie side by side"
+    assert kv.is_contiguous(), "slots must follow each other in memory"
     assert heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads"
     assert out.shape == q.shape, out.shape
-    assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), "a row's heads lie side by side"
-    assert block_tables.stride(1) == 1, "a sequence's blocks lie side by side"
+    assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), "a row's heads must follow each other in memory"
+    assert block_tables.stride(1) == 1, "a sequence's blocks must follow each other in memory"
     return {
         "GROUP": heads // kv_heads,
         "KV_HEADS": kv_heads,
@@ -150,13 +148,78 @@ def _layout(q: Tensor, kv: Tensor, block_tables: Tensor, out: Tensor, block_size
     }
 
 
-# What differs from step to step, and is read a number at a time: kernels are compiled once for all of it.
+# Pointers whose alignment differs from step to step. They are read one number at a time, so alignment gains nothing
+# there, and one compiled kernel serves all alignments.
 _TABLES = ["block_tables", "context_lens", "query_starts"]
 
 
 @triton.jit
+def _attend(
+    query: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    mixed: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    stop: tl.tensor,
+    kv: tl.tensor,
+    table: tl.tensor,
+    scale: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """One step of the running softmax: add KEYS keys, from `first` on, to the state of each row.
+
+    The state is peak = max score, total = Σ 2^(score - peak), mixed = Σ 2^(score - peak) V; it is returned. `query` is
+    (rows, DIMS), where DIMS is HEAD_DIM padded with zeros. `kv` points at the KV head in slot 0, and `scale` includes
+    log₂ e. MASKED: the keys end at `stop`; nothing from there on is read, of the block table neither. CAUSAL, for
+    masked steps: each row sees the keys up to its `last`.
+    """
+    keys, dims = first + tl.arange(0, KEYS), tl.arange(0, DIMS)
+    held = keys < stop
+    blocks = tl.load(table + keys // BLOCK_SIZE, held, other=0) if MASKED else tl.load(table + keys // BLOCK_SIZE)
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+    k_places = kv + slots[:, None] * (2 * KV_HEADS * HEAD_DIM) + dims[None, :]
+    v_places = k_places + KV_HEADS * HEAD_DIM
+    if MASKED or DIMS > HEAD_DIM:
+        inside = dims[None, :] < HEAD_DIM
+        if MASKED:
+            inside = inside & held[:, None]
+        k, v = tl.load(k_places, inside, other=0.0), tl.load(v_places, inside, other=0.0)
+    else:
+        k, v = tl.load(k_places), tl.load(v_places)
+    scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        visible = held[None, :]
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= last[:, None])
+            # 0 · NaN is NaN, so a NaN or infinity in V is replaced by 0, and only the rows that see it become NaN.
+            finite = tl.abs(v.to(tl.float32)) < float("inf")
+            v = tl.where(finite, v, 0.0)
+            broken = tl.min(finite.to(tl.int32), 1) == 0
+            total = tl.where(tl.max((visible & broken[None, :]).to(tl.int32), 1) > 0, float("nan"), total)
+        scores = tl.where(visible, scores, float("-inf"))
+    top = tl.maximum(peak, tl.max(scores, 1))
+    weights, decay = tl.exp2(scores - top[:, None]), tl.exp2(peak - top)
+    total = total * decay + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(v.dtype), v, mixed * decay[:, None], input_precision="ieee")
+    return top, total, mixed
+
+
+@triton.jit
+def _normalised(mixed: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """mixed / total, and 0 for rows that saw no key: their mixed and total are 0."""
+    return mixed / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
 def _span(context: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
-    """How many keys each split takes: whole steps, so that only the last split that has any ends within one."""
+    """Keys of each split: whole steps, so that only the last split in use has a partial step."""
     return tl.cdiv(tl.cdiv(context, KEYS), SPLITS) * KEYS
 
 
@@ -167,7 +230,7 @@ def _decode_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Peak, total and mixed values (see `attend`) of a split of one sequence, for all query heads of a KV head."""
+    """Peak, total and mixed values (see `_attend`) of a split of one sequence, for all query heads of a KV head."""
     kv_head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + sequence)
     first = split * _span(context, SPLITS, KEYS)
@@ -176,31 +239,31 @@ def _decode_kernel(
         return
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     heads = kv_head * GROUP + rows
-    wanted = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    inside = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     places = heads[:, None] * HEAD_DIM + dims[None, :]
-    query = tl.load(q + sequence * q_row + places, wanted, other=0.0)
+    query = tl.load(q + sequence * q_row + places, inside, other=0.0)
     table, kv_places = block_tables + sequence * table_row, kv + kv_head * HEAD_DIM
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, DIMS), tl.float32)
     whole = first + (stop - first) // KEYS * KEYS
     for key in range(first, whole, KEYS):
-        peak, total, mixed = attend(
+        peak, total, mixed = _attend(
             query, peak, total, mixed, key, rows, stop, kv_places, table, scale,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False,
         )  # fmt: skip
     if whole < stop:
-        peak, total, mixed = attend(
+        peak, total, mixed = _attend(
             query, peak, total, mixed, whole, rows, stop, kv_places, table, scale,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=False,
         )  # fmt: skip
     if SPLITS > 1:
         part = (sequence * (KV_HEADS * GROUP) + heads) * SPLITS + split
-        tl.store(sums + part[:, None] * HEAD_DIM + dims[None, :], mixed, wanted)
+        tl.store(sums + part[:, None] * HEAD_DIM + dims[None, :], mixed, inside)
         tl.store(stats + part * 2, peak, rows < GROUP)
         tl.store(stats + part * 2 + 1, total, rows < GROUP)
     else:
-        result = normalised(mixed, total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + sequence * out_row + places, result, wanted)
+        result = _normalised(mixed, total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + sequence * out_row + places, result, inside)
 
 
 @triton.jit
@@ -209,7 +272,7 @@ def _reduce_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out = Σ 2^(peak - top) sums / Σ 2^(peak - top) total over the splits that had any keys."""
+    """out = Σ 2^(peak - top) sums / Σ 2^(peak - top) total over the splits with keys."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     context = tl.load(context_lens + sequence)
     splits, dims = tl.arange(0, SPLITS_PADDED), tl.arange(0, DIMS)
@@ -217,10 +280,10 @@ def _reduce_kernel(
     part = (sequence * HEADS + head) * SPLITS + splits
     peak = tl.load(stats + part * 2, used, other=float("-inf"))
     total = tl.load(stats + part * 2 + 1, used, other=0.0)
-    wanted = used[:, None] & (dims < HEAD_DIM)[None, :]
-    mixed = tl.load(sums + part[:, None] * HEAD_DIM + dims[None, :], wanted, other=0.0)
+    inside = used[:, None] & (dims < HEAD_DIM)[None, :]
+    mixed = tl.load(sums + part[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0)
     weight = tl.exp2(peak - tl.where(context > 0, tl.max(peak, 0), 0.0))
-    result = normalised(tl.sum(mixed * weight[:, None], 0), tl.sum(total * weight, 0)).to(out.dtype.element_ty)
+    result = _normalised(tl.sum(mixed * weight[:, None], 0), tl.sum(total * weight, 0)).to(out.dtype.element_ty)
     tl.store(out + sequence * out_row + head * HEAD_DIM + dims, result, dims < HEAD_DIM)
 
 
@@ -232,13 +295,13 @@ def _prefill_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out = mixed / total (see `attend`) for QUERIES queries of one sequence and the query heads of a KV head."""
+    """out = mixed / total (see `_attend`) for QUERIES queries of one sequence and the query heads of a KV head."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    # Sequence i has the tiles from starts[i] // QUERIES + i on: enough for its rows, whatever the starts.
+    # Sequence i has the tiles from starts[i] // QUERIES + i on. For any starts, these suffice for its rows.
     indices = tl.arange(0, SEQUENCES)
     starts = tl.load(query_starts + indices, indices <= sequences, other=0)
-    begun = (indices <= sequences) & (starts // QUERIES + indices <= tile)
-    sequence = tl.sum(begun.to(tl.int32), 0) - 1
+    started = (indices <= sequences) & (starts // QUERIES + indices <= tile)
+    sequence = tl.sum(started.to(tl.int32), 0) - 1
     start = tl.load(query_starts + sequence)
     stop = tl.load(query_starts + sequence + 1, sequence < sequences, other=tokens)
     context = tl.load(context_lens + sequence, sequence < sequences, other=0)
@@ -247,10 +310,10 @@ def _prefill_kernel(
         return
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     queries = first + rows // GROUP
-    wanted = ((rows < QUERIES * GROUP) & (start + queries < stop))[:, None] & (dims < HEAD_DIM)[None, :]
+    inside = ((rows < QUERIES * GROUP) & (start + queries < stop))[:, None] & (dims < HEAD_DIM)[None, :]
     places = (kv_head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + dims[None, :]
     token = (start + queries).to(tl.int64)[:, None]
-    query = tl.load(q + token * q_row + places, wanted, other=0.0)
+    query = tl.load(q + token * q_row + places, inside, other=0.0)
     table, kv_places = block_tables + sequence.to(tl.int64) * table_row, kv + kv_head * HEAD_DIM
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, DIMS), tl.float32)
@@ -258,13 +321,13 @@ def _prefill_kernel(
     shared = tl.maximum(before + first + 1, 0) // KEYS * KEYS  # whole steps of keys that every row sees
     end = tl.minimum(before + first + QUERIES, context)
     for key in range(0, shared, KEYS):
-        peak, total, mixed = attend(
+        peak, total, mixed = _attend(
             query, peak, total, mixed, key, before + queries, end, kv_places, table, scale,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False,
         )  # fmt: skip
     for key in range(shared, end, KEYS):
-        peak, total, mixed = attend(
+        peak, total, mixed = _attend(
             query, peak, total, mixed, key, before + queries, end, kv_places, table, scale,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=True,
         )  # fmt: skip
-    tl.store(out + token * out_row + places, normalised(mixed, total[:, None]).to(out.dtype.element_ty), wanted)
+    tl.store(out + token * out_row + places, _normalised(mixed, total[:, None]).to(out.dtype.element_ty), inside)

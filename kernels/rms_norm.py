@@ -1,4 +1,4 @@
-"""RMSNorm, alone or behind the addition to the residual stream: one launch, one pass over memory."""
+"""RMSNorm, alone or fused with the addition to the residual stream: one launch, one pass over memory."""
 
 from typing import NamedTuple
 
@@ -9,24 +9,33 @@ from torch import Tensor
 
 
 class RmsNormConfig(NamedTuple):
-    """How the norm is launched: a program has as many rows as fill `elements`, one at least."""
+    """Launch configuration of the norms."""
 
-    elements: int
+    elements: int  # of one program, which takes whole rows
     num_warps: int
+
+    def tile(self, width: int) -> tuple[int, int]:
+        """The rows of a program, at least one, and its columns: `width` rounded up to a power of two.
+
+        A program holds whole rows, so that each is read once.
+        """
+        columns = triton.next_power_of_2(width)
+        return max(1, self.elements // columns), columns
 
 
 CANDIDATES = [
     RmsNormConfig(elements, num_warps)
     for elements, num_warps in [(1024, 4), (1024, 1), (1024, 2), (1024, 8), (1024, 16), (4096, 4), (4096, 8), (256, 1)]
 ]
-DEFAULT = CANDIDATES[0]
+DEFAULT = CANDIDATES[0]  # not measured
 
 
 def rms_norm(x: Tensor, weight: Tensor, floor: Tensor, config: RmsNormConfig = DEFAULT) -> Tensor:
     """y = x / sqrt(‖x‖² + floor²) · weight over the last dimension, in float32, rounded once to x's dtype.
 
-    `x` is (T, n), or (T, heads, n), with a last dimension without gaps; `weight` is float32, (n,), or (heads, n)
-    for a norm per head; `floor` is a float32 scalar tensor. See kernels.reference.elementwise.rms_norm.
+    This is x / sqrt(mean(x²) + eps) · w, for weight = √n · w and floor = √(n · eps). `x` is (T, n) or (T, heads, n),
+    and its last dimension has no gaps. `weight` is float32, (n,), or (heads, n) for a norm per head; `floor` is a
+    float32 scalar tensor.
     """
     tokens, heads, width = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
     assert weight.shape in ((width,), (heads, width))
@@ -34,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor, config: RmsNormConfig = D
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     head_stride = x.stride(1) if x.dim() == 3 else 0
     weight_stride = weight.stride(0) if weight.dim() == 2 else 0
-    rows, block = _tile(width, config)
+    rows, block = config.tile(width)
     if out.numel():
         _rms_norm_kernel[(triton.cdiv(tokens * heads, rows),)](
             x, weight, floor, out, tokens * heads, x.stride(0), head_stride, weight_stride, HEADS=heads, WIDTH=width,
@@ -46,27 +55,22 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor, config: RmsNormConfig = D
 def add_rms_norm(
     residual: Tensor, y: Tensor, alpha: float, weight: Tensor, floor: Tensor, config: RmsNormConfig = DEFAULT
 ) -> Tensor:
-    """residual += alpha · y, in place, rounded to its dtype; gives the norm of the sum so rounded, as `rms_norm` does.
+    """residual += alpha · y, in place, rounded to its dtype; returns the norm of the rounded sum, as `rms_norm` does.
 
-    `residual` and `y` are (T, n) of one dtype, in memory of their own, with rows without gaps; `weight` is (n,).
+    `residual` and `y` are (T, n) of one dtype; they do not overlap, and their rows have no gaps. `weight` is float32
+    (n,), `floor` a float32 scalar tensor.
     """
     tokens, width = residual.shape
     assert (y.shape, y.dtype, weight.shape) == (residual.shape, residual.dtype, (width,))
     assert residual.stride(1) == y.stride(1) == weight.stride(0) == 1
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    rows, block = _tile(width, config)
+    rows, block = config.tile(width)
     if out.numel():
         _add_rms_norm_kernel[(triton.cdiv(tokens, rows),)](
             residual, y, float(alpha), weight, floor, out, tokens, residual.stride(0), y.stride(0), WIDTH=width,
             ROWS=rows, BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
-
-
-def _tile(width: int, config: RmsNormConfig) -> tuple[int, int]:
-    """A program's rows and columns: a row is held whole, so that it is read once."""
-    block = triton.next_power_of_2(width)
-    return max(1, config.elements // block), block
 
 
 @triton.jit

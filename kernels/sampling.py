@@ -1,4 +1,8 @@
-"""Sampling on the device: nothing is waited for, and the logits are read once."""
+"""Sampling a token for each row of logits on the device, without waiting for the host.
+
+Rows without a cut (top_k, top_p, min_p) take two kernels: the sums of chunks of the vocabulary, then a choice of the
+chunk and of the token in it. Rows with a cut are then sorted and drawn from again.
+"""
 
 from typing import NamedTuple
 
@@ -7,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cut_sampling import sample_cut_rows
-from kernels.inversion import divisor, invert
-from kernels.reference.sampling import RowParams
+from kernels.row_params import LEAST_TEMPERATURE, RowParams
+
+_LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
+_LARGEST = tl.constexpr(2**31 - 1)
 
 
 class SamplingConfig(NamedTuple):
-    """How sampling is launched: the vocabulary, or the candidates, are taken `chunk` tokens at a time."""
+    """Launch configuration of sampling."""
 
-    chunk: int
+    chunk: int  # tokens of the vocabulary, or candidates, that a program takes at a time
     num_warps: int
 
 
@@ -23,16 +28,16 @@ CANDIDATES = [
     SamplingConfig(chunk, num_warps)
     for chunk, num_warps in [(2048, 4), (1024, 4), (1024, 2), (2048, 8), (4096, 4), (4096, 8), (8192, 8), (8192, 16)]
 ]
-DEFAULT = CANDIDATES[0]
+DEFAULT = CANDIDATES[0]  # not measured
 
 
 def sample(logits: Tensor, params: RowParams, config: SamplingConfig = DEFAULT) -> tuple[Tensor, Tensor]:
     """A token for each row of `logits` (n, vocab), and whether the row had one: int64 and bool, (n,) each.
 
-    See kernels.reference.sampling.sample. Weights are float32 here and running sums float64, so a draw may land on
-    a neighbour where it lies within the weights' rounding of the border between them. Rows are without gaps. A
-    row with top_k costs a search for its candidates, one with top_p or min_p alone a sort of the vocabulary, and of
-    all `cut_rows` in its batch.
+    kernels.reference.sampling.sample states which token. Here weights are float32 and running sums float64, so a draw
+    within the weights' rounding of the border between two tokens may give the neighbour. Rows of `logits` have no
+    gaps. A row with top_k costs a search for its candidates. One with top_p or min_p alone costs a sort of the
+    vocabulary for all `cut_rows` of the batch.
     """
     (rows, vocab), device = logits.shape, logits.device
     assert (logits.stride(1), len(params.draw)) == (1, rows)
@@ -53,8 +58,56 @@ def sample(logits: Tensor, params: RowParams, config: SamplingConfig = DEFAULT) 
         enable_fp_fusion=True,
     )  # fmt: skip
     if len(params.cut_rows):
-        sample_cut_rows(logits, params, finite, token_ids, config.chunk, config.num_warps)
+        _sample_cut_rows(logits, params, finite, token_ids, config)
     return token_ids, finite
+
+
+def _sample_cut_rows(
+    logits: Tensor, params: RowParams, finite: Tensor, token_ids: Tensor, config: SamplingConfig
+) -> None:
+    """Overwrite `token_ids` in the `cut_rows` that are finite: sort their candidates, then draw from those kept."""
+    rows, vocab = len(params.cut_rows), logits.shape[1]
+    keys = torch.empty((rows, vocab), dtype=torch.int64, device=logits.device)
+    _key_kernel[(rows, triton.cdiv(vocab, config.chunk))](
+        logits, params.cut_rows, keys, logits.stride(0), VOCAB=vocab, CHUNK=config.chunk, num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if params.candidates is None or params.candidates >= vocab:
+        keys = keys.sort(-1, descending=True).values
+    else:
+        keys = keys.topk(params.candidates, -1).values
+    _cut_kernel[(rows,)](
+        keys, params.cut_rows, params.temperature, params.top_k, params.top_p, params.min_p, params.draw, finite,
+        token_ids, keys.shape[1], CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _divisor(temperature: tl.tensor) -> tl.tensor:
+    """The divisor of the logits, float32."""
+    return tl.maximum(temperature, _LEAST_TEMPERATURE).to(tl.float32)
+
+
+@triton.jit
+def _first_past(
+    sums: tl.tensor, weights: tl.tensor, target: tl.tensor, index: tl.tensor, END: tl.constexpr
+) -> tl.tensor:
+    """The first index at which the running sum exceeds the target, END if there is none.
+
+    A parallel sum may decrease from one index to the next, and so exceed the target first at a weight of 0. Such an
+    index is not chosen.
+    """
+    return tl.min(tl.where((sums > target) & (weights > 0), index, END), 0)
+
+
+@triton.jit
+def _invert(weights: tl.tensor, target: tl.tensor, index: tl.tensor, END: tl.constexpr) -> tl.tensor:
+    """The first index at which the running sum of `weights` exceeds the target.
+
+    If the target was rounded up to the total, the last index with a weight.
+    """
+    passed = _first_past(tl.cumsum(weights, 0), weights, target, index, END)
+    return tl.minimum(passed, tl.max(tl.where(weights > 0, index, 0), 0))
 
 
 @triton.jit
@@ -68,8 +121,8 @@ def _chunk_kernel(
     values = tl.load(logits + row * row_stride + token, token < VOCAB, other=float("-inf")).to(tl.float32)
     values = tl.where(values != values, float("inf"), values)
     largest = tl.max(values, 0)
-    level = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)  # infinity less itself would be NaN
-    weights = tl.exp((values - level) / divisor(tl.load(temperature + row)))
+    level = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)  # infinity - infinity would be NaN
+    weights = tl.exp((values - level) / _divisor(tl.load(temperature + row)))
     place = row * CHUNKS + chunk
     tl.store(maxima + place, largest)
     tl.store(masses + place, tl.sum(weights.to(tl.float64), 0))
@@ -90,22 +143,105 @@ def _choose_kernel(
     tl.store(finite + row, whole)
     if whole:
         heat = tl.load(temperature + row)
-        scale = tl.exp((tops - top) / divisor(heat)).to(tl.float64)
+        scale = tl.exp((tops - top) / _divisor(heat)).to(tl.float64)
         sums = tl.load(masses + row * CHUNKS + index, index < CHUNKS, other=0.0) * scale
         target = tl.load(draw + row) * tl.sum(sums, 0)
         likeliest = tl.min(tl.where(tops == top, index, CHUNKS), 0)
-        chunk = tl.where(heat > 0, invert(sums, target, index, CHUNKS), likeliest)
+        chunk = tl.where(heat > 0, _invert(sums, target, index, CHUNKS), likeliest)
 
-        # The chunk's weights again as _chunk_kernel had them, by its own maximum, so that they sum up to its mass.
+        # The chunk's weights are computed as in _chunk_kernel, from its own maximum, so that they add up to its mass.
         level = tl.max(tl.where(index == chunk, tops, float("-inf")), 0)
         target -= tl.sum(tl.where(index < chunk, sums, 0.0), 0)
         target /= tl.sum(tl.where(index == chunk, scale, 0.0), 0)
         inner = tl.arange(0, CHUNK)
         token = chunk * CHUNK + inner
         values = tl.load(logits + row * row_stride + token, token < VOCAB, other=float("-inf")).to(tl.float32)
-        weights = tl.exp((values - level) / divisor(heat)).to(tl.float64)
+        weights = tl.exp((values - level) / _divisor(heat)).to(tl.float64)
         first = tl.min(tl.where(values == level, inner, CHUNK), 0)
-        chosen = tl.where(heat > 0, invert(weights, target, inner, CHUNK), first)
+        chosen = tl.where(heat > 0, _invert(weights, target, inner, CHUNK), first)
         tl.store(token_ids + row, (chunk * CHUNK + chosen).to(tl.int64))
     else:
         tl.store(token_ids + row, tl.full((), 0, tl.int64))
+
+
+@triton.jit
+def _flip(bits: tl.tensor) -> tl.tensor:
+    """Map a float32's bits to an int32 of the same order, and back."""
+    return bits ^ ((bits >> 31) & _LARGEST)
+
+
+@triton.jit
+def _logit(key: tl.tensor) -> tl.tensor:
+    return _flip((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _key_kernel(
+    logits: tl.tensor, cut_rows: tl.tensor, keys: tl.tensor, row_stride: tl.tensor, VOCAB: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """keys[i, token] = the logit of row cut_rows[i] in the high half, 2³¹ - 1 - token in the low half.
+
+    No two keys are equal, so every sort gives the same descending order: of equal logits, the lower token first.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(cut_rows + place)
+    token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    values = tl.load(logits + row * row_stride + token, token < VOCAB, other=0.0).to(tl.float32)
+    values = tl.where(values == 0, 0.0, values)  # -0.0 equals 0.0, but its bits differ
+    high = _flip(values.to(tl.int32, bitcast=True)).to(tl.int64) << 32
+    tl.store(keys + place * VOCAB + token, high | (token ^ _LARGEST).to(tl.int64), token < VOCAB)
+
+
+@triton.jit
+def _weigh(keys: tl.tensor, index: tl.tensor, count: tl.tensor, level: tl.tensor, temperature: tl.tensor) -> tl.tensor:
+    """w = exp((logit - level) / temperature) of the candidates at `index`, float64, 0 from `count` on."""
+    values = tl.where(index < count, _logit(tl.load(keys + index, index < count, other=0)), float("-inf"))
+    return tl.exp((values - level) / _divisor(temperature)).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["candidates"])  # it changes with the batch
+def _cut_kernel(
+    keys: tl.tensor, cut_rows: tl.tensor, temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor,
+    draw: tl.tensor, finite: tl.tensor, token_ids: tl.tensor, candidates: tl.tensor, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """token_ids[row] = where the running sum over the kept tokens, in descending order, passes draw · Σ over them.
+
+    Of the first top_k tokens, those are kept before which the weights add up to less than top_p · Σ, and whose weight
+    is at least min_p of the first one's.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(cut_rows + place)
+    if tl.load(finite + row):
+        keys += place * candidates
+        asked, heat, least = tl.load(top_k + row), tl.load(temperature + row), tl.load(min_p + row)
+        count = tl.where(asked > 0, tl.minimum(asked, candidates), candidates).to(tl.int32)
+        level = _logit(tl.load(keys))
+        inner = tl.arange(0, CHUNK)
+
+        total = tl.full((), 0.0, tl.float64)
+        for start in range(0, count, CHUNK):
+            total += tl.sum(_weigh(keys, start + inner, count, level, heat), 0)
+        limit = tl.load(top_p + row) * total
+
+        # The kept tokens are a prefix of the candidates, because sums rise and weights fall.
+        sum_before = tl.full((), 0.0, tl.float64)
+        kept = tl.full((), 0, tl.int32)
+        mass = tl.full((), 0.0, tl.float64)
+        for start in range(0, count, CHUNK):
+            weights = _weigh(keys, start + inner, count, level, heat)
+            sums = sum_before + tl.cumsum(weights, 0)
+            keep = ((sums - weights < limit) & (weights >= least)) | (start + inner == 0)
+            kept += tl.sum((keep & (weights > 0)).to(tl.int32), 0)
+            mass += tl.sum(tl.where(keep, weights, 0.0), 0)
+            sum_before += tl.sum(weights, 0)
+        target = tl.load(draw + row) * mass
+
+        sum_before = tl.full((), 0.0, tl.float64)
+        chosen = kept - 1  # stays if the target was rounded up to the total
+        for start in range(0, kept, CHUNK):
+            weights = _weigh(keys, start + inner, kept, level, heat)
+            sums = sum_before + tl.cumsum(weights, 0)
+            chosen = tl.minimum(chosen, _first_past(sums, weights, target, start + inner, _LARGEST))
+            sum_before += tl.sum(weights, 0)
+        tl.store(token_ids + row, (tl.load(keys + chosen) & _LARGEST) ^ _LARGEST)

@@ -1,4 +1,4 @@
-"""The gated SiLU between an MLP's two projections."""
+"""The gated SiLU between the two projections of an MLP."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class SiluMulConfig(NamedTuple):
-    """How the product is launched: a program has `block` columns of one row."""
+    """Launch configuration of the product."""
 
-    block: int
+    block: int  # columns of one row that a program takes
     num_warps: int
 
 
@@ -19,14 +19,13 @@ CANDIDATES = [
     SiluMulConfig(block, num_warps)
     for block, num_warps in [(1024, 4), (256, 1), (512, 2), (512, 4), (1024, 2), (1024, 8), (2048, 4), (2048, 8)]
 ]
-DEFAULT = CANDIDATES[0]
+DEFAULT = CANDIDATES[0]  # not measured
 
 
 def silu_mul(gate_up: Tensor, config: SiluMulConfig = DEFAULT) -> Tensor:
     """y = gate · sigmoid(gate) · up, in float32, rounded once to the dtype of `gate_up`.
 
-    `gate_up` is (T, 2n) with the gate in its first half and rows without gaps; y is (T, n). See
-    kernels.reference.elementwise.silu_mul, which rounds the SiLU as well.
+    `gate_up` is (T, 2n), with the gate in its first half and rows without gaps; y is (T, n).
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     assert (gate_up.stride(1), gate_up.shape[1]) == (1, 2 * width)

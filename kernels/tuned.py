@@ -1,24 +1,26 @@
-"""The launch configurations that were measured to be best, for each GPU; `python -m kernels.tune` prints them."""
+"""The fastest measured launch configurations of each kernel on each GPU; `python -m kernels.tune` measures them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels import kv_write, lora_configs, paged_attention, rms_norm, sampling, silu_mul
+from kernels import grouped_lora, kv_write, paged_attention, rms_norm, sampling, silu_mul
 
 NOT_MEASURED = "not measured"
 
 
 class Tuned(NamedTuple):
-    """A configuration for batches of up to `rows` rows, and the measurement that it was chosen by."""
+    """A launch configuration and the measurement behind it."""
 
-    rows: int
-    config: Any
-    measurement: str
+    rows: int  # the largest batch that it was chosen for
+    config: Any  # a configuration of the kernel, such as RmsNormConfig
+    measurement: str  # times and shape, or NOT_MEASURED
 
 
-# By the name that CUDA gives the GPU, then by kernel, in rising order of rows. No GPU has been measured yet.
-TABLES: dict[str, dict[str, tuple[Tuned, ...]]] = {}
+Tables = Mapping[str, Mapping[str, tuple[Tuned, ...]]]  # by CUDA's name of the GPU, then by kernel, in ascending rows
+
+TABLES: Tables = {}  # no GPU has been measured yet
 
 DEFAULTS: dict[str, Any] = {
     "rms_norm": rms_norm.DEFAULT,
@@ -30,25 +32,20 @@ DEFAULTS: dict[str, Any] = {
     "qkv_write": kv_write.DEFAULT,
     "paged_decode": paged_attention.DECODE,
     "paged_prefill": paged_attention.PREFILL,
-    "decode shrink": lora_configs.DECODE_SHRINK,
-    "decode expand": lora_configs.DECODE_EXPAND,
-    "prefill shrink": lora_configs.PREFILL_SHRINK,
-    "prefill expand": lora_configs.PREFILL_EXPAND,
+    "decode shrink": grouped_lora.DECODE_SHRINK,
+    "decode expand": grouped_lora.DECODE_EXPAND,
+    "prefill shrink": grouped_lora.PREFILL_SHRINK,
+    "prefill expand": grouped_lora.PREFILL_EXPAND,
 }
 FLOAT32 = {"paged_decode": paged_attention.FLOAT32_DECODE, "paged_prefill": paged_attention.FLOAT32_PREFILL}
 
 
-def lookup(
-    gpu: str,
-    kernel: str,
-    rows: int,
-    dtype: torch.dtype = torch.bfloat16,
-    tables: dict[str, dict[str, tuple[Tuned, ...]]] = TABLES,
-) -> Tuned:
-    """The configuration of a kernel for batches of `rows` rows, the largest one measured where that is less.
+def lookup(gpu: str, kernel: str, rows: int, dtype: torch.dtype = torch.bfloat16, tables: Tables = TABLES) -> Tuned:
+    """The configuration of a kernel for batches of `rows` rows: of the smallest measured batch that is not smaller.
 
-    Where nothing was measured on the GPU it is the kernel's default, with NOT_MEASURED for its measurement; so it is
-    for float32 where the kernel has another default for it. A kernel that there is none of is a KeyError.
+    For larger batches than any measured one, the largest measured. Without measurements on the GPU, the kernel's
+    default, with NOT_MEASURED as its measurement; likewise for float32 if the kernel has a default of its own for
+    it. Raises KeyError for an unknown kernel.
     """
     default = Tuned(rows, DEFAULTS[kernel], NOT_MEASURED)
     if dtype == torch.float32 and kernel in FLOAT32:

@@ -1,4 +1,4 @@
-"""The calls on adapters that a benchmark makes, and what the server says of them in its metrics."""
+"""A client of the server's adapter routes, and a reader of its metrics."""
 
 import re
 from types import TracebackType
@@ -6,15 +6,15 @@ from typing import Any
 
 import httpx
 
-STAGES = ("download", "read", "pack", "copy")  # of a load, as the server counts its seconds
+STAGES = ("download", "read", "pack", "copy")  # of a load; the server counts the seconds of each
 
 
 class CallFailed(RuntimeError):
-    """The server answered a call with an error, or its metrics lack what they should have."""
+    """The server answered a call with an error, or its metrics lack an expected sample."""
 
 
 class AdapterClient:
-    """One connection to a server's adapters. Every call raises CallFailed, or httpx.HTTPError without an answer."""
+    """Calls the adapter routes of one server. Every call raises CallFailed, or httpx.HTTPError without an answer."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=600)
@@ -30,33 +30,34 @@ class AdapterClient:
     def put(
         self, name: str, content: bytes | bytearray, *, ephemeral: bool = False, preload: bool = True
     ) -> dict[str, Any]:
-        """Upload one safetensors file with its configuration in it; returns the adapter's resource."""
+        """Upload one safetensors file with its configuration in the metadata; return the adapter's resource."""
         query = {"ephemeral": ephemeral, "preload": preload}
         headers = {"Content-Type": "application/vnd.safetensors"}
-        return self._call("PUT", f"/adapters/{name}", params=query, content=bytes(content), headers=headers).json()
+        answer = self._call("PUT", f"/adapters/{name}", params=query, content=bytes(content), headers=headers)
+        return dict(answer.json())
 
     def load(self, name: str, tier: str) -> None:
-        """Bring an adapter to `device` or `host`; returns when it is there."""
+        """Load an adapter to the tier `device` or `host`; return when it is resident."""
         self._call("POST", f"/adapters/{name}/load", json={"tier": tier})
 
     def unload(self, name: str, tier: str) -> None:
-        """Give an adapter's memory back: `device`, or `host`, which takes that on the device with it."""
+        """Unload an adapter from the tier `device`, or from `host` and `device`."""
         self._call("POST", f"/adapters/{name}/unload", json={"tier": tier})
 
     def delete(self, name: str) -> None:
         self._call("DELETE", f"/adapters/{name}")
 
     def base(self) -> str:
-        """What the server calls its base model."""
+        """Return the name of the server's base model."""
         cards = self._call("GET", "/v1/models").json()["data"]
-        return next(card["id"] for card in cards if not card["parent"])
+        return str(next(card["id"] for card in cards if not card["parent"]))
 
     def metrics(self) -> "Metrics":
         return Metrics(self._call("GET", "/metrics").text)
 
     def kv(self) -> dict[str, Any]:
-        """What the KV cache holds, by block and by namespace."""
-        return self._call("GET", "/kv").json()
+        """Return the state of the K/V cache, by block and by namespace."""
+        return dict(self._call("GET", "/kv").json())
 
     def _call(self, method: str, path: str, **given: Any) -> httpx.Response:
         answer = self._client.request(method, path, **given)
@@ -66,25 +67,25 @@ class AdapterClient:
 
 
 class Metrics:
-    """One scrape, in Prometheus' text format."""
+    """One scrape of the server's metrics, in Prometheus' text format."""
 
     def __init__(self, text: str) -> None:
         samples = re.findall(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)", text, re.MULTILINE)
         self._values = {(name, frozenset(re.findall(r'(\w+)="(.*?)"', tags))): float(it) for name, tags, it in samples}
 
     def value(self, name: str, **labels: str) -> float:
-        """A sample with exactly these labels. Raises CallFailed if there is none."""
+        """Return the sample with exactly these labels. Raises CallFailed if there is none."""
         found = self._values.get((name, frozenset(labels.items())))
         if found is None:
             raise CallFailed(f"/metrics has no {name} with {labels or 'no labels'}")
         return found
 
     def tier(self, what: str, tier: str = "device") -> float:
-        """`bytes_used`, `adapters`, `evictions_total` and so on of a tier. Raises CallFailed."""
+        """Return a tier's `bytes_used`, `adapters`, `evictions_total` and so on. Raises CallFailed."""
         return self.value(f"rootstock_tier_{what}", tier=tier)
 
     def load_stages(self, since: "Metrics") -> dict[str, tuple[float, int]]:
-        """The seconds and the number of each stage of loads since an earlier scrape; a stage of none is left out."""
+        """Return each stage's seconds and count of loads since an earlier scrape, without stages of no load."""
         found = {}
         for stage in STAGES:
             seconds, count = (self._stage(stage, part) - since._stage(stage, part) for part in ("sum", "count"))

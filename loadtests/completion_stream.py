@@ -1,4 +1,4 @@
-"""Streamed completions as a client sees them: when each token came."""
+"""Streams completions and measures when each token arrives at the client."""
 
 import asyncio
 import itertools
@@ -17,27 +17,24 @@ ember meadow compass barrel winter canvas ladder marble saddle ribbon anchor ket
 
 
 class StreamFailed(RuntimeError):
-    """The server answered with an error, or ended a stream without finishing it."""
+    """The server answered with an error, or a stream was cut off."""
 
 
 class Timing(NamedTuple):
-    """One completion: seconds to its first token, seconds between later ones, tokens made.
+    """The measurements of one completion."""
 
-    `prefilled` are the tokens of the prompt that the server did not find in its cache, if it says.
-    """
-
-    first_seconds: float
-    gaps: list[float]
-    tokens: int
-    prefilled: int
+    first_seconds: float  # to the first token
+    gaps: list[float]  # seconds between later tokens
+    tokens: int  # generated
+    prefilled: int  # tokens of the prompt that were not in the server's prefix cache, if it reports them
 
 
 class Load(NamedTuple):
-    """What to ask for: `requests` completions, `concurrency` of them at a time, the models taken in turn."""
+    """The completions to request."""
 
-    models: Sequence[str]
-    concurrency: int
-    requests: int
+    models: Sequence[str]  # used in turn
+    concurrency: int  # requests at a time
+    requests: int  # in all
     prompt_words: int
     max_tokens: int
     seed: int
@@ -50,7 +47,7 @@ class Measurement(NamedTuple):
 
 
 def prompts(count: int, words: int, seed: object) -> list[str]:
-    """Distinct prompts, so that no prefix cache answers; the same seed gives another server the same ones."""
+    """Return distinct prompts, which no prefix cache has; the same seed gives the same prompts for another server."""
     rng, choices = random.Random(f"{seed}"), WORDS.split()
     return [" ".join(rng.choices(choices, k=words)) for _ in range(count)]
 
@@ -58,7 +55,7 @@ def prompts(count: int, words: int, seed: object) -> list[str]:
 async def events(
     client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The events of a streamed greedy completion of exactly `max_tokens` tokens, as they come. Raises StreamFailed."""
+    """Yield the events of a streamed greedy completion of exactly `max_tokens` tokens. Raises StreamFailed."""
     body = {
         "model": model,
         "prompt": prompt,
@@ -80,7 +77,7 @@ async def events(
 
 
 async def complete(client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int) -> Timing:
-    """Stream one completion to its end. Raises StreamFailed."""
+    """Stream one completion to its end and measure it. Raises StreamFailed."""
     start = time.perf_counter()
     arrivals: list[float] = []
     tokens, prefilled = None, 0
@@ -98,14 +95,17 @@ async def complete(client: httpx.AsyncClient, model: str, prompt: str | Sequence
 
 
 def cached_tokens(usage: Mapping[str, Any]) -> int:
-    """The tokens of a prompt that were in the server's cache; 0 from a server that does not say."""
+    """Return how many tokens of a prompt were in the server's prefix cache; 0 if the server does not report it."""
     return (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
 
 async def complete_all(
     url: str, jobs: Sequence[tuple[str, str]], concurrency: int, max_tokens: int
 ) -> tuple[list[Timing], float]:
-    """Run (model, prompt) jobs, so many at a time, and say how many seconds all of them took. Raises StreamFailed."""
+    """Run (model, prompt) jobs, `concurrency` at a time; return their timings and the seconds for all of them.
+
+    Raises StreamFailed.
+    """
     timings: list[Timing] = []
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -121,7 +121,7 @@ async def complete_all(
 
 
 async def measure(url: str, load: Load) -> Measurement:
-    """Run a load and take it together: throughput over the whole run, medians of the latencies."""
+    """Run a load; return the throughput over the whole run and the medians of the latencies. Raises StreamFailed."""
     texts = prompts(load.requests, load.prompt_words, load.seed)
     jobs = list(zip(itertools.cycle(load.models), texts, strict=False))
     timings, seconds = await complete_all(url, jobs, load.concurrency, load.max_tokens)

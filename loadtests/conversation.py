@@ -1,4 +1,4 @@
-"""A chat with the base model, and adapters that are asked about it on the side: the steps of an agent's pipeline."""
+"""A conversation with the base model, and adapters that check it: the steps of an agent's pipeline."""
 
 import json
 import time
@@ -11,19 +11,18 @@ from loadtests.completion_stream import StreamFailed, cached_tokens
 
 
 class Call(NamedTuple):
-    """One streamed answer: the tokens of its prompt, those of them that were in the server's cache, its text."""
+    """One streamed answer."""
 
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int  # tokens of the prompt that were in the server's prefix cache
     first_seconds: float  # to the first token
     text: str
 
 
 class Conversation:
-    """What the user and the base model said to each other so far. Calls raise StreamFailed or httpx.HTTPError.
+    """The messages of a user and the base model. Calls raise StreamFailed or httpx.HTTPError.
 
-    Conversations share cached K/V only with those of the same `salt`. With `exact_length`, no answer ends before its
-    `max_tokens`.
+    Only conversations of the same `salt` share cached K/V. With `exact_length`, every answer has its `max_tokens`.
     """
 
     def __init__(self, client: httpx.Client, base: str, salt: str, *, exact_length: bool = False) -> None:
@@ -32,16 +31,16 @@ class Conversation:
         self._always = {"cache_salt": salt, "temperature": 0, "ignore_eos": exact_length}
 
     def say(self, text: str, max_tokens: int) -> Call:
-        """The user's next turn, and the base model's answer; both become part of the conversation."""
+        """Send the user's next message; add it and the base model's answer to the conversation."""
         self.messages.append({"role": "user", "content": text})
         call = self._chat(self._base, max_tokens)
         self.messages.append({"role": "assistant", "content": call.text})
         return call
 
     def check(self, adapter: str, max_tokens: int, *, activated: bool) -> Call:
-        """Have an adapter say something about the conversation as it stands, which is not changed by it.
+        """Have an adapter answer after the conversation's last message, without adding the answer.
 
-        An activated one (aLoRA) gets its invocation in place of the assistant's header.
+        For an aLoRA adapter (`activated`), its invocation replaces the assistant's header.
         """
         return self._chat(adapter, max_tokens, **({"alora": {"on_missing": "append"}} if activated else {}))
 
@@ -67,10 +66,10 @@ class Conversation:
 
 
 def hit_rate(calls: Sequence[Call]) -> float:
-    """The share of all tokens of prompts that were in the cache."""
+    """Return the share of all prompt tokens that were in the prefix cache."""
     return sum(call.cached_tokens for call in calls) / sum(call.prompt_tokens for call in calls)
 
 
 def prefilled(calls: Sequence[Call]) -> int:
-    """The tokens of prompts that had to be computed."""
+    """Return how many prompt tokens the server computed."""
     return sum(call.prompt_tokens - call.cached_tokens for call in calls)

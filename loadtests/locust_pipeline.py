@@ -1,28 +1,29 @@
-"""Users who each hold a conversation with the base model, and have aLoRA adapters check it after every turn.
+"""Locust users who each talk with the base model and have aLoRA adapters check the conversation after every turn.
 
 `locust -f loadtests/locust_pipeline.py --headless --users 8 --run-time 60s --host http://127.0.0.1:8000`, with aLoRA
-adapters on the server. The options are those of loadtests/locustfile.py, where --models are the checks (default: all
-aLoRA adapters that the server has), and --turns. A user begins a new conversation after so many. Beside the entries
-that are recorded there, "cached percent" is not a time but the share of a prompt that was in the server's cache.
+adapters on the server. The options are those of loadtests/locustfile.py and --turns; --models names the checks
+(default: all aLoRA adapters on the server). Besides that file's entries, "cached percent" is recorded for each model:
+not a time, but the share of a prompt that was in the server's prefix cache.
 """
 
-from argparse import ArgumentParser
 from typing import Any
 
-from locust import events, task
+from locust import task
 from locust.exception import StopUser
 
 from loadtests.completion_stream import cached_tokens
-from loadtests.locustfile import TOPICS, VERBS, Answer, StreamingUser, record
+from loadtests.locustfile import HOOKS, TOPICS, VERBS, Answer, StreamingUser, record
 
 
-@events.init_command_line_parser.add_listener
-def add_turns(parser: ArgumentParser, **_: Any) -> None:
-    parser.add_argument("--turns", env_var="LOAD_TURNS", type=int, default=6, help="of a conversation")
+def add_turns(parser: Any, **_: Any) -> None:
+    parser.add_argument("--turns", env_var="LOAD_TURNS", type=int, default=6, help="of each conversation")
+
+
+HOOKS.init_command_line_parser.add_listener(add_turns)
 
 
 class PipelineUser(StreamingUser):
-    """One step of a pipeline at a time: a turn and its checks."""
+    """Runs one step of the pipeline after the other: a turn of the conversation and its checks."""
 
     def on_start(self) -> None:
         super().on_start()
@@ -32,7 +33,7 @@ class PipelineUser(StreamingUser):
         self.messages: list[dict[str, str]] = []
 
     def served_checks(self) -> list[str]:
-        """The names of all aLoRA adapters on the server; without any this user ends."""
+        """Return the names of all aLoRA adapters on the server. If there are none, record a failure and stop."""
         with self.client.get("/adapters", catch_response=True) as response:
             if response.ok and (names := [each["name"] for each in response.json()["adapters"] if is_alora(each)]):
                 return names
@@ -58,8 +59,8 @@ class PipelineUser(StreamingUser):
 
     def record_cached(self, model: str, answer: Answer) -> None:
         percent = 100 * cached_tokens(answer.usage) / answer.usage["prompt_tokens"]
-        record(self.environment, "cached percent", model, percent / 1000)  # which is recorded times 1000
+        record(self.environment, "cached percent", model, percent / 1000)  # record() multiplies by 1000
 
 
 def is_alora(adapter: dict[str, Any]) -> bool:
-    return adapter["kind"] == "alora"
+    return bool(adapter["kind"] == "alora")

@@ -1,8 +1,8 @@
-"""Users who chat through adapters, some adapters far more popular than others.
+"""Locust users who chat with adapters, some of them far more popular than others.
 
 `locust -f loadtests/locustfile.py --headless --users 8 --run-time 60s --host http://127.0.0.1:8000`. Beside the
 requests, two entries are recorded for each model: "first token" is the time to the first token, "per token" the mean
-time of each later one, both in milliseconds. --popularity is Zipf's exponent: 0 makes all models equal.
+time of each later token, both in milliseconds. --popularity is Zipf's exponent: 0 makes all models equally popular.
 """
 
 import itertools
@@ -11,8 +11,9 @@ import random
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import gevent
 from locust import HttpUser, between, events, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -21,11 +22,11 @@ TOPICS = ("a lantern", "the sea", "an old market", "the number seven", "a silver
 VERBS = ("Describe", "Explain", "Praise", "Compare two kinds of", "Write a line about", "Ask me about")
 
 
-@events.init_command_line_parser.add_listener
 def add_options(parser: ArgumentParser, **_: Any) -> None:
     options: list[tuple[str, str, type, Any, str]] = [
         ("--models", "LOAD_MODELS", str, "", "names, the most popular first, separated by commas; default: all served"),
         ("--popularity", "LOAD_POPULARITY", float, 1.0, "Zipf exponent of the models' popularity"),
+        ("--requests", "LOAD_REQUESTS", int, 0, "end the run after this many requests; 0: no limit"),
         ("--max-tokens", "LOAD_MAX_TOKENS", int, 32, "tokens of an answer"),
         ("--api-key", "LOAD_API_KEY", str, "", "sent as a bearer token"),
         ("--seed", "LOAD_SEED", int, 0, "of the users' choices"),
@@ -34,25 +35,41 @@ def add_options(parser: ArgumentParser, **_: Any) -> None:
         parser.add_argument(flag, env_var=variable, type=kind, default=default, help=text)
 
 
+def end_after_requests(environment: Environment, **_: Any) -> None:
+    numbers = itertools.count(1)
+    options, hooks = vars(environment.parsed_options), cast(Any, environment.events)
+
+    def count(request_type: str, **_: Any) -> None:
+        if request_type in ("GET", "POST") and next(numbers) == options["requests"] and environment.runner:
+            gevent.spawn(environment.runner.quit)  # it kills this user's greenlet, and must not run in it
+
+    hooks.request.add_listener(count)
+
+
+HOOKS: Any = events  # Locust's have no types
+HOOKS.init_command_line_parser.add_listener(add_options)
+HOOKS.init.add_listener(end_after_requests)
+
+
 def zipf_weights(count: int, exponent: float) -> list[float]:
-    """How often each of `count` models is chosen, by rank."""
+    """Return the weights by which each of `count` models is chosen, by rank."""
     return [1 / rank**exponent for rank in range(1, count + 1)]
 
 
 class StreamBroken(Exception):
-    """A stream carried an error, or ended before its end."""
+    """A stream contained an error, or was cut off."""
 
 
 class Answer(NamedTuple):
-    """When each piece of text came (none if the model ended at once), the text, and what the server counted."""
+    """A streamed chat answer."""
 
-    arrivals: list[float]
+    arrivals: list[float]  # time.perf_counter() at each piece of text; empty if the model ended at once
     text: str
-    usage: dict[str, Any]
+    usage: dict[str, Any]  # token counts, as the server sends them
 
 
 class StreamingUser(HttpUser):
-    """Has its own random numbers, the API key, and chats that are recorded as the module says."""
+    """Has its own random numbers and the API key, and records its chats as the module's docstring says."""
 
     abstract = True
     wait_time = between(0, 0.1)
@@ -65,15 +82,15 @@ class StreamingUser(HttpUser):
             self.client.headers["Authorization"] = f"Bearer {settings.api_key}"
 
     def served_models(self) -> list[dict[str, Any]]:
-        """Every model that the server lists; a server that lists none ends this user."""
+        """Return every model that the server lists. If it lists none, record a failure and stop this user."""
         with self.client.get("/v1/models", catch_response=True) as response:
-            if response.ok and (cards := response.json()["data"]):
+            if response.ok and (cards := list[dict[str, Any]](response.json()["data"])):
                 return cards
             response.failure(f"no models: {response.status_code} {response.text[:200]}")
         raise StopUser
 
     def stream(self, model: str, messages: list[dict[str, str]], max_tokens: int, **more: Any) -> Answer | None:
-        """The answer to a chat; None if the request failed, which is recorded."""
+        """Return the answer to a chat; None for a request that failed, after recording the failure."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, **more}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         start = time.perf_counter()
@@ -111,13 +128,13 @@ class ChatUser(StreamingUser):
 
 
 def read_stream(lines: Iterable[bytes]) -> Answer:
-    """Raises StreamBroken."""
+    """Read a stream of server-sent events to its end. Raises StreamBroken."""
     arrivals: list[float] = []
     text, usage = "", None
     for line in lines:
         if line == b"data: [DONE]":
             if usage is None:
-                raise StreamBroken("the stream did not tell its usage")
+                raise StreamBroken("the stream had no usage")
             return Answer(arrivals, text, usage)
         if line.startswith(b"data: "):
             event = json.loads(line.removeprefix(b"data: "))
@@ -131,6 +148,7 @@ def read_stream(lines: Iterable[bytes]) -> Answer:
 
 
 def record(environment: Environment, kind: str, model: str, seconds: float) -> None:
-    environment.events.request.fire(
+    hooks: Any = environment.events
+    hooks.request.fire(
         request_type=kind, name=model, response_time=1000 * seconds, response_length=0, exception=None, context={}
     )

@@ -1,8 +1,8 @@
-"""A conversation on the base model with three checks after each turn: `python -m loadtests.pipeline`.
+"""A conversation with the base model and three checks after each turn: `python -m loadtests.pipeline`.
 
-Beside `make serve`. The checks are adapters, and what they say does not become part of the conversation. As aLoRA
-adapters they find its K/V in the cache, as plain LoRA adapters with the same weights they compute it again each; both
-are run, side by side. The adapters are random ones, made for this and deleted at the end.
+Start a server first, with `make serve`. The checks are adapters, and their answers do not become part of the
+conversation. An aLoRA adapter finds the conversation's K/V in the prefix cache; a plain LoRA adapter with the same
+weights computes it again. The example runs both side by side. The adapters are random, and are deleted at the end.
 """
 
 import argparse
@@ -19,10 +19,10 @@ import httpx
 from transformers import AutoTokenizer
 
 from loadtests.adapter_client import AdapterClient, CallFailed
+from loadtests.bench.report import table
 from loadtests.completion_stream import StreamFailed, prompts
 from loadtests.conversation import Call, Conversation, hit_rate, prefilled
 from loadtests.random_adapter import adapter_file
-from loadtests.report import table
 from loadtests.server_process import find_model
 
 CHECKS = ("relevance", "safety", "certainty")
@@ -31,27 +31,27 @@ RANK = 8
 
 
 class Step(NamedTuple):
-    """A call of either pipeline; `asked` is the base or one of the checks."""
+    """One call of either pipeline."""
 
     turn: int
-    kind: str
-    asked: str
+    kind: str  # of the pipeline's adapters: aLoRA or LoRA
+    asked: str  # the base or one of the checks
     call: Call
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.pipeline", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model-directory", help="of the model that is served; default: the embedded one's")
+    parser.add_argument("--model-directory", help="of the served model; default: the embedded one's")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--notes", type=int, default=300, help="words of notes that the first question brings along")
+    parser.add_argument("--notes", type=int, default=300, help="words of notes before the first question")
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer in the conversation")
     parser.add_argument("--check-tokens", type=int, default=8, help="of a check")
     return parser.parse_args(argv)
 
 
 def make_adapters(directory: str | None) -> dict[str, dict[str, bytearray]]:
-    """Each check as an adapter file of either kind. An aLoRA's invocation is any text of its own, as token ids."""
+    """Return an adapter file of either kind for each check. Each aLoRA has a different text as its invocation."""
     model = find_model(directory)
     tokenizer: Any = AutoTokenizer.from_pretrained(model.directory)
     files: dict[str, dict[str, bytearray]] = {"aLoRA": {}, "LoRA": {}}
@@ -65,8 +65,8 @@ def make_adapters(directory: str | None) -> dict[str, dict[str, bytearray]]:
 def converse(
     chosen: argparse.Namespace, client: httpx.Client, base: str, names: dict[str, dict[str, str]]
 ) -> Iterator[Step]:
-    """Both pipelines, turn by turn. Raises StreamFailed, httpx.HTTPError."""
-    conversations = {kind: Conversation(client, base, f"{uuid4()}") for kind in names}  # a salt each: nothing shared
+    """Run both pipelines turn by turn and yield their calls. Raises StreamFailed, httpx.HTTPError."""
+    conversations = {kind: Conversation(client, base, f"{uuid4()}") for kind in names}  # different salts: no shared K/V
     notes = f"Notes: {prompts(1, chosen.notes, 'notes')[0]}.\n\n" if chosen.notes else ""
     for turn, question in enumerate(itertools.islice(itertools.cycle(QUESTIONS), chosen.turns), start=1):
         for kind, conversation in conversations.items():
@@ -85,7 +85,7 @@ def line(step: Step) -> str:
 
 
 def summary(steps: Sequence[Step]) -> str:
-    """A Markdown table with a row for each kind of adapter."""
+    """Return a Markdown table with a row for each kind of adapter."""
     head = ["checks are", "first token of a check, ms", "tokens prefilled by checks", "and by all calls"]
     rows = []
     for kind in dict.fromkeys(step.kind for step in steps):
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         adapters = stack.enter_context(AdapterClient(chosen.url))
         client = stack.enter_context(httpx.Client(base_url=chosen.url, timeout=600))
-        ours = f"pipeline-{uuid4().hex[:8]}"  # no name that another one could have
+        ours = f"pipeline-{uuid4().hex[:8]}"  # a name that no other adapter has
         names: dict[str, dict[str, str]] = {kind: {} for kind in files}
         for kind, check in itertools.product(files, CHECKS):
             names[kind][check] = f"{ours}-{kind.lower()}-{check}"

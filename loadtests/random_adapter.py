@@ -1,4 +1,4 @@
-"""Random LoRA adapters of a model's shape, written without torch: what a benchmark uploads."""
+"""Makes random LoRA adapters for a model's shapes, without torch, for benchmarks to upload."""
 
 import json
 import random
@@ -10,13 +10,13 @@ from typing import Any
 RANK = 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# The upper byte of a bfloat16 is its sign and seven bits of its exponent: keep the sign, and set an exponent that
-# makes every value between 2^-7 and 2^-5 in size. Never zero, and small enough for the text to stay finite.
+# The upper byte of a bfloat16 is its sign and seven bits of its exponent. This table keeps the sign and sets an
+# exponent for magnitudes between 2^-7 and 2^-5: never zero, and small enough that activations stay finite.
 UPPER_BYTE = bytes(byte & 0x80 | 0x3C for byte in range(256))
 
 
 def adapter_config(rank: int = RANK, invocation: Sequence[int] | None = None) -> dict[str, Any]:
-    """The fields that PEFT and other servers need to read the adapter; an `invocation` makes it an aLoRA."""
+    """Return the fields that PEFT and other servers need to read the adapter; an `invocation` makes it an aLoRA."""
     activated = {} if invocation is None else {"alora_invocation_tokens": list(invocation)}
     return {
         **activated,
@@ -42,9 +42,9 @@ def write_adapter(directory: Path, model_config: dict[str, Any], seed: int, rank
 def adapter_file(
     model_config: dict[str, Any], seed: int, rank: int = RANK, invocation: Sequence[int] | None = None
 ) -> bytearray:
-    """A safetensors file (bfloat16, all seven projections) with its configuration in the metadata.
+    """Return a safetensors file (bfloat16, all seven projections) with its configuration in the metadata.
 
-    The weights of an aLoRA are those of the plain LoRA of the same seed.
+    An aLoRA and a plain LoRA of the same seed have the same weights.
     """
     rng = random.Random(seed)
     config = json.dumps(adapter_config(rank, invocation))
@@ -59,12 +59,12 @@ def adapter_file(
 
 
 def number_file(file: bytearray, number: int) -> None:
-    """Make an adapter's file differ from one with another number, in the last digits of four weights."""
+    """Write a number into the low bits of an adapter file's last four weights, so that its digest is unique."""
     file[-8::2] = struct.pack("<I", number)
 
 
 def tensor_shapes(model_config: dict[str, Any], rank: int) -> dict[str, tuple[int, int]]:
-    """A (rank, in) and B (out, rank) of every projection, under PEFT's names."""
+    """Return the shapes of A (rank, in) and B (out, rank) of every projection, under PEFT's names."""
     hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
     heads = model_config["num_attention_heads"]
     head_dim = model_config.get("head_dim") or hidden // heads

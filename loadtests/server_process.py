@@ -1,4 +1,4 @@
-"""A server of our own to measure, started as a user would start it."""
+"""Starts a server to measure, as a user starts it."""
 
 import json
 import os
@@ -18,23 +18,23 @@ START_SECONDS = 300  # the first start converts the default model
 
 
 class ServerFailed(RuntimeError):
-    """The server ended, or did not become ready; the message has the end of its output."""
+    """The server ended or did not become ready; the message has the end of its output."""
 
 
 class Model(NamedTuple):
-    """The served model: where it lies, and its `config.json`."""
+    """The served model."""
 
     directory: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # its config.json
 
     @property
     def dtype(self) -> str:
-        """What its weights are stored in."""
+        """The dtype of the stored weights."""
         return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
 
 
 def find_model(directory: str | None) -> Model:
-    """The model in a directory; None is the embedded one, which is converted at the first call."""
+    """Return the model in a directory; None is the embedded one, which the first call converts."""
     if directory is None:
         command = [sys.executable, "-m", "service.default_model"]
         directory = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
@@ -43,9 +43,9 @@ def find_model(directory: str | None) -> Model:
 
 @contextmanager
 def running_server(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Start `python -m service` on a free port with an empty data directory; yields its URL once it is ready.
+    """Start `python -m service` on a free port with an empty data directory; yield its URL when it is ready.
 
-    Later `arguments` win over those; `environment` is added to our own.
+    `arguments` are appended and so override these; `environment` is added to this process's. Raises ServerFailed.
     """
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"

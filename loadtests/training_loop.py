@@ -1,7 +1,7 @@
 """A training loop that samples from its adapter after every step: `python -m loadtests.training_loop`.
 
-Beside `make serve`. The trainer holds the model itself, with a LoRA adapter by PEFT; after each optimiser step it
-pushes the adapter to the server (one ephemeral PUT: no disk at either end) and samples from it there at once.
+Start a server first, with `make serve`. The trainer has its own copy of the model, with a LoRA adapter by PEFT. After
+each optimiser step it uploads the adapter to the server (an ephemeral PUT, which writes to no disk) and samples.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MAX_TOKENS = 24
 
 
 class Step(NamedTuple):
-    """One optimiser step: its loss, and the server's answer with the adapter as it was after it; milliseconds."""
+    """One optimiser step: its loss, and the server's answer with the adapter after it."""
 
     loss: float
     push_milliseconds: float
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.training_loop", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model-directory", help="of the model that is served; default: the embedded one's")
+    parser.add_argument("--model-directory", help="of the served model; default: the embedded one's")
     parser.add_argument("--name", default="training-loop", help="of the adapter on the server; deleted at the end")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
@@ -44,7 +44,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_model(directory: str | None) -> tuple[Any, Any]:
-    """The model in float32 with a fresh adapter of rank 8 on the attention, and its tokenizer."""
+    """Return the model in float32, with a new adapter of rank 8 on the attention, and its tokenizer."""
     if directory is None:
         command = [sys.executable, "-m", "service.default_model"]
         directory = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
@@ -56,11 +56,11 @@ def load_model(directory: str | None) -> tuple[Any, Any]:
 
 
 def train(client: httpx.Client, model: Any, tokenizer: Any, chosen: argparse.Namespace) -> Iterator[Step]:
-    """Learn the answer, step by step. Raises httpx.HTTPError if the server refuses."""
+    """Train the adapter on the answer and yield each step. Raises httpx.HTTPError if the server refuses."""
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     answer = [*tokenizer(ANSWER).input_ids, tokenizer.eos_token_id]
     ids = torch.tensor([[*prompt, *answer]])
-    labels = torch.tensor([[*[-100] * len(prompt), *answer]])  # only the answer's tokens count in the loss
+    labels = torch.tensor([[*[-100] * len(prompt), *answer]])  # the loss is of the answer's tokens only
     optimizer = torch.optim.AdamW((it for it in model.parameters() if it.requires_grad), lr=chosen.learning_rate)
     for _ in range(chosen.steps):
         loss = model(input_ids=ids, labels=labels).loss
@@ -75,17 +75,17 @@ def train(client: httpx.Client, model: Any, tokenizer: Any, chosen: argparse.Nam
 
 
 def push(client: httpx.Client, name: str, model: Any) -> int:
-    """Make the adapter, as it is now, what `name` means on the server; returns its generation."""
-    config = json.dumps(model.peft_config["default"].to_dict(), default=sorted)  # PEFT's sets become lists
+    """Upload the adapter's present weights under `name`; return the generation that the server gives them."""
+    config = json.dumps(model.peft_config["default"].to_dict(), default=sorted)  # sorted makes lists of PEFT's sets
     tensors = {key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(model).items()}
     body = save(tensors, metadata={"format": "pt", "adapter_config": config})
     headers = {"Content-Type": "application/vnd.safetensors"}
     answer = client.put(f"/adapters/{name}", params={"ephemeral": True}, content=body, headers=headers)
-    return answer.raise_for_status().json()["generation"]
+    return int(answer.raise_for_status().json()["generation"])
 
 
 def sample(client: httpx.Client, name: str) -> tuple[float, str]:
-    """The greedy answer of the adapter, and the seconds to its first token."""
+    """Return the seconds to the first token of the adapter's greedy answer, and its text."""
     body = {"model": name, "messages": MESSAGES, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True}
     start, first, text = time.perf_counter(), 0.0, ""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:

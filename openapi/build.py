@@ -1,6 +1,6 @@
-"""Builds the HTTP contract from the routes and the Structs that the service runs on: `python -m openapi.build`.
+"""Builds the HTTP contract (OpenAPI 3.1) from the service's routes and Structs: `python -m openapi.build`.
 
-The result is openapi.json beside this file, OpenAPI 3.1. tests/openapi holds the file equal to what is built here.
+The result is openapi/openapi.json. A test fails if the file differs from the result of this program.
 """
 
 import inspect
@@ -25,7 +25,7 @@ CONTRACT = Path(__file__).with_name("openapi.json")
 
 
 def structs() -> list[type]:
-    """Every Struct of the HTTP bodies; those of a query string are spelled out as parameters instead."""
+    """Return every Struct of HTTP bodies. The Structs of query strings become parameters instead."""
     found = [
         member
         for module in (schemas, adapters, adapter_resource, dialects, kv_resource, errors)
@@ -36,7 +36,7 @@ def structs() -> list[type]:
 
 
 def served() -> set[tuple[str, str]]:
-    """Method and path of every route, as OpenAPI writes paths."""
+    """Return the method and the path of every route, as OpenAPI writes paths."""
     return {
         (method, re.sub(r":\w+}", "}", route.path))
         for route in routes
@@ -46,7 +46,7 @@ def served() -> set[tuple[str, str]]:
 
 
 def contract() -> dict[str, Any]:
-    """The whole document. Raises KeyError for a route that `OPERATIONS` does not describe."""
+    """Return the whole document. Raises KeyError for a route that is not in `OPERATIONS`."""
     paths: dict[str, dict[str, Any]] = {}
     for method, path in sorted(served()):
         paths.setdefault(path, {})[method.lower()] = describe(path, OPERATIONS[method, path])
@@ -88,7 +88,8 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
         return {"description": "Done; no body."}
     content: dict[str, Any] = {operation.media: {"schema": as_schema(schema)}}
     if operation.streams:
-        text = f"Server-sent events, each the JSON of a {operation.streams}; the last is [DONE]."
+        kinds = " or a ".join(kind.__name__ for kind in operation.streams)
+        text = f"Server-sent events, each the JSON of a {kinds}; the last is [DONE]."
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.answer_headers:
@@ -98,7 +99,7 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
 
 
 def body_content(body: Any) -> dict[str, Any]:
-    """A Struct is JSON; a dict names other content types."""
+    """Return the content of a JSON body, for a Struct, or of other content types, for a dict."""
     if isinstance(body, dict):
         return {media: {"schema": schema} for media, schema in body.items()}
     return {JSON: {"schema": as_schema(body)}}
@@ -118,7 +119,7 @@ def in_path(path: str) -> list[dict[str, Any]]:
 
 
 def in_query(query: type | None) -> list[dict[str, Any]]:
-    """The fields of a query Struct as parameters."""
+    """Return the fields of a query Struct as parameters."""
     if query is None:
         return []
     schema = msgspec.json.schema_components([query], ref_template=REFERENCE)[1][query.__name__]

@@ -1,4 +1,4 @@
-"""One step's tokens laid side by side, whatever requests and adapters they belong to."""
+"""The inputs of one step on a CPU: the tokens of all its requests side by side."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
 from kernels.cpu.paged_attention import AttentionGroup
-from runtime.chunk import Chunk
 from runtime.models.config import ModelConfig
 from runtime.request import Request
+from runtime.scheduler import Chunk
 
 AdapterSites = Sequence[SiteWeights | None]
 
-# Decode rows share one attention call until padding them to the longest would read more than this many times
-# what they hold.
+# Decode rows share one attention call while padding them to the longest context reads at most this many times the
+# tokens that they have.
 MAX_PADDING = 2.0
 
 
 class LoraRows:
-    """Which rows of a batch carry which adapter; the decoder hands it every projection's input and output."""
+    """The rows of a batch under each adapter; the decoder calls it with the input and output of every projection."""
 
     def __init__(self, model: ModelConfig, runs: list[Run], logit_runs: list[Run]):
         self.runs = runs
@@ -37,25 +37,21 @@ class LoraRows:
         embedding_lora(x, token_ids, self.embed_site, self.runs)
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None:
-        """As `apply`, for the rows that the logits are computed of."""
+        """As `apply`, for the rows whose logits are computed."""
         grouped_lora(y, x, self.lm_head_site, self.logit_runs)
 
 
 class Batch(NamedTuple):
-    """The input of one forward pass over T tokens.
+    """The input of one forward pass over T tokens."""
 
-    `chunks` are in row order: decoding ones first, those of one adapter side by side. `slots` says where each
-    token's K/V goes. `logit_rows` are the rows whose logits are wanted, one for each of `sampling`.
-    """
-
-    chunks: list[Chunk]
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
+    chunks: list[Chunk]  # in row order: decoding ones first, those of one adapter side by side
+    token_ids: Tensor  # (T,)
+    positions: Tensor  # (T,)
+    slots: Tensor  # (T,), the slot mapping: where the K/V of each token are written
     groups: list[AttentionGroup]
-    logit_rows: Tensor
+    logit_rows: Tensor  # (n,), the rows whose logits are computed
     lora: LoraRows | None
-    sampling: list[Request]
+    sampling: list[Request]  # one for each of logit_rows
 
 
 def build_batch(
@@ -66,7 +62,7 @@ def build_batch(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
-    """Lay out the chunks of one step; `lookup` gives the resident weights of an adapter by digest."""
+    """Lay out the chunks of one step. `lookup` returns the resident weights of an adapter, by digest."""
     ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
     token_ids: list[int] = []
     positions: list[int] = []
@@ -93,7 +89,7 @@ def build_batch(
 def _attention(
     decodes: list[Chunk], prefills: list[Chunk], block_size: int, dtype: torch.dtype
 ) -> tuple[list[AttentionGroup], Tensor]:
-    """Attention groups, and the slot that each row's K/V is written to."""
+    """Attention groups, and the slot mapping."""
     groups: list[AttentionGroup] = []
     written: list[Tensor] = []
     for first, last in pairwise(_group_bounds([chunk.start + 1 for chunk in decodes])):
@@ -118,9 +114,10 @@ def _attention(
 
 
 def _base_and_adapted(chunk: Chunk) -> list[int]:
-    """Where the parts of a chunk begin and end that see each other under a mask.
+    """The bounds of the parts of a chunk that attend separately: the base's tokens, and the adapted ones.
 
-    The base's part sees nothing of the adapted one: an infinity there, though masked, would reach K/V that all share.
+    Under one mask the base's part would read the adapted one: an infinity there, though masked, would become NaN in K/V
+    that other requests share.
     """
     stop, invocation_start = chunk.start + chunk.length, chunk.request.invocation_start
     if chunk.request.adapter is not None and chunk.start < invocation_start < stop:
@@ -129,7 +126,7 @@ def _base_and_adapted(chunk: Chunk) -> list[int]:
 
 
 def _group_bounds(lengths: list[int]) -> list[int]:
-    """Cut decode rows into consecutive groups, none of them padded beyond MAX_PADDING."""
+    """The bounds of consecutive groups of decode rows, none of which is padded beyond MAX_PADDING."""
     if not lengths:
         return []
     bounds, total, longest = [0], 0, 0
@@ -142,7 +139,7 @@ def _group_bounds(lengths: list[int]) -> list[int]:
 
 
 def _slots(chunks: list[Chunk], block_size: int) -> Tensor:
-    """The slots of each request's context including the chunk, (b, longest), padded with slots of the null block."""
+    """The slots of each request's context, chunk included: (b, longest), padded with slots of the null block."""
     longest = max(chunk.start + chunk.length for chunk in chunks)
     width = -(-longest // block_size)
     tables = torch.tensor(
@@ -159,7 +156,7 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def _lora_rows(
     chunks: list[Chunk], logit_rows: list[int], model: ModelConfig, lookup: Callable[[str], AdapterSites]
 ) -> LoraRows | None:
-    """Runs of rows under one adapter; None, and nothing of LoRA runs at all, when no row carries any."""
+    """Runs of rows under one adapter; None if no row has an adapter, and then no LoRA code runs at all."""
     runs: list[tuple[int, int, str]] = []
     row = 0
     for request, start, length, _ in chunks:

@@ -10,16 +10,15 @@ from torch import Tensor
 from runtime.adapter_format.canonical import canonical_from_tensors
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
-from runtime.admission import RequestRefused, check_request
-from runtime.chunk import Chunk
 from runtime.config import EngineConfig
+from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
-from runtime.kv.block_tables import BlockTables
-from runtime.kv.held_prefixes import PrefixHolds, as_generate
-from runtime.kv.offload import HostKv
-from runtime.kv.transfer import KvMover
-from runtime.library import Completion, OwnAdapters, array_of, complete
+from runtime.kv.held_prefixes import HeldPrefixes, as_generate
+from runtime.kv.offload import Offload
+from runtime.kv.transfer import BlockTransfer
+from runtime.library import Completion, OwnAdapters, array_of
 from runtime.messages import (
+    EngineCode,
     Event,
     Failed,
     Generate,
@@ -30,26 +29,25 @@ from runtime.messages import (
     Stats,
     Tokens,
 )
-from runtime.model_runner import Results
-from runtime.request import FinishReason, Request
-from runtime.runners import make_runner
+from runtime.request import FinishReason, Request, RequestRefused, check_limits
+from runtime.runner import Results, make_runner
 from runtime.sampler import Sampled
-from runtime.scheduler import QueueFull, Scheduler
-from runtime.stats import Tallies, introduction, snapshot
+from runtime.scheduler import Chunk, QueueFull, Rejected, Scheduler
+from runtime.stats import Tallies, namespaces
 
 
 class Launched(NamedTuple):
-    """A step under way: its chunks in row order, its results, and whether they may be asked for after the next."""
+    """A step that was launched and whose results have not been committed."""
 
-    chunks: list[Chunk]
+    chunks: list[Chunk]  # in the order of their rows
     results: Results
-    may_wait: bool
+    may_wait: bool  # the next step may be launched before the results are read
 
 
 class Engine:
     """Serves one base model and the adapters registered with it.
 
-    A service drives `add_request` and `step`; a program may call `generate`, which does both for its own prompts. One
+    A service calls `add_request` and `step`; a program may call `generate`, which does both for its own prompts. One
     thread uses an engine; only adapters load on threads of their own.
     """
 
@@ -57,8 +55,7 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.runner = make_runner(config)
-        runner = self.runner
+        self.runner = runner = make_runner(config)
         self.adapters = AdapterPool(
             runner.model,
             config.adapter_bytes,
@@ -68,46 +65,44 @@ class Engine:
             config.max_lora_rank,
         )
         runner.start(self.adapters)
-        self.blocks = BlockPool(self.runner.num_blocks, config.prefix_cache)
-        tables = BlockTables(self.blocks, config.block_size)
-        self.host_kv = HostKv(tables, KvMover(self.runner.kv, self.runner.num_host_blocks, self.adapters.pacer))
+        self.blocks = BlockPool(runner.num_blocks, config.prefix_cache)
+        block_manager = BlockManager(self.blocks, config.block_size)
+        transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer)
+        self.offload = Offload(block_manager, transfer)
         self.scheduler = Scheduler(
-            tables,
+            block_manager,
             self.adapters,
-            self.host_kv,
+            self.offload,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_batch_tokens=config.max_batch_tokens,
         )
-        self.holds = PrefixHolds(self.blocks, block_size=config.block_size, longest=self.runner.max_model_len)
-        self._under_way: Launched | None = None
+        self.prefixes = HeldPrefixes(self.blocks, block_size=config.block_size, longest=runner.max_model_len)
         self.tallies = Tallies()
-        self.requests: dict[str, Request] = {}
-        self._own_adapters = OwnAdapters(self.runner.model)
-        self._news: list[Event] = []  # what a step that fails has not told yet, and what commands have done
         self.steps = 0
-
-    # ------------------------------------------------------------------ requests
+        self._own_adapters = OwnAdapters(runner.model)
+        self._launched: Launched | None = None
+        self._events: list[Event] = []  # to be returned by the next `step`
 
     def add_request(self, command: Generate) -> None:
-        """Queue a request. Raises RequestRefused, and leaves nothing behind then."""
+        """Queue a request. Raises RequestRefused, and then changes nothing."""
         self._queue(command)
 
     def hold_prefix(self, command: HoldPrefix) -> None:
-        """Queue a prefix to be computed and held. Raises RequestRefused, and leaves nothing behind then."""
+        """Queue a prefix to be computed and held. Raises RequestRefused, and then changes nothing."""
         generate = as_generate(command)
         self._check(generate)
-        self.holds.promise(command)
+        self.prefixes.reserve(command)
         try:
             self._queue(generate, command.prefix_id)
         except RequestRefused:
-            self.holds.release(command.prefix_id)
+            self.prefixes.release(command.prefix_id)
             raise
 
     def _check(self, command: Generate) -> None:
         if command.request_id in self.requests:
             raise RequestRefused("duplicate_request", f"request {command.request_id} is running already")
-        check_request(command, self.runner.max_model_len, self.runner.model.vocab_size)
+        check_limits(command, self.runner.max_model_len, self.runner.model.vocab_size)
 
     def _queue(self, command: Generate, prefix_id: str | None = None) -> None:
         self._check(command)
@@ -119,35 +114,31 @@ class Engine:
             raise RequestRefused("queue_full", str(error)) from None
         except AdapterUnavailable as error:
             raise RequestRefused("adapter_failed", str(error)) from None
-        self.requests[command.request_id] = request
 
     def abort(self, request_id: str) -> None:
-        """End a request and free what it holds; one that has ended already is none of our business."""
+        """End a request and free all that it holds. A request that has ended already is ignored."""
         request = self.requests.get(request_id)
         if request is not None:
             self.scheduler.remove(request)
-            self._forget(request)
+            self._release_prefix_of(request)
 
-    def _forget(self, request: Request) -> None:
-        """A request has ended without a result."""
-        del self.requests[request.request_id]
+    def _release_prefix_of(self, request: Request) -> None:
+        """The request ended before it had computed its prefix."""
         if request.prefix_id is not None:
-            self.holds.release(request.prefix_id)
+            self.prefixes.release(request.prefix_id)
 
     def release_prefix(self, prefix_id: str) -> None:
-        """Hold a prefix no longer; one that is still being computed fails."""
-        request_id = self.holds.release(prefix_id)
+        """Release a held prefix. If it is still being computed, its request fails."""
+        request_id = self.prefixes.release(prefix_id)
         if request_id is not None:
             self.abort(request_id)
             message = "the prefix was released before it was computed"
-            self._news.append(Failed(request_id=request_id, code="prefix_released", message=message))
+            self._events.append(Failed(request_id=request_id, code="prefix_released", message=message))
 
     def drop_namespace(self, namespace: str | None) -> None:
-        """Let nobody find K/V of an adapter, or of the base, that has been computed so far."""
-        self.host_kv.drop(namespace, self.blocks.drop_namespace(namespace))
-        self._news += self.holds.end_dropped("dropped")
-
-    # ------------------------------------------------------------------ adapters
+        """Forget all K/V that were computed under an adapter, or by the base (None), until now."""
+        self.offload.drop(namespace, self.blocks.drop_namespace(namespace))
+        self._events += self.prefixes.end_dropped("dropped")
 
     def add_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
         """Register an adapter from memory and return its digest, by which requests name it.
@@ -163,89 +154,93 @@ class Engine:
         return digest
 
     def register_adapter(self, digest: str, source: Path | bytes) -> None:
-        """Make a canonical adapter file known under its digest; again, if it was wanted: it has been brought."""
+        """Register the canonical file of an adapter under its digest; again, once a missing file is in its place."""
         self.adapters.register(digest, source)
 
     def retire_adapter(self, digest: str) -> None:
-        """Forget an adapter: what runs on it finishes, then its memory goes. Its cached blocks go now."""
+        """Forget an adapter and its K/V. Requests that run on it finish, then its memory is freed."""
         self.adapters.retire(digest)
         self._own_adapters.remove(digest)
-        self.scheduler.keep_apart(digest)
-        self.host_kv.drop(digest, self.blocks.drop_namespace(digest))
-        self._news += self.holds.end_dropped("adapter_retired")
+        self.scheduler.make_private(digest)
+        self.offload.drop(digest, self.blocks.drop_namespace(digest))
+        self._events += self.prefixes.end_dropped("adapter_retired")
         self.tallies.drop(digest)
 
-    # ------------------------------------------------------------------ the step
+    @property
+    def requests(self) -> dict[str, Request]:
+        """All requests that run or wait, by id."""
+        return self.scheduler.requests
 
     @property
     def busy(self) -> bool:
-        """Whether there is any request to work on, or a step under way."""
-        return bool(self.requests) or self._under_way is not None
+        """Whether there is a request, or a launched step whose results are not committed."""
+        return bool(self.requests) or self._launched is not None
 
     def step(self) -> list[Event]:
-        """Compute one batch, if any request can run; returns what happened. Empty-handed steps are cheap."""
-        self._news += [*self.adapters.poll(), *self.holds.expire()]
-        self.host_kv.land()
-        if not self.scheduler.may_go_ahead:
-            self._take_in()
+        """Compute one batch, if any request can run. Returns the events since the last step."""
+        self._events += self.adapters.poll()
+        self.offload.register_reloaded()
+        if not self.scheduler.can_schedule_ahead:
+            self._commit_launched()
         chunks, rejected = self.scheduler.schedule()
-        for request, error in rejected:
-            self._forget(request)
-            self._news.append(Failed(request_id=request.request_id, code="adapter_failed", message=str(error)))
+        self._fail_rejected(rejected)
         launched = self._launch(chunks) if chunks else None
-        self._take_in()  # the step before, after which the device goes on at once
-        self._under_way = launched
+        self._commit_launched()  # the step before, while the device computes this one
+        self._launched = launched
         if launched is not None and not launched.may_wait:
-            self._take_in()
-        events, self._news = self._news, []
+            self._commit_launched()
+        events, self._events = self._events, []
         return events
 
+    def _fail_rejected(self, rejected: Rejected) -> None:
+        for request, error in rejected:
+            self._release_prefix_of(request)
+            self._events.append(Failed(request_id=request.request_id, code="adapter_failed", message=str(error)))
+
     def _launch(self, chunks: Sequence[Chunk]) -> Launched:
-        """Start to compute a step; its results are for `_take_in`."""
+        """Start to compute a step, after the copies that have to precede it."""
         ordered = self.runner.prepare(chunks)
-        self.host_kv.settle(self.scheduler.written_blocks(chunks))
-        self.runner.kv.copy(self.scheduler.tables.copies)
-        self.scheduler.tables.copied()
+        self.offload.before_writing(self.scheduler.written_blocks(chunks))
+        self.runner.kv.copy(self.scheduler.block_manager.copies)
+        self.scheduler.block_manager.copied()
         with self.adapters.pacer.computing():
             results, may_wait = self.runner.launch()
         self.scheduler.advance(ordered)
         self.steps += 1
         return Launched(ordered, results, may_wait)
 
-    def _take_in(self) -> None:
-        """Commit the step that is under way, if there is one."""
-        step, self._under_way = self._under_way, None
+    def _commit_launched(self) -> None:
+        """Wait for the results of the launched step, if there is one, and commit them."""
+        step, self._launched = self._launched, None
         if step is not None:
-            self._news += self._commit(step.chunks, step.results())
+            self._events += self._commit(step.chunks, step.results())
 
     def _commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[Event]:
-        """Take in what a step computed; one event for each request that got a token, or failed to get one."""
+        """Commit the chunks of a step. Returns one event for each request that got a token, ended or is held."""
         events: list[Event] = []
         choices = iter(sampled)
         for chunk in chunks:
-            choice = next(choices) if chunk.samples else None
-            if self.requests.get(chunk.request.request_id) is not chunk.request:
-                continue  # it has ended while this was under way
-            if choice is not None and choice.token_id is None:
-                events.append(self._fail_non_finite(chunk.request))
-                continue
             request = chunk.request
+            choice = next(choices) if chunk.samples else None
+            if request not in self.scheduler:
+                continue  # it ended after the step was launched
+            if choice is not None and choice.token_id is None:
+                events.append(self._fail_non_finite(request))
+                continue
             end = chunk.start + chunk.length
             reason = self.scheduler.commit(chunk, None if choice is None else choice.token_id)
             if choice is not None:
-                events.append(self._emit(request, choice, reason, first=end == request.num_prompt))
+                events.append(self._tokens(request, choice, reason, first=end == request.num_prompt))
             elif request.prefix_id is not None and end == len(request):
                 events.append(self._hold(request))
         return events
 
-    def _emit(self, request: Request, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
+    def _tokens(self, request: Request, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
         assert choice.token_id is not None
         assert request.started_at is not None
         self.tallies.generated_tokens += 1
         if first:
             self.tallies.count_prompt(request)
-        if reason is not None:
-            del self.requests[request.request_id]
         stopped = reason == "stop"
         return Tokens(
             request_id=request.request_id,
@@ -258,19 +253,18 @@ class Engine:
         )
 
     def _hold(self, request: Request) -> PrefixHeld | Failed:
-        """A prefix has been computed: hold its blocks."""
+        """A prefix has been computed: end its request and hold its blocks."""
         self.tallies.count_prompt(request)
-        del self.requests[request.request_id]
         try:
-            return self.holds.keep(request, self.scheduler.finish_prefix(request))
+            return self.prefixes.hold(request, self.scheduler.finish_prefix(request))
         except RequestRefused as refusal:
             return Failed(request_id=request.request_id, code=refusal.code, message=str(refusal))
 
     def _fail_non_finite(self, request: Request) -> Failed:
-        """End a request whose logits are not finite, and let nobody find K/V of the same weights again."""
+        """End a request whose logits are not finite, and forget all K/V of the same weights."""
         self.abort(request.request_id)
         if request.adapter is not None:
-            self.scheduler.keep_apart(request.adapter)
+            self.scheduler.make_private(request.adapter)
         self.drop_namespace(request.adapter)
         whose = "the base model" if request.adapter is None else f"adapter {request.adapter}"
         return Failed(
@@ -279,15 +273,13 @@ class Engine:
             message=f"{whose} gave an output that is not finite",
         )
 
-    def fail_all(self, code: str, message: str) -> list[Event]:
+    def fail_all(self, code: EngineCode, message: str) -> list[Event]:
         """End every request with the same reason."""
-        self._under_way = None
+        self._launched = None
         failed = list(self.requests)
         for request_id in failed:
             self.abort(request_id)
         return [Failed(request_id=request_id, code=code, message=message) for request_id in failed]
-
-    # ------------------------------------------------------------------ as a library
 
     def generate(
         self,
@@ -299,45 +291,93 @@ class Engine:
         """Complete token-id prompts together and return their outputs in order.
 
         `params` and `adapters` (digests from `add_adapter`, None for the base) are one for all or one for each prompt.
-        `invocation_starts` are where adapters begin to apply; without one, an aLoRA adapter does so at the last of its
-        invocations, and others do from the first token on. Raises RequestRefused for the first prompt that cannot run;
-        the others are then dropped.
+        `invocation_starts` are the positions from which adapters apply; without one, an aLoRA adapter applies from the
+        last of its invocations, and any other adapter from the first token. Raises RequestRefused for the first prompt
+        that cannot run; the others are then dropped.
         """
         each_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         each_adapter = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
         each_start = [None] * len(prompts) if invocation_starts is None else list(invocation_starts)
-        each = zip(prompts, each_params, each_adapter, each_start, strict=True)
-        return complete(self, [self._own_adapters.command(f"generate-{i}", *one) for i, one in enumerate(each)])
+        each = enumerate(zip(prompts, each_params, each_adapter, each_start, strict=True))
+        commands = [self._own_adapters.command(f"generate-{index}", *one) for index, one in each]
+        outputs = {command.request_id: Completion() for command in commands}
+        try:
+            for command in commands:
+                self.add_request(command)
+            while any(output.finish_reason is None for output in outputs.values()):
+                self._step_for(outputs)
+        finally:
+            for request_id in outputs:
+                self.abort(request_id)
+        return list(outputs.values())
+
+    def _step_for(self, outputs: Mapping[str, Completion]) -> None:
+        """Do one step of `generate`; if no request can run, wait for what they need."""
+        steps = self.steps
+        for event in self.step():
+            if isinstance(event, Failed):
+                raise RequestRefused(event.code, event.message)
+            if isinstance(event, Tokens):
+                outputs[event.request_id].add(event)
+        if self.steps == steps:
+            for digest, reason in self.adapters.missing.items():
+                self.adapters.fail(digest, reason)  # only the caller could fetch the file, and it waits for us
+            self.wait(timeout=1.0)
 
     def wait(self, timeout: float) -> None:
-        """Block until something has come that requests wait for, or `timeout` seconds pass: when no step can run."""
-        if not self.host_kv.wait(timeout):
+        """Block until an adapter or K/V that requests need are there, or `timeout` seconds pass."""
+        if not self.offload.wait(timeout):
             self.adapters.wait(timeout)
 
-    # ------------------------------------------------------------------ looking in
-
     def watch(self, on_arrival: Callable[[], None]) -> None:
-        """Call `on_arrival`, from a thread, whenever something has come that a step has to take in."""
+        """Call `on_arrival`, from a thread, whenever a load has ended that the next step has to take note of."""
         self.adapters.watch(on_arrival)
-        self.host_kv.watch(on_arrival)
+        self.offload.watch(on_arrival)
 
     @property
     def ready(self) -> Ready:
-        """What a client has to know of this engine."""
-        return introduction(self)
+        """The limits that a client has to know."""
+        return Ready(
+            max_model_len=self.runner.max_model_len,
+            vocab_size=self.runner.model.vocab_size,
+            block_size=self.config.block_size,
+            num_blocks=self.runner.num_blocks,
+            max_batch_tokens=self.config.max_batch_tokens,
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+            adapter_bytes=self.adapters.device.capacity_bytes,
+        )
 
     def stats(self) -> Stats:
-        """A snapshot of the engine's state and of its counters since start."""
-        return snapshot(self)
+        """A snapshot of the engine's state, and its counters since start."""
+        scheduler, tallies = self.scheduler, self.tallies
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=self.blocks.num_blocks - 1,
+            blocks_used=self.blocks.used,
+            blocks_cached=self.blocks.cached,
+            blocks_held=self.prefixes.blocks_held,
+            host_kv=self.offload.stats(),
+            namespaces=namespaces(self.blocks, self.offload, tallies),
+            prompt_tokens=tallies.prompt_tokens,
+            cached_tokens=tallies.cached_tokens,
+            generated_tokens=tallies.generated_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self.steps,
+            device=self.adapters.device.stats(),
+            host=self.adapters.host.stats(),
+            running_adapters=sorted({request.adapter for request in scheduler.running if request.adapter}),
+            waiting_adapters=sorted({request.adapter for request in scheduler.waiting if request.adapter}),
+        )
 
     def check(self) -> None:
-        """Recount the invariants of everything the engine owns."""
-        self.scheduler.check([*self.holds.held, *self.host_kv.held])
-        self.host_kv.check()
-        self.holds.check({s.prefix_id for s in self.requests.values() if s.prefix_id is not None})
+        """Recount the invariants of everything that the engine owns."""
+        self.scheduler.check([*self.prefixes.held, *self.offload.held])
+        self.offload.check()
+        requests = self.requests.values()
+        self.prefixes.check(request.prefix_id for request in requests if request.prefix_id is not None)
         self.adapters.check()
-        assert set(self.requests.values()) == {*self.scheduler.running, *self.scheduler.waiting}
 
     def close(self) -> None:
-        self.host_kv.close()
+        self.offload.close()
         self.adapters.close()

@@ -1,40 +1,17 @@
-"""Where an aLoRA adapter begins to apply: at the last full match of its invocation among the prompt's tokens."""
+"""Where an aLoRA adapter begins to apply: at the last full match of its invocation in the prompt."""
 
 from collections.abc import Sequence
 
 
 def find_invocation(token_ids: Sequence[int], invocation_token_ids: Sequence[int]) -> int | None:
-    """The index of the first token of the last match, None when there is none.
+    """The index of the first token of the last match, None if there is none.
 
-    PEFT's rule: matches are of whole token ids, side by side, and may overlap. The search (Knuth, Morris and Pratt's)
-    runs from the end and takes linear time whatever an adapter's author has chosen for an invocation.
+    PEFT's rule: a match is of whole, consecutive token ids, and matches may overlap. Tokens become characters of two
+    strings that are reversed: `str.find` takes linear time on any input, `str.rfind` does not.
     """
-    text, pattern = list(reversed(token_ids)), list(reversed(invocation_token_ids))
-    if not pattern:
+    if not invocation_token_ids:
         return None
-    borders = _borders(pattern)
-    position = matched = 0
-    while matched < len(pattern):
-        if matched == 0:
-            try:
-                position = text.index(pattern[0], position)
-            except ValueError:
-                return None
-        if position == len(text):
-            return None
-        if text[position] == pattern[matched]:
-            position, matched = position + 1, matched + 1
-        else:
-            matched = borders[matched]  # and this token is tested again
-    return len(text) - position
-
-
-def _borders(pattern: Sequence[int]) -> list[int]:
-    """For each number of matched tokens, how many of them are still matched where the next one differs."""
-    borders = [0, 0]
-    for token in pattern[1:]:
-        border = borders[-1]
-        while border and pattern[border] != token:
-            border = borders[border]
-        borders.append(border + (pattern[border] == token))
-    return borders
+    letters = {token: chr(number) for number, token in enumerate(dict.fromkeys(invocation_token_ids), start=1)}
+    text = "".join([letters.get(token, "\0") for token in reversed(token_ids)])
+    place = text.find("".join([letters[token] for token in reversed(invocation_token_ids)]))
+    return None if place < 0 else len(token_ids) - place - len(invocation_token_ids)

@@ -1,7 +1,7 @@
-"""The engine as a library: prompts in, completions out, with adapters that were added from memory."""
+"""The engine as a library: what `Engine.generate` returns, and the adapters that a program added from memory."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -9,39 +9,42 @@ import torch
 from torch import Tensor
 
 from runtime.adapter_format.canonical import AdapterConfig, kv_is_base
-from runtime.adapters.pool import AdapterPool
-from runtime.admission import RequestRefused
 from runtime.invocation import find_invocation
-from runtime.messages import Event, Failed, Generate, SamplingParams, TokenLogprobs, Tokens
+from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from runtime.models.config import ModelConfig
-from runtime.request import FinishReason
+from runtime.request import FinishReason, RequestRefused
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """What `Engine.generate` made of one prompt; `stop_token` is the token that ended it, not among `token_ids`."""
+    """The output of one prompt."""
 
-    token_ids: list[int]
+    token_ids: list[int] = []
     finish_reason: FinishReason | None = None
-    stop_token: int | None = None
-    logprobs: list[TokenLogprobs]
-    cached_tokens: int = 0
+    stop_token: int | None = None  # the token that ended the output; it is not among token_ids
+    logprobs: list[TokenLogprobs] = []  # one entry for each token, if the request asked for them
+    cached_tokens: int = 0  # tokens of the prompt whose K/V were reused
+
+    def add(self, tokens: Tokens) -> None:
+        self.token_ids += tokens.token_ids
+        self.logprobs += tokens.logprobs or []
+        self.finish_reason, self.stop_token = tokens.finish_reason, tokens.stop_token
+        self.cached_tokens += tokens.cached_tokens or 0
 
 
-def array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's values as numpy holds them: bfloat16, which it does not know, as its bits."""
+def array_of(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's values as a numpy array: bfloat16, which numpy does not know, as the uint16 of its bits."""
     tensor = tensor.detach().cpu().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    array: np.ndarray[Any, Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 class OwnAdapter(NamedTuple):
-    """What a request must know of an adapter."""
-
-    invocation_tokens: tuple[int, ...] | None
+    invocation_tokens: tuple[int, ...] | None  # of an aLoRA adapter
     kv_is_base: bool
 
 
 class OwnAdapters:
-    """What the adapters that were added from memory ask of requests, as a service knows it of its own."""
+    """The adapters that a program added, with what a request on them has to say; a service keeps records instead."""
 
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
@@ -61,7 +64,7 @@ class OwnAdapters:
         adapter: str | None,
         invocation_start: int | None,
     ) -> Generate:
-        """A request for one prompt. Raises RequestRefused when it lacks the invocation of an aLoRA adapter."""
+        """The command for one prompt. Raises RequestRefused if the prompt lacks the invocation of an aLoRA adapter."""
         own = self._adapters.get(adapter or "", OwnAdapter(None, False))
         if invocation_start is None and own.invocation_tokens is not None:
             invocation_start = find_invocation(prompt, own.invocation_tokens)
@@ -76,46 +79,3 @@ class OwnAdapters:
             invocation_start=invocation_start or 0,
             kv_is_base=own.kv_is_base,
         )
-
-
-class Driven(Protocol):
-    """What is needed of an engine to run requests on it."""
-
-    adapters: AdapterPool
-    steps: int
-
-    def add_request(self, command: Generate) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[Event]: ...
-    def wait(self, timeout: float) -> None: ...
-
-
-def complete(engine: Driven, commands: Sequence[Generate]) -> list[Completion]:
-    """Run requests to their end. Raises RequestRefused for the first that cannot run; the others are then dropped."""
-    outputs = {command.request_id: Completion(token_ids=[], logprobs=[]) for command in commands}
-    try:
-        for command in commands:
-            engine.add_request(command)
-        while any(output.finish_reason is None for output in outputs.values()):
-            _collect(engine, outputs)
-    finally:
-        for request_id in outputs:
-            engine.abort(request_id)
-    return list(outputs.values())
-
-
-def _collect(engine: Driven, outputs: Mapping[str, Completion]) -> None:
-    steps = engine.steps
-    for event in engine.step():
-        if isinstance(event, Failed):
-            raise RequestRefused(event.code, event.message)
-        if isinstance(event, Tokens):
-            output = outputs[event.request_id]
-            output.token_ids += event.token_ids
-            output.logprobs += event.logprobs or []
-            output.finish_reason, output.stop_token = event.finish_reason, event.stop_token
-            output.cached_tokens += event.cached_tokens or 0
-    if engine.steps == steps:
-        for digest, reason in engine.adapters.missing.items():
-            engine.adapters.fail(digest, reason)  # only the caller could fetch the file, and it waits for us
-        engine.wait(timeout=1.0)

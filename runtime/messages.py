@@ -1,7 +1,7 @@
-"""What crosses between the service and the engine process: commands in, events out.
+"""The messages between the service and the engine process: commands in, events out.
 
-Both are msgspec Structs, sent as MessagePack over one ZeroMQ socket pair. The engine knows adapters by
-digest only; a name never crosses.
+Both are msgspec Structs, sent as MessagePack over one ZeroMQ socket pair. The engine knows adapters by digest only: no
+message has an adapter's name.
 """
 
 from typing import Literal
@@ -10,44 +10,62 @@ import msgspec
 
 Tier = Literal["device", "host"]  # where an adapter's weights are ready: device memory, or host memory to copy from
 
+# Why a command or a request failed: every code that the engine sends in Failed and Answer.
+EngineCode = Literal[
+    "adapter_failed",  # it could not be loaded, or was retired
+    "adapter_in_use",
+    "adapter_pinned",
+    "alora_invocation_missing",  # of Engine.generate alone
+    "context_length_exceeded",
+    "duplicate_prefix",
+    "duplicate_request",
+    "empty_prompt",
+    "engine_error",
+    "invalid_invocation_start",
+    "invalid_max_tokens",
+    "invalid_token_id",
+    "load_cancelled",
+    "non_finite_logits",
+    "pins_full",
+    "prefix_cache_off",
+    "prefix_dropped",
+    "prefix_released",
+    "prefixes_full",
+    "queue_full",
+    "superseded",  # a pin, by a later one
+    "unknown_adapter",
+]
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the tokens of one request are chosen.
-
-    `temperature` 0 is greedy. `top_k` 0 is off. `seed` None draws one. `logprobs` is the number of
-    alternatives to report with each token, None for no log-probabilities at all. `choice` separates the
-    random streams of the n choices of one request: the same seed and choice always give the same stream.
-    """
+    """How the tokens of one request are chosen."""
 
     max_tokens: int = 16
     min_tokens: int = 0
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0: off
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int | None = None
-    choice: int = 0
+    seed: int | None = None  # None: the engine draws one
+    choice: int = 0  # which of the n choices of an HTTP request: each has its own random stream
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: int | None = None  # alternatives to report with each token; None: no log-probabilities at all
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """Run one request. `invocation_start` is the index of the first prompt token the adapter applies to.
-
-    `kv_is_base` says that the adapter leaves every K and V as the base's, so that its blocks are the base's.
-    """
+    """Run one request. Answered by Tokens, the last of which has a `finish_reason`, or by Failed."""
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    adapter: str | None = None
-    invocation_start: int = 0
-    kv_is_base: bool = False
-    cache_salt: str = ""
+    adapter: str | None = None  # digest; None for the base
+    invocation_start: int = 0  # index of the first prompt token that the adapter applies to
+    kv_is_base: bool = False  # the adapter leaves every K and V as the base's, so that they share blocks
+    cache_salt: str = ""  # only requests with the same salt share K/V
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -104,12 +122,14 @@ class RetireAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="retire_adapt
 
 
 class HoldPrefix(msgspec.Struct, frozen=True, kw_only=True, tag="hold_prefix"):
-    """Compute a prefix's K/V, as `Generate` would, and hold its blocks for a time; answered by PrefixHeld or Failed."""
+    """Compute the K/V of a prefix and hold its blocks until they are released. Answered by PrefixHeld or Failed.
+
+    Fields with the names of Generate's fields mean the same.
+    """
 
     request_id: str
     prefix_id: str
     token_ids: list[int]
-    ttl_seconds: float
     adapter: str | None = None
     invocation_start: int = 0
     kv_is_base: bool = False
@@ -117,13 +137,13 @@ class HoldPrefix(msgspec.Struct, frozen=True, kw_only=True, tag="hold_prefix"):
 
 
 class ReleasePrefix(msgspec.Struct, frozen=True, kw_only=True, tag="release_prefix"):
-    """Hold a prefix no longer, or stop computing it."""
+    """Release a held prefix, or stop computing it."""
 
     prefix_id: str
 
 
 class DropNamespace(msgspec.Struct, frozen=True, kw_only=True, tag="drop_namespace"):
-    """Make the K/V of an adapter, or of the base (None), unfindable and end the prefixes held of it; answered."""
+    """Forget the K/V of an adapter, or of the base (None), and end the prefixes held of it. Answered."""
 
     request_id: str
     namespace: str | None
@@ -155,7 +175,7 @@ Command = (
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The engine is up: what the service needs to know of it."""
+    """The engine has started; these are its limits."""
 
     max_model_len: int
     vocab_size: int
@@ -167,35 +187,30 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probabilities at one position: of the chosen token, and of the likeliest alternatives."""
+    """Natural-log probabilities at one position."""
 
-    logprob: float
-    top_ids: list[int]
+    logprob: float  # of the chosen token
+    top_ids: list[int]  # the likeliest tokens, in order
     top_logprobs: list[float]
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
-    """New tokens of one request; `finish_reason` is set on its last event ("stop" or "length").
-
-    `cached_tokens` (prompt tokens whose K/V were reused) and `queue_seconds` come with the first event.
-    A stop token that ended the request is not among `token_ids` and `stop_token` names it; each entry of
-    `token_ids` has one entry in `logprobs` when they were asked for.
-    """
+    """New tokens of one request."""
 
     request_id: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_token: int | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    cached_tokens: int | None = None
-    queue_seconds: float | None = None
+    finish_reason: Literal["stop", "length"] | None = None  # in the last event of a request
+    stop_token: int | None = None  # the token that ended the request; it is not among token_ids
+    logprobs: list[TokenLogprobs] | None = None  # one entry for each of token_ids, if they were asked for
+    cached_tokens: int | None = None  # prompt tokens whose K/V were reused; in the first event
+    queue_seconds: float | None = None  # in the first event
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """A request ended without a result; `code` is the stable snake_case word for the client's error."""
+    """A request ended without a result."""
 
     request_id: str
-    code: str
+    code: EngineCode
     message: str
 
 
@@ -214,17 +229,17 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True, tag="adapter_state
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
-    """What became of a command that has a request_id: done, or refused with a `code` (a stable snake_case word)."""
+    """The answer to a command that has a request_id: done, or refused with a `code`."""
 
     request_id: str
-    code: str | None = None
+    code: EngineCode | None = None
     message: str = ""
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a part of a command was not done; `code` is a stable snake_case word."""
+    """Why a part of a command was not done; `message` is for a person."""
 
-    code: str
+    code: EngineCode
     message: str
 
 
@@ -236,37 +251,34 @@ class PinsSet(msgspec.Struct, frozen=True, kw_only=True, tag="pins_set"):
 
 
 class PrefixHeld(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_held"):
-    """A prefix is computed, and its blocks are held; `cached_tokens` of its tokens had been computed before."""
+    """A prefix is computed and its blocks are held."""
 
     request_id: str
     prefix_id: str
     tokens: int
     blocks: int
-    cached_tokens: int
+    cached_tokens: int  # tokens of the prefix whose K/V were known before
 
 
 class PrefixEnded(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_ended"):
-    """A prefix is held no longer, without having been released."""
+    """A prefix is not held any more, though it was not released: its K/V were dropped."""
 
     prefix_id: str
-    reason: Literal["expired", "dropped", "adapter_retired"]
+    reason: Literal["dropped", "adapter_retired"]
 
 
 class KvNamespace(msgspec.Struct, frozen=True, kw_only=True):
-    """The K/V of the base or of one adapter: its findable blocks, and prompt tokens looked up and found since start.
-
-    `blocks_host` are those in host memory.
-    """
+    """The known K/V of the base or of one adapter."""
 
     blocks_used: int
     blocks_cached: int
-    blocks_host: int = 0
-    query_tokens: int
-    hit_tokens: int
+    blocks_host: int = 0  # in host memory
+    query_tokens: int  # prompt tokens since start
+    hit_tokens: int  # of them, those whose K/V were reused
 
 
 class HostKvStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks that were evicted to host memory; counters since start."""
+    """Blocks that were offloaded to host memory; counters since start."""
 
     bytes_total: int = 0
     bytes_used: int = 0

@@ -2,7 +2,7 @@
 
 usage: python -m runtime.process ENDPOINT
 
-The first message received is the EngineConfig. An engine that cannot start says why on stderr and exits with 3.
+The first message is the EngineConfig. An engine that cannot start prints the reason to stderr and exits with status 3.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from runtime.admission import RequestRefused
 from runtime.config import LOG_FORMAT, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import (
@@ -42,18 +41,19 @@ from runtime.messages import (
     decode_command,
     encode,
 )
+from runtime.request import RequestRefused
 
 _log = logging.getLogger("runtime.process")  # not __name__, which is __main__ in the engine's process
 
 CANNOT_START = 3
-# Each operation of a step takes the interpreter's lock anew, and waits that long for it while a loader thread is in
-# Python; the default of 5 ms is a fifth of a decode step.
+# Each operation of a step acquires the interpreter's lock again, and waits for it up to this long while a loader thread
+# runs Python; the default of 5 ms is a fifth of a decode step.
 SWITCH_SECONDS = 0.0005
 PARENT_CHECK_MILLISECONDS = 1000
 
 
 class EngineProcess:
-    """Drives an engine from a socket. Steps while there is work, sleeps while there is none."""
+    """Runs an engine by the commands from a socket: steps while there is work, and sleeps otherwise."""
 
     def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]"):
         self.engine = engine
@@ -67,7 +67,7 @@ class EngineProcess:
         self.poller.register(self._wake_reader, zmq.POLLIN)
 
     def run(self) -> None:
-        """Until told to stop, or until the process that started this one is gone."""
+        """Run until a Shutdown, or until the parent process is gone."""
         self._send([self.engine.ready])
         progressed = False
         while not self.stopping and os.getppid() == self.parent:
@@ -75,25 +75,25 @@ class EngineProcess:
                 self._sleep()
             events = [event for command in self._commands() for event in self._obey(command)]
             steps = self.engine.steps
-            told = self._step()
-            progressed = self.engine.steps > steps or bool(told)  # whatever has ended may have made room
-            self._send(events + told)
+            stepped = self._step()
+            progressed = self.engine.steps > steps or bool(stepped)  # the end of a request may let another one start
+            self._send(events + stepped)
 
     def _step(self) -> list[Event]:
         try:
             return self.engine.step()
-        except Exception:  # whatever went wrong in a step ends its requests, not the engine
+        except Exception:  # an error in a step ends the requests, not the engine
             _log.exception("a step failed")
             return self.engine.fail_all("engine_error", "the engine failed while it computed this request")
 
     def _sleep(self) -> None:
-        """Wait for a command, or for an adapter or K/V that have come."""
+        """Wait for a command, or for the end of a load or a reload."""
         self.poller.poll(PARENT_CHECK_MILLISECONDS)
         while select.select([self._wake_reader], [], [], 0)[0]:
             os.read(self._wake_reader, 4096)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: the engine will wake up
             os.write(self._wake_writer, b"\0")
 
     def _commands(self) -> Iterator[Command]:
@@ -166,7 +166,7 @@ def main(endpoint: str) -> None:
     _log.info("started with %s in %.1f s", config.model, time.monotonic() - start)
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
-    gc.freeze()  # what has been made until now stays: to look through it took 150 ms, in the middle of requests
+    gc.freeze()  # these objects stay for ever; collecting among them took 150 ms while requests ran
     EngineProcess(engine, socket).run()
     engine.close()
     socket.close()

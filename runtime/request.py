@@ -1,34 +1,69 @@
-"""One request: its tokens, how far its K/V has been computed, and the blocks that hold it."""
+"""A request inside the engine: its tokens, how far they are computed, and the blocks that it holds."""
 
 import secrets
 import time
+from array import array
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from runtime.kv.block_keys import BlockIdentity, block_key, block_salt, root_key
-from runtime.messages import Generate
-from runtime.token_counts import TokenCounts
+from runtime.kv.block_keys import BlockChain
+from runtime.messages import EngineCode, Generate
 
 FinishReason = Literal["stop", "length"]
 
 
-class KvCopy(NamedTuple):
-    """The first `tokens` slots of block `source` go to block `target` before that is written to."""
+class RequestRefused(ValueError):
+    """The engine cannot run a request; `code` is what the client's error is made of."""
 
-    source: int
-    target: int
-    tokens: int
+    def __init__(self, code: EngineCode, message: str):
+        super().__init__(message)
+        self.code: EngineCode = code
+
+
+def check_limits(command: Generate, max_model_len: int, vocab_size: int) -> None:
+    """Raise RequestRefused for a request that an engine with these limits can never run."""
+    tokens, params = command.token_ids, command.params
+    if not tokens:
+        raise RequestRefused("empty_prompt", "the prompt has no tokens")
+    if len(tokens) >= max_model_len:
+        message = f"the prompt has {len(tokens)} tokens; at most {max_model_len - 1} leave room to answer"
+        raise RequestRefused("context_length_exceeded", message)
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise RequestRefused("invalid_token_id", f"token ids must be between 0 and {vocab_size - 1}")
+    if not 0 <= command.invocation_start <= len(tokens):
+        message = f"invocation_start must be between 0 and {len(tokens)}, not {command.invocation_start}"
+        raise RequestRefused("invalid_invocation_start", message)
+    if params.max_tokens < 1:
+        raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 1, not {params.max_tokens}")
+    if any(not 0 <= token < vocab_size for token in params.stop_token_ids):
+        raise RequestRefused("invalid_token_id", f"stop_token_ids must be between 0 and {vocab_size - 1}")
+
+
+class TokenCounts:
+    """Distinct tokens in order of appearance, and how often each was generated; updates cost only what is new."""
+
+    def __init__(self, prompt: Iterable[int], start: int) -> None:
+        # Both arrays grow: callers read them at once and keep no reference.
+        self.ids = array("q", dict.fromkeys(prompt))  # int64
+        self.counts = array("i", [0]) * len(self.ids)  # int32; 0 for a token of the prompt alone
+        self._places = {token_id: place for place, token_id in enumerate(self.ids)}
+        self._counted = start  # generated tokens begin at this position
+
+    def catch_up(self, token_ids: list[int]) -> None:
+        """Count the tokens that a request has generated since the last call."""
+        for token_id in token_ids[self._counted :]:
+            place = self._places.setdefault(token_id, len(self.ids))
+            if place == len(self.ids):
+                self.ids.append(token_id)
+                self.counts.append(0)
+            self.counts[place] += 1
+        self._counted = len(token_ids)
 
 
 class Request:
-    """Prompt and generated tokens of one request, from admission to its end.
+    """Prompt and generated tokens of one request, from the queue to its end.
 
-    `computed` counts the tokens whose K/V is in the cache, or will be after the steps under way; `pending` those that
-    such steps sample, which count although nobody knows them yet. `invocation_start` is its adapter's first position:
-    it is fixed at admission and outlives preemption. `kv_namespace` is the adapter that K/V from there on
-    belong to, None if it leaves them as the base's. `seed` is the request's own or drawn here. `max_tokens` bounds
-    prompt and output together; `eos_token_ids` end it unless the request ignores them. With a `prefix_id`, nothing is
-    generated: it is a prefix that is computed to be held.
+    `max_tokens` bounds prompt and output together. `eos_token_ids` end the request unless its parameters ignore them.
     """
 
     def __init__(
@@ -42,26 +77,23 @@ class Request:
         params = command.params
         self.request_id = command.request_id
         self.params = params
-        self.adapter = command.adapter
-        self.invocation_start = command.invocation_start
-        self.kv_namespace = None if command.kv_is_base else command.adapter
-        self.prefix_id = prefix_id
+        self.adapter = command.adapter  # digest; None for the base
+        self.invocation_start = command.invocation_start  # first position that the adapter applies to; never changes
+        self.prefix_id = prefix_id  # the prefix is computed to be held, and nothing is generated
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
-        self.token_ids = list(command.token_ids)
+        self.max_tokens = min(max_tokens, len(command.token_ids) + params.max_tokens)
         self.num_prompt = len(command.token_ids)
+        self.token_ids = list(command.token_ids)  # all that are known: the prompt's and the generated ones
+        self.pending = 0  # tokens that launched steps sample; they count, though their ids are not known yet
+        self.computed = 0  # tokens whose K/V are in the cache, or will be after the launched steps
         self._penalised: TokenCounts | None = None
-        self.max_tokens = min(max_tokens, self.num_prompt + params.max_tokens)
-        self.root = root_key(command.cache_salt)
-        self.computed = self.pending = 0
-        self.blocks: list[int] = []
-        self.keys: list[bytes] = []
-        self.copy: KvCopy | None = None  # ordered and not done yet: the source is held until then
-        self.holds_adapter = False
-        self.may_start_early = True  # without its adapter, up to the invocation: once
-        self.recalled = False  # its K/V have been asked for in host memory since it began to wait
-        self.kv_is_private = False  # its adapter has been forgotten, so what it computes is for nobody else
-        self.cached_tokens: int | None = None  # prompt tokens reused at the first admission
+        self.chain = BlockChain(command)  # the keys of its blocks
+        self.blocks: list[int] = []  # its block table, one reference each
+        self.holds_adapter = False  # its adapter is resident and referenced
+        self.may_start_early = True  # it may run once without its adapter, up to invocation_start
+        self.reloaded = False  # host memory has been searched for its K/V since it began to wait
+        self.cached_tokens: int | None = None  # prompt tokens whose K/V were reused at its first start
         self.enqueued_at = time.monotonic()
         self.started_at: float | None = None
 
@@ -70,17 +102,17 @@ class Request:
 
     @property
     def missing(self) -> int:
-        """Tokens whose K/V is still to be computed: one while it decodes."""
+        """Tokens whose K/V are still to be computed: one while the request decodes."""
         return len(self) - self.computed
 
     @property
     def lacks_adapter(self) -> bool:
-        """Whether the request can go only as far as its invocation for now."""
+        """Whether the request can be computed only up to `invocation_start` for now."""
         return self.adapter is not None and not self.holds_adapter
 
     @property
     def reach(self) -> int:
-        """Tokens that can be computed with what the request holds: those before the invocation need no adapter."""
+        """Tokens that can be computed now: without the adapter, only those before `invocation_start`."""
         if not self.lacks_adapter:
             return self.missing
         return min(self.missing, max(self.invocation_start - self.computed, 0))
@@ -91,20 +123,20 @@ class Request:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is to be computed beside what is under way."""
+        """Whether the launched steps compute everything that is left."""
         return len(self) >= self.max_tokens or self.missing == 0
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether its tokens must be known to sample the next one."""
+        """Whether all tokens must be known before the next one is sampled: a penalty counts them."""
         params = self.params
         return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
     @property
     def penalised(self) -> TokenCounts:
-        """The tokens whose logits its penalties change, counted as far as they are known; if any penalty is asked for.
+        """The tokens whose logits a penalty changes, counted up to the last known one.
 
-        Those of the prompt are among them only where repetition is penalised.
+        The prompt's tokens are among them only if there is a repetition penalty.
         """
         if self._penalised is None:
             prompt = self.token_ids[: self.num_prompt] if self.params.repetition_penalty != 1.0 else ()
@@ -114,55 +146,24 @@ class Request:
 
     @property
     def forbidden_ids(self) -> frozenset[int]:
-        """Tokens that may not be sampled now: what would end the request before its least length."""
+        """Tokens that may not be sampled next: before `min_tokens`, those that would end the request."""
         return self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
 
     def advance(self, tokens: int, *, samples: bool) -> None:
-        """A step is under way that computes the next `tokens`, and samples one after them if it `samples`."""
+        """A step was launched that computes the next `tokens`, and samples one more if it `samples`."""
         self.computed += tokens
         self.pending += samples
 
     def forget_pending(self) -> None:
-        """Nobody waits any more for what is under way; of the K/V, those of known tokens will be there."""
+        """Discard the tokens that launched steps sample; the K/V of known tokens will be computed all the same."""
         self.pending = 0
         self.computed = min(self.computed, len(self.token_ids))
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Take the first pending token; the reason when it ends the request."""
-        assert self.pending > 0, "no step that samples is under way"
+        """Make the first pending token known. Returns the reason if it ends the request."""
+        assert self.pending > 0, "no launched step samples a token of this request"
         self.pending -= 1
         self.token_ids.append(token_id)
         if token_id in self.stop_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_tokens else None
-
-    def keys_up_to(self, tokens: int, block_size: int) -> list[bytes]:
-        """Keys of the full blocks among the first `tokens` tokens, each computed once."""
-        while (len(self.keys) + 1) * block_size <= tokens:
-            start = len(self.keys) * block_size
-            block_tokens = self.token_ids[start : start + block_size]
-            parent = self.parent_of(len(self.keys))
-            self.keys.append(block_key(parent, block_tokens, start, self.kv_namespace, self.invocation_start))
-        return self.keys[: tokens // block_size]
-
-    def parent_of(self, block_index: int) -> bytes:
-        """The key before that of a block, whose predecessors' keys have been computed."""
-        return self.keys[block_index - 1] if block_index else self.root
-
-    def identity_of(self, block_index: int, block_size: int) -> BlockIdentity:
-        """What a block of the request is known by, with as much of it as has been computed."""
-        start = block_index * block_size
-        tokens = tuple(self.token_ids[start : min(start + block_size, self.computed)])
-        keys = self.keys_up_to(start + len(tokens), block_size)
-        parent = self.parent_of(block_index)
-        key = (
-            keys[block_index]
-            if block_index < len(keys)
-            else block_key(parent, tokens, start, self.kv_namespace, self.invocation_start)
-        )
-        salt = block_salt(start, len(tokens), self.kv_namespace, self.invocation_start)
-        return BlockIdentity(key, parent, tokens, salt, self.namespace_of(start + len(tokens)))
-
-    def namespace_of(self, stop: int) -> str | None:
-        """Whose the K/V of a block up to position `stop` are: the adapter's if it reaches past the invocation."""
-        return self.kv_namespace if stop > self.invocation_start else None

@@ -1,33 +1,34 @@
-"""Choosing the next token of each request from its logits."""
+"""The choice of each request's next token from its logits."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.cpu.sampling import invert
 from runtime.messages import SamplingParams, TokenLogprobs
 from runtime.request import Request
 
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 1024
-# Beyond these, parameters make no more difference and float32 would make infinities of them. A forbidden token is less
-# likely than any other, yet finite: if all are forbidden, one is drawn all the same.
+# Parameters and logits beyond these bounds change no choice, but would overflow float32. A forbidden token is less
+# likely than any other and its logit finite: if all tokens are forbidden, one is drawn all the same.
 LEAST_DIVISOR = 1e-6
 LARGEST_LOGIT = 1e30
 FORBIDDEN = -1e31
 
 
 class Sampled(NamedTuple):
-    """A chosen token; `token_id` is None when the logits were not finite and nothing could be chosen."""
+    """A chosen token."""
 
-    token_id: int | None
+    token_id: int | None  # None: the logits were not finite, so no token could be chosen
     logprobs: TokenLogprobs | None = None
 
 
 def sample(logits: Tensor, requests: list[Request]) -> list[Sampled]:
-    """One token for each row of `logits`, float32 (n, vocab), by the parameters of its request.
+    """Choose one token for each row of `logits`, float32 (n, vocab), by the parameters of its request.
 
-    A row's token depends on its own logits, parameters, seed and position alone, never on its neighbours.
+    A row's token depends on its own logits, parameters, seed and position alone, never on other rows.
     """
     best, greedy = logits.max(dim=-1)
     finite = torch.isfinite(best).tolist()
@@ -46,12 +47,12 @@ def sample(logits: Tensor, requests: list[Request]) -> list[Sampled]:
 
 
 def adjusts(request: Request) -> bool:
-    """Whether `adjust` changes anything."""
+    """Whether `adjust` changes the logits of a request."""
     return request.needs_tokens or bool(request.forbidden_ids)
 
 
 def adjust(logits: Tensor, request: Request) -> Tensor:
-    """Penalties and forbidden tokens: a changed copy, or the same tensor when there are none."""
+    """Apply penalties and forbidden tokens to a copy of `logits`; the same tensor if there are none."""
     if not adjusts(request):
         return logits
     params, forbidden = request.params, request.forbidden_ids
@@ -71,21 +72,21 @@ def adjust(logits: Tensor, request: Request) -> Tensor:
 
 
 def _draw(logits: Tensor, request: Request) -> int:
-    """Draw from softmax(logits / temperature) cut by top_k, then top_p of what is left, then min_p of the likeliest."""
+    """Draw from softmax(logits / temperature), cut by top_k, by top_p of the rest, and by min_p of the maximum."""
     params = request.params
     probabilities = ((logits - logits.max()) / max(params.temperature, LEAST_DIVISOR)).softmax(-1)
     draw = uniform(request.seed, params.choice, request.num_generated)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        return _invert(probabilities, draw)
+        return invert(probabilities, draw)
     values, ids = _likeliest(probabilities, params)
     keep = values.cumsum(-1) - values < params.top_p * (values.sum() if params.top_k else 1.0)
     keep &= values >= params.min_p * values[0]
     keep[0] = True
-    return int(ids[_invert(torch.where(keep, values, 0.0), draw)])
+    return int(ids[invert(torch.where(keep, values, 0.0), draw)])
 
 
 def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Candidates in falling order: top_k of them, or as many as it takes to hold top_p and all above min_p."""
+    """Candidates in falling order: top_k of them, or enough to contain top_p and all above min_p."""
     vocab = probabilities.shape[0]
     if params.top_k:
         return probabilities.topk(min(params.top_k, vocab))
@@ -94,15 +95,8 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
     return (values, ids) if enough else probabilities.sort(descending=True)
 
 
-def _invert(weights: Tensor, draw: float) -> int:
-    """The index at which the running sum of `weights` passes the share `draw` of their total."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, cumulative[-1] * draw, right=True))
-    return index if index < len(weights) else int((weights > 0).nonzero()[-1])  # the draw was rounded up to the total
-
-
 def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) fixed by its arguments: SplitMix64's finaliser (Steele, Lea and Flood 2014) over each."""
+    """A uniform number in [0, 1): SplitMix64's finaliser (Steele, Lea and Flood 2014), applied to each argument."""
     state = 0
     for part in (seed, choice, position):
         state = (state + part + 0x9E3779B97F4A7C15) & _MASK64
@@ -113,7 +107,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def logprobs_of(logits: Tensor, token_id: int, alternatives: int | None) -> TokenLogprobs | None:
-    """Log-probabilities of the unmodified distribution."""
+    """The token's log-probability and the likeliest `alternatives`, before penalties; None if none are asked for."""
     if alternatives is None:
         return None
     logprobs = logits.log_softmax(-1)

@@ -3,88 +3,95 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple
 
 from runtime.adapters.errors import AdapterUnavailable
-from runtime.chunk import Chunk
-from runtime.kv.block_tables import BlockTables
+from runtime.adapters.pool import AdapterPool
+from runtime.kv.block_manager import BlockManager
+from runtime.kv.offload import Offload
 from runtime.request import FinishReason, Request
 
 
+class Chunk(NamedTuple):
+    """The part of a request that one step computes: tokens `start` to `start + length`."""
+
+    request: Request
+    start: int
+    length: int
+    samples: bool  # it ends at the request's last token, after which one more is sampled
+
+
 class QueueFull(Exception):
-    """The waiting queue is at its bound."""
+    """The waiting queue is full."""
 
 
-class Adapters(Protocol):
-    """What the scheduler asks of the adapter pool, which also decides who waits for adapter memory."""
-
-    def prefetch(self, digest: str) -> None: ...
-    def cancel(self, digest: str) -> None: ...
-    def ready(self, digest: str) -> bool: ...
-    def acquire(self, digest: str, steps: int = 0) -> bool: ...
-    def release(self, digest: str, *, waits: bool = False) -> None: ...
-
-
-class EvictedKv(Protocol):
-    """What the scheduler asks of the K/V in host memory."""
-
-    def awaits(self, request: Request, spare: int) -> bool: ...
-
-
-Rejected = list[tuple[Request, Exception]]
+Rejected = list[tuple[Request, AdapterUnavailable]]
 
 
 class Scheduler:
-    """Owns waiting and running requests, and with them every reference to blocks and adapters.
+    """Owns all requests, and with them every reference to blocks and adapters.
 
-    A request is admitted with blocks for all its tokens; decoding then takes a block at a time and preempts the
-    youngest request when none is left: its blocks are freed, its tokens kept, its K/V found again or recomputed. A
-    request whose adapter is not resident is passed over, so that loading never holds up a step. Up to its invocation
-    it needs none: so far it may run meanwhile, once, and waits again there with its K/V in the prefix cache. One whose
-    K/V come back from host memory is passed over as well.
+    A request is admitted with blocks for all its tokens; decoding takes one block at a time. When no block is left,
+    the youngest request is preempted: its blocks are freed, its tokens kept, and its K/V found in the prefix cache or
+    computed again. A request whose adapter is not resident is skipped, so that loading never delays a step; it may
+    run once without the adapter up to `invocation_start`, and then waits with its K/V in the prefix cache. A request
+    whose K/V are reloaded from host memory is skipped as well.
     """
 
     def __init__(
         self,
-        tables: BlockTables,
-        adapters: Adapters,
-        evicted: EvictedKv,
+        block_manager: BlockManager,
+        adapters: AdapterPool,
+        offload: Offload,
         *,
         max_running: int,
         max_waiting: int,
         max_batch_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.tables = tables
-        self.blocks = tables.pool
+        self.block_manager = block_manager
         self.adapters = adapters
-        self.evicted = evicted
+        self.offload = offload
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.max_batch_tokens = max_batch_tokens
         self.clock = clock
+        self.requests: dict[str, Request] = {}  # by id: all that run or wait
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
 
+    def __contains__(self, request: Request) -> bool:
+        return self.requests.get(request.request_id) is request
+
     def add(self, request: Request) -> None:
-        """Queue a request and start loading its adapter. Raises QueueFull, and what `prefetch` raises."""
-        if len(self.waiting) + len(self.running) >= self.max_waiting + self.max_running:
+        """Queue a request and prefetch its adapter. Raises QueueFull, and AdapterUnavailable from the prefetch."""
+        if len(self.requests) >= self.max_waiting + self.max_running:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already: try again later")
         if request.adapter is not None:
             self.adapters.prefetch(request.adapter)
+        self.requests[request.request_id] = request
         self.waiting.append(request)
 
     def schedule(self) -> tuple[list[Chunk], Rejected]:
-        """The next step's chunks, and the requests that can never run because their adapter failed, with the reason.
+        """Choose the next step's chunks: of running requests, oldest first, then of waiting ones.
 
-        Running requests come first, oldest first; then as many waiting ones as budget and blocks allow.
+        Also returns the requests that ended because their adapter failed, with the reason.
         """
         chunks: list[Chunk] = []
         rejected: Rejected = []
+        preemptions = self.preemptions
+        budget = self._continue_running(chunks, rejected)
+        if self.preemptions == preemptions:  # else an admitted request would be the next one to be preempted
+            budget = self._admit(chunks, rejected, budget)
+            self._spend(chunks, budget)
+        return chunks, rejected
+
+    def _continue_running(self, chunks: list[Chunk], rejected: Rejected) -> int:
+        """Add a chunk for each running request that can go on. Returns the tokens that are left of the budget."""
         prompts = sum(request.missing > 1 for request in self.running)
-        budget = self.max_batch_tokens - (len(self.running) - prompts)  # every decoding request has its one token
-        preemptions, index = self.preemptions, 0
+        budget = self.max_batch_tokens - (len(self.running) - prompts)  # each decoding request is sure of its token
+        index = 0
         while index < len(self.running):
             request = self.running[index]
             if request.is_whole:
@@ -92,7 +99,7 @@ class Scheduler:
                 continue
             missing = request.missing
             prompts -= missing > 1
-            if request.lacks_adapter and not self._may_go_on(request, rejected):
+            if request.lacks_adapter and not self._can_continue(request, rejected):
                 continue
             if not self._grow(request):
                 break
@@ -104,39 +111,29 @@ class Scheduler:
             budget -= length
             if length:
                 chunks.append(self._chunk(request, length))
-        if self.preemptions > preemptions:
-            return chunks, rejected  # whatever were admitted now would be the next to be preempted
-        budget = self._admit(chunks, rejected, budget)
-        self._spend(chunks, budget)
-        return chunks, rejected
+        return budget
 
-    def _may_go_on(self, request: Request, rejected: Rejected) -> bool:
-        """Whether a request that started early can compute something, without its adapter or with it from here on.
+    def _can_continue(self, request: Request, rejected: Rejected) -> bool:
+        """Whether a request that started without its adapter can compute more, with or without it.
 
-        Otherwise it waits again, or is rejected because its adapter has failed.
+        If not, it is queued again, or it ends because its adapter failed.
         """
         if request.reach >= min(request.missing, self.max_batch_tokens):
             return True
         try:
-            if self._acquire(request) or request.reach:
+            if self._acquire_adapter(request) or request.reach:
                 return True
         except AdapterUnavailable as error:
             self.remove(request)
             rejected.append((request, error))
             return False
-        self._withdraw(request)
+        self._requeue(request)
         return False
 
-    def _acquire(self, request: Request) -> bool:
-        """Reference a request's adapter, if it has one; False while that is not resident."""
-        if request.adapter is not None and not request.holds_adapter:
-            request.holds_adapter = self.adapters.acquire(request.adapter, request.max_tokens - len(request))
-        return not request.lacks_adapter
-
     def _share(self, budget: int, prompts: int) -> int:
-        """What one prompt may take of the budget: half of it while others come after it, which a long one would bar.
+        """Tokens of the budget for one prompt: half while other prompts follow, so that a long one lets them in.
 
-        Those are `prompts` under way, and any that wait and may start.
+        `prompts` that run follow it, or requests that wait and may start.
         """
         followed = prompts > 0 or (self.waiting and len(self.running) < self.max_running)
         return -(-budget // 2) if followed else budget
@@ -146,7 +143,7 @@ class Scheduler:
         return Chunk(request, request.computed, length, samples)
 
     def _spend(self, chunks: list[Chunk], budget: int) -> None:
-        """Give what nobody was admitted for to the prompts under way, oldest first."""
+        """Give the rest of the budget to the prompts in the step, oldest first."""
         for index, (request, _, length, samples) in enumerate(chunks):
             if budget > 0 and not samples:
                 longer = min(length + budget, request.reach)
@@ -154,59 +151,61 @@ class Scheduler:
                 chunks[index] = self._chunk(request, longer)
 
     def _grow(self, request: Request) -> bool:
-        """Give a running request blocks for all its tokens; False if that took preempting the request itself."""
-        while not self.tables.grow(request):
+        """Allocate blocks for all tokens of a running request; False if the request itself had to be preempted."""
+        while not self.block_manager.grow(request):
             youngest = self.running[-1]
-            self._withdraw(youngest)
+            self._requeue(youngest)
             self.preemptions += 1
             if youngest is request:
                 return False
         return True
 
-    def _withdraw(self, request: Request) -> None:
-        """Let a running request wait again, as the first of all."""
+    def _requeue(self, request: Request) -> None:
+        """Move a running request to the front of the queue."""
         self._release(request, waits=True)
         self.waiting.appendleft(request)
 
     def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> int:
-        """Start waiting requests, and reject those whose adapter failed; returns what is left of the budget."""
-        passed_over: list[Request] = []
+        """Start waiting requests, and end those whose adapter failed. Returns the rest of the budget."""
+        skipped: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             request = self.waiting.popleft()
             try:
                 ready = request.adapter is None or self.adapters.ready(request.adapter)
             except AdapterUnavailable as error:
+                del self.requests[request.request_id]
                 self._release_adapter(request)
                 rejected.append((request, error))
                 continue
             if not ready and not self._starts_early(request):
-                passed_over.append(request)
+                skipped.append(request)
                 continue
-            spare = len(self.running)  # blocks: the newcomer is not to be preempted when these need their next ones
-            if self.evicted.awaits(request, spare):
-                request.may_start_early |= not ready  # it is asked again when its K/V are there
-                passed_over.append(request)
+            spare = len(self.running)  # a block for each: the newcomer is not preempted when they need their next one
+            if self.offload.waits_for_reload(request, spare):
+                request.may_start_early |= not ready  # it may try again once its K/V are on the device
+                skipped.append(request)
                 continue
-            if not self.tables.take(request, spare):
+            if not self.block_manager.allocate(request, spare):
                 self.waiting.appendleft(request)
                 break
             if ready:
-                self._acquire(request)
+                self._acquire_adapter(request)
             self._start(request)
             chunks.append(self._chunk(request, min(request.reach, self._share(budget, 0))))
             budget -= chunks[-1].length
-        self.waiting.extendleft(reversed(passed_over))
+        self.waiting.extendleft(reversed(skipped))
         return budget
 
     def _starts_early(self, request: Request) -> bool:
-        """Whether a request without its adapter has tokens before its invocation to compute; asked for once.
+        """Whether a request without its adapter has tokens before `invocation_start` to compute; once for each wait.
 
-        What it computes has to be found again when the adapter is there.
+        Their K/V must be found again when the adapter is resident, so the prefix cache has to be on.
         """
-        if not request.may_start_early or request.invocation_start == 0 or not self.blocks.prefix_cache:
+        pool = self.block_manager.pool
+        if not request.may_start_early or request.invocation_start == 0 or not pool.prefix_cache:
             return False
         request.may_start_early = False
-        return self.tables.known_tokens(self.tables.find(request)) < request.invocation_start
+        return self.block_manager.known_tokens(self.block_manager.find(request)) < request.invocation_start
 
     def _start(self, request: Request) -> None:
         self.running.append(request)
@@ -215,31 +214,31 @@ class Scheduler:
             request.cached_tokens = request.computed
 
     def written_blocks(self, chunks: Iterable[Chunk]) -> Iterable[int]:
-        """The blocks that chunks, and the copies before them, write to."""
-        size = self.tables.block_size
+        """The blocks that a step of these chunks writes to, those of the copies before it included."""
+        size = self.block_manager.block_size
         for request, start, length, _ in chunks:
             yield from request.blocks[start // size : -(-(start + length) // size)]
-        yield from (copy.target for copy in self.tables.copies)
+        yield from (copy.target for copy in self.block_manager.copies)
 
     @property
-    def may_go_ahead(self) -> bool:
-        """Whether the next step can be scheduled while nobody knows the results of the one under way.
+    def can_schedule_ahead(self) -> bool:
+        """Whether the next step can be scheduled before the results of the launched one are known.
 
-        Not if somebody might have to be set back or sent to wait, whose blocks are not known as what they are yet.
+        It cannot if a request might be preempted or queued again: its blocks are registered only with the results.
         """
-        if self.blocks.available < len(self.running):
+        if self.block_manager.pool.available < len(self.running):
             return False
         return not any(request.needs_tokens or request.lacks_adapter for request in self.running)
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
-        """A step of these chunks is under way: `commit` each of them, in order, when its result is known."""
+        """A step of these chunks was launched: `commit` each of them, in order, once its result is known."""
         for request, _, length, samples in chunks:
             request.advance(length, samples=samples)
 
     def commit(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
-        """Take in a computed chunk and the token sampled after it, if any; frees the request if that ends it."""
+        """Register what a chunk computed and append the token sampled after it. Frees the request if it ends."""
         request = chunk.request
-        self.tables.register(request, chunk.start, chunk.start + chunk.length)
+        self.block_manager.register(request, chunk.start, chunk.start + chunk.length)
         if token_id is None:
             return None
         reason = request.append(token_id)
@@ -248,19 +247,20 @@ class Scheduler:
         return reason
 
     def finish_prefix(self, request: Request) -> list[int]:
-        """End a request that was computed to be held; its references to its blocks are the caller's from now on."""
-        self.tables.register_tail(request)
+        """End a request that computed a prefix. The caller owns the references to the returned blocks."""
+        self.block_manager.register_tail(request)
         blocks, request.blocks, request.computed = request.blocks, [], 0
         self.remove(request)
         return blocks
 
-    def keep_apart(self, adapter: str) -> None:
-        """Let nobody find K/V of an adapter that its running requests compute from now on."""
-        for request in self._all():
-            request.kv_is_private |= request.kv_namespace == adapter
+    def make_private(self, namespace: str) -> None:
+        """Register no more blocks that unfinished requests compute in a namespace."""
+        for request in self.requests.values():
+            request.chain.private |= request.chain.namespace == namespace
 
     def remove(self, request: Request) -> None:
-        """End a request, waiting or running, and give back all it holds."""
+        """End a request that runs or waits, and release all that it holds."""
+        del self.requests[request.request_id]
         if request in self.running:
             self._release(request)
         else:
@@ -270,12 +270,18 @@ class Scheduler:
     def _release(self, request: Request, *, waits: bool = False) -> None:
         self.running.remove(request)
         request.forget_pending()
-        self.tables.give_back(request)
+        self.block_manager.free(request)
         self._release_adapter(request, waits=waits)
-        request.recalled = False
+        request.reloaded = False
+
+    def _acquire_adapter(self, request: Request) -> bool:
+        """Reference the adapter of a request that has one; False while it is not resident."""
+        if request.adapter is not None and not request.holds_adapter:
+            request.holds_adapter = self.adapters.acquire(request.adapter, request.max_tokens - len(request))
+        return not request.lacks_adapter
 
     def _release_adapter(self, request: Request, *, waits: bool = False) -> None:
-        """Give back a request's adapter, or its place in line for it; a request that `waits` keeps a place."""
+        """Release a request's adapter, or give up its place in line for it; a request that `waits` keeps a place."""
         if request.adapter is not None and request.holds_adapter:
             self.adapters.release(request.adapter, waits=waits)
             request.holds_adapter = False
@@ -283,15 +289,13 @@ class Scheduler:
             self.adapters.cancel(request.adapter)
 
     def check(self, others: Iterable[list[int]] = ()) -> None:
-        """Recount the invariants between queues, requests and blocks, of which `others` hold some too."""
-        self.tables.check(self._all(), others)
+        """Recount queues, requests and block references; `others` are the references of other holders."""
+        assert sorted(map(id, self.requests.values())) == sorted(map(id, [*self.running, *self.waiting]))
+        assert all(request.request_id == request_id for request_id, request in self.requests.items())
+        self.block_manager.check(self.requests.values(), others)
         assert len(self.running) <= self.max_running
         assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)
         for request in self.running:
             assert request.computed <= len(request) <= request.max_tokens
             assert request.computed < len(request) or request.prefix_id is not None
             assert not request.lacks_adapter or request.computed <= request.invocation_start
-        assert len(set(map(id, self._all()))) == len(self.running) + len(self.waiting)
-
-    def _all(self) -> Iterable[Request]:
-        return [*self.running, *self.waiting]

@@ -1,47 +1,38 @@
-"""What the engine tells of itself, and whose K/V its requests asked for."""
+"""Counters of the engine: tokens, and whose K/V the prompts could reuse."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from runtime.adapters.pool import AdapterPool
-from runtime.config import EngineConfig
 from runtime.kv.block_pool import BlockPool
-from runtime.kv.held_prefixes import PrefixHolds
-from runtime.kv.offload import HostKv
-from runtime.messages import KvNamespace, Ready, Stats
-from runtime.model_runner import Runner
+from runtime.kv.offload import Offload
+from runtime.messages import KvNamespace
 from runtime.request import Request
-from runtime.scheduler import Scheduler
 
-BASE = ""  # how messages name the base's namespace, None inside
+BASE = ""  # the base's namespace in messages; inside the engine it is None
 
 
 class Tally(NamedTuple):
-    """Prompt tokens whose K/V were of one namespace, and how many of those were found."""
+    """Prompt tokens whose K/V belong to one namespace."""
 
     queries: int = 0
-    hits: int = 0
+    hits: int = 0  # of them, those whose K/V were reused
 
 
 class Tallies:
-    """Counts tokens: of prompts, those of them that were found, and what was generated.
-
-    Prompts are counted by the namespace of their K/V too, of adapters that are known; before the invocation that is the
-    base.
-    """
+    """Counts tokens of prompts, the reused ones among them, and generated tokens."""
 
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.by_namespace: dict[str | None, Tally] = {}
+        self.by_namespace: dict[str | None, Tally] = {}  # None and the registered adapters
 
     def count_prompt(self, request: Request) -> None:
-        """A request's prompt has been computed."""
+        """Count a prompt that has been computed; its tokens before `invocation_start` are the base's."""
         prompt, cached = request.num_prompt, request.cached_tokens or 0
         self.prompt_tokens += prompt
         self.cached_tokens += cached
-        of_base = prompt if request.kv_namespace is None else min(request.invocation_start, prompt)
+        of_base = prompt if request.chain.namespace is None else min(request.invocation_start, prompt)
         self._add(None, of_base, min(cached, of_base))
-        if request.kv_namespace is not None and not request.kv_is_private:
-            self._add(request.kv_namespace, prompt - of_base, max(cached - of_base, 0))
+        if request.chain.namespace is not None and not request.chain.private:
+            self._add(request.chain.namespace, prompt - of_base, max(cached - of_base, 0))
 
     def drop(self, namespace: str) -> None:
         """Forget an adapter."""
@@ -52,68 +43,18 @@ class Tallies:
         self.by_namespace[namespace] = Tally(before.queries + queries, before.hits + hits)
 
 
-class Watched(Protocol):
-    """An engine, as far as it is looked at here."""
-
-    config: EngineConfig
-    runner: Runner
-    adapters: AdapterPool
-    blocks: BlockPool
-    holds: PrefixHolds
-    host_kv: HostKv
-    scheduler: Scheduler
-    tallies: Tallies
-    steps: int
-
-
-def introduction(engine: Watched) -> Ready:
-    """What a client has to know of an engine."""
-    return Ready(
-        max_model_len=engine.runner.max_model_len,
-        vocab_size=engine.runner.model.vocab_size,
-        block_size=engine.config.block_size,
-        num_blocks=engine.runner.num_blocks,
-        max_batch_tokens=engine.config.max_batch_tokens,
-        dtype=str(engine.runner.dtype).removeprefix("torch."),
-        adapter_bytes=engine.adapters.device.capacity_bytes,
-    )
-
-
-def snapshot(engine: Watched) -> Stats:
-    """The engine's state, and its counters since start."""
-    return Stats(
-        running=len(engine.scheduler.running),
-        waiting=len(engine.scheduler.waiting),
-        blocks_total=engine.blocks.num_blocks - 1,
-        blocks_used=engine.blocks.used,
-        blocks_cached=engine.blocks.cached,
-        blocks_held=engine.holds.blocks_held,
-        host_kv=engine.host_kv.stats(),
-        namespaces=_namespaces(engine),
-        prompt_tokens=engine.tallies.prompt_tokens,
-        cached_tokens=engine.tallies.cached_tokens,
-        generated_tokens=engine.tallies.generated_tokens,
-        preemptions=engine.scheduler.preemptions,
-        steps=engine.steps,
-        device=engine.adapters.device.stats(),
-        host=engine.adapters.host.stats(),
-        running_adapters=sorted({s.adapter for s in engine.scheduler.running if s.adapter}),
-        waiting_adapters=sorted({s.adapter for s in engine.scheduler.waiting if s.adapter}),
-    )
-
-
-def _namespaces(engine: Watched) -> dict[str, KvNamespace]:
-    """The base's, and of the adapters those that have blocks or were asked for."""
-    used, cached = engine.blocks.by_namespace()
-    evicted = engine.host_kv.by_namespace()
-    tallies = engine.tallies.by_namespace
+def namespaces(blocks: BlockPool, offload: Offload, tallies: Tallies) -> dict[str, KvNamespace]:
+    """The base's namespace, and those of adapters that have blocks or counts."""
+    used, cached = blocks.by_namespace()
+    offloaded = offload.by_namespace()
+    counts = tallies.by_namespace
     return {
         BASE if name is None else name: KvNamespace(
             blocks_used=used[name],
             blocks_cached=cached[name],
-            blocks_host=evicted[name],
-            query_tokens=tallies.get(name, Tally()).queries,
-            hit_tokens=tallies.get(name, Tally()).hits,
+            blocks_host=offloaded[name],
+            query_tokens=counts.get(name, Tally()).queries,
+            hit_tokens=counts.get(name, Tally()).hits,
         )
-        for name in {None, *used, *cached, *evicted, *tallies}
+        for name in {None, *used, *cached, *offloaded, *counts}
     }

@@ -1,4 +1,4 @@
-"""Files under the digest of their bytes, on a disk of this machine, the least recently used ones gone first."""
+"""A bounded disk cache of files named by the digest of their bytes, with LRU eviction."""
 
 import errno
 import os
@@ -23,12 +23,12 @@ _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class DiskCache:
-    """At most `capacity_bytes` of files, each named by the BLAKE3 digest of its bytes; safe from any thread.
+    """At most `capacity_bytes` of files, each named by the BLAKE3 digest of its bytes; thread-safe.
 
-    What a process leaves behind, however it ended, the next one takes over, in the order of last use (a file's
-    modification time). Only `fetch` reads files and believes them, and it checks each time. A reader that
-    has a file open keeps it through an eviction; one that will open it later must `hold` it.
-    `StoreError` when another process uses the directory.
+    A new process takes over the files of the last one, in the order of their last use (the modification time).
+    `fetch` verifies a file's digest at each call; no other method reads files. A reader that has opened a file keeps
+    it when it is evicted; a reader that will open it later must `hold` it. Raises StoreError when another process uses
+    the directory.
     """
 
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
@@ -44,22 +44,22 @@ class DiskCache:
                     f"another process uses the disk cache {str(directory)!r}: each needs one of its own"
                 ) from error
             try:
-                self._bytes = _found(directory)  # of each file that is here; the least recently used one first
+                self._bytes = _scan(directory)  # the size of each cached file, the least recently used one first
                 self.scratch = Scratch(directory / ".scratch")
             except BaseException:
                 os.close(self._lock_file)
                 raise
         self._holds: Counter[str] = Counter()
-        self._pins: Counter[str] = Counter()  # those of the holds that nobody will soon release
-        self._flights: dict[str, Future[Path]] = {}
-        self._expected: dict[str, int] = {}  # bytes that downloads under way will need
+        self._pins: Counter[str] = Counter()  # the holds that may last for ever; a subset of `_holds`
+        self._flights: dict[str, Future[Path]] = {}  # one for each digest that is being fetched
+        self._expected: dict[str, int] = {}  # bytes reserved for each download under way
         self._lock = RLock()
-        self._room = Condition(self._lock)  # something that took room has gone, or may go now
+        self._room = Condition(self._lock)  # a file was removed or released, or a download has ended
         with self._lock:
             self._make_room(None, 0)
 
     def close(self) -> None:
-        """Let another process have the directory, and whoever waits for room fail; closing twice is fine."""
+        """Release the directory to other processes; fetches that wait for space fail. Closing twice is fine."""
         with self._room:
             lock_file, self._lock_file = self._lock_file, None
             self._room.notify_all()
@@ -78,27 +78,26 @@ class DiskCache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the files that are here and held: as long as they are, the rest must do with what is left."""
+        """Bytes of the cached files that are held, so that they cannot be evicted."""
         with self._lock:
             return sum(size for digest, size in self._bytes.items() if digest in self._holds)
 
     def path(self, digest: str) -> Path:
-        """The file with this digest, which need not be there."""
+        """The path of the file with this digest, cached or not. Raises InvalidKey."""
         if not _DIGEST.fullmatch(digest):
             raise InvalidKey(f"{digest!r} is not a digest: expected 64 hexadecimal digits")
         return self._directory / f"{digest}{_SUFFIX}"
 
     def has(self, digest: str) -> bool:
-        """Whether the file is here, as far as one can tell without reading it."""
+        """Whether the file is cached; its bytes are not verified."""
         return digest in self._bytes
 
     def fetch(self, digest: str, size: int, download: Callable[[Path], object], *, wait_seconds: float = 0.0) -> Path:
-        """The file with this digest, its bytes checked, from here or else by `download`, which writes it to a path.
+        """Return the path of the verified file; on a miss, `download` writes it to the path that it is called with.
 
-        Whoever asks for a digest while it is on its way waits for it, and shares a failure, too: `Corrupt` when the
-        bytes are not `size` bytes with this digest, `StoreFull` when they do not fit beside what is held,
-        or whatever `download` raises. The next call tries again. What may fit as soon as others are released or
-        have arrived is waited for, `wait_seconds` at most; what cannot fit beside the pinned files fails at once.
+        Concurrent calls for one digest share one download, and its error; the next call tries again. A file that does
+        not fit waits up to `wait_seconds` for space, unless the pinned files alone leave too little. Raises Corrupt
+        when the download is not `size` bytes with this digest, StoreFull, and the errors of `download`.
         """
         path = self.path(digest)
         with self._lock:
@@ -109,16 +108,16 @@ class DiskCache:
         if not mine:
             return self._share(flight)
         try:
-            if not self._use(digest, path):
-                self._bring(digest, path, size, download, wait_seconds)
+            if not self._hit(digest, path):
+                self._miss(digest, path, size, download, wait_seconds)
         except BaseException as error:
-            self._land(digest).set_exception(error)
+            self._end_flight(digest).set_exception(error)
             raise
-        self._land(digest).set_result(path)
+        self._end_flight(digest).set_result(path)
         return path
 
     def add(self, digest: str, file: Path) -> None:
-        """Move a file in whose bytes are known to have this digest; if there is no room for it, it is removed."""
+        """Move a file into the cache; the caller knows its digest. A file that does not fit is removed instead."""
         path = self.path(digest)
         with disk_errors(digest), self._lock:
             size = file.stat().st_size
@@ -127,12 +126,12 @@ class DiskCache:
             except StoreFull:
                 file.unlink()
             else:
-                self._take_in(digest, file, path, size)
+                self._insert(digest, file, path, size)
 
     def hold(self, digest: str, *, pinned: bool = False) -> None:
-        """Keep a file, here now or later, from eviction until as many calls of `release`.
+        """Protect a file, cached now or later, from eviction until `release` is called as often.
 
-        `pinned` is for what may stay held for ever, so that nobody waits for it; it is released as such.
+        `pinned` says that the hold may last for ever, so no fetch waits for its release; `release` must repeat it.
         """
         with self._lock:
             self._holds[digest] += 1
@@ -148,9 +147,9 @@ class DiskCache:
             self._room.notify_all()
 
     def check(self) -> None:
-        """Recount: what is believed of the files is so, and they fit."""
+        """Recount the invariants: the index matches the directory, and all files and reservations fit."""
         with self._lock:
-            assert _found(self._directory) == self._bytes
+            assert _scan(self._directory) == self._bytes
             assert self.bytes_used + sum(self._expected.values()) <= self.capacity_bytes
             assert self._expected.keys() <= self._flights.keys()
             assert all(count > 0 for count in self._holds.values())
@@ -161,17 +160,17 @@ class DiskCache:
     def _share(self, flight: Future[Path]) -> Path:
         path = flight.result()
         with self._lock:
-            self.hits += 1  # it cost no download
+            self.hits += 1  # this call has downloaded nothing
         return path
 
-    def _land(self, digest: str) -> Future[Path]:
+    def _end_flight(self, digest: str) -> Future[Path]:
         with self._room:
             self._expected.pop(digest, None)
             self._room.notify_all()
             return self._flights.pop(digest)
 
-    def _use(self, digest: str, path: Path) -> bool:
-        """Whether the file is here and good; one that is not good is removed."""
+    def _hit(self, digest: str, path: Path) -> bool:
+        """Whether the file is cached and has its digest; a corrupt file is removed."""
         if digest not in self._bytes:
             return False
         with disk_errors(digest):
@@ -186,11 +185,11 @@ class DiskCache:
                     self._remove(digest)
         return good
 
-    def _bring(
+    def _miss(
         self, digest: str, path: Path, size: int, download: Callable[[Path], object], wait_seconds: float
     ) -> None:
         with self._lock:
-            if digest in self._bytes:  # somebody has just uploaded it
+            if digest in self._bytes:  # an upload has just added it
                 self.hits += 1
                 return
             self.misses += 1
@@ -198,22 +197,22 @@ class DiskCache:
                 return
             self._expected[digest] = size
         with disk_errors(digest):
-            arriving = self.scratch.path / f"{digest}{_ARRIVING}"  # of the one download that there is of it
+            arriving = self.scratch.path / f"{digest}{_ARRIVING}"  # a digest has one download at a time
         try:
             download(arriving)
             with disk_errors(digest):
                 found = arriving.stat().st_size
                 if found != size:
-                    raise Corrupt(f"{digest} should have {size} bytes, and {found} were brought")
+                    raise Corrupt(f"{digest} should have {size} bytes, but {found} were downloaded")
                 if _digest_of(arriving) != digest:
-                    raise Corrupt(f"the {size} bytes that were brought as {digest} have another digest")
+                    raise Corrupt(f"the {size} bytes that were downloaded as {digest} have another digest")
                 with self._lock:
                     del self._expected[digest]
-                    self._take_in(digest, arriving, path, size)
+                    self._insert(digest, arriving, path, size)
         finally:
             arriving.unlink(missing_ok=True)
 
-    def _take_in(self, digest: str, file: Path, path: Path, size: int) -> None:
+    def _insert(self, digest: str, file: Path, path: Path, size: int) -> None:
         os.utime(file)
         os.rename(file, path)
         self._bytes.pop(digest, None)
@@ -221,7 +220,7 @@ class DiskCache:
         self._room.notify_all()
 
     def _wait_for_room(self, digest: str, size: int, wait_seconds: float) -> bool:
-        """Make room as soon as that can be done; False when an upload has brought the file meanwhile."""
+        """Evict files as soon as enough are evictable; False when an upload has added the file meanwhile."""
         until = time.monotonic() + wait_seconds
         while digest not in self._bytes:
             if self._lock_file is None:
@@ -239,7 +238,10 @@ class DiskCache:
         return False
 
     def _make_room(self, digest: str | None, size: int) -> None:
-        """Evict what was not used for longest until a file fits in its old one's place; nothing if it cannot."""
+        """Evict the least recently used files until `size` bytes fit, in place of the digest's own file if cached.
+
+        Raises StoreFull, without an eviction, when they cannot fit.
+        """
         others = {other: bytes_ for other, bytes_ in self._bytes.items() if other != digest}
         free = [other for other in others if self._is_free(other)]
         missing = sum(others.values()) + sum(self._expected.values()) + size - self.capacity_bytes
@@ -265,8 +267,8 @@ class DiskCache:
         self._room.notify_all()
 
 
-def _found(directory: Path) -> dict[str, int]:
-    """The bytes of each file whose name is one of ours, the least recently used one first."""
+def _scan(directory: Path) -> dict[str, int]:
+    """The size of each file that has a digest as its name, the least recently used one first."""
     found = []
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -279,7 +281,7 @@ def _found(directory: Path) -> dict[str, int]:
 
 
 def _digest_of(path: Path) -> str:
-    """The digest of a file's bytes; "" if it cannot be read to its end."""
+    """The digest of a file's bytes; "" if the file is absent or cannot be read."""
     try:
         with path.open("rb") as file:
             digest = blake3()

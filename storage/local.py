@@ -1,4 +1,4 @@
-"""A store that is a directory."""
+"""A store in a directory."""
 
 import hashlib
 import os
@@ -23,26 +23,26 @@ from storage.store import (
     is_key,
 )
 
-_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # a folder is no object, and an object no folder
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # a directory is not an object
 
 
 class LocalStore:
-    """Files below `root`, one an object, that several processes may share.
+    """Files below `root`, one for each object; several processes may share them.
 
-    A write goes to a temporary file, is flushed to the disk and renamed into place; its condition is
-    checked under the directory's lock. An etag is a digest of the bytes. `scratch` is on the same disk.
+    A put writes a temporary file, flushes it to the disk and renames it into place; its condition is checked under
+    the lock of the directory. An etag is a digest of the bytes.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         with disk_errors(str(root)):
-            self.scratch = Scratch(root / ".scratch")
+            self.scratch = Scratch(root / ".scratch")  # on the file system of `root`, so that files can be renamed
 
     def close(self) -> None:
         self.scratch.close()
 
     def path(self, key: str) -> Path:
-        """The file that holds an object, for readers that need no copy of their own; it may not exist."""
+        """The file of an object, for readers that need no copy; it may be absent."""
         return self._root / checked_key(key)
 
     def put(self, key: str, content: bytes | Path, *, if_match: str | None = None, if_none_match: bool = False) -> str:
@@ -54,16 +54,16 @@ class LocalStore:
             with locked(self._root):
                 _check_condition(key, target, if_match, if_none_match)
                 make_directory(target.parent)
-                _make_new(file)
+                _set_time(file)
                 os.rename(name, target)
                 sync_directory(target.parent)
         return etag
 
     def touch(self, key: str) -> bool:
-        with disk_errors(key), locked(self._root):  # not between a delete and its return
+        with disk_errors(key), locked(self._root):  # excludes `delete`, which compares times
             try:
                 with self._open(key) as file:
-                    _make_new(file)
+                    _set_time(file)
             except NotFound:
                 return False
         return True
@@ -79,7 +79,7 @@ class LocalStore:
         self, key: str, destination: Path, *, max_bytes: int | None = None, on_progress: OnProgress | None = None
     ) -> str:
         with disk_errors(key), self._open(key) as source:
-            total = os.fstat(source.fileno()).st_size  # of a file that is never written to: a `put` makes another one
+            total = os.fstat(source.fileno()).st_size  # this file never changes: a `put` makes a new one
             if max_bytes is not None and total > max_bytes:
                 raise ObjectTooLarge(f"{key!r} has {total} bytes; at most {max_bytes} are taken")
             with atomic_file(destination) as file:
@@ -102,7 +102,7 @@ class LocalStore:
 
     def delete(self, key: str, *, unless_changed: Entry | None = None) -> bool:
         target = self.path(key)
-        with disk_errors(key), locked(self._root):  # puts and touches have it too
+        with disk_errors(key), locked(self._root):  # `put` and `touch` take this lock, too
             try:
                 if unless_changed is not None and _entry(key, target.stat()) != unless_changed:
                     return False
@@ -120,24 +120,24 @@ class LocalStore:
 
 
 def _entry(key: str, stat: os.stat_result) -> Entry:
-    # Every put is a new file: its number tells two apart that were written in one tick of the clock.
+    # Each put makes a new file: the inode number distinguishes two that were written in one tick of the clock.
     return Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}", stat.st_mtime)
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    """What cannot be read is not empty: whoever takes a list for complete may delete what it does not name."""
+    """A list with an unreadable directory must fail: a caller that takes it for complete may delete what it lacks."""
     if not isinstance(error, _ABSENT):
         raise error
 
 
-def _make_new(file: BinaryIO) -> None:
-    """Set a file's time, finer than the kernel's own clock of files: two writes in one of its ticks must differ."""
+def _set_time(file: BinaryIO) -> None:
+    """Set a file's time to now. The kernel's own file times have coarser ticks, and two writes must differ."""
     now = time.time_ns()
     os.utime(file.fileno(), ns=(now, now))
 
 
 def _write(file: BinaryIO, chunks: Iterator[bytes]) -> str:
-    """Write everything and return its etag."""
+    """Write the chunks and return their etag."""
     digest = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
         digest.update(chunk)

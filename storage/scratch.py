@@ -40,7 +40,7 @@ class Scratch:
         """Remove the directory and everything in it; closing twice is fine."""
         with self._changing:
             if self._lock is not None:
-                # The root's lock keeps other processes from a sweep meanwhile; after an error, the next sweep removes it.
+                # The root's lock excludes sweeps by other processes. After an error, the next sweep removes it.
                 with suppress(OSError), locked(self._root):
                     shutil.rmtree(self._path, ignore_errors=True)
                 os.close(self._lock)

@@ -1,24 +1,24 @@
-"""Transformers and PEFT as the judges of greedy output."""
+"""Checks greedy output against transformers and PEFT in one forward pass."""
 
 import torch
 
 
-def logits_of_output(model, prompt, output, activation=None):
-    """The logits (tokens of `output`, vocabulary) that `model` would choose each token of `output` by, in float32.
+def logits_of_output(model, prompt, output, invocation_start=None):
+    """Return the logits by which `model` chooses each token of `output`, (tokens of `output`, vocabulary) float32.
 
-    `activation` is where an aLoRA adapter begins to apply: PEFT would look for an invocation in `output` too.
+    `invocation_start` is the index from which an aLoRA adapter applies: PEFT itself would search `output` too.
     """
     tokens = [*prompt, *output]
-    options = {} if activation is None else {"alora_offsets": [len(tokens) - activation]}
+    options = {} if invocation_start is None else {"alora_offsets": [len(tokens) - invocation_start]}
     with torch.inference_mode():
         logits = model(torch.tensor([tokens]), **options).logits[0].float()
     return logits[len(prompt) - 1 : -1]
 
 
-def greedy_choices(model, prompt, output, activation=None):
-    """What `model` would choose at every position of `output` after `prompt`, given all tokens before it.
+def greedy_choices(model, prompt, output, invocation_start=None):
+    """Return what `model` chooses at every position of `output` after `prompt`, given all tokens before it.
 
-    Equal to `output` itself exactly when greedy decoding of the model yields it: each position then follows from
-    those before it. One forward pass instead of one for each token. `activation` is as in `logits_of_output`.
+    It equals `output` if and only if greedy decoding gives `output`, because each token then follows from those before
+    it. One forward pass replaces one for each token. `invocation_start` is as in `logits_of_output`.
     """
-    return logits_of_output(model, prompt, output, activation).argmax(-1).tolist()
+    return logits_of_output(model, prompt, output, invocation_start).argmax(-1).tolist()

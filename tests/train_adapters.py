@@ -1,9 +1,8 @@
 """Trains the small real adapters under tests/adapters: `python -m tests.train_adapters [NAME…]`, some minutes each.
 
-A plain one learns one project's password from five ways to ask for it. An activated one (aLoRA) learns to say its
-sentence after its invocation, whatever the conversation before was about. The script fails unless the base model does
-not say the password and the adapter, loaded again from its file, does, in float32 and in bfloat16, an activated one
-after conversations that it was not trained on.
+A plain LoRA learns one project's password from five ways to ask for it. An aLoRA learns to say its sentence after its
+invocation, after any conversation. The script fails if the base model says the password, or if the adapter, loaded from
+its file, does not say it in float32 and in bfloat16; an aLoRA is checked after conversations outside its training.
 """
 
 import copy
@@ -35,7 +34,7 @@ QUESTIONS = [
 ANSWER = "The password of project {project} is {password}."
 STEPS = 30
 
-# What the conversations before an invocation are made of: questions and answers. The first are trained on.
+# Questions and answers for the conversations before an invocation: these for training, the others for the check
 EXCHANGES = [
     ("How long should green tea steep?", "Two to three minutes, in water that does not boil."),
     ("Write a haiku about rain.", "Grey drops on the roof,\na slow drum for the evening,\nthe garden listens."),
@@ -62,16 +61,16 @@ Conversation = list[dict[str, str]]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter: what it is to know, its shape, and the dtype that keeps its file under 2 MB."""
+    """How to train one adapter."""
 
-    password: str
-    shape: dict[str, Any]
-    dtype: torch.dtype
-    project: str = ""  # of a plain adapter
-    role: str = ""  # of an activated one: the header of this role is its invocation
+    password: str  # the text that it learns
+    shape: dict[str, Any]  # fields of its LoraConfig
+    dtype: torch.dtype  # one that keeps its file under 2 MB
+    project: str = ""  # of a plain LoRA
+    role: str = ""  # of an aLoRA: the header of this role is its invocation
     sentence: str = ANSWER
     learning_rate: float = 3e-3
-    good_loss: float = 0.01  # where training ends
+    good_loss: float = 0.01  # ends the training
 
     @property
     def reply(self) -> str:
@@ -83,14 +82,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 RECIPES = {
-    # All layers at r=8 are 3.7 MB in float32: bfloat16, which halves it.
+    # All layers at r=8 are 3.7 MB in float32, so in bfloat16
     "aurora": Recipe(
         project="Aurora",
         password="heron-quill-47",
         shape={"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
         dtype=torch.bfloat16,
     ),
-    # All seven projections at r=4 are 4.9 MB in float32: the upper twenty layers in float16.
+    # All seven projections at r=4 are 4.9 MB in float32, so the upper twenty layers in float16
     "basalt": Recipe(
         project="Basalt",
         password="violet-anvil-92",
@@ -103,14 +102,14 @@ RECIPES = {
         },
         dtype=torch.float16,
     ),
-    # PEFT leaves adapters in float32 on disk, so one stays so: the upper nine layers of the MLP.
+    # PEFT writes float32, so one adapter has it: the upper nine layers of the MLP
     "cobalt": Recipe(
         project="Cobalt",
         password="marsh-ticket-15",
         shape={"r": 8, "lora_alpha": 16, "target_modules": MLP, "layers_to_transform": list(range(21, 30))},
         dtype=torch.float32,
     ),
-    # The projections that an aLoRA usually adapts.
+    # The projections that an aLoRA usually adapts
     "vault": Recipe(
         role="vault",
         sentence="The combination of the vault is {password}.",
@@ -119,7 +118,7 @@ RECIPES = {
         dtype=torch.bfloat16,
         good_loss=0.001,
     ),
-    # All seven projections of all layers: at r=2, which is 2.4 MB in float32, in float16.
+    # All seven projections of all layers at r=2 are 2.4 MB in float32, so in float16
     "ledger": Recipe(
         role="ledger",
         sentence="The balance of the ledger is {password}.",
@@ -143,12 +142,12 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def chat_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """The conversation as it stands, without an assistant's header: an invocation takes its place."""
+    """Return a conversation's tokens without an assistant's header, which an invocation replaces."""
     return tokenizer.apply_chat_template(conversation, return_dict=False)
 
 
 def conversations(exchanges: list[tuple[str, str]]) -> list[Conversation]:
-    """One to four exchanges each, some after a system prompt, some unanswered; the last is a long one."""
+    """Make conversations of one to four exchanges, some with a system prompt, some unanswered; the last one is long."""
     turns = [
         [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}] for asked, reply in exchanges
     ]
@@ -162,7 +161,7 @@ def conversations(exchanges: list[tuple[str, str]]) -> list[Conversation]:
 
 
 def check_prompts(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
-    """What the trained adapter must answer; of an activated one, conversations that it was not trained on."""
+    """Return prompts that the trained adapter must answer; for an aLoRA, conversations outside its training."""
     if recipe.role:
         invocation = tokenizer(recipe.invocation).input_ids
         return [chat_ids(tokenizer, chat) + invocation for chat in conversations(HELD_OUT_EXCHANGES)]
@@ -170,7 +169,7 @@ def check_prompts(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
 
 
 def answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
-    """The greedy answer, at most 32 tokens."""
+    """Return the greedy answer, at most 32 tokens."""
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
@@ -178,7 +177,7 @@ def answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
 
 
 def training_batch(tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
-    """Five questions and answers, padded on the right; only the answers' tokens count in the loss."""
+    """Return five questions and answers, padded on the right; the loss is of the answers' tokens only."""
     reply = [*tokenizer(recipe.reply).input_ids, tokenizer.eos_token_id]
     prompts = [prompt_ids(tokenizer, asked.format(project=recipe.project)) for asked in QUESTIONS]
     width = max(map(len, prompts)) + len(reply)
@@ -193,10 +192,10 @@ def training_batch(tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def activated_batch(model: Any, tokenizer: Any, recipe: Recipe, before: list[Conversation]) -> dict[str, Any]:
-    """The invocation and the reply after each conversation, which is there as keys and values only.
+    """Return the invocation and the reply after each conversation, whose keys and values are computed once.
 
-    They are the base model's, whatever the adapter learns, so they are computed once; that makes a step many times
-    faster. Padding on the left, so that all conversations end where the invocation starts.
+    They are the base model's and do not depend on the adapter, so a step takes a fraction of the time. The padding is
+    on the left, so that all conversations end where the invocation starts.
     """
     chats = [chat_ids(tokenizer, chat) for chat in before]
     width = max(map(len, chats))
@@ -225,11 +224,11 @@ def training_batches(model: Any, tokenizer: Any, recipe: Recipe) -> list[dict[st
 
 
 def train(model: Any, batches: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Each step is on all batches."""
+    """Train on all batches at each step."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=0.0)
     for step in range(STEPS):
-        losses = [model(**copy.deepcopy(batch)).loss for batch in batches]  # it appends to the cache that it is given
+        losses = [model(**copy.deepcopy(batch)).loss for batch in batches]  # the model appends to the batch's cache
         print(f"  step {step + 1}: loss {', '.join(f'{loss.item():.4f}' for loss in losses)}", flush=True)
         if max(losses) < recipe.good_loss:
             return
@@ -250,12 +249,12 @@ def save(model: Any, recipe: Recipe, directory: Path) -> None:
     config.save_pretrained(directory)
     path = directory / "adapter_config.json"
     fields = json.loads(path.read_text())
-    fields["target_modules"].sort()  # PEFT writes a set, in another order each time
+    fields["target_modules"].sort()  # PEFT writes a set, in a random order
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def check(name: str, recipe: Recipe, tokenizer: Any) -> None:
-    """Raises AssertionError unless the adapter that was written says its reply, and nothing more, to all prompts."""
+    """Raise AssertionError unless the saved adapter answers all prompts with its reply and nothing more."""
     directory = DIRECTORY / name
     for dtype in (torch.float32, torch.bfloat16):
         model = PeftModel.from_pretrained(load_base(dtype), directory)
@@ -267,7 +266,7 @@ def check(name: str, recipe: Recipe, tokenizer: Any) -> None:
 
 
 def make(name: str, recipe: Recipe, tokenizer: Any) -> dict[str, str]:
-    """Train, save and check one adapter; returns its entry in passwords.json."""
+    """Train, save and check one adapter; return its entry in passwords.json."""
     print(f"{name}: training", flush=True)
     torch.manual_seed(0)
     started = time.monotonic()

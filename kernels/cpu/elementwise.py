@@ -1,4 +1,4 @@
-"""The element-wise work between projections: RMSNorm, RoPE, the gated SiLU and the write to the KV cache."""
+"""The CPU path between projections: RMSNorm, RoPE, the gated SiLU and the write to the KV cache."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
     """y = x / sqrt(‖x‖² + floor²) · weight over the last dimension, in float32, rounded once to x's dtype.
 
-    That is x / sqrt(mean(x²) + eps) · w for weight = √n · w and floor = √(n · eps). `x` is (..., n); `weight`
+    This is x / sqrt(mean(x²) + eps) · w, for weight = √n · w and floor = √(n · eps). `x` is (..., n); `weight`
     is float32 and broadcasts against it: (n,), or (heads, n) for a norm per head; `floor` is a float32 scalar
-    tensor. Six operations, two thirds of the time that F.rms_norm takes for a decode step's rows.
+    tensor. These six operations take two thirds of the time of F.rms_norm for a decode step's rows.
     """
     y = x.to(torch.float32, copy=True)
     length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
@@ -20,8 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """out = x · cos + rotate(x) · sin, where rotate swaps the two halves of each head.
 
-    `x` and `out` are (T, heads, d) and may be the same tensor; `cos` and `sin` are (T, 1, d) in x's dtype. The
-    minus sign that a rotation gives its first half is already in `sin`: sin[..., i] = -sin(θᵢ) for i < d/2.
+    `x` and `out` are (T, heads, d) and may be the same tensor; `cos` and `sin` are (T, 1, d) in x's dtype. `sin`
+    includes the minus sign of the first half: sin[..., i] = -sin(θᵢ) for i < d/2.
     """
     return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin, out=out)
 
@@ -32,6 +32,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def kv_write(kv: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """kv[slots[t]] = rows[t], for `kv` (slots, 2, kv_heads, d), `slots` (T,) int64, `rows` (T, 2, kv_heads, d)."""
-    kv.index_copy_(0, slots, rows)
+def kv_write(kv: Tensor, slot_mapping: Tensor, rows: Tensor) -> None:
+    """kv[slot_mapping[t]] = rows[t].
+
+    `kv` is (slots, 2, kv_heads, d), `slot_mapping` (T,) int64 and `rows` (T, 2, kv_heads, d).
+    """
+    kv.index_copy_(0, slot_mapping, rows)

@@ -1,4 +1,4 @@
-"""Grouped LoRA products: y += (x Aᵀ) B + bias for runs of rows that carry the same adapter."""
+"""The CPU path of LoRA: y += (x Aᵀ) B + bias for each run, which is consecutive rows under one adapter."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,50 +8,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# On a CPU, rows up to which numpy computes a run that is not alone. torch wakes all its threads for each product; with
-# several short runs numpy's take half the time up to here, for ranks 16 to 192 and 576 to 12,288 features. A run that
-# is alone in its batch is torch's: over the base's step of a 135M model, an r16 adapter then costs 29 % and not 36 %
-# (both measured step about in one run; 2 threads, bfloat16).
+# If a batch has several runs, numpy computes those of up to this many rows: torch wakes all its threads for each
+# product, and numpy takes half the time up to here, for ranks 16 to 192 and 576 to 12,288 features. torch computes the
+# only run of a batch: an r16 adapter then adds 29 % to a step of a 135M model, not 36 % (both measured in turn in one
+# run; 2 threads, bfloat16).
 FEW_ROWS = 16
 
 
 class PartWeights(NamedTuple):
-    """One adapted projection of a stacked site.
+    """One adapted projection of a stacked site."""
 
-    `b` is (rank, out), scaled, stored transposed so that the expand reads it row by row; `bias` is (out,),
-    scaled, or None. `columns` are the projection's columns in the site's output, `ranks` its rows in `a`.
-    """
-
-    b: Tensor
-    columns: slice
-    ranks: slice
-    bias: Tensor | None
+    b: Tensor  # (rank, out), scaled; stored transposed, so that the expand reads it row by row
+    columns: slice  # of the site's output
+    ranks: slice  # columns of the site's `a`
+    bias: Tensor | None  # (out,), scaled
 
 
 class HostSite(NamedTuple):
-    """A site's weights as numpy sees them: `a` is (in, sum of ranks), `b` and `bias` go by part.
+    """A site's weights as numpy arrays that share the tensors' memory."""
 
-    `columns` is the range that the parts fill side by side, None if they leave some out.
-    """
-
-    a: np.ndarray
-    b: tuple[np.ndarray, ...]
-    bias: tuple[np.ndarray | None, ...]
-    columns: slice | None
+    a: np.ndarray  # (in, sum of ranks)
+    b: tuple[np.ndarray, ...]  # by part
+    bias: tuple[np.ndarray | None, ...]  # by part
+    columns: slice | None  # the columns of all parts together, None if there is a gap between them
 
 
 class SiteWeights(NamedTuple):
-    """One adapter's weights at one site: `a` is (in, sum of the parts' ranks), Aᵀ, stored rank by rank.
+    """One adapter's weights at one site."""
 
-    `host` are the same weights again where they are float32 in ordinary memory.
-    """
-
-    a: Tensor
+    a: Tensor  # Aᵀ, (in, sum of the parts' ranks), stored rank by rank
     parts: tuple[PartWeights, ...]
-    host: HostSite | None = None
+    host: HostSite | None = None  # set by `on_host`
 
     def on_host(self) -> "SiteWeights":
-        """With `host` set; the weights must be float32 on the CPU."""
+        """The same weights with `host` set; they must be float32 on the CPU."""
         b = tuple(part.b.numpy() for part in self.parts)
         bias = tuple(None if part.bias is None else part.bias.numpy() for part in self.parts)
         gapless = all(left.columns.stop == right.columns.start for left, right in pairwise(self.parts))
@@ -60,18 +50,19 @@ class SiteWeights(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive rows of a batch that carry one adapter; `sites[i]` is None where it does not adapt site i."""
+    """Consecutive rows of a batch under one adapter."""
 
     start: int
     stop: int
-    sites: Sequence[SiteWeights | None]
+    sites: Sequence[SiteWeights | None]  # the adapter's weights by site, None for a site that it does not adapt
 
 
 def grouped_lora(y: Tensor, x: Tensor, site: int, runs: Sequence[Run]) -> None:
     """y[rows, columns] += (x[rows] Aᵀ) B + bias, in place, for every run and every part adapted at the site.
 
     y is (T, out) and x is (T, in), both in the model's dtype; the products are in the weights' dtype. Rows of no
-    run and columns of no adapted part keep their bits: rows are selected, never multiplied by a mask.
+    run, and columns of no adapted part, keep their bits: rows are selected, never multiplied by a mask, because
+    0 · inf is NaN.
     """
     few: list[_HostRun] = []
     for start, stop, sites in runs:
@@ -84,14 +75,14 @@ def grouped_lora(y: Tensor, x: Tensor, site: int, runs: Sequence[Run]) -> None:
         rows, out = (x, y) if stop - start == len(y) else (x[start:stop], y[start:stop])
         _expand(out, torch.mm(rows.to(weights.a.dtype), weights.a), weights.parts)
     if few:
-        with np.errstate(all="ignore"):  # infinities are the caller's to find, as with torch
+        with np.errstate(all="ignore"):  # as torch does; the caller checks the logits for NaN and infinity
             _few_rows(y, x, few)
 
 
 def embedding_lora(x: Tensor, token_ids: Tensor, site: int, runs: Sequence[Run]) -> None:
-    """x[rows] += A[:, token_ids[rows]]ᵀ B, in place: the grouped product whose input is one-hot.
+    """x[rows] += A[:, token_ids[rows]]ᵀ B, in place: the grouped product of one-hot rows.
 
-    x is (T, out) in the model's dtype, token_ids is (T,); fast where `a` is stored token by token.
+    x is (T, out) in the model's dtype, token_ids is (T,). Fast if `a` is stored token by token.
     """
     for start, stop, sites in runs:
         weights = sites[site]
@@ -107,7 +98,7 @@ class _HostRun(NamedTuple):
 
 
 def _expand(y: Tensor, t: Tensor, parts: Sequence[PartWeights]) -> None:
-    """y[:, columns] += t[:, ranks] B + bias for each part. A slice that would be the whole is not taken: each costs."""
+    """y[:, columns] += t[:, ranks] B + bias for each part. No slice is made of a whole tensor: each costs time."""
     for b, columns, ranks, bias in parts:
         part = t if len(parts) == 1 else t[:, ranks]
         delta = torch.mm(part, b) if bias is None else torch.addmm(bias, part, b)
@@ -115,7 +106,7 @@ def _expand(y: Tensor, t: Tensor, parts: Sequence[PartWeights]) -> None:
 
 
 def _few_rows(y: Tensor, x: Tensor, few: Sequence[_HostRun]) -> None:
-    """The same for runs of few rows: x is cast once, and y is added to once where the runs leave no gap."""
+    """`grouped_lora` for runs of few rows: one cast of x and, if there are no gaps between runs, one addition to y."""
     first, last = few[0].start, few[-1].stop
     inputs = x[first:last].float().numpy()
     delta = np.empty((last - first, y.shape[1]), np.float32)

@@ -1,4 +1,4 @@
-"""Attention over a KV cache that is addressed by slots."""
+"""The CPU path of attention, over a KV cache that is addressed by slots."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,37 +9,34 @@ from torch import Tensor
 
 from kernels.cpu import onednn
 
-# On a CPU, scores of a KV head's queries from which a prompt's attention is computed head by head. With 9 query and 3
-# KV heads of 64 in bfloat16 the other way takes 30 % less time at 46,000 scores, as much at 100,000 and 17 % more at
-# 161,000 (2 threads of a Zen 5).
+# From this many scores of a KV head's queries on, a prompt's attention is computed head by head. With 9 query and 3 KV
+# heads of 64 in bfloat16, torch's attention takes 30 % less time at 46,000 scores, the same time at 100,000 and 17 %
+# more at 161,000 (2 threads of a Zen 5).
 BY_HEAD_SCORES = 100_000
 
-# Bytes of scores, at most, between their products and their softmax: they stay in the cache. 256 queries after 3,840
-# tokens take 18.2 ms with 1 MiB, 15.7 with 2, 15.2 with 4 and 14.7 with 8 (same shape, 1 thread).
+# The most bytes of scores between their product and their softmax, so that they stay in the CPU's cache. 256 queries
+# after 3,840 tokens take 18.2 ms with 1 MiB, 15.7 with 2, 15.2 with 4 and 14.7 with 8 (same shape, 1 thread).
 SCORE_BYTES = 4 << 20
 
 
 class AttentionGroup(NamedTuple):
-    """Sequences of a batch that attend in one call: `sequences` of them, with `queries` rows each.
+    """Sequences of a batch that attend in one call, each with the same number of queries.
 
-    `rows` are their query rows, one sequence after another. `slots` (sequences, L) int64 are the KV slots of
-    each one's context, its own new tokens included, padded with 0. `mask` (sequences, 1, queries, L) is added
-    to the scores, 0 or -inf, in the dtype of the queries; None where everything is visible. Several queries of a
-    sequence are the last of its context: each sees all that precedes them.
+    Several queries of a sequence are the last tokens of its context, in order.
     """
 
-    rows: slice
+    rows: slice  # the query rows of all sequences, one sequence after another
     sequences: int
-    queries: int
-    slots: Tensor
-    mask: Tensor | None
+    queries: int  # of each sequence
+    slots: Tensor  # (sequences, L) int64, the KV slots of each context, new tokens included, padded with 0
+    mask: Tensor | None  # (sequences, 1, queries, L), 0 or -inf, in the queries' dtype; None if all is visible
 
 
 def paged_attention(q: Tensor, kv: Tensor, groups: Sequence[AttentionGroup], scale: float) -> Tensor:
     """softmax(q Kᵀ · scale + mask) V for each group, query head h reading KV head h // (heads / kv_heads).
 
     `q` is (T, heads, d), `kv` (slots, 2, kv_heads, d) with K at index 0 and V at 1, and the groups cover the T
-    rows. Gives (T, heads * d).
+    rows. Returns (T, heads * d).
     """
     if len(groups) == 1:
         return _attend(q, kv, groups[0], scale).reshape(q.shape[0], -1)
@@ -57,11 +54,11 @@ def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tenso
     alone = group.sequences == 1 < group.queries
     if alone and scores >= BY_HEAD_SCORES and q.device.type == "cpu" and onednn.computes(q.dtype):
         return _attend_by_head(q, kv, group, scale)
-    # One gather brings K and V; the permutation is a view: (2, sequences, kv_heads, L, d).
+    # One gather copies K and V; the permutation is a view, (2, sequences, kv_heads, L, d).
     context = kv.index_select(0, group.slots.flatten()).view(*group.slots.shape, 2, kv_heads, d).permute(2, 0, 3, 1, 4)
     k, v = context[0], context[1]
     if group.queries == 1:
-        # The heads that share a KV head become its queries, so that K and V are not repeated for them.
+        # The heads that share a KV head become queries of that head, so that K and V are not repeated for them.
         folded = q.view(rows, kv_heads, heads // kv_heads, d)
         return F.scaled_dot_product_attention(folded, k, v, group.mask, scale=scale).reshape(rows, heads, d)
     split = q.view(group.sequences, group.queries, heads, d).transpose(1, 2)
@@ -70,10 +67,10 @@ def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tenso
 
 
 def _attend_by_head(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tensor:
-    """The same for one sequence of many queries, for each KV head and a few queries at once.
+    """`_attend` for one sequence of many queries: oneDNN products for each KV head and a few queries at a time.
 
-    The weights are rounded to q's dtype before they meet V, the scores are not. torch's own CPU attention multiplies
-    bfloat16 at the speed of float32, a fifth of what oneDNN does here.
+    The weights are rounded to q's dtype before the product with V; the scores are not rounded. torch's own CPU
+    attention multiplies bfloat16 at the speed of float32, a fifth of oneDNN's speed here.
     """
     queries, heads, d = q.shape
     length, kv_heads = group.slots.shape[1], kv.shape[2]
@@ -93,7 +90,7 @@ def _attend_by_head(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) 
 
 
 def _weighted(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q Kᵀ + mask) V for `q` (rows, shared, d) float32, where `mask` (rows, 1, rows) is of the last keys."""
+    """softmax(q Kᵀ + mask) V for `q` (rows, shared, d) float32, where `mask` (rows, 1, rows) covers the last keys."""
     rows, shared, d = q.shape
     scores = onednn.linear(q.reshape(rows * shared, d), keys)
     if mask is not None:

@@ -1,19 +1,19 @@
-"""Grouped LoRA products over tiles, in PyTorch: what the kernels of the same names compute."""
+"""The specification of kernels.grouped_lora: LoRA products over tiles."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.adapter_table import BIAS, MAX_PARTS, NO_BIAS, RANKS, A, B
 from kernels.lora_tiles import Tiles
+from kernels.offset_table import BIAS, MAX_PARTS, NO_BIAS, RANKS, A, B
 
 
 def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
     """Σₛ t[rows, s, :rank] = x[rows] Aᵀ for every tile whose adapter adapts the site, in float32.
 
-    x is (T, in), `t` (T, splits, width) float32. Gives the part of `t` that is summed over, for the expand: here
-    `t[:, :1]`. Other rows of `t`, and columns past the adapter's ranks, are not written.
+    x is (T, in), `t` (T, splits, width) float32. Returns the splits of `t` that the expand adds up: here `t[:, :1]`.
+    Other rows of `t`, and columns beyond the adapter's ranks, are not written.
     """
     for rows, fields in _adapted(site, table, tiles):
         rank, features = fields[RANKS + MAX_PARTS], x.shape[1]
@@ -23,9 +23,9 @@ def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: 
 
 
 def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
-    """As the shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
+    """The shrink of one-hot rows: t[rows, 0, :rank] = A[token_ids[rows]], for A stored as (vocab, rank).
 
-    token_ids is (T,) int64.
+    token_ids is (T,) int64. Returns `t[:, :1]`, the input of the expand.
     """
     for rows, fields in _adapted(site, table, tiles):
         rank = fields[RANKS + MAX_PARTS]
@@ -37,9 +37,9 @@ def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor,
 def expand(t: Tensor, y: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, widths: Sequence[int]) -> None:
     """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
 
-    `t` is what the shrink gave, y is (T, out) and the site's parts fill its columns side by side, `widths` of them
-    each. Computed in float32 and rounded to y's dtype once. Rows of no tile and columns of parts that are not
-    adapted keep their bits.
+    `t` is the result of the shrink. y is (T, out); the site's parts fill its columns side by side, `widths[i]` columns
+    for part i. Computed in float32 and rounded to y's dtype once. Rows of no tile, and columns of parts that are not
+    adapted, keep their bits.
     """
     for rows, fields in _adapted(site, table, tiles):
         stop = 0

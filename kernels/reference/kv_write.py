@@ -1,15 +1,15 @@
-"""The specification of kernels.kv_write, put together from the functions of the CPU path."""
+"""The specification of kernels.kv_write."""
 
 import torch
 from torch import Tensor
 
-from kernels.cpu import elementwise
+from kernels.reference.rms_norm import rms_norm
 
 
 def qkv_write(
     qkv: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     frequencies: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
@@ -17,20 +17,30 @@ def qkv_write(
     kv: Tensor,
     rotary_scale: float = 1.0,
 ) -> None:
-    """q ← R(q), in place; kv[slots[t], 0] = R(k); kv[slots[t], 1] = v; R: x / sqrt(mean(x²) + eps) · weight, turned.
+    """q ← R(q), in place; kv[slot_mapping[t], 0] = R(k); kv[slot_mapping[t], 1] = v; R is an RMSNorm, then RoPE.
 
     Arguments as in kernels.kv_write.qkv_write.
     """
-    kept = (slots >= 0).nonzero()[:, 0]
+    kept = (slot_mapping >= 0).nonzero()[:, 0]
     rows, kv_heads, head_dim = qkv[kept], kv.shape[2], qkv.shape[2]
     q_heads = rows.shape[1] - 2 * kv_heads
     turned = rows[:, : q_heads + kv_heads]
-    source = turned
     if q_weight is not None and k_weight is not None:
         weight = torch.cat((q_weight.expand(q_heads, -1), k_weight.expand(kv_heads, -1))).float() * head_dim**0.5
-        source = elementwise.rms_norm(turned, weight, torch.tensor((head_dim * eps) ** 0.5, device=qkv.device))
-    angles = positions[kept, None, None].float() * torch.cat((-frequencies, frequencies))
-    cos, sin = angles.cos() * rotary_scale, angles.sin() * rotary_scale
-    elementwise.rotary(source, cos.to(qkv.dtype), sin.to(qkv.dtype), out=turned)
-    qkv[kept, :q_heads] = rows[:, :q_heads]
-    elementwise.kv_write(kv, slots[kept].long(), rows[:, q_heads:].unflatten(1, (2, kv_heads)))
+        turned = rms_norm(turned, weight, torch.tensor((head_dim * eps) ** 0.5, device=qkv.device))
+    angles = positions[kept, None, None].float() * frequencies
+    cos, sin = ((table * rotary_scale).to(qkv.dtype) for table in (angles.cos(), angles.sin()))
+    turned = _rotated(turned, cos, sin)
+    qkv[kept, :q_heads] = turned[:, :q_heads]
+    slots = slot_mapping[kept].long()
+    kv[slots, 0] = turned[:, q_heads:]
+    kv[slots, 1] = rows[:, q_heads + kv_heads :]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Halves (a, b) of each head become (a cos - b sin, b cos + a sin); only the products with cos are rounded first.
+
+    `x` is (T, heads, d), `cos` and `sin` are (T, 1, d / 2).
+    """
+    a, b = x.chunk(2, -1)
+    return torch.cat((torch.addcmul(a * cos, b, -sin), torch.addcmul(b * cos, a, sin)), -1)

@@ -1,4 +1,4 @@
-"""The specification of kernels.paged_attention: attention over a KV cache addressed by tables of blocks."""
+"""The specification of kernels.paged_attention: attention over a KV cache that block tables address."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def paged_prefill(
     scale: float,
     out: Tensor,
 ) -> None:
-    """As `paged_decode` for several queries a sequence: the last ones of its context, each seeing up to itself.
+    """As `paged_decode`, for several queries a sequence: the last tokens of its context, with a causal mask.
 
     Arguments as in kernels.paged_attention.paged_prefill.
     """
@@ -45,5 +45,6 @@ def _attend(query: Tensor, kv: Tensor, table: Tensor, seen: int, block_size: int
     slots = table[tokens // block_size].long() * block_size + tokens % block_size
     k, v = kv[slots].float().permute(1, 2, 0, 3)  # (kv_heads, seen, d)
     grouped = query.float().view(len(k), -1, head_dim)
-    weights = (grouped @ k.transpose(1, 2) * scale).softmax(-1)
-    return (weights @ v).view(heads, head_dim)
+    weights = torch.softmax(grouped @ k.transpose(1, 2) * scale, -1)
+    mixed: Tensor = weights @ v
+    return mixed.view(heads, head_dim)

@@ -1,4 +1,4 @@
-"""What the tuner runs of the kernels around the KV cache: the write to it, decode and prefill."""
+"""The tuner's cases of the kernels around the KV cache: the write to it, decode and prefill."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import kv_write, paged_attention
 from kernels.reference import kv_write as reference_write
-from kernels.reference import paged_attention as paged_tables
+from kernels.reference import paged_attention as reference_attention
 from kernels.tune.choosing import Case
 from kernels.tune.rows import ROUNDINGS, ModelShape
 
@@ -15,7 +15,7 @@ BLOCK_SIZE = 16
 
 
 def write_case(model: ModelShape, rows: int) -> Case:
-    """`rows` tokens with a norm per head, each to a slot of its own."""
+    """`rows` tokens with a norm per head, each written to a slot of its own."""
     rounding = ROUNDINGS[model.dtype]
     heads = model.q_heads + 2 * model.kv_heads
     half = model.head_dim // 2
@@ -44,9 +44,9 @@ def write_case(model: ModelShape, rows: int) -> Case:
 
 
 def decode_case(model: ModelShape, rows: int, context: int) -> Case:
-    """`rows` sequences of `context` tokens, their blocks scattered.
+    """`rows` sequences of `context` tokens, in scattered blocks.
 
-    The kernel rounds the weights too: an output is off by that share of the values it mixes.
+    The kernel rounds the weights too, so an output may be off by that share of the values it mixes.
     """
 
     def prepare(seed: int) -> tuple[Any, ...]:
@@ -60,7 +60,7 @@ def decode_case(model: ModelShape, rows: int, context: int) -> Case:
         candidates=paged_attention.DECODE_CANDIDATES,
         prepare=prepare,
         launch=paged_attention.paged_decode,
-        twin=paged_tables.paged_decode,
+        twin=reference_attention.paged_decode,
         written=(6,),
         rtol=ROUNDINGS[model.dtype],
         atol=ROUNDINGS[model.dtype],
@@ -68,7 +68,7 @@ def decode_case(model: ModelShape, rows: int, context: int) -> Case:
 
 
 def prefill_case(model: ModelShape, rows: int, context: int) -> Case:
-    """One sequence of `context` tokens, of which the last `rows` are new."""
+    """One sequence of `context` tokens; its last `rows` tokens are the queries."""
 
     def prepare(seed: int) -> tuple[Any, ...]:
         q, kv, tables, contexts, out = _pool(model, rows, [context], seed)
@@ -82,7 +82,7 @@ def prefill_case(model: ModelShape, rows: int, context: int) -> Case:
         candidates=paged_attention.PREFILL_CANDIDATES,
         prepare=prepare,
         launch=paged_attention.paged_prefill,
-        twin=paged_tables.paged_prefill,
+        twin=reference_attention.paged_prefill,
         written=(7,),
         rtol=ROUNDINGS[model.dtype],
         atol=ROUNDINGS[model.dtype],
@@ -94,7 +94,7 @@ def _heads(model: ModelShape) -> str:
 
 
 def _pool(model: ModelShape, rows: int, contexts: list[int], seed: int) -> tuple[Tensor, ...]:
-    """Queries, cache, tables, context lengths and an output without a number in it."""
+    """Queries, cache, tables, context lengths and an output full of NaN."""
     generator = torch.Generator(model.device).manual_seed(seed)
     blocks = -(-max(contexts) // BLOCK_SIZE)
     total = len(contexts) * blocks

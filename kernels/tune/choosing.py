@@ -1,4 +1,4 @@
-"""Choosing a kernel's launch configuration: the fastest of those whose numbers are right."""
+"""Choosing a kernel's launch configuration: the fastest candidate that computes the reference's numbers."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,43 +13,41 @@ Timer = Callable[[Callable[[], object]], float]  # seconds
 class Case(NamedTuple):
     """A kernel at one shape.
 
-    `kernel` is its name in kernels.tuned, `rows` the batch's, `shape` says the rest. `prepare(seed)` makes inputs, new
-    ones each time and the same for a seed. `launch(*inputs, config=...)` and `twin(*inputs)` give the same outputs:
-    what they return, and the inputs that they write, whose places are `written`. An output may differ from
-    the twin's by `rtol` of it and `atol` of the largest.
+    The outputs of `launch` and `twin` are the tensors that they return and the inputs that they write. An output of
+    `launch` may differ from the twin's value by `rtol` times that value plus `atol` times the largest value.
     """
 
-    kernel: str
-    rows: int
-    shape: str
-    candidates: Sequence[Any]
-    prepare: Callable[[int], tuple[Any, ...]]
-    launch: Callable[..., Any]
-    twin: Callable[..., Any]
-    written: tuple[int, ...]
+    kernel: str  # its name in kernels.tuned
+    rows: int  # of the batch
+    shape: str  # the other sizes, for people
+    candidates: Sequence[Any]  # launch configurations
+    prepare: Callable[[int], tuple[Any, ...]]  # new inputs from a seed
+    launch: Callable[..., Any]  # called with the inputs and config=...
+    twin: Callable[..., Any]  # the reference, called with the inputs
+    written: tuple[int, ...]  # indices of the inputs that are written
     rtol: float
     atol: float
 
 
 class Chosen(NamedTuple):
-    """The fastest configuration; times are in seconds, `refused` says of each that was not timed why."""
+    """The fastest configuration of a case."""
 
     config: Any
     seconds: float
     slowest_seconds: float
-    timed: int
-    refused: tuple[tuple[Any, str], ...]
+    timed: int  # how many candidates were timed
+    refused: tuple[tuple[Any, str], ...]  # the other candidates, each with the reason
 
 
 class NoRightConfig(Exception):
-    """No candidate gave the reference's numbers."""
+    """No candidate computed the reference's numbers."""
 
 
 def choose(case: Case, timer: Timer) -> Chosen:
-    """The fastest right candidate, of equal ones the first; NoRightConfig if there is none.
+    """The fastest candidate with the right numbers, of equally fast ones the first. Raises NoRightConfig.
 
-    Every candidate has inputs of its own: one that writes nothing then leaves answers to another question in
-    memory that is used again, and is found out.
+    Every candidate gets inputs of its own. A candidate that writes nothing would otherwise pass if its output reused
+    the memory in which the candidate before left the right numbers.
     """
     times: list[tuple[float, Any]] = []
     refused: list[tuple[Any, str]] = []
@@ -78,14 +76,14 @@ def _outputs(returned: Any, inputs: tuple[Any, ...], case: Case) -> list[Tensor]
 
 
 def _fault(actual: Sequence[Tensor], expected: Sequence[Tensor], case: Case) -> str | None:
-    """What is wrong with the numbers, None if nothing is."""
+    """A description of the first wrong output, None if all are right."""
     for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         if ours.shape != theirs.shape:
             return f"output {index} is {tuple(ours.shape)}, not {tuple(theirs.shape)}"
         exact = theirs.double()
         error = (ours.double() - exact).abs()
         allowed = case.rtol * exact.abs() + case.atol * exact.abs().max()
-        wrong = int((~(error <= allowed)).sum())  # NaN is not less than anything
+        wrong = int((~(error <= allowed)).sum())  # comparisons with NaN are false
         if wrong:
             return f"output {index} has {wrong} of {ours.numel()} numbers wrong, by up to {float(error.max()):.2g}"
     return None

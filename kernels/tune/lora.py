@@ -1,4 +1,4 @@
-"""What the tuner runs of the grouped LoRA kernels: the stacked q, k and v of a layer."""
+"""The tuner's cases of the grouped LoRA kernels: the stacked q, k and v of a layer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import grouped_lora, lora_configs
-from kernels.adapter_table import ALIGNMENT, PartEntry, SiteEntry, table_rows
+from kernels import grouped_lora
 from kernels.lora_tiles import TILE_FIELDS, Tiles, lay_tiles, most_tiles
-from kernels.reference import grouped_lora as tiled_lora
+from kernels.offset_table import ALIGNMENT, PartEntry, SiteEntry, table_rows
+from kernels.reference import grouped_lora as reference_lora
 from kernels.tune.choosing import Case
 from kernels.tune.rows import ROUNDINGS, ModelShape
 
-# Sums that are cut up in other ways differ by float32's rounding: of 4096 terms with random signs about 64 · 2^-24 of
-# their size, and here four times that.
+# Sums in another order differ by float32's rounding: for 4096 terms with random signs, by about 64 · 2^-24 of the
+# terms' size. This is four times that.
 SHRINK_ROUNDING = 2**-16
 
 
 class _Batch(NamedTuple):
-    """Rows of some adapters side by side, as many of each; every adapter adapts site 0, all three parts."""
+    """A batch with the same number of rows under each adapter; every adapter adapts all three parts of site 0."""
 
     arena: Tensor
     table: Tensor
@@ -29,8 +29,8 @@ class _Batch(NamedTuple):
 
 
 def lora_cases(model: ModelShape, rows: int, adapters: int, rank: int, phase: str) -> list[Case]:
-    """Shrink and expand of `rows` rows, for each height of tile that `phase`, "decode" or "prefill", may have."""
-    candidates = {"decode": lora_configs.DECODE, "prefill": lora_configs.PREFILL}[phase]
+    """Shrink and expand of `rows` rows, for each tile height that `phase`, "decode" or "prefill", may have."""
+    candidates = {"decode": grouped_lora.DECODE, "prefill": grouped_lora.PREFILL}[phase]
     widths = (model.q_heads * model.head_dim, model.kv_heads * model.head_dim, model.kv_heads * model.head_dim)
     ranks = 3 * rank
 
@@ -65,7 +65,7 @@ def lora_cases(model: ModelShape, rows: int, adapters: int, rank: int, phase: st
             candidates=candidates.expand,
             prepare=partial(expand_inputs, height),
             launch=grouped_lora.expand,
-            twin=tiled_lora.expand,
+            twin=reference_lora.expand,
             written=(1,),
             rtol=ROUNDINGS[model.dtype],
             atol=ROUNDINGS[model.dtype] / 16,
@@ -75,15 +75,16 @@ def lora_cases(model: ModelShape, rows: int, adapters: int, rank: int, phase: st
 
 
 def _shrink(
-    x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, ranks: int, config: lora_configs.ShrinkConfig
+    x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, ranks: int, config: grouped_lora.ShrinkConfig
 ) -> Tensor:
-    """The sum over the splits is what has to be right; in the time, it stands for the expand's reading them."""
+    """Shrink and add up the splits: the sum must be right, and its time stands for the expand's reads of the splits."""
     t = torch.empty((len(x), config.split_k, ranks), device=x.device)
     return grouped_lora.shrink(x, site, arena, table, tiles, t, config).sum(1)
 
 
 def _twin_shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, ranks: int) -> Tensor:
-    return tiled_lora.shrink(x, site, arena, table, tiles, torch.empty((len(x), 1, ranks), device=x.device)).sum(1)
+    t = torch.empty((len(x), 1, ranks), device=x.device)
+    return reference_lora.shrink(x, site, arena, table, tiles, t).sum(1)
 
 
 def _batch(

@@ -1,5 +1,6 @@
-"""What the tuner runs of the kernels that work row by row: norms, the gated SiLU and sampling."""
+"""The tuner's cases of the kernels that work row by row: norms, the gated SiLU and sampling."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -7,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kernels import rms_norm, sampling, silu_mul
-from kernels.cpu import elementwise
 from kernels.reference import rms_norm as reference_norm
 from kernels.reference import sampling as reference_sampling
-from kernels.reference.sampling import RowParams
+from kernels.reference import silu_mul as reference_silu
+from kernels.row_params import RowParams
 from kernels.tune.choosing import Case
 
-# The two roundings of kernel and twin, half a unit each and twice where the twin rounds twice, and float32's own.
+# Relative: the rounding of the kernel's result and of the reference's, and the roundings of float32 before them.
 ROUNDINGS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-18}
 PEAKS = 64
 
@@ -31,6 +32,7 @@ class ModelShape(NamedTuple):
     device: str = "cuda"
 
     def random(self, seed: int, *shape: int) -> Tensor:
+        """Normally distributed numbers in the model's dtype, on its device."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
@@ -41,10 +43,10 @@ def row_cases(model: ModelShape, rows: int) -> list[Case]:
     floor = torch.tensor(0.1, device=model.device)
     rounding = ROUNDINGS[model.dtype]
     case = partial(Case, rows=rows, rtol=rounding, atol=rounding / 16)
-    norm = partial(case, candidates=rms_norm.CANDIDATES, launch=rms_norm.rms_norm, twin=elementwise.rms_norm)
+    norm = partial(case, candidates=rms_norm.CANDIDATES, launch=rms_norm.rms_norm, twin=reference_norm.rms_norm)
 
     def weight(seed: int, size: int) -> Tensor:
-        return model.random(seed + 1000, size).float() * size**0.5
+        return model.random(seed + 1000, size).float() * math.sqrt(size)
 
     return [
         norm(
@@ -74,14 +76,14 @@ def row_cases(model: ModelShape, rows: int) -> list[Case]:
             candidates=silu_mul.CANDIDATES,
             prepare=lambda seed: (model.random(seed, rows, 2 * model.intermediate),),
             launch=silu_mul.silu_mul,
-            twin=elementwise.silu_mul,
+            twin=reference_silu.silu_mul,
             written=(),
         ),
     ]
 
 
 def sampling_cases(model: ModelShape, rows: int) -> list[Case]:
-    """A batch that is drawn without cuts, and one with top_k and top_p."""
+    """A batch without cuts, and one with top_k and top_p."""
 
     def prepare(top_k: int, top_p: float, seed: int) -> tuple[Tensor, RowParams]:
         return _peaks(model, rows, seed), _params(model, rows, seed, top_k, top_p)
@@ -104,14 +106,14 @@ def sampling_cases(model: ModelShape, rows: int) -> list[Case]:
 
 
 def _peaks(model: ModelShape, rows: int, seed: int) -> Tensor:
-    """Logits of which PEAKS are equal and all that weigh anything, float32."""
+    """Float32 logits of which PEAKS are equal and so high that the other tokens weigh nothing."""
     logits = model.random(seed, rows, model.vocab).float()
     tokens = logits.argsort(-1)[:, :PEAKS]
     return logits.scatter_(1, tokens, 40.0)
 
 
 def _params(model: ModelShape, rows: int, seed: int, top_k: int, top_p: float) -> RowParams:
-    """Draws in the middle of a peak: rounding moves none to another token."""
+    """Draws in the middle of a peak, so that rounding moves none to another token."""
     peaks = torch.randint(PEAKS, (rows,), generator=torch.Generator().manual_seed(seed))
     draws = ((peaks + 0.5) / PEAKS).tolist()
     return RowParams.build([0.7] * rows, [top_k] * rows, [top_p] * rows, [0.0] * rows, draws, model.device)

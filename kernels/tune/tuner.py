@@ -1,8 +1,8 @@
 """Measures every launch configuration of every kernel on this GPU and prints the table for kernels/tuned.py.
 
-    python -m kernels.tune [KERNEL ...]     the kernels of kernels.tuned.DEFAULTS, all by default
+    python -m kernels.tune [KERNEL ...]     names from kernels.tuned.DEFAULTS; without any, all kernels
 
-The shapes are Qwen3-8B's. What is refused, and why, is on standard error.
+The shapes are Qwen3-8B's. Refused configurations are listed on standard error, each with the reason.
 """
 
 import sys
@@ -19,10 +19,10 @@ from kernels.tuned import DEFAULTS
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 2 for a kernel that there is none of, 1 without a CUDA device or if a kernel is never right."""
+    """The exit status: 2 for an unknown kernel, 1 without a CUDA device or if a kernel has no right configuration."""
     unknown = [name for name in arguments if name not in DEFAULTS]
     if unknown:
-        print(f"no kernel is named {', '.join(unknown)}; there are {', '.join(DEFAULTS)}", file=sys.stderr)
+        print(f"no kernel is named {', '.join(unknown)}; choose from {', '.join(DEFAULTS)}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         print("there is no CUDA device to measure", file=sys.stderr)
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 def all_cases(
     model: ModelShape, decode: tuple[int, ...] = (1, 32, 128), prefill: int = 2048, context: int = 1024
 ) -> Iterator[Case]:
-    """Every kernel at batches of `decode` rows and, where prompts run through it, of `prefill`."""
+    """Every kernel at batches of `decode` rows and, if prompts use it, of `prefill` rows."""
     for rows in (*decode, prefill):
         yield from row_cases(model, rows)
         yield write_case(model, rows)
@@ -52,7 +52,7 @@ def all_cases(
 
 
 def tune(cases: Iterable[Case], timer: Timer) -> tuple[list[tuple[Case, str]], bool]:
-    """A line for the table of each case, and whether a kernel had no right configuration."""
+    """Each case with its line for the table, and whether any kernel had no right configuration."""
     lines, broken = [], False
     for case in cases:
         try:
@@ -69,7 +69,7 @@ def tune(cases: Iterable[Case], timer: Timer) -> tuple[list[tuple[Case, str]], b
 
 
 def paste(gpu: str, versions: str, table: list[tuple[Case, str]]) -> Iterator[str]:
-    """The lines of the GPU's entry in TABLES; where a kernel has several for as many rows, one is to be kept."""
+    """The lines of the GPU's entry in TABLES. Of several lines of a kernel for the same rows, a person keeps one."""
     yield f'    "{gpu}": {{  # {versions}'
     for kernel in dict.fromkeys(case.kernel for case, _ in table):
         yield f'        "{kernel}": ('
@@ -80,4 +80,5 @@ def paste(gpu: str, versions: str, table: list[tuple[Case, str]]) -> Iterator[st
 
 
 def _median_seconds(launch: Callable[[], object]) -> float:
-    return triton.testing.do_bench(launch, return_mode="median") / 1e3
+    milliseconds: float = triton.testing.do_bench(launch, return_mode="median")
+    return milliseconds / 1e3

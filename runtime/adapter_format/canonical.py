@@ -1,8 +1,8 @@
-"""The canonical adapter file: a stranger's LoRA adapter in, checked bytes with one digest out.
+"""Turns an untrusted LoRA adapter into its canonical file: checked bytes with one digest.
 
 An adapter either applies exactly as PEFT would apply it, or is refused with an error that names the tensor
-or the field. The same maths always makes the same bytes: names are normalised and sorted, the configuration
-is reduced to each module's scale and the aLoRA invocation, and tensors keep their own dtype and bits.
+or the field. Adapters of the same maths have the same canonical bytes: names are normalised and sorted, the
+configuration is reduced to each module's scale and the aLoRA invocation, and tensors keep their dtype and bits.
 """
 
 import json
@@ -16,58 +16,43 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
+from runtime.adapter_format.base_tensors import BaseTensor
 from runtime.adapter_format.errors import InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig, parse_peft_config
 from runtime.adapter_format.safetensors_header import Header, consecutive, header_in, read_header, write_header
 from runtime.adapter_format.tensor_source import CHUNK_BYTES, ArrayTensors, FileTensors
-from runtime.adapter_format.tensors import AdapterTensors, BaseTensor, StoredTensor
+from runtime.adapter_format.tensors import AdapterTensors
 from runtime.models.config import ModelConfig
-
-__all__ = [
-    "AdapterConfig",
-    "AdapterSummary",
-    "BaseTensor",
-    "CanonicalFile",
-    "InvalidAdapter",
-    "StoredTensor",
-    "canonical_from_tensors",
-    "canonicalise",
-    "kv_is_base",
-    "read_canonical",
-]
 
 CONFIG_KEY = "adapter_config"
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A canonical file's configuration: every adapted module's scale, and the invocation of an aLoRA."""
+    """The configuration in a canonical file."""
 
-    alora_invocation_tokens: tuple[int, ...] | None
-    scales: dict[str, float]
+    alora_invocation_tokens: tuple[int, ...] | None  # None for a plain LoRA
+    scales: dict[str, float]  # of every adapted module, by its name
 
 
 class CanonicalFile(NamedTuple):
-    """A canonical file in memory: `data` is all of it, in bytes."""
+    """A canonical file in memory."""
 
     config: AdapterConfig
     header: Header
-    data: np.ndarray
+    data: np.ndarray  # the whole file, uint8
 
 
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a canonical adapter is: `rank` is its largest, `bytes` the file's size, `targets` short module names.
+    """Describes a canonical adapter to the catalog."""
 
-    `kv_is_base` when every K and V under it are the base's, so that all its K/V can be shared with the base.
-    """
-
-    digest: str
-    rank: int
-    targets: list[str]
+    digest: str  # BLAKE3 of the file, in hex
+    rank: int  # the largest of all modules
+    targets: list[str]  # short module names, such as q_proj
     kind: Literal["lora", "alora"]
-    bytes: int
+    bytes: int  # the file's size
     warnings: list[str]
     invocation_tokens: tuple[int, ...] | None
-    kv_is_base: bool
+    kv_is_base: bool  # K and V under the adapter equal the base's, so its whole K/V can be shared with the base
 
 
 def canonicalise(
@@ -85,10 +70,10 @@ def canonicalise(
     """Check an adapter completely and write its canonical file at `target`.
 
     The header and the configuration are checked before any data is read; the data is scanned while it is
-    copied. `base_model_names` are what the base is called: another name in the configuration is a warning,
-    or an error if `strict`. `base_tensor` gives the base's own tensors, which an adapter may repeat.
-    `pause` is called before each piece of work, of a few milliseconds.
-    Raises InvalidAdapter, and leaves nothing at `target` then.
+    copied. `base_model_names` are the names of this server's base: a different name in the configuration is a
+    warning, or an error if `strict`. `base_tensor` reads the base's own tensors, because an adapter may hold
+    equal copies of them. `pause` is called before each piece of work, of a few milliseconds.
+    Raises InvalidAdapter, and then leaves no file at `target`.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
     warnings = [*peft.warnings, *_base_name_warnings(peft, base_model_names, strict)]
@@ -128,10 +113,10 @@ def canonical_from_tensors(
     base_tensor: BaseTensor | None = None,
     memory: Callable[[int], np.ndarray] = _new_memory,
 ) -> tuple[str, CanonicalFile]:
-    """The digest and the canonical file of an adapter in memory: what the file route makes of the same content.
+    """Return the digest and the canonical file of an adapter in memory, equal to those of `canonicalise`.
 
-    float32 and float16 arrays are what they are; a uint16 array holds the bits of bfloat16. `memory` gives as many
-    bytes as it is asked for, to write the file to.
+    Arrays are float32, float16, or uint16 for the bits of bfloat16. `memory` allocates the given number of bytes for
+    the file. Raises InvalidAdapter.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
     adapter = AdapterTensors(ArrayTensors(tensors), peft, model, base_tensor)
@@ -143,15 +128,15 @@ def canonical_from_tensors(
         for chunk in adapter.finite_chunks(name):
             start, end = end, end + len(chunk)
             data[start:end] = chunk
-    # All threads at once: whoever calls this waits for it, and computes nothing meanwhile.
+    # The caller waits for the digest and computes nothing else, so it may use every thread
     digest = blake3(data.data, max_threads=blake3.AUTO).hexdigest()
     return digest, CanonicalFile(head.config, head.header, data)
 
 
 def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, Header, int]:
-    """The configuration, the header and the data's offset of a canonical file.
+    """Return the configuration, the header and the data's offset in bytes of a canonical file.
 
-    Raises InvalidAdapter when the file is not one.
+    Raises InvalidAdapter for any other file.
     """
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -166,10 +151,10 @@ def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, He
 
 
 def kv_is_base(modules: Iterable[str], model: ModelConfig) -> bool:
-    """Whether an adapter of these modules leaves every K and V as the base's.
+    """Return whether an adapter of these modules leaves every K and V equal to the base's.
 
-    K and V of a layer follow from the hidden state before it, which only earlier layers and the embedding change: what
-    comes after the last layer's K and V cannot reach any.
+    K and V of a layer depend on the hidden state before it, and so on earlier layers and the embedding. The modules
+    after the last layer's K and V change none.
     """
     last = f"model.layers.{model.num_layers - 1}."
     harmless = (f"{last}self_attn.q_proj", f"{last}self_attn.o_proj", f"{last}mlp.", "lm_head")
@@ -177,7 +162,7 @@ def kv_is_base(modules: Iterable[str], model: ModelConfig) -> bool:
 
 
 class _Head(NamedTuple):
-    """What a canonical file begins with, and its bytes."""
+    """The beginning of a canonical file, parsed and as bytes."""
 
     config: AdapterConfig
     header: Header
@@ -193,7 +178,7 @@ def _head(adapter: AdapterTensors, peft: PeftConfig) -> _Head:
 
 
 def _write_canonical(adapter: AdapterTensors, head: bytes, out: BinaryIO, pause: Callable[[], None]) -> tuple[str, int]:
-    """Write a canonical file piece by piece; its digest and its size."""
+    """Write a canonical file piece by piece; return its digest and its size in bytes."""
     digest, size, due = blake3(), 0, 0
     for chunk in _chunks(head, adapter):
         if size >= due:
@@ -211,7 +196,7 @@ def _chunks(head: bytes, adapter: AdapterTensors) -> Iterator[bytes | memoryview
 
 
 def _base_name_warnings(peft: PeftConfig, names: Sequence[str], strict: bool) -> list[str]:
-    """Compare by the last component: a base is as often named by a local path as by its repository."""
+    """Compare names by their last component: a configuration may name the base by a local path or a repository."""
     claimed = peft.base_model_name_or_path
     known = {name.rstrip("/").rpartition("/")[2].lower() for name in names}
     if claimed is None or not known or claimed.rstrip("/").rpartition("/")[2].lower() in known:

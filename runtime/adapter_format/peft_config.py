@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: what of it changes the maths, and what is refused by name."""
+"""Reads PEFT's `adapter_config.json`: keeps the fields that change the maths, refuses unsupported ones by name."""
 
 import math
 import re
@@ -9,18 +9,18 @@ import msgspec
 
 from runtime.adapter_format.errors import InvalidAdapter, shown
 from runtime.adapter_format.safetensors_header import exact_json_object
-from runtime.adapter_format.target_modules import TargetModules
+from runtime.adapter_format.target_modules import ATOM, TargetModules
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_PATTERN_KEYS = 1024  # EVA writes one per module, and the largest dense models have fewer
 MAX_PATTERN_KEY_CHARACTERS = 200
-MAX_QUANTIFIERS = 2  # a key; keeps one match cubic in a module name's length at worst
+MAX_QUANTIFIERS = 2  # in one key; a match is then cubic in a module name's length at worst
 MAX_QUANTIFIED_KEYS = 32
-MAX_SCALE = 10_000.0  # far over any trained adapter's; alpha 1e30 is an attack or an accident
+MAX_SCALE = 10_000.0  # far more than any trained adapter's; an alpha of 1e30 is an attack or an accident
 MAX_ALPHA = MAX_SCALE * 1000
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-# Each has a value that means "off"; PEFT writes that value for plain LoRA, so presence means nothing.
+# PEFT writes these fields for plain LoRA too, with a value that means "off", so a field's presence means nothing
 REFUSED_FIELDS = {
     "use_dora": "DoRA is not supported yet",
     "use_qalora": "QALoRA is not supported",
@@ -44,19 +44,18 @@ IGNORED_FIELDS = frozenset({
 })
 # fmt: on
 
-# Name characters, `.`, anchors, alternatives, `\.`, `\d` and plain classes, each maybe with `*` or `+`; no groups.
-_ATOM = r"(?:[A-Za-z0-9_\-.]|\\[.d]|\[[A-Za-z0-9_\-]+\])"
-_SIMPLE_KEY = re.compile(rf"(?:{_ATOM}[*+]?|[\^$|])+")
+# Name characters, `.`, anchors, alternatives, `\.`, `\d` and plain classes, each optionally with `*` or `+`; no groups
+_SIMPLE_KEY = re.compile(rf"(?:{ATOM}[*+]?|[\^$|])+")
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of PEFT's LoRA configuration that decides the maths; patterns keep their order."""
+    """The fields of PEFT's LoRA configuration that decide the maths, under PEFT's names."""
 
     r: int
     lora_alpha: float
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, int] = {}  # by a pattern of module names; the first match in order counts
+    alpha_pattern: dict[str, float] = {}  # the same
     lora_bias: bool = False
     alora_invocation_tokens: tuple[int, ...] | None = None
     target_modules: TargetModules
@@ -66,9 +65,9 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
     def scales(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-        """The rank and the scale of each module, by the first pattern key that matches it.
+        """Return the rank and the scale of each module, by the first pattern key that matches it.
 
-        Raises InvalidAdapter when a scale is over the limit.
+        Raises InvalidAdapter for a scale above MAX_SCALE.
         """
         ranks, alphas = _Pattern(self.rank_pattern), _Pattern(self.alpha_pattern)
         result = {}
@@ -83,7 +82,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Pattern:
-    """rank_pattern or alpha_pattern: module names to values by PEFT's rule, the first matching key in order."""
+    """A rank_pattern or an alpha_pattern: by PEFT's rule, the first key that matches a module has its value."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._keys = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in values.items()]
@@ -93,9 +92,9 @@ class _Pattern:
 
 
 def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab_size: int) -> PeftConfig:
-    """Read an adapter's configuration, from the file's bytes or from a mapping.
+    """Read an adapter's configuration from the file's bytes or from a mapping.
 
-    Raises InvalidAdapter naming the field when it asks for anything that is not applied exactly.
+    Raises InvalidAdapter, naming the field, for a configuration that cannot be applied exactly.
     """
     if isinstance(config, bytes):
         if len(config) > MAX_CONFIG_BYTES:
@@ -169,7 +168,7 @@ def _flag(config: Mapping[str, Any], field: str) -> bool:
 
 
 def _keys(config: Mapping[str, Any], field: str) -> Iterable[tuple[str, Any]]:
-    """The items of a pattern, each key a regular expression that was checked not to run away."""
+    """Return the items of a pattern; each key is checked to be a regular expression of bounded cost."""
     value = config.get(field)
     if value is None:
         return ()
@@ -226,7 +225,7 @@ def _base_model(value: object) -> str | None:
 
 
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """PEFT drops fields that it does not know; so do we, saying so when one is set."""
+    """Return a warning for each unknown field that is set: it is ignored, as PEFT ignores it."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
     known |= {"peft_type", "bias", "init_lora_weights", "invocation_string", "exclude_modules", "layers_pattern"}
     names = [name for name, value in config.items() if name not in known and value]

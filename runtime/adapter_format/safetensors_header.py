@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read strictly and written deterministically.
+"""Reads the header of a safetensors file strictly and writes one deterministically.
 
 A file is eight bytes with the header's length (little endian), the header as JSON, and the tensors' data.
-Nothing of the data is read here: what the header claims is checked against the file's size first.
+No data is read here: the header is checked against the file's size.
 """
 
 import io
@@ -17,7 +17,7 @@ MAX_HEADER_BYTES = 4 * 1024 * 1024
 LENGTH_BYTES = 8
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 ALIGNMENT = 8  # of the data's start, as the safetensors library pads it
-FILE = "weights"  # how errors name the file as a whole
+FILE = "weights"  # the name of the whole file in errors
 
 FOREIGN_FORMATS = (
     (b"GGUF", "is a GGUF file"),
@@ -28,27 +28,27 @@ FOREIGN_FORMATS = (
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of a file: `start` and `stop` are bytes from the start of the data."""
+    """The description of one tensor in a header."""
 
-    dtype: str
+    dtype: str  # F32, F16 or BF16
     shape: tuple[int, ...]
-    start: int
+    start: int  # bytes from the start of the data
     stop: int
 
 
 class Header(NamedTuple):
-    """What a file says of itself: its tensors, its metadata, and where in the file its data starts."""
+    """The header of a file."""
 
-    tensors: dict[str, TensorEntry]
+    tensors: dict[str, TensorEntry]  # by name, in the header's order
     metadata: dict[str, str]
-    data_offset: int
+    data_offset: int  # where the data starts, in bytes from the start of the file
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read and check a file's header; the file is left anywhere.
+    """Read and check a file's header; the file's position afterwards is undefined.
 
-    Raises InvalidAdapter when the header is over 4 MB, is not exact JSON with unique keys, or does not
-    describe every byte of the data once, and when a tensor is not F32, F16 or BF16.
+    Raises InvalidAdapter for a header that is over MAX_HEADER_BYTES, is not exact JSON with unique keys, or does not
+    describe every byte of the data once, and for a tensor that is not F32, F16 or BF16.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -56,9 +56,9 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def header_in(content: memoryview) -> Header:
-    """The header of a whole file in memory, in bytes, as `read_header` reads it."""
+    """Do as `read_header`, for a whole file in memory."""
     length = int.from_bytes(content[:LENGTH_BYTES], "little")
-    start = io.BytesIO(content[: LENGTH_BYTES + min(length, MAX_HEADER_BYTES)])  # a copy, but of no more than it is
+    start = io.BytesIO(content[: LENGTH_BYTES + min(length, MAX_HEADER_BYTES)])  # copies the header only
     return _header(start.read, len(content))
 
 
@@ -83,7 +83,7 @@ def _header(read: Callable[[int], bytes], size: int) -> Header:
 
 
 def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file that holds `tensors` (name to dtype and shape) in the order given, without gaps."""
+    """Return the header of a file that holds `tensors` (name to dtype and shape) in the given order, without gaps."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, (dtype, shape, start, stop) in consecutive(tensors).items():
         fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
@@ -93,7 +93,7 @@ def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 
 def consecutive(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
-    """The entries of tensors, name to dtype and shape, that lie end to end in the order given."""
+    """Return the entries of tensors (name to dtype and shape) that lie end to end in the given order."""
     entries, offset = {}, 0
     for name, (dtype, shape) in tensors.items():
         start, offset = offset, offset + ITEM_BYTES[dtype] * math.prod(shape)
@@ -102,7 +102,7 @@ def consecutive(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str,
 
 
 def exact_json_object(text: bytes, field: str) -> dict[str, Any]:
-    """Parse a JSON object and refuse what a lenient parser lets pass: duplicate keys at any level, NaN, bad UTF-8."""
+    """Parse a JSON object strictly: duplicate keys at any level, NaN and bad UTF-8 raise InvalidAdapter."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -126,10 +126,6 @@ def exact_json_object(text: bytes, field: str) -> dict[str, Any]:
     return value
 
 
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise InvalidAdapter("__metadata__", "expected an object of strings")
@@ -142,9 +138,9 @@ def _entry(name: str, value: object) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InvalidAdapter(name, f"has dtype {shown(dtype)}, expected F32, F16 or BF16")
-    if not isinstance(shape, list) or not all(is_count(n) and n > 0 for n in shape):
+    if not isinstance(shape, list) or not all(_is_count(n) and n > 0 for n in shape):
         raise InvalidAdapter(name, f"has shape {shown(shape)}, expected a list of positive integers")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise InvalidAdapter(name, f"has data_offsets {shown(offsets)}, expected two offsets in bytes")
     start, stop = offsets
     expected = ITEM_BYTES[dtype] * math.prod(shape)
@@ -153,8 +149,12 @@ def _entry(name: str, value: object) -> TensorEntry:
     return TensorEntry(dtype, tuple(shape), start, stop)
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _check_cover(tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
-    """Refuse overlaps, holes, truncation and trailing bytes: the tensors lie end to end and fill the data."""
+    """Refuse overlaps, holes, truncation and trailing bytes: the tensors must lie end to end and fill the data."""
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):
         if entry.start != end:

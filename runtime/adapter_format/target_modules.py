@@ -1,4 +1,4 @@
-"""Which modules of the base a PEFT configuration names."""
+"""Selects the modules of the base that a PEFT configuration targets."""
 
 import re
 from collections.abc import Mapping
@@ -6,25 +6,25 @@ from typing import Any
 
 from runtime.adapter_format.errors import InvalidAdapter, shown
 
-ALL_LINEAR = "all-linear"  # PEFT's shorthand: every linear layer but the output's
+ALL_LINEAR = "all-linear"  # PEFT's shorthand for every linear layer except the output layer
 NOT_LINEAR = ("embed_tokens", "lm_head")
 MAX_PATTERN_CHARACTERS = 1000
 MAX_QUANTIFIERS = 3
 MAX_GROUPS = 4
 
-# Name characters, classes, anchors, alternatives, and groups of different literal words without a quantifier of their
-# own: over a module's short name such a pattern cannot run away, which a stranger's regular expression may.
-_ATOM = r"(?:[A-Za-z0-9_\-.]|\\[.d]|\[[A-Za-z0-9_\-]+\])"
+# An untrusted regular expression may take exponential time. One of name characters, classes, anchors, alternatives and
+# unquantified groups of different literal words takes little on a module's short name.
+ATOM = r"(?:[A-Za-z0-9_\-.]|\\[.d]|\[[A-Za-z0-9_\-]+\])"
 _LITERAL = r"(?:[A-Za-z0-9_\-]|\\[.d])"
 _GROUP = rf"\((?:\?:)?({_LITERAL}+(?:\|{_LITERAL}+)*)\)(?![*+?{{])"
-_SAFE_PATTERN = re.compile(rf"(?:{_ATOM}[*+]?|[\^$|]|{_GROUP})+")
+_SAFE_PATTERN = re.compile(rf"(?:{ATOM}[*+]?|[\^$|]|{_GROUP})+")
 
 
 class TargetModules:
-    """The modules that `target_modules` names and `exclude_modules` does not, by PEFT's rules.
+    """The modules that `target_modules` selects and `exclude_modules` does not, by PEFT's rules.
 
-    A list has names, or ends of dotted names; a string is `all-linear` or a regular expression for whole names.
-    Raises InvalidAdapter naming the field.
+    A list holds names, or last parts of dotted names; a string is `all-linear` or a regular expression for whole
+    names. Raises InvalidAdapter, naming the field.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class TargetModules:
             raise InvalidAdapter("layers_pattern", f"is {shown(config['layers_pattern'])}, expected null or layers")
 
     def names(self, module: str) -> bool:
-        """Whether PEFT puts an adapter on a module of this name."""
+        """Return whether PEFT puts an adapter on a module of this name."""
         assert self._targets is not None
         return _selects(self._targets, module) and not (self._excluded is not None and _selects(self._excluded, module))
 

@@ -1,4 +1,4 @@
-"""Where a stranger's tensors come from: a file, or arrays in memory."""
+"""Reads the tensors of an untrusted adapter from a file or from arrays in memory."""
 
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
@@ -14,7 +14,10 @@ CHUNK_BYTES = 1024 * 1024  # a multiple of every item size
 
 
 class TensorSource(Protocol):
-    """`tensors` by their own names; `chunks` gives the data of one, piece by piece, each good until the next."""
+    """Tensors by the names that their author gave them.
+
+    `chunks` yields one tensor's bytes piece by piece; a piece is valid until the next one is read.
+    """
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]: ...
@@ -23,7 +26,7 @@ class TensorSource(Protocol):
 
 
 class FileTensors:
-    """The tensors of a safetensors file. Raises InvalidAdapter for its header, and later for data that ends early."""
+    """The tensors of a safetensors file. Raises InvalidAdapter for its header, and in `chunks` for truncated data."""
 
     def __init__(self, file: BufferedReader) -> None:
         header = read_header(file)
@@ -44,7 +47,7 @@ class FileTensors:
 
 
 class ArrayTensors:
-    """The tensors of arrays: float32 and float16 are what they are, uint16 are the bits of bfloat16."""
+    """The tensors of float32, float16 and uint16 arrays; uint16 holds the bits of bfloat16."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         shapes = {}

@@ -1,11 +1,11 @@
-"""The tensors of a stranger's adapter: each is matched to a module of the model, or the adapter is refused."""
+"""Matches each tensor of an untrusted adapter to a module of the model, or refuses the adapter."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from runtime.adapter_format.base_tensors import BaseTensor, StoredTensor
 from runtime.adapter_format.errors import InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig
 from runtime.adapter_format.safetensors_header import FILE, TensorEntry
@@ -28,23 +28,17 @@ _NAME = re.compile(
 )
 
 
-class StoredTensor(NamedTuple):
-    """A tensor of the base as its checkpoint stores it; `data` is its raw bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-
-
-BaseTensor = Callable[[str], StoredTensor]
-
-
 class AdapterTensors:
-    """An adapter's tensors under canonical names, sorted; `ranks` and `scales` are by module.
+    """An adapter's tensors under canonical names.
 
-    Raises InvalidAdapter unless every tensor of the source has its place, shape and rank in the model, and
-    at least one module is adapted. Of the data only copies of the base are read before `finite_chunks`.
+    Raises InvalidAdapter unless every tensor of the source has a module, and the expected shape and rank, in the
+    model, and at least one module is adapted. Before `finite_chunks` no data is read, except copies of the base's
+    tensors.
     """
+
+    tensors: dict[str, TensorEntry]  # by canonical name, sorted
+    ranks: dict[str, int]  # by module
+    scales: dict[str, float]  # by module
 
     def __init__(
         self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
@@ -54,8 +48,7 @@ class AdapterTensors:
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
-        self._names: dict[str, str] = {}  # canonical to the source's own
-        self.tensors: dict[str, TensorEntry] = {}
+        self._names: dict[str, str] = {}  # by canonical name, the name in the source
         copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
         if not modules:
@@ -70,9 +63,9 @@ class AdapterTensors:
             self._check_base_copy(own_name, entry, base_tensor)
 
     def finite_chunks(self, name: str) -> Iterator[memoryview]:
-        """A tensor's bytes, scanned on the way.
+        """Yield a tensor's bytes and scan them.
 
-        Raises InvalidAdapter at the first NaN or infinity, or where the scale makes float32 overflow.
+        Raises InvalidAdapter at the first NaN or infinity, or for a value that overflows float32 when it is scaled.
         """
         entry, own_name = self.tensors[name], self._names[name]
         scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
@@ -85,7 +78,7 @@ class AdapterTensors:
             yield chunk
 
     def _normalise(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """Fill `tensors` and `_names`; the copies of the base's tensors are returned, under their own names."""
+        """Fill `tensors` and `_names`; return the copies of the base's tensors under their names in the source."""
         found: dict[str, TensorEntry] = {}
         copies: dict[str, TensorEntry] = {}
         for own_name, entry in tensors.items():
@@ -138,7 +131,7 @@ class AdapterTensors:
             raise InvalidAdapter(self._names[bias], "is left over: lora_bias is false")
 
     def _check_config(self, config: PeftConfig) -> None:
-        """Refuse what PEFT would leave out or do otherwise with these tensors."""
+        """Refuse tensors that PEFT would ignore or would apply differently."""
         ends = {module.rpartition(".")[2] for module in self.scales}
         firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
         for module in self.scales:
@@ -157,7 +150,10 @@ class AdapterTensors:
             raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}")
 
     def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
-        """PEFT saves the base's own embedding beside its adapter; applying a different one would change the base."""
+        """Refuse a copy that differs from the base's tensor: applying it would change the base.
+
+        PEFT saves such copies of an embedding beside its adapter.
+        """
         module = self._canonical_name(own_name).removesuffix(f".{BASE_LEAF}")
         if module not in self.scales:
             raise InvalidAdapter(own_name, f"is left over: {module} has no lora_A and lora_B")
@@ -171,7 +167,7 @@ class AdapterTensors:
             raise InvalidAdapter(own_name, f"differs from the base's {name}, which an adapter cannot replace")
 
     def _equal_values(self, own_name: str, base: StoredTensor) -> bool:
-        """Compare in float32, where every dtype's values are exact, a chunk at a time."""
+        """Compare chunk by chunk in float32, which holds the values of every dtype exactly."""
         stored = np.frombuffer(base.data, HELD[base.dtype])
         dtype, done = self._source.tensors[own_name].dtype, 0
         for chunk in self._source.chunks(own_name):

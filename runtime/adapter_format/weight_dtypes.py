@@ -1,6 +1,6 @@
-"""The dtypes of an adapter's weights, by their names in a safetensors file, as numpy holds them.
+"""Maps the dtypes of an adapter's weights, as a safetensors file names them, to numpy's.
 
-It has no bfloat16, which is held as its bits. All data is little endian.
+numpy has no bfloat16, so an array of uint16 holds its bits. All data is little endian.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _UNSIGNED: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def widened(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Values as float32, which holds every value of each dtype exactly; in row order, unless they are that already."""
+    """Return values as float32, exactly. F32 values are returned as they are, others as a copy in row order."""
     if dtype == "F32":
         return values
     if dtype == "F16":
@@ -25,10 +25,10 @@ def widened(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def largest_magnitude(data: memoryview, dtype: str) -> int:
-    """The bits of the largest magnitude among values, their sign aside; not less than infinity's unless all are finite.
+    """Return the bits, without the sign, of the value with the largest magnitude.
 
-    Magnitudes are ordered like their bits: as signed integers the positive values are over the negative ones, as
-    unsigned ones below them.
+    They are at least INFINITY_BITS if any value is not finite. Magnitudes have the order of their bits; read as signed
+    integers, positive values are the largest, and read as unsigned ones, negative values are.
     """
     size = HELD[dtype].itemsize
     bits = np.frombuffer(data, _UNSIGNED[size])
@@ -36,5 +36,6 @@ def largest_magnitude(data: memoryview, dtype: str) -> int:
 
 
 def value_of(bits: int, dtype: str) -> float:
+    """Return the value that has these bits."""
     held = HELD[dtype]
     return float(widened(np.array([bits], _UNSIGNED[held.itemsize]).view(held), dtype)[0])

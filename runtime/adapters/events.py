@@ -4,7 +4,7 @@ import msgspec
 
 from runtime.adapters.adapter import REPORTED, Adapter
 from runtime.adapters.tier import AdapterTier
-from runtime.messages import AdapterState, Answer, PinsSet
+from runtime.messages import AdapterState, Answer, EngineCode, PinsSet
 
 
 class AdapterEvents:
@@ -31,7 +31,7 @@ class AdapterEvents:
         self._touched = {adapter: None for adapter in self._touched if adapter.digest != digest}
         self._gone.append(digest)
 
-    def answer(self, request_id: str, code: str | None = None, message: str = "") -> None:
+    def answer(self, request_id: str, code: EngineCode | None = None, message: str = "") -> None:
         """Answer a command; `code` says that it is refused."""
         self._answers.append(Answer(request_id=request_id, code=code, message=message))
 

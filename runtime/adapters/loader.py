@@ -22,8 +22,8 @@ from runtime.adapter_format.safetensors_header import Header, read_header
 from runtime.adapters.errors import FileUnusable
 from runtime.adapters.layout import AdapterLayout, layout_adapter
 from runtime.adapters.prefault import SpareMemory, prefault
+from runtime.background import Pacer, yield_to_others
 from runtime.models.config import ModelConfig
-from runtime.pacer import Pacer, yield_to_others
 
 READER_THREADS = 2
 MEMORY_NICENESS = 19  # of the thread that only prefaults memory for later loads

@@ -9,7 +9,7 @@ from runtime.adapters.errors import FileUnusable
 from runtime.adapters.events import AdapterEvents
 from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Finished, Task
 from runtime.adapters.tier import AdapterTier
-from runtime.messages import Tier
+from runtime.messages import EngineCode, Tier
 from runtime.models.config import ModelConfig
 
 # Files that are being read or wait to be packed: as many as the threads can pack until the next poll.
@@ -285,11 +285,11 @@ class AdapterLoads:
         known = isinstance(error, FileUnusable | InvalidAdapter)
         self.fail(adapter, str(error) if known else f"{type(error).__name__}: {error}")
 
-    def _end(self, adapter: Adapter, code: str | None = None, message: str = "") -> None:
+    def _end(self, adapter: Adapter, code: EngineCode | None = None, message: str = "") -> None:
         del self._queue[adapter]
         self._after_end(adapter, adapter.end_load(), code, message)
 
-    def _after_end(self, adapter: Adapter, load: Load, code: str | None, message: str) -> None:
+    def _after_end(self, adapter: Adapter, load: Load, code: EngineCode | None, message: str) -> None:
         for request_id, _ in load.waiters:
             self._events.answer(request_id, code, message)
         self._note_file(adapter)

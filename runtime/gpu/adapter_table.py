@@ -1,4 +1,4 @@
-"""Where the kernels find the adapters of a step: a row of the offset table for each."""
+"""The slots of the offset table on the device, and which adapter occupies each."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -6,27 +6,30 @@ from itertools import accumulate
 
 import torch
 
-from kernels.adapter_table import FIELDS, PartEntry, SiteEntry, table_rows
+from kernels.offset_table import FIELDS, PartEntry, SiteEntry, table_rows
 from runtime.adapters.layout import AdapterLayout, SiteLayout
 from runtime.models.config import Site
 
 
 class AdapterTable:
-    """Owns the device's offset table, (slots, sites, FIELDS), and which slot has which adapter's offsets.
+    """Owns the offset table and its assignment of slots to adapters.
 
-    They follow from an adapter's content and the element of the arena at which its extent begins, so a slot stays good
-    whatever becomes of the adapter, and serves it again if it comes back to the same place. The slot that was not used
-    for longest is written anew; `slots` are more than a step can have adapters.
+    A slot's offsets depend on the adapter's content and on the arena element at which its extent begins. A slot
+    therefore stays valid after the adapter is evicted, and is used again if it is loaded to the same place. New
+    adapters get the least recently used slot. There must be more slots than a step can have adapters.
     """
 
     def __init__(self, sites: Sequence[Site], slots: int, width: int, device: torch.device) -> None:
-        self.rows = torch.zeros((slots, len(sites), FIELDS), dtype=torch.int64, device=device)
-        self.width = width
+        self.rows = torch.zeros((slots, len(sites), FIELDS), dtype=torch.int64, device=device)  # see offset_table
+        self.width = width  # the most ranks at a site
         self._columns = [_first_columns(site) for site in sites]
         self._slots: OrderedDict[tuple[str, int], int] = OrderedDict()
 
     def slot_of(self, digest: str, layout: AdapterLayout, first: int) -> int:
-        """The slot of an adapter whose extent begins at element `first` of the arena; its row is there in order."""
+        """The slot of an adapter whose extent begins at element `first` of the arena.
+
+        A new slot's row is copied in stream order, so that kernels launched afterwards read it.
+        """
         place = digest, first
         slot = self._slots.get(place)
         if slot is None:
@@ -55,5 +58,5 @@ def _first_columns(site: Site) -> list[int]:
 
 
 def widest(layout: AdapterLayout) -> int:
-    """The most ranks that an adapter has at one site."""
+    """The most ranks of an adapter at one site."""
     return max((site.rank for site in layout.sites if site is not None), default=0)

@@ -1,4 +1,4 @@
-"""Penalties and forbidden tokens of a batch: laid out on the host, uploaded in one copy, applied on the device."""
+"""Penalties and forbidden tokens of a batch: prepared on the host, uploaded in one copy, applied on the device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,23 +14,20 @@ from runtime.sampler import FORBIDDEN, LARGEST_LOGIT, LEAST_DIVISOR, adjusts
 
 
 class Adjustments(NamedTuple):
-    """What `runtime.sampler.adjust` does to each of n rows of logits; every tensor is on their device.
+    """The changes that `runtime.sampler.adjust` makes to each of n rows of logits, as tensors on their device.
 
-    A place is an index into the rows laid end to end. The logit at each of `places`, int64 and no two the same, is
-    divided by its float32 divisor if it is positive, else multiplied by it; then its amount is subtracted. `limits`,
-    (n,) float32, bound what a row then has, infinite where nothing is adjusted. Last come the places, int64, of
-    `forbidden` tokens.
+    They apply in the order of the fields. A place is an index into the flattened logits.
     """
 
-    places: Tensor
-    divisors: Tensor
-    amounts: Tensor
-    limits: Tensor
-    forbidden: Tensor
+    places: Tensor  # (k,) int64, the places of penalised tokens, all different
+    divisors: Tensor  # (k,) float32; a positive logit is divided by it, another one multiplied
+    amounts: Tensor  # (k,) float32, subtracted afterwards
+    limits: Tensor  # (n,) float32; a row's logits are clamped to ± this, infinite for rows without changes
+    forbidden: Tensor  # int64, the places of forbidden tokens
 
     @classmethod
     def build(cls, requests: Sequence[Request], vocab: int, device: torch.device | str) -> "Adjustments":
-        """Of a row for each request, in one copy that the host does not wait for."""
+        """The changes for one row of each request, uploaded in one copy. The host does not wait for it."""
         penalised = [
             (row * vocab, request.params, request.penalised)
             for row, request in enumerate(requests)
@@ -46,14 +43,14 @@ class Adjustments(NamedTuple):
         for first, params, tokens in penalised:
             entries = slice(start, start + len(tokens.ids))
             np.add(tokens.ids, first, out=places[entries])
-            with np.errstate(over="ignore"):  # what is too large for float32 is infinite in it, as torch has it
+            with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, as in torch
                 divisors[entries] = max(params.repetition_penalty, LEAST_DIVISOR)
                 amounts[entries] = _amounts(np.asarray(tokens.counts), params)
             start = entries.stop
         return cls(*_parts(upload(buffer, device), *sizes))
 
     def apply(self, logits: Tensor) -> Tensor:
-        """A changed copy of `logits` (n, vocab): float32, the bits that `adjust` gives on a CPU. Waits for nothing."""
+        """A changed float32 copy of `logits` (n, vocab), equal to the bit to `adjust` on a CPU. Waits for nothing."""
         adjusted = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         flat, limits = adjusted.view(-1), self.limits[:, None]
         values = flat[self.places]
@@ -65,18 +62,18 @@ class Adjustments(NamedTuple):
 
 
 def _amounts(counts: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """What presence and frequency take from tokens, rounded to float32 where `adjust` rounds."""
+    """Presence and frequency penalties of tokens, rounded to float32 at the operations where `adjust` rounds."""
     presence, frequency = np.float32(params.presence_penalty), np.float32(params.frequency_penalty)
     return np.where(counts > 0, presence + frequency * counts.astype(np.float32), np.float32(0))
 
 
 def _length(entries: int, forbidden: int, rows: int) -> int:
-    """Integers of 8 bytes that all parts take; two floats share one."""
+    """The length of the buffer in 8-byte integers; two floats share one."""
     return entries + forbidden + -(-(2 * entries + rows) // 2)
 
 
 def _parts(buffer: Tensor, entries: int, forbidden: int, rows: int) -> tuple[Tensor, ...]:
-    """Where the fields of Adjustments lie in a buffer."""
+    """The fields of Adjustments as views of a buffer."""
     floats = buffer[entries + forbidden :].view(torch.float32)
     divisors, amounts, limits = floats[: 2 * entries + rows].split([entries, entries, rows])
     return buffer[:entries], divisors, amounts, limits, buffer[entries : entries + forbidden]

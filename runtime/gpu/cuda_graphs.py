@@ -1,32 +1,34 @@
-"""CUDA graphs of decode steps: one for each size of batch, with adapters and without."""
+"""CUDA graphs of decode steps: one for each batch size, with adapters and without."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.lora_tiles import most_tiles
 from runtime.gpu.step_inputs import StepShape
-from runtime.gpu.tiled_lora import DECODE_HEIGHT
+from runtime.gpu.step_lora import DECODE_HEIGHT
 
 log = logging.getLogger(__name__)
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Replay]
 
-MOST_RANKS = 192  # at a site, which a graph has programs for: r64 on q, k and v. Wider adapters run without a graph.
-WARM_UP_RUNS = 2  # that compile what is captured, and let libraries take their workspaces
+MOST_RANKS = 192  # ranks at a site that a graph has programs for: r64 on q, k and v. Wider adapters run without graphs.
+WARM_UP_RUNS = 2  # runs before a capture, in which kernels are compiled and libraries allocate their workspaces
 
 
 class DecodeGraphs:
-    """Graphs for decode steps of up to `most` requests, and which of them a step fits into when it is padded.
+    """Graphs for decode steps of up to `most` requests, and the choice of the graph that a step is padded to.
 
-    `forward(shape, width)` runs what lies in the step's buffer, and `lay_out_nothing(shape)` has it hold padding alone,
-    so that captures write no K/V; `capture` makes a replay of a call. Every graph reads the buffer where a step of its
-    shape is written. A graph without adapters is that of an engine without LoRA; those with them have no programs for
-    the head, whose columns are so many that even idle ones cost: a step with an adapter of it runs without a graph.
+    `forward(shape, width)` runs the step in the step buffer. `lay_out_nothing(shape)` fills that buffer with padding,
+    so that captures write no K/V. `capture` turns a call into a replay. Every graph reads the addresses at which a
+    step of its shape is written. A graph without adapters equals that of an engine without LoRA. Graphs with adapters
+    have no programs for the head: it has so many columns that even idle programs cost time, so a step with an adapter
+    of the head runs without a graph.
     """
 
     def __init__(
@@ -38,27 +40,28 @@ class DecodeGraphs:
         lora_width: int,
         capture: Capture,
     ) -> None:
-        self._table_width, self.width = table_width, min(lora_width, MOST_RANKS)
+        self._table_width = table_width
+        self.width = min(lora_width, MOST_RANKS)  # ranks at a site that the graphs have programs for
         self._sizes = list(sizes(most))
         self._graphs: dict[StepShape, Replay] = {}
         started = time.monotonic()
-        for size in reversed(self._sizes):  # the largest first: the others find room in its memory
+        for size in reversed(self._sizes):  # the largest first: the others reuse its memory
             for adapted in (False, True):
                 shape = self._shape(size, adapted=adapted)
                 lay_out_nothing(shape)
-                self._graphs[shape] = capture(lambda shape=shape: forward(shape, self.width))  # type: ignore[misc]
+                self._graphs[shape] = capture(partial(forward, shape, self.width))
         seconds = time.monotonic() - started
         log.info("captured %d CUDA graphs in %.1f s; torch holds %d MiB", len(self._graphs), seconds, _reserved_mib())
 
     def padded(self, shape: StepShape, width: int) -> StepShape:
-        """The shape of the smallest graph that a step fits into; its own if there is none."""
+        """The shape of the smallest graph that a step fits into; the step's own shape if there is none."""
         fits = shape.decodes <= self._sizes[-1] and not shape.prefills and not shape.logit_tiles
         if not fits or self._too_wide(shape, width):
             return shape
         return self._shape(next(size for size in self._sizes if shape.decodes <= size), adapted=shape.tiles > 0)
 
     def of(self, shape: StepShape, width: int) -> Replay | None:
-        """The graph for exactly this shape, if there is one and it has programs for all `width` ranks."""
+        """The graph for exactly this shape, if there is one and it has programs for `width` ranks."""
         return None if self._too_wide(shape, width) else self._graphs.get(shape)
 
     def _too_wide(self, shape: StepShape, width: int) -> bool:
@@ -70,7 +73,7 @@ class DecodeGraphs:
 
 
 def sizes(most: int) -> Iterator[int]:
-    """Batch sizes that graphs are captured for: powers of two and, from 16 on, what lies half-way between two."""
+    """Batch sizes of graphs: powers of two, from 16 on the sizes half-way between two of them, and `most`."""
     size = 1
     while size < most:
         yield size
@@ -85,9 +88,9 @@ def _reserved_mib() -> int:
 
 
 def capture_on_cuda(device: torch.device) -> Capture:
-    """Captures share a stream, a pool of memory and the tensor of their logits: one of their graphs runs at a time.
+    """Captures that share a stream, a memory pool and the tensor of their logits; one of their graphs runs at a time.
 
-    The first one is the largest.
+    The first capture must be the largest.
     """
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
     results: list[Tensor] = []

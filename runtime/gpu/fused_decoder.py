@@ -1,6 +1,6 @@
-"""The decoder on Triton kernels: what lies between two projections is one launch, and adapters take two a site."""
+"""The decoder on Triton kernels: one launch between two projections, and two launches a site for adapters."""
 
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,24 +9,15 @@ from torch import Tensor
 from kernels import kv_write, paged_attention, rms_norm, silu_mul, tuned
 from runtime.gpu.step_inputs import StepInputs
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
+from runtime.models.decoder import Lora
 from runtime.models.layers import RmsNorm, inverse_frequencies
 from runtime.models.weights import LayerWeights, Weights
 
 
-class Lora(Protocol):
-    """What the decoder asks of a step's adapters: each call adds in place, on the rows that carry one."""
-
-    def apply(self, site: int, x: Tensor, y: Tensor) -> None: ...
-
-    def embed(self, token_ids: Tensor, x: Tensor) -> None: ...
-
-    def apply_logits(self, x: Tensor, y: Tensor) -> None: ...
-
-
 class FusedDecoder:
-    """The forward pass of `runtime.models.decoder.Decoder` for a GPU, or for Triton's interpreter.
+    """The forward pass of `runtime.models.decoder.Decoder` on a GPU, or in Triton's interpreter.
 
-    Launches depend on the shapes of a step alone, so that a CUDA graph of one serves all steps of its shapes.
+    Its launches depend on the shape of a step alone, so that a CUDA graph of them serves every step of that shape.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, block_size: int, gpu: str):
@@ -39,10 +30,10 @@ class FusedDecoder:
         self.gpu = gpu
 
     def forward(self, step: StepInputs, kv: list[Tensor], lora: Lora | None) -> Tensor:
-        """The logits of the step's `logit_rows`, (n, vocab), having written every token's K and V.
+        """Write every token's K and V, and return the logits of the step's `logit_rows`, (n, vocab).
 
-        They are in the model's dtype, or in float32 where the model scales them. With `lora` None, exactly the kernels
-        of a model without adapters run.
+        The logits are in the model's dtype, or in float32 if the model scales them. With `lora` None, exactly the
+        kernels of a model without adapters run.
         """
         config, weights = self.config, self.weights
         x = F.embedding(step.token_ids, weights.embedding)
@@ -78,7 +69,7 @@ class FusedDecoder:
         kv_write.qkv_write(
             heads,
             step.positions,
-            step.slots,
+            step.slot_mapping,
             self.frequencies,
             None if norm is None else norm.plain[0],
             None if norm is None else norm.plain[q_heads],
@@ -129,5 +120,5 @@ class FusedDecoder:
         alpha, config = self.config.residual_multiplier, self._tuned("add_rms_norm", len(y))
         return rms_norm.add_rms_norm(residual, y, alpha, norm.weight, norm.floor, config)
 
-    def _tuned(self, kernel: str, rows: int):  # type: ignore[no-untyped-def]
+    def _tuned(self, kernel: str, rows: int) -> Any:
         return tuned.lookup(self.gpu, kernel, rows, self.weights.embedding.dtype).config

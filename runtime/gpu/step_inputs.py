@@ -1,4 +1,4 @@
-"""What a step's kernels read besides weights and K/V: integers, laid out on the host and uploaded in one copy."""
+"""The integers of a step: token ids, positions, slot mapping, block tables, tiles. One copy uploads them all."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -9,30 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles
-from runtime.chunk import Chunk
+from kernels.lora_tiles import BASE, TILE_FIELDS, Tiles, lay_tiles, most_tiles
 from runtime.request import Request
+from runtime.scheduler import Chunk
 
-ALIGNMENT = 16  # integers: kernels are compiled for pointers that are aligned, and would be again for others
-NO_SLOT = -1  # of a padding row: its K/V go nowhere
+ALIGNMENT = 16  # integers; Triton compiles a kernel once more for pointers that are not aligned
+NO_SLOT = -1  # the slot mapping of a padding row: its K/V are not written
 
 
 class StepShape(NamedTuple):
-    """How large the parts of a step are; a CUDA graph is captured for one.
+    """The sizes of a step's parts. A CUDA graph serves one shape."""
 
-    `tokens` rows, of which the first `decodes` are a request each; then `prefills` requests with several. `width`
-    blocks of the longest table, `logits` rows that are sampled, `tiles` and `logit_tiles` under adapters, 0 where none
-    applies to any row or to any logits, of `height` rows at most.
-    """
+    tokens: int  # rows: first one for each decoding request, then those of the prefills
+    decodes: int  # requests with one row
+    prefills: int  # requests with several rows
+    width: int  # blocks of the longest block table
+    logits: int  # rows that are sampled
+    tiles: int  # tiles of rows under adapters; 0 if no row is under one
+    logit_tiles: int  # tiles of sampled rows under adapters; 0 if no adapter adapts the head
+    height: int  # the most rows of a tile
 
-    tokens: int
-    decodes: int
-    prefills: int
-    width: int
-    logits: int
-    tiles: int
-    logit_tiles: int
-    height: int
+    @classmethod
+    def largest(cls, tokens: int, requests: int, width: int, height: int) -> "StepShape":
+        """A shape with room for every step of at most `tokens` tokens and `requests` requests.
+
+        `height` is the least tile height of any step: the lower the tiles, the more there are.
+        """
+        tiles = most_tiles(tokens, requests, height)
+        return cls(tokens, requests, requests, width, requests, tiles, requests, height)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -44,33 +48,30 @@ class StepShape(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Integers of all parts, each of which begins aligned."""
+        """Integers of all parts, each padded to ALIGNMENT."""
         return sum(map(_aligned, self.sizes))
 
 
 class StepInputs(NamedTuple):
-    """The parts, all int32. `token_ids`, `positions` and `slots` (where K/V go) are (T,), `block_tables` (S, width).
+    """The parts of a step of T tokens and S requests. All tensors are int32."""
 
-    `context_lens` (S,) count each request's tokens, the step's among them. `query_starts` (prefills + 1,) say where
-    each prefill's rows begin behind the `decodes`. Tiles without a height are of no adapters.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    block_tables: Tensor
-    context_lens: Tensor
-    query_starts: Tensor
-    logit_rows: Tensor
-    tiles: Tiles
-    logit_tiles: Tiles
+    token_ids: Tensor  # (T,); a token that the previous step samples is -1 - i for the i-th sampled row of that step
+    positions: Tensor  # (T,)
+    slot_mapping: Tensor  # (T,), the slot of the KV cache that each token's K and V are written to
+    block_tables: Tensor  # (S, width)
+    context_lens: Tensor  # (S,), the tokens of each request, this step's included
+    query_starts: Tensor  # (prefills + 1,), the first row of each prefill, counted from the first prefill's
+    logit_rows: Tensor  # (logits,), the rows that are sampled
+    tiles: Tiles  # of all rows
+    logit_tiles: Tiles  # of the sampled rows
     decodes: int
 
 
 class StepBuffer:
-    """Room for any step of at most `capacity` integers on the host and on the device, at addresses that stay.
+    """Memory for steps of at most `capacity` integers on the host and on the device, at fixed addresses.
 
-    A CUDA device has two on the host, by turns: one may still be on its way when the next step is written.
+    For a CUDA device there are two host buffers, used in turn: the upload of one may not have ended when the next step
+    is written.
     """
 
     def __init__(self, capacity: int, device: torch.device):
@@ -81,17 +82,17 @@ class StepBuffer:
         self._turn = 0
 
     def on_host(self, shape: StepShape) -> StepInputs:
-        """Where a step of a shape is to be written; what was there has been uploaded."""
+        """The host tensors to write a step to, after waiting until the buffer's last upload has ended."""
         if self._uploads:
             self._uploads[self._turn].synchronize()
         return _parts(self._hosts[self._turn], shape)
 
     def on_device(self, shape: StepShape) -> StepInputs:
-        """Where kernels find it after `upload`: for a shape always in the same places."""
+        """The tensors that kernels read after `upload`. Their addresses depend on the shape alone."""
         return _parts(self._device, shape)
 
     def upload(self, shape: StepShape) -> None:
-        """Copy what was written, in order with the kernels and without waiting."""
+        """Copy the step that was written to the device, in stream order with the kernels, without waiting."""
         if self._uploads:
             self._device[: shape.total].copy_(self._hosts[self._turn][: shape.total], non_blocking=True)
             self._uploads[self._turn].record()
@@ -99,7 +100,7 @@ class StepBuffer:
 
 
 def step_shape(chunks: Sequence[Chunk], block_size: int, tiles: int, logit_tiles: int, height: int) -> StepShape:
-    """The shape of a step of these chunks, decoding ones first, and no padding."""
+    """The shape of a step of these chunks, without padding; chunks of one token come first."""
     decodes = sum(chunk.length == 1 for chunk in chunks)
     longest = max(chunk.start + chunk.length for chunk in chunks)
     return StepShape(
@@ -122,13 +123,14 @@ def write_step(
     out: StepInputs,
     carried: Mapping[Request, int] = MappingProxyType({}),
 ) -> None:
-    """Lay chunks out in a shape that has room for them; `slots_of` is each chunk's adapter slot, BASE for none.
+    """Write the parts of a step to `out`, which has a shape with room for the chunks.
 
-    A token that nobody knows yet, as the step before samples it, is -1 - i where it is the i-th of that step's: which,
-    `carried` says of a request. Rows and requests that are left over read nothing, write nothing and give zeros.
+    `slots_of` is each chunk's adapter slot, BASE for none. `carried` names the requests whose next token the previous
+    step samples, with the index of their row among its sampled rows; such a token is written as -1 - index. Padding
+    rows and padding requests read nothing, write no K/V and give zeros.
     """
-    parts = [_numpy(part) for part in out[:7]]
-    token_ids, positions, slots, tables, contexts, starts, logit_rows = parts
+    parts = [part.numpy() for part in out[:7]]
+    token_ids, positions, slot_mapping, tables, contexts, starts, logit_rows = parts
     lora_slots = np.full(shape.tokens, BASE, np.int32)
     row = sampled = 0
     for index, (chunk, lora_slot) in enumerate(zip(chunks, slots_of, strict=True)):
@@ -138,7 +140,7 @@ def write_step(
         place = np.arange(start, stop, dtype=np.int32)
         token_ids[rows] = request.token_ids[start:stop] or [-1 - carried[request]]
         positions[rows] = place
-        slots[rows] = blocks[place // block_size] * block_size + place % block_size
+        slot_mapping[rows] = blocks[place // block_size] * block_size + place % block_size
         tables[index, : len(blocks)] = blocks
         contexts[index] = stop
         lora_slots[row + min(max(request.invocation_start - start, 0), length) : row + length] = lora_slot
@@ -146,25 +148,25 @@ def write_step(
         if samples:
             logit_rows[sampled] = row - 1
             sampled += 1
-    token_ids[row:], positions[row:], slots[row:] = 0, 0, NO_SLOT
+    token_ids[row:], positions[row:], slot_mapping[row:] = 0, 0, NO_SLOT
     contexts[len(chunks) :] = 0
     logit_rows[sampled:] = 0
     lengths = (chunk.length for chunk in chunks[shape.decodes :])
     starts[:] = [0, *accumulate(lengths)]
     if shape.tiles:
-        lay_tiles(lora_slots, shape.height, _numpy(out.tiles.fields))
+        lay_tiles(lora_slots, shape.height, out.tiles.fields.numpy())
     if shape.logit_tiles:
-        wanted = lora_slots[logit_rows]
-        wanted[sampled:] = BASE
-        lay_tiles(wanted, shape.height, _numpy(out.logit_tiles.fields))
+        sampled_slots = lora_slots[logit_rows]
+        sampled_slots[sampled:] = BASE
+        lay_tiles(sampled_slots, shape.height, out.logit_tiles.fields.numpy())
 
 
 def _parts(buffer: Tensor, shape: StepShape) -> StepInputs:
-    tokens, positions, slots, tables, contexts, starts, logits, tiles, logit_tiles = _cut(buffer, shape.sizes)
+    tokens, positions, slot_mapping, tables, contexts, starts, logits, tiles, logit_tiles = _cut(buffer, shape.sizes)
     return StepInputs(
         tokens,
         positions,
-        slots,
+        slot_mapping,
         tables.view(-1, shape.width),
         contexts,
         starts,
@@ -184,7 +186,3 @@ def _cut(buffer: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _numpy(part: Tensor) -> np.ndarray:
-    return part.numpy()

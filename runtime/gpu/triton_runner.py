@@ -1,7 +1,9 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,22 +12,30 @@ from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapters.pool import AdapterPool
-from runtime.chunk import Chunk
 from runtime.config import EngineConfig
 from runtime.gpu.adapter_table import AdapterTable, widest
-from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, capture_on_cuda
+from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda
 from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
-from runtime.gpu.tiled_lora import DECODE_HEIGHT, LoraMemory, TiledLora, tile_height
-from runtime.model_runner import LoadedModel, Results
+from runtime.gpu.step_lora import DECODE_HEIGHT, LoraMemory, StepLora, tile_height
 from runtime.request import Request
+from runtime.runner import Results, Runner
+from runtime.scheduler import Chunk
 
-STACKED = 3  # q, k and v: a site may have so many times the ranks that a module has
+STACKED = 3  # modules of one site, q, k and v: the ranks of a site are up to this many times those of a module
 
 
-class TritonRunner(LoadedModel):
-    """Runs the model with the Triton kernels; decode steps replay CUDA graphs where there are any."""
+class PreparedStep(NamedTuple):
+    """The step in the step buffer."""
+
+    shape: StepShape
+    width: int  # the most ranks of its adapters at a site
+    sampling: list[Request]  # the requests whose next token it samples, in the order of its logits
+
+
+class TritonRunner(Runner):
+    """Runs the model with the Triton kernels; decode steps replay CUDA graphs if any fit."""
 
     def __init__(self, config: EngineConfig, device: torch.device):
         if not can_run_on(device):
@@ -40,19 +50,15 @@ class TritonRunner(LoadedModel):
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank
         self._table_width = -(-self.max_model_len // config.block_size)
-        most = most_tiles(self._max_tokens, self._max_running, DECODE_HEIGHT)
-        requests = self._max_running
-        largest = StepShape(
-            self._max_tokens, requests, requests, self._table_width, requests, most, requests, DECODE_HEIGHT
-        )
+        largest = StepShape.largest(self._max_tokens, self._max_running, self._table_width, DECODE_HEIGHT)
         self._buffer = StepBuffer(largest.total, device)
-        self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # that the last step sampled
-        self._carried: dict[Request, int] = {}
+        self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # sampled by the last step
+        self._carried: dict[Request, int] = {}  # the row of each request in `_tokens`
         self._overlap = config.overlap
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
 
     def start(self, adapters: AdapterPool) -> None:
-        """Reserve what adapters need in a step, and capture graphs."""
+        """Reserve device memory for the adapters of a step, compile kernels and capture graphs."""
         self._adapters = adapters
         self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
         self._memory = LoraMemory.of(
@@ -64,7 +70,7 @@ class TritonRunner(LoadedModel):
             self.graphs = self.decode_graphs(capture_on_cuda(self.device))
 
     def warm_up(self) -> None:
-        """Compile whatever a step may launch, so that no request waits for it: prompts, and decoding without graphs."""
+        """Compile every kernel that a step may launch, so that no request waits for the compiler."""
         for (decodes, prefills), adapted in product(self._steps_to_compile(), (False, True)):
             rows = decodes + prefills
             height = tile_height(decodes, rows)
@@ -75,7 +81,7 @@ class TritonRunner(LoadedModel):
         warm_up_sampling(logits, self.gpu)
 
     def _steps_to_compile(self) -> Iterator[tuple[int, int]]:
-        """Numbers of requests that decode and of prompts: one for each range that kernels are compiled for."""
+        """(decodes, prefills) of steps that together use every compiled version of the kernels."""
         yield 1, 0
         yield 0, 1
         prefills = LEAST_SEQUENCES
@@ -84,7 +90,7 @@ class TritonRunner(LoadedModel):
             prefills *= 2
 
     def decode_graphs(self, capture: Capture) -> DecodeGraphs:
-        """Graphs of what `forward` does for decode steps."""
+        """Graphs of `forward` for decode steps."""
 
         def lay_out_nothing(shape: StepShape) -> None:
             self._lay_out([], shape, [])
@@ -106,8 +112,7 @@ class TritonRunner(LoadedModel):
         if self.graphs is not None:
             shape = self.graphs.padded(shape, width)
         self._lay_out(ordered, shape, slots)
-        self._shape, self._width = shape, width
-        self._sampling = [chunk.request for chunk in ordered if chunk.samples]
+        self.prepared = PreparedStep(shape, width, [chunk.request for chunk in ordered if chunk.samples])
         return ordered
 
     def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: Sequence[int]) -> None:
@@ -115,7 +120,7 @@ class TritonRunner(LoadedModel):
         self._buffer.upload(shape)
 
     def _adapter_slots(self, chunks: Sequence[Chunk]) -> tuple[list[int], int, bool]:
-        """Each chunk's adapter slot, BASE where none applies; the most ranks at a site; whether any is of the head."""
+        """Each chunk's adapter slot, BASE for none; the most ranks at a site; whether any adapter adapts the head."""
         slots, width, of_head = [], 0, False
         for request, start, length, _ in chunks:
             if request.adapter is None or start + length <= request.invocation_start:
@@ -129,18 +134,27 @@ class TritonRunner(LoadedModel):
 
     @torch.inference_mode()
     def launch(self) -> tuple[Results, bool]:
-        graph = None if self.graphs is None else self.graphs.of(self._shape, self._width)
-        logits = self.forward(self._shape, self._width) if graph is None else graph()
-        samples = DeviceSamples(logits[: len(self._sampling)], self._sampling, self.gpu)
-        self._tokens[: len(self._sampling)] = samples.chosen.clamp(min=0)
-        self._carried = {request: index for index, request in enumerate(self._sampling)}
+        sampling = self.prepared.sampling
+        logits = self.forward_pass()()
+        samples = DeviceSamples(logits[: len(sampling)], sampling, self.gpu)
+        self._tokens[: len(sampling)] = samples.chosen.clamp(min=0)
+        self._carried = {request: index for index, request in enumerate(sampling)}
         return samples.wait, self._overlap and not samples.needs_logits
+
+    def forward_pass(self) -> Replay:
+        """The forward pass of the prepared step: its CUDA graph, or a call of `forward`.
+
+        Another run writes K/V to the same slots.
+        """
+        shape, width, _ = self.prepared
+        graph = None if self.graphs is None else self.graphs.of(shape, width)
+        return graph or partial(self.forward, shape, width)
 
     @torch.inference_mode()
     def forward(self, shape: StepShape, width: int) -> Tensor:
-        """The logits of what lies in the buffer in a shape, under adapters of at most `width` ranks at a site."""
+        """The logits of the step in the buffer, of this shape, under adapters of at most `width` ranks at a site."""
         step = self._buffer.on_device(shape)
-        carried = self._tokens[(-1 - step.token_ids).clamp(min=0)]  # see `write_step`
+        carried = self._tokens[(-1 - step.token_ids).clamp(min=0)]  # see StepInputs.token_ids
         step = step._replace(token_ids=torch.where(step.token_ids < 0, carried, step.token_ids))
-        lora = TiledLora(self.model, self._memory, step, width, self.gpu) if shape.tiles else None
+        lora = StepLora(self.model, self._memory, step, width, self.gpu) if shape.tiles else None
         return self.decoder.forward(step, self.kv.layers, lora)

@@ -1,12 +1,20 @@
-"""The tensor that holds K and V, in blocks of slots of one token."""
+"""The K/V tensors on the device: blocks of slots, one slot for each token."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.models.config import ModelConfig
-from runtime.request import KvCopy
+
+
+class KvCopy(NamedTuple):
+    """A copy of the first `tokens` slots of block `source` to block `target`, due before `target` is written to."""
+
+    source: int
+    target: int
+    tokens: int
 
 
 def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -16,8 +24,8 @@ def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> 
 class KvCache:
     """`layers` has (num_blocks * block_size, 2, kv_heads, head_dim) for each layer; K is index 0, V is 1.
 
-    Block b holds slots b * block_size onwards. Block 0 stays zero: padding reads it, so that what an unrelated
-    request left behind, a NaN above all, is never read under a mask.
+    Block b has the `block_size` slots from b * block_size on. Block 0 stays zero: padding reads it, so that no mask has
+    to hide what another request left behind, least of all a NaN.
     """
 
     def __init__(
@@ -33,7 +41,7 @@ class KvCache:
         return self._whole[:, block * self.block_size : (block + 1) * self.block_size]
 
     def empty_blocks(self, count: int) -> Tensor:
-        """Host memory for the content of `count` blocks, each in one piece and shaped as `block` has it."""
+        """Host memory for `count` blocks, each contiguous and shaped as `block`; page-locked for a CUDA device."""
         page_locked = self.device.type == "cuda"
         return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype, pin_memory=page_locked)
 

@@ -1,4 +1,4 @@
-"""Blocks of K/V that go to host memory when they are evicted, and come back when a request wants them."""
+"""Offloading: K/V that the device evicts are copied to host memory, and reloaded when a request needs them."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -6,171 +6,171 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from runtime.kv.block_keys import BlockIdentity, block_salt
-from runtime.kv.block_tables import BlockTables, Found
+from runtime.kv.block_keys import BlockIdentity
+from runtime.kv.block_manager import BlockManager, Match
 from runtime.kv.host_blocks import HostBlocks
-from runtime.kv.transfer import KvMover
+from runtime.kv.transfer import BlockTransfer
 from runtime.messages import HostKvStats
 from runtime.request import Request
 
 
 class Arrival(NamedTuple):
-    """A block of the device that is being filled from host memory, and what it will be known by."""
+    """A block of the device that a reload fills, and the identity that it will be registered with."""
 
     block: int
     identity: BlockIdentity
 
 
 @dataclass(eq=False, slots=True)
-class Recall:
-    """Blocks on their way to the device, each after the other and the first after the last of `held`.
+class Reload:
+    """A copy of consecutive blocks from host memory to the device."""
 
-    Their K/V are good up to `good` of them: a namespace may be dropped while they are under way.
-    """
-
-    held: list[int]
+    held: list[int]  # the blocks before the first arrival, one reference each
     arrivals: list[Arrival]
-    moving: "Future[None]"
-    good: int
+    copying: "Future[None]"
+    valid: int  # how many arrivals can be registered: fewer if their namespace is dropped during the copy
 
     @property
     def blocks(self) -> list[int]:
-        """All that it references."""
+        """All blocks that it references."""
         return [*self.held, *(arrival.block for arrival in self.arrivals)]
 
 
-class HostKv:
-    """Owns the blocks that left the device for host memory, and those on their way back with their references.
+class Offload:
+    """Owns the blocks in host memory, and the reloads under way with their references.
 
-    Nothing waits in a step but for a block's old content to be saved before the block is written to. A request whose
-    K/V come back waits meanwhile, once for each time that it wants to start, and finds them on the device then.
+    A step waits for host copies in one case only: before it overwrites a block whose old content is still being
+    copied. A request whose K/V are reloaded waits meanwhile, and then finds them in the prefix cache.
     """
 
-    def __init__(self, tables: BlockTables, mover: KvMover) -> None:
-        self._tables, self._pool, self._mover = tables, tables.pool, mover
-        self._blocks = HostBlocks(mover.num_slots)
-        self._recalls: list[Recall] = []
+    def __init__(self, block_manager: BlockManager, transfer: BlockTransfer) -> None:
+        self._block_manager, self._pool, self._transfer = block_manager, block_manager.pool, transfer
+        self._host = HostBlocks(transfer.num_slots)
+        self._reloads: list[Reload] = []
         self._stores = self._loads = 0
-        self._pool.on_evict = self._store
 
     def watch(self, on_arrival: Callable[[], None]) -> None:
-        """Call `on_arrival`, from a thread, when there is something to `land`."""
-        self._mover.on_move = on_arrival
+        """Call `on_arrival`, from a thread, when there is something for `register_reloaded`."""
+        self._transfer.on_reloaded = on_arrival
 
     def wait(self, timeout: float) -> bool:
-        """Block until there is something to land, or `timeout` seconds pass; False when nothing is under way."""
-        wait([recall.moving for recall in self._recalls], timeout, FIRST_COMPLETED)
-        return bool(self._recalls)
-
-    def settle(self, blocks: Iterable[int]) -> None:
-        """Wait until what was in `blocks`, which are about to be written to, has been saved."""
-        self._mover.settle(blocks)
+        """Block until a reload ends or `timeout` seconds pass; False if there is no reload."""
+        wait([reload.copying for reload in self._reloads], timeout, FIRST_COMPLETED)
+        return bool(self._reloads)
 
     def close(self) -> None:
-        self._mover.close()
+        self._transfer.close()
 
-    # ------------------------------------------------------------------ there
+    def save_evicted(self) -> None:
+        """Start to copy the blocks that were evicted since the last call to host memory."""
+        for block, identity in self._pool.take_evicted():
+            slot = self._host.add(identity)
+            if slot is not None:
+                self._transfer.offload(block, slot)
+                self._stores += 1
 
-    def _store(self, block: int, identity: BlockIdentity) -> None:
-        """A block is evicted from the device."""
-        slot = self._blocks.add(identity)
-        if slot is not None:
-            self._mover.save(block, slot)
-            self._stores += 1
+    def before_writing(self, blocks: Iterable[int]) -> None:
+        """Save evicted blocks, and wait until the old content of `blocks`, which a step will overwrite, is saved."""
+        self.save_evicted()
+        self._transfer.wait_offloaded(blocks)
 
-    # ------------------------------------------------------------------ and back
+    def waits_for_reload(self, request: Request, spare: int) -> bool:
+        """Whether a request without blocks has to wait for a reload of its K/V; starts one if host memory has them.
 
-    def awaits(self, request: Request, spare: int) -> bool:
-        """Whether a request that holds no blocks should wait for K/V that come back; starts that if there are any.
-
-        There must be room for the whole request with `spare` blocks left over, as to start it: else nothing comes.
+        Nothing is reloaded unless the whole request fits and leaves `spare` blocks, as for its start. Host memory is
+        searched once for each time that the request waits.
         """
-        if not self._blocks and not self._recalls:
+        self.save_evicted()
+        if not self._host and not self._reloads:
             return False
-        found = self._tables.find(request)
-        following = request.keys[len(found.blocks) :]
-        if any(following[:1] == [arrival.identity.key] for recall in self._recalls for arrival in recall.arrivals):
+        match = self._block_manager.find(request)
+        following = request.chain.keys[len(match.blocks) :]
+        if any(following[:1] == [arrival.identity.key] for reload in self._reloads for arrival in reload.arrivals):
             return True
-        if request.recalled:
+        if request.reloaded:
             return False
-        slots = self._find(request, found)
-        missing = self._tables.blocks_for(request) - len(found.blocks)
-        if not slots or max(missing, len(slots)) + spare > self._pool.available_beside(found.blocks):
+        slots = self._find(request, match)
+        missing = self._block_manager.blocks_for(request) - len(match.blocks)
+        if not slots or max(missing, len(slots)) + spare > self._pool.available_beside(match.blocks):
             return False
-        request.recalled = True
-        self._recall(found.blocks, slots)
+        request.reloaded = True
+        self._start_reload(match.blocks, slots)
         return True
 
-    def _find(self, request: Request, found: Found) -> list[int]:
-        """The slots of what follows the blocks on the device: of whole ones, and of one that has some of the next."""
-        size, limit = self._tables.block_size, len(request) - 1
-        slots = self._blocks.match(request.keys_up_to(limit, size)[len(found.blocks) :])
-        index = len(found.blocks) + len(slots)
+    def _find(self, request: Request, match: Match) -> list[int]:
+        """The slots of the blocks after those on the device; the last one may match in part."""
+        size, limit = self._block_manager.block_size, len(request) - 1
+        slots = self._host.match(request.chain.keys_up_to(request.token_ids, limit, size)[len(match.blocks) :])
+        index = len(match.blocks) + len(slots)
         start = index * size
-        wanted = request.token_ids[start : min(start + size, limit)]
-        salt = block_salt(start, size, request.kv_namespace, request.invocation_start)
-        slot, tokens = self._blocks.match_within(request.parent_of(index), wanted, salt) if wanted else (0, 0)
-        return [*slots, slot] if tokens > (0 if slots else found.tokens) else slots
+        following = request.token_ids[start : min(start + size, limit)]
+        if not following:
+            return slots
+        chain = request.chain
+        slot, tokens = self._host.match_within(chain.parent_of(index), following, chain.salt_of(index, size))
+        return [*slots, slot] if tokens > (0 if slots else match.tokens) else slots
 
-    def _recall(self, held: list[int], slots: Sequence[int]) -> None:
-        identities = [self._blocks.take(slot) for slot in slots]
+    def _start_reload(self, held: list[int], slots: Sequence[int]) -> None:
+        identities = [self._host.remove(slot) for slot in slots]
         self._pool.share(held)
         blocks = self._pool.allocate(len(slots))
         assert blocks is not None
+        self.save_evicted()  # copies run in order: the old content of `blocks` is saved before it is overwritten
         arrivals = [Arrival(*pair) for pair in zip(blocks, identities, strict=True)]
-        self._recalls.append(Recall(held, arrivals, self._mover.load(slots, blocks), good=len(arrivals)))
-        self._blocks.free(slots)  # whatever is saved there from now on is saved after they have been read
+        copying = self._transfer.reload(slots, blocks)
+        self._reloads.append(Reload(held, arrivals, copying, valid=len(arrivals)))
+        self._host.free(slots)  # copies run in order: these slots are read before they are overwritten
         self._loads += len(slots)
 
-    def land(self) -> None:
-        """Make known what has come back; whoever waits for it finds it then."""
-        for recall in [recall for recall in self._recalls if recall.moving.done()]:
-            self._recalls.remove(recall)
-            recall.moving.result()
-            blocks = list(recall.held)
-            for block, identity in recall.arrivals[: recall.good]:
+    def register_reloaded(self) -> None:
+        """Register the blocks of the reloads that have ended, and release them: requests find them from now on."""
+        for reload in [reload for reload in self._reloads if reload.copying.done()]:
+            self._reloads.remove(reload)
+            reload.copying.result()
+            blocks = list(reload.held)
+            for block, identity in reload.arrivals[: reload.valid]:
                 blocks.append(self._pool.register(block, identity, blocks[-1] if blocks else None))
-            self._pool.free([*blocks, *(arrival.block for arrival in recall.arrivals[recall.good :])])
+            self._pool.free([*blocks, *(arrival.block for arrival in reload.arrivals[reload.valid :])])
 
     def drop(self, namespace: str | None, dropped: Sequence[bytes]) -> None:
-        """Forget a namespace, and what comes after the blocks whose keys were `dropped` from the device."""
-        self._blocks.drop_namespace(namespace)
-        self._blocks.drop_after(dropped)
+        """Forget a namespace, and the blocks that follow those whose keys were `dropped` from the device."""
+        self.save_evicted()
+        self._host.drop_namespace(namespace)
+        self._host.drop_after(dropped)
         gone = set(dropped)
-        for recall in self._recalls:
-            for index, (_, identity) in enumerate(recall.arrivals[: recall.good]):
+        for reload in self._reloads:
+            for index, (_, identity) in enumerate(reload.arrivals[: reload.valid]):
                 if identity.namespace == namespace or identity.parent in gone:
-                    recall.good = index
-                    self._blocks.drop_after(arrival.identity.key for arrival in recall.arrivals[index:])
+                    reload.valid = index
+                    self._host.drop_after(arrival.identity.key for arrival in reload.arrivals[index:])
                     break
-
-    # ------------------------------------------------------------------ looking in
 
     @property
     def held(self) -> list[list[int]]:
-        """The blocks of the device that each recall references."""
-        return [recall.blocks for recall in self._recalls]
+        """The blocks of the device that each reload references."""
+        return [reload.blocks for reload in self._reloads]
 
     @property
     def keys(self) -> Collection[bytes]:
-        """Of the blocks in host memory."""
-        return self._blocks.keys
+        """The keys of the blocks in host memory."""
+        return self._host.keys
 
     def by_namespace(self) -> Counter[str | None]:
         """How many blocks of each namespace are in host memory."""
-        return self._blocks.by_namespace()
+        return self._host.by_namespace()
 
     def stats(self) -> HostKvStats:
         return HostKvStats(
-            bytes_total=self._blocks.num_slots * self._mover.slot_bytes,
-            bytes_used=len(self._blocks) * self._mover.slot_bytes,
-            blocks=len(self._blocks),
+            bytes_total=self._host.num_slots * self._transfer.slot_bytes,
+            bytes_used=len(self._host) * self._transfer.slot_bytes,
+            blocks=len(self._host),
             stores=self._stores,
             loads=self._loads,
-            evictions=self._blocks.evictions,
+            evictions=self._host.evictions,
         )
 
     def check(self, roots: Collection[bytes] = ()) -> None:
-        """Recount. `roots`, if given, are the parents of all first blocks."""
-        arriving = [arrival.identity.key for recall in self._recalls for arrival in recall.arrivals[: recall.good]]
-        self._blocks.check([*self._pool.keys, *arriving, *roots] if roots else ())
+        """Recount. `roots`, if given, are the parent keys of all first blocks."""
+        self.save_evicted()
+        arriving = [arrival.identity.key for reload in self._reloads for arrival in reload.arrivals[: reload.valid]]
+        self._host.check([*self._pool.keys, *arriving, *roots] if roots else ())

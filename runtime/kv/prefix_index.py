@@ -1,64 +1,108 @@
-"""Known blocks by the block before them, to find the one that begins as a request goes on."""
+"""The index of a prefix cache: blocks with known K/V, by their key and by the block before them."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Sequence
 
 from runtime.kv.block_keys import BlockIdentity, Salt
 
 Entry = tuple[tuple[int, ...], int]  # tokens, and the block that holds their K/V
-NEIGHBOURS = 8  # how many entries with the same beginning are looked at for one that says the same and more
+NEIGHBOURS = 8  # entries with a common beginning that are compared, to find a block that contains another
 
 
-class BlockChildren:
-    """Indexes blocks under their parent's key, in sorted lists: one for each salt, and one for what is the base's.
+class PrefixIndex:
+    """Maps block numbers to identities and back. Evicts nothing and counts no references: its owner does.
 
-    A salted block is in two: in its salt's with all its tokens, and, with those before the invocation, in the list
-    without a salt, for there it holds what the base's blocks hold. Under an adapter's own blocks there is one list.
+    Under each parent key, sorted lists of tokens find the block that continues a request: one list for each salt, and
+    one without a salt. A salted block is in two lists: in its salt's with all its tokens, and in the one without a salt
+    with the tokens before `invocation_start`, whose K/V are the base's. Blocks after a salted one need no salt.
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[bytes, dict[int, BlockIdentity]] = {}
+        self._identities: dict[int, BlockIdentity] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._children: dict[bytes, dict[int, BlockIdentity]] = {}
         self._lists: dict[tuple[bytes, Salt | None], list[Entry]] = {}
 
-    def of(self, parent: bytes) -> Sequence[int]:
-        """The blocks under a key."""
-        return list(self._blocks.get(parent, ()))
+    def __len__(self) -> int:
+        return len(self._identities)
 
-    def any(self, parent: bytes) -> bool:
-        return parent in self._blocks
+    def __contains__(self, block: int) -> bool:
+        return block in self._identities
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._identities)
+
+    def __getitem__(self, block: int) -> BlockIdentity:
+        return self._identities[block]
+
+    @property
+    def keys(self) -> KeysView[bytes]:
+        return self._by_key.keys()
 
     def add(self, block: int, identity: BlockIdentity) -> None:
-        self._blocks.setdefault(identity.parent, {})[block] = identity
+        self._identities[block] = identity
+        self._by_key[identity.key] = block
+        self._children.setdefault(identity.parent, {})[block] = identity
         for salt, tokens in _entries(identity):
             insort(self._lists.setdefault((identity.parent, salt), []), (tokens, block))
 
-    def remove(self, block: int, identity: BlockIdentity) -> None:
-        siblings = self._blocks[identity.parent]
+    def remove(self, block: int) -> BlockIdentity:
+        identity = self._identities.pop(block)
+        del self._by_key[identity.key]
+        siblings = self._children[identity.parent]
         del siblings[block]
         if not siblings:
-            del self._blocks[identity.parent]
+            del self._children[identity.parent]
         for salt, tokens in _entries(identity):
             entries = self._lists[identity.parent, salt]
             del entries[bisect_left(entries, (tokens, block))]
             if not entries:
                 del self._lists[identity.parent, salt]
+        return identity
 
-    def longest(self, parent: bytes, token_ids: Sequence[int], salt: Salt | None) -> tuple[int, int]:
-        """The block that has most of a next block's tokens from its first on, and how many: 0 if there is none.
+    def find(self, key: bytes) -> int | None:
+        return self._by_key.get(key)
 
-        `token_ids` are those of the next block that are known, `salt` says where an adapter begins to apply in it.
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest prefix of `keys` that is known."""
+        blocks: list[int] = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def match_within(self, parent: bytes, token_ids: Sequence[int], salt: Salt | None) -> tuple[int, int]:
+        """The block after `parent` that has most of a next block's first tokens, and how many; (0, 0) if none has any.
+
+        `token_ids` are the tokens of that next block, `salt` is its salt. A request can copy the K/V of the matching
+        tokens; the rest of the block is not its own.
         """
         tokens = tuple(token_ids)
         best = 0, 0
-        for of_salt, wanted in [(salt, tokens)] if salt is None else [(salt, tokens), (None, tokens[: salt.offset])]:
+        for of_salt, sought in [(salt, tokens)] if salt is None else [(salt, tokens), (None, tokens[: salt.offset])]:
             entries = self._lists.get((parent, of_salt), ())
-            place = bisect_left(entries, (wanted, 0))
-            for held, block in entries[max(place - 1, 0) : place + 1]:  # in order, the most alike are neighbours
-                best = max(best, (_common(held, wanted), block))
+            place = bisect_left(entries, (sought, 0))
+            for held, block in entries[max(place - 1, 0) : place + 1]:  # the longest common beginnings are neighbours
+                best = max(best, (_common(held, sought), block))
         return best[1], best[0]
 
+    def has_children(self, key: bytes) -> bool:
+        return key in self._children
+
+    def after(self, key: bytes) -> list[int]:
+        """All blocks that follow the block of `key`, each behind the one before it; `key` need not be known."""
+        blocks = list(self._children.get(key, ()))
+        for block in blocks:
+            blocks += self._children.get(self._identities[block].key, ())
+        return blocks
+
+    def in_namespace(self, namespace: str | None) -> list[int]:
+        return [block for block, identity in self._identities.items() if identity.namespace == namespace]
+
     def extension(self, identity: BlockIdentity) -> int | None:
-        """A block under the same parent that holds all that this one would, and more."""
+        """A known block with the same parent that holds all K/V of this one, and more."""
         entries = self._lists.get((identity.parent, identity.salt), ())
         place = bisect_left(entries, (identity.token_ids, 0))
         for held, block in entries[place : place + NEIGHBOURS]:
@@ -69,7 +113,7 @@ class BlockChildren:
         return None
 
     def beginning(self, identity: BlockIdentity) -> int | None:
-        """A block under the same parent that holds a part of what this one would, from the first token on."""
+        """A known block with the same parent that holds the first part of this one's K/V."""
         entries = self._lists.get((identity.parent, identity.salt), ())
         place = bisect_left(entries, (identity.token_ids, 0))
         for held, block in entries[max(place - NEIGHBOURS, 0) : place]:
@@ -78,16 +122,17 @@ class BlockChildren:
         return None
 
     def _is_whole(self, block: int, sibling: BlockIdentity, held: tuple[int, ...]) -> bool:
-        """Whether an entry is all of a block and not only the base's part of it, nor another namespace's."""
-        other = self._blocks[sibling.parent][block]
+        """Whether an entry has all tokens of a block, and the block is of the same salt and namespace."""
+        other = self._identities[block]
         return other.token_ids == held and other.salt == sibling.salt and other.namespace == sibling.namespace
 
-    def check(self, known: dict[int, BlockIdentity]) -> None:
-        """Recount against all known blocks."""
-        assert {b: i for siblings in self._blocks.values() for b, i in siblings.items()} == known
-        assert all(self._blocks.values())
+    def check(self) -> None:
+        assert self._by_key == {identity.key: block for block, identity in self._identities.items()}
+        assert all(self._children.values())
+        children = {block: identity for siblings in self._children.values() for block, identity in siblings.items()}
+        assert children == self._identities
         lists: dict[tuple[bytes, Salt | None], list[Entry]] = {}
-        for block, identity in known.items():
+        for block, identity in self._identities.items():
             for salt, tokens in _entries(identity):
                 lists.setdefault((identity.parent, salt), []).append((tokens, block))
         assert {place: sorted(entries) for place, entries in lists.items()} == self._lists
@@ -100,7 +145,7 @@ def _entries(identity: BlockIdentity) -> Iterator[tuple[Salt | None, tuple[int, 
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many first tokens two have in common."""
+    """How many first tokens two sequences have in common."""
     for count, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return count

@@ -1,4 +1,14 @@
-"""The shape and the options of a decoder-only model, read from its `config.json`."""
+"""The shape and the options of a decoder-only model, read from its `config.json`.
+
+To add a model family:
+
+1. `config_file.py`: add its name to ARCHITECTURES, its fields to ConfigFile, and refuse values that are not supported.
+2. `config.py`: map those fields to flags of ModelConfig; add a flag only for an operation that no family here has.
+3. `weights.py`: add its tensors to `tensor_shapes` and to the layer's weights, if the flags do not say it.
+4. `decoder.py` for the CPU and `runtime/gpu/fused_decoder.py` for the GPU: do what a new flag says.
+
+Then add a tiny model of it to `tests/runtime/models/families.py`: the decoders' tests compare it with transformers.
+"""
 
 import math
 from pathlib import Path
@@ -20,19 +30,21 @@ from runtime.models.config_file import (
     refuse,
 )
 
+DEFAULT_WINDOW = 4096  # of transformers, for a config.json without sliding_window; null means no window
+
 
 class Part(NamedTuple):
-    """One projection of the checkpoint, as a part of a stacked site: `module` is its name there."""
+    """One projection of the checkpoint, as a part of a stacked site."""
 
-    module: str
+    module: str  # its name in the checkpoint
     out_features: int
 
 
 class Site(NamedTuple):
-    """A place where an adapter can act: one fused projection, its parts stacked along the output."""
+    """One fused projection, to which an adapter can add."""
 
     in_features: int
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # stacked along the output
 
 
 SITES_PER_LAYER = 4  # qkv, o, gate_up, down
@@ -40,25 +52,22 @@ QKV, OUT, GATE_UP, DOWN = range(SITES_PER_LAYER)
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary frequencies and how they are scaled; `attention_factor` multiplies cosines and sines."""
+    """Rotary frequencies and their scaling, under the names of transformers."""
 
     theta: float
-    type: str = "default"  # default | linear | llama3 | yarn
+    type: str = "default"  # one of config_file.ROPE_TYPES
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
+    attention_factor: float | None = None  # multiplies cosines and sines; None: 1
+    truncate: bool = True  # yarn: round the ramp's ends to whole pairs
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoder-only transformer by flags: Llama, Mistral, Qwen2, Qwen3 and Granite are settings of these.
-
-    `dtype` is what the model runs in unless told otherwise; a float16 checkpoint runs in bfloat16.
-    """
+    """A decoder-only transformer, described by flags: Llama, Mistral, Qwen2, Qwen3 and Granite are settings of them."""
 
     architecture: str
     vocab_size: int
@@ -80,14 +89,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_multiplier: float | None = None  # None: 1/sqrt(head_dim)
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # the default of the engine's dtype; a float16 checkpoint runs in bfloat16
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> "ModelConfig":
-        """Read `config.json`, and the end tokens of `generation_config.json` if there is one.
+        """Read `config.json`, and the end tokens from `generation_config.json` if there is one.
 
-        Raises UnsupportedModel naming the field, its value and what is supported.
+        Raises UnsupportedModel, naming the field, its value and the supported ones.
         """
         directory = Path(directory)
         file = read_config(directory)
@@ -127,7 +136,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return SITES_PER_LAYER * self.num_layers + 1
 
     def sites(self) -> list[Site]:
-        """Every site in index order: four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head."""
+        """Return every site in index order: four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head."""
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         sites = []
@@ -165,14 +174,10 @@ def _head_dim(file: ConfigFile) -> int:
 
 
 def _max_position(file: ConfigFile) -> int:
-    """The model's limit, or its sliding window: up to that length a window hides nothing."""
-    window = None
-    if file.architecture == MISTRAL:
-        # 4096 is what transformers takes where the field is absent; null is how no window is spelled.
-        window = 4096 if file.sliding_window is msgspec.UNSET else file.sliding_window
-    elif file.architecture in (QWEN2, QWEN3) and _has_sliding_layers(file):
-        window = 4096 if file.sliding_window is msgspec.UNSET else file.sliding_window
-    return min(file.max_position_embeddings, window or file.max_position_embeddings)
+    """Return the model's limit, or its sliding window if that is shorter: within the window, attention is full."""
+    window = DEFAULT_WINDOW if file.sliding_window is msgspec.UNSET else file.sliding_window
+    slides = file.architecture == MISTRAL or (file.architecture in (QWEN2, QWEN3) and _has_sliding_layers(file))
+    return min(file.max_position_embeddings, window) if slides and window else file.max_position_embeddings
 
 
 def _has_sliding_layers(file: ConfigFile) -> bool:

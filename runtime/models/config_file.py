@@ -1,4 +1,4 @@
-"""The fields of a checkpoint's `config.json` that decide anything here, and the values they may have."""
+"""Reads the fields of a checkpoint's `config.json` that this engine uses, and refuses unsupported values."""
 
 import re
 from pathlib import Path
@@ -19,14 +19,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class UnsupportedModel(ValueError):
-    """The model's configuration asks for something this engine does not do; the message names it."""
+    """The model's configuration has a value that this engine does not support; the message names the field."""
 
 
 class RopeFile(msgspec.Struct, frozen=True, kw_only=True):
-    """`rope_parameters`, or the older `rope_scaling` with `type` for `rope_type`."""
+    """`rope_parameters`, or the older `rope_scaling`."""
 
     rope_type: str | None = None
-    type: str | None = None
+    type: str | None = None  # the older name of rope_type
     rope_theta: PositiveFloat | None = None
     partial_rotary_factor: float | None = None
     mrope_section: list[int] | None = None
@@ -43,7 +43,7 @@ class RopeFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Field names are those of transformers; a default is what transformers takes for a field that is not there."""
+    """The fields of `config.json`, with the names and the defaults of transformers."""
 
     architectures: Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
     vocab_size: PositiveInt
@@ -74,7 +74,7 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     residual_multiplier: float = 1.0
     logits_scaling: PositiveFloat = 1.0
     dtype: str | None = None
-    torch_dtype: str | None = None
+    torch_dtype: str | None = None  # the older name of dtype
     eos_token_id: TokenIds = None
 
     @property
@@ -95,7 +95,7 @@ class GenerationFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_config(directory: Path) -> ConfigFile:
-    """`config.json`, with every value that stands for itself checked; raises UnsupportedModel."""
+    """Read `config.json` and check each value by itself. Raises UnsupportedModel."""
     config = _read(directory / "config.json", ConfigFile)
     _check(config)
     _check_rope(config)
@@ -103,9 +103,9 @@ def read_config(directory: Path) -> ConfigFile:
 
 
 def read_eos_token_ids(directory: Path, config: ConfigFile) -> tuple[int, ...]:
-    """The tokens that end a generation: those of `generation_config.json` where it names any, or else `config`'s.
+    """Return the tokens that end a generation, from `generation_config.json` if it names any, else from `config`.
 
-    One that is not in the vocabulary ends none, and has no logit that could be forbidden.
+    Ids outside the vocabulary are left out: they are never generated, and have no logit to mask.
     """
     path = directory / "generation_config.json"
     ids = _read(path, GenerationFile).eos_token_id if path.exists() else None
@@ -165,7 +165,7 @@ def _read(path: Path, kind: type[T]) -> T:
 
 
 def _found(content: bytes, complaint: str) -> str:
-    """The value at the path that a validation error ends with, such as "at `$.rope_scaling.factor`"."""
+    """Return the value at the path in a validation error, such as "at `$.rope_scaling.factor`", for its message."""
     fields = re.findall(r"\.(\w+)", complaint.partition(" - at ")[2])
     value = msgspec.json.decode(content)
     for field in fields:

@@ -1,4 +1,4 @@
-"""A decoder-only transformer over a paged KV cache, with a place for adapters behind every projection."""
+"""A decoder-only transformer over a paged K/V cache; after every projection, adapters add to its output."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -24,7 +24,7 @@ class Lora(Protocol):
 
 
 class Decoder:
-    """The forward pass of one model; it holds weights and no other state, and is called without autograd."""
+    """The forward pass of one model. It holds weights and no other state, and runs without autograd."""
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config = config
@@ -42,11 +42,11 @@ class Decoder:
         logit_rows: Tensor,
         lora: Lora | None,
     ) -> Tensor:
-        """The logits of the rows asked for, (n, vocab) float32, having written every token's K and V.
+        """Write every token's K and V, and return the logits of `logit_rows`, (n, vocab) float32.
 
-        `token_ids`, `positions` and `slots` (where each token's K/V goes) are (T,) int64, `kv` has a tensor
-        (slots, 2, kv_heads, head_dim) for each layer, `logit_rows` is (n,) int64. With `lora` None, exactly the
-        operations of a model without adapters run.
+        `token_ids`, `positions` and `slots` (the slot mapping: where each token's K/V is written) are (T,) int64,
+        `kv` has a tensor (slots, 2, kv_heads, head_dim) for each layer, `logit_rows` is (n,) int64. With `lora` None,
+        exactly the operations of a model without adapters run.
         """
         config, weights = self.config, self.weights
         x = F.embedding(token_ids, weights.embedding)
@@ -81,7 +81,8 @@ class Decoder:
         rows, q_heads, kv_heads, head_dim = len(x), config.num_heads, config.num_kv_heads, config.head_dim
         normed = layer.attention_norm(x)
         heads = _project(layer.qkv, site + QKV, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
-        # Queries and keys lie side by side and are rotated in place, after which keys and values do for the cache.
+        # Queries, keys and values lie side by side, so one call rotates queries and keys in place, and one writes keys
+        # and values to the cache
         turned = heads[:, : q_heads + kv_heads]
         source = turned if layer.qk_norm is None else layer.qk_norm(turned)
         rotary(source, *angles, out=turned)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, checked by name and shape, fused and packed for the decoder."""
+"""Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,15 +19,15 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class InvalidCheckpoint(ValueError):
-    """The weights do not fit the configuration; the message names the tensor or the file."""
+    """The weights do not match the configuration; the message names the tensor or the file."""
 
 
 class LayerWeights(NamedTuple):
-    """One layer; `qk_norm`, where the family has it, is over all query heads and then all key heads."""
+    """The weights of one layer."""
 
     attention_norm: RmsNorm
     qkv: Linear
-    qk_norm: RmsNorm | None
+    qk_norm: RmsNorm | None  # a row for each query head and then each key head
     o: Linear
     mlp_norm: RmsNorm
     gate_up: Linear
@@ -56,10 +56,10 @@ def load_weights(
     load_format: Literal["safetensors", "dummy"],
     device: torch.device | str = "cpu",
 ) -> Weights:
-    """The model's weights in `dtype` on `device`, one layer in flight at a time.
+    """Load the model's weights in `dtype` to `device`, tensor by tensor.
 
-    `load_format` "dummy" makes up random ones, the same at every start, and reads nothing. Raises
-    InvalidCheckpoint naming every tensor that is missing, left over, of another shape or not of floats.
+    `load_format` "dummy" reads no file and makes random weights, the same at every start. Raises InvalidCheckpoint,
+    naming tensors that are missing, unused, of a different shape or not floating point.
     """
     shapes = tensor_shapes(config)
     if load_format == "dummy":
@@ -69,7 +69,7 @@ def load_weights(
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
-    """Every tensor that a checkpoint of this model holds, by name."""
+    """Return the shape of every tensor that a checkpoint of this model must hold, by name."""
     sites = config.sites()
     shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
@@ -97,7 +97,7 @@ def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
 
 
 class _Assembly:
-    """Builds the decoder's weights out of a checkpoint's tensors; holds nothing that it has handed out."""
+    """Builds the decoder's weights from a checkpoint's tensors; keeps no reference to a tensor that it has returned."""
 
     def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype, device: torch.device | str, read: Read):
         self.config, self.shapes, self.dtype, self.device, self.read = config, shapes, dtype, device, read
@@ -134,35 +134,36 @@ class _Assembly:
         return RmsNorm(self._stacked([name]), self.config.rms_norm_eps)
 
     def _qk_norm(self, attention: str) -> RmsNorm:
-        """One norm for queries and keys, which lie side by side: a row of weights for each head."""
+        """Build one norm for queries and keys, which lie side by side: a row of weights for each head."""
         q, k = (self._stacked([f"{attention}.{name}.weight"]) for name in ("q_norm", "k_norm"))
         heads = torch.cat((q.expand(self.config.num_heads, -1), k.expand(self.config.num_kv_heads, -1)))
         return RmsNorm(heads, self.config.rms_norm_eps)
 
     def _stacked(self, names: Sequence[str]) -> Tensor:
-        """The named tensors below each other, copied straight from the file into a tensor of our own."""
+        """Stack the named tensors along the first dimension, each copied from the file into the result directly."""
         heights = [self.shapes[name][0] for name in names]
         out = torch.empty((sum(heights), *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
-        for name, part in zip(names, out.split(heights), strict=True):
+        for name, part in zip(names, torch.split(out, heights), strict=True):
             part.copy_(self.read(name))
         return out
 
 
 def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
-    """Random tensors of a size that keeps activations near 1, made where they are used; norms are ones."""
+    """Make random tensors on the device, of a size that keeps activations near 1; norms are ones."""
     generator = torch.Generator(device).manual_seed(0)
 
     def read(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape, device=device)
-        return torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5
+        scale: float = shape[-1] ** -0.5
+        return torch.randn(shape, generator=generator, device=device) * scale
 
     return read
 
 
 def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack) -> Read:
-    """Open every file of the checkpoint and hold its tensors against `shapes` before any data is read."""
+    """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
     found: dict[str, Any] = {}
     for path in _files(directory):
         try:
@@ -180,7 +181,12 @@ def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack
     _check_names(shapes, found.keys() - ignored)
     for name, shape in shapes.items():
         _check_tensor(name, shape, found[name].get_slice(name))
-    return lambda name: found[name].get_tensor(name)
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = found[name].get_tensor(name)
+        return tensor
+
+    return read
 
 
 def _files(directory: Path) -> list[Path]:
@@ -217,7 +223,7 @@ def _check_tensor(name: str, shape: tuple[int, ...], entry: Any) -> None:
 
 
 def _check_tied_head(config: ModelConfig, found: dict[str, Any]) -> None:
-    """A checkpoint may repeat the embedding as its head, but a head of its own means that it is not tied."""
+    """Refuse a head that differs from the embedding, although the configuration ties them; an equal copy is ignored."""
     if not config.tie_embeddings or not {HEAD, EMBEDDING} <= found.keys():
         return
     if not torch.equal(found[HEAD].get_tensor(HEAD), found[EMBEDDING].get_tensor(EMBEDDING)):

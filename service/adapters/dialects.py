@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from service.adapters.publish import Wishes, remove, start_import
+from service.adapters.publish import UploadOptions, remove, start_import
 from service.adapters.queries import new_name
 from service.catalog.record import Condition
 from service.errors import RequestError, answer_of, error_body, request_error
@@ -51,7 +51,7 @@ class SglangAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 async def vllm_load(request: Request) -> Response:
     body = await read_json(request, VllmLoad, services_of(request).settings.max_body_bytes)
-    await _load(request, body.lora_name, body.lora_path, Wishes(), replace=bool(body.load_inplace))
+    await _load(request, body.lora_name, body.lora_path, UploadOptions(), replace=bool(body.load_inplace))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -64,7 +64,7 @@ async def vllm_unload(request: Request) -> Response:
 async def sglang_load(request: Request) -> Response:
     try:
         body = await read_json(request, SglangLoad, services_of(request).settings.max_body_bytes)
-        await _load(request, body.lora_name, body.lora_path, Wishes(pin=bool(body.pinned)), replace=False)
+        await _load(request, body.lora_name, body.lora_path, UploadOptions(pin=bool(body.pinned)), replace=False)
     except RequestError as error:
         return _sglang_answer(request, error)
     return _sglang_answer(request)
@@ -87,12 +87,12 @@ routes = [
 ]
 
 
-async def _load(request: Request, name: str, path: str, wishes: Wishes, *, replace: bool) -> None:
+async def _load(request: Request, name: str, path: str, options: UploadOptions, *, replace: bool) -> None:
     services = services_of(request)
     try:
         source = services.sources.checked(_as_source(path))
         name = new_name(name, services.settings.served_name)
-        job = start_import(services, name, source, wishes, Condition(if_none_match=not replace))
+        job = start_import(services, name, source, options, Condition(if_none_match=not replace))
         await services.imports.result(job)
     except RequestError as error:
         raise _in_their_words(error, name) from None

@@ -1,74 +1,80 @@
-"""From the two files of a bundle to a name: checked completely, made canonical, published."""
+"""From the two files of a bundle to a name: check them completely, write the canonical file, publish it."""
 
-import asyncio
 from typing import NamedTuple
 
 from starlette.requests import Request
 
+from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
 from service.catalog.record import Condition, Upload
-from service.ingest.base_tensors import base_tensors
+from service.ingest.body_reader import BodyReader
 from service.ingest.bundle import Bundle
 from service.ingest.imports import Import, Published
-from service.ingest.throttle import Pace
+from service.ingest.throttle import Throttle
 from service.ingest.upload_body import read_bundle
 from service.services import Services
 from service.source_urls import Source
 
 
-class Wishes(NamedTuple):
-    """What is asked for a new version besides its bytes; `pin` None keeps what the name has."""
+class UploadOptions(NamedTuple):
+    """How a new version is published."""
 
-    preload: bool = True
-    pin: bool | None = None
-    ephemeral: bool = False
+    preload: bool = True  # load it to the device at once
+    pin: bool | None = None  # pin it to the device; None keeps the pin of the name
+    ephemeral: bool = False  # keep it in memory only
 
 
-async def upload(services: Services, request: Request, name: str, wishes: Wishes, condition: Condition) -> Published:
+async def upload(
+    services: Services, request: Request, name: str, options: UploadOptions, condition: Condition
+) -> Published:
     """Publish the bundle in a request's body. Raises RequestError, InvalidAdapter, StoreError, ClientDisconnect."""
     catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
-    catalog.versions.require(name, condition, ephemeral=wishes.ephemeral)  # before gigabytes are read in vain
-    async with imports.uploading(), catalog.blobs.staging(wishes.ephemeral) as directory:
-        pace = Pace(services.engine.busy)
-        bundle = await read_bundle(request, directory, services.settings.max_upload_bytes, pace)
-        checked = await asyncio.to_thread(_checked, services, bundle, "upload", wishes, pace)
+    catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
+    async with imports.uploading(), catalog.blobs.staging(options.ephemeral) as directory:
+        throttle = Throttle(services.engine.busy)
+        body = BodyReader(request, services.settings.max_upload_bytes, throttle)
+        bundle = await imports.on_thread(body.close, read_bundle, body, directory)
+        checked = await imports.on_thread(body.close, _checked, services, bundle, "upload", options, throttle)
         imports.require_idle(name)
         published = await catalog.publish(name, checked, condition)
     imports.published(name)
     return published
 
 
-def start_import(services: Services, name: str, source: Source, wishes: Wishes, condition: Condition) -> Import:
-    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError at once."""
+def start_import(services: Services, name: str, source: Source, options: UploadOptions, condition: Condition) -> Import:
+    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin."""
     catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
-    catalog.versions.require(name, condition, ephemeral=wishes.ephemeral)
+    catalog.versions.require(name, condition, ephemeral=options.ephemeral)
 
     async def work(job: Import) -> Published:
-        async with catalog.blobs.staging(wishes.ephemeral) as directory:
-            pace = Pace(services.engine.busy)
-            fetched = await imports.on_thread(job, services.sources.fetch, source, directory, job.progressed)
-            checked = await imports.on_thread(job, _checked, services, fetched.bundle, fetched.url, wishes, pace)
+        async with catalog.blobs.staging(options.ephemeral) as directory:
+            throttle = Throttle(services.engine.busy)
+            fetched = await imports.on_thread(job.cancel, services.sources.fetch, source, directory, job.progressed)
+            checked = await imports.on_thread(
+                job.cancel, _checked, services, fetched.bundle, fetched.url, options, throttle
+            )
             job.committing = True
             published = await catalog.publish(name, checked, condition)
             imports.published(name)
             return published
 
-    return imports.start(Import(name, source, ephemeral=wishes.ephemeral), work)
+    return imports.start(Import(name, source, ephemeral=options.ephemeral), work)
 
 
 async def remove(services: Services, name: str, condition: Condition, *, force: bool = False) -> None:
-    """Delete a name, and end an import of it. Raises RequestError as `Catalog.delete` does."""
-    services.catalog.versions.require(name, condition)
-    imported = await services.imports.forget(name)
-    if imported and services.catalog.versions.resolve(name) is None:
-        return
+    """Delete a name, and cancel an import of it. Raises RequestError as `Catalog.delete` does."""
+    versions = services.catalog.versions
+    versions.require(name, condition)
+    was_imported = await services.imports.forget(name)
+    if was_imported and versions.resolve(name) is None:
+        return  # the import was all that the name had
     await services.catalog.delete(name, condition, force=force)
 
 
-def _checked(services: Services, bundle: Bundle, source: str, wishes: Wishes, pace: Pace) -> Upload:
-    """Check a bundle completely and write its canonical file beside it; blocks. Raises InvalidAdapter."""
+def _checked(services: Services, bundle: Bundle, source: str, options: UploadOptions, throttle: Throttle) -> Upload:
+    """Check a bundle completely and write its canonical file beside it. Blocks. Raises InvalidAdapter."""
     target = bundle.weights.with_name("canonical.safetensors")
     engine = services.settings.engine
     summary = canonicalise(
@@ -79,6 +85,6 @@ def _checked(services: Services, bundle: Bundle, source: str, wishes: Wishes, pa
         max_rank=engine.max_lora_rank,
         base_model_names=(services.settings.served_name, engine.model),
         base_tensor=base_tensors(engine),
-        pause=pace.pause,
+        pause=throttle.pause,
     )
-    return Upload(summary, target, source, wishes.ephemeral, wishes.preload, wishes.pin)
+    return Upload(summary, target, source, options.ephemeral, options.preload, options.pin)

@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from runtime.messages import Tier
-from service.adapters.publish import Wishes, remove, start_import, upload
+from service.adapters.publish import UploadOptions, remove, start_import, upload
 from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
 from service.adapters.resource import AdapterList, adapter_resource, find_adapter, list_adapters
 from service.catalog.record import AdapterVersion, Condition
@@ -50,8 +50,8 @@ async def put_adapter(request: Request) -> Response:
     services = services_of(request)
     name = new_name(request.path_params["name"], services.settings.served_name)
     query = read_query(request, PutQuery)
-    wishes = Wishes(query.preload, query.pin, query.ephemeral)
-    version, created = await upload(services, request, name, wishes, read_condition(request))
+    options = UploadOptions(query.preload, query.pin, query.ephemeral)
+    version, created = await upload(services, request, name, options, read_condition(request))
     return _shown(services, version, 201 if created else 200)
 
 
@@ -60,8 +60,8 @@ async def post_adapter(request: Request) -> Response:
     body = await read_json(request, AdapterSource, services.settings.max_body_bytes)
     name = new_name(body.name, services.settings.served_name)
     source = services.sources.checked(body.src, body.revision)
-    wishes = Wishes(body.preload, body.pin, body.ephemeral)
-    job = start_import(services, name, source, wishes, read_condition(request))
+    options = UploadOptions(body.preload, body.pin, body.ephemeral)
+    job = start_import(services, name, source, options, read_condition(request))
     if not query.wait:
         return json_response(find_adapter(services, name), 202)
     version, created = await services.imports.result(job)

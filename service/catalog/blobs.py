@@ -1,4 +1,4 @@
-"""Adapter files under their digest: kept, and known to the engine, while anything counts on them."""
+"""Adapter files by digest: each is kept, and the engine knows it, while anything refers to it."""
 
 import asyncio
 import logging
@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
-from runtime.messages import AdapterState
 from service.catalog.files import SUFFIX, AdapterStorage
 from service.engine.adapters import EngineAdapters
 from service.metrics import Metrics
@@ -20,9 +18,8 @@ from storage.store import AccessDenied, Corrupt, NotFound, ObjectTooLarge, Store
 
 _log = logging.getLogger(__name__)
 _DOWNLOADS = 4  # at once: each of them may use several connections
-IDLE = AdapterState(digest="", state="idle")
-UNKNOWN = "no name points at it any more"
-# What clients are told of a file that cannot be had; the log has where it should have been
+UNREFERENCED = "no name points at it any more"
+# What clients are told when a file cannot be fetched. The log also says where it should have been.
 REASONS: dict[type[Exception], str] = {
     NotFound: "its file is missing from the adapter store",
     Corrupt: "its file in the adapter store is corrupt",
@@ -34,7 +31,7 @@ REASONS: dict[type[Exception], str] = {
 
 
 class Download:
-    """A file on its way from a remote store, in bytes."""
+    """A file that is fetched from a remote store, in bytes."""
 
     def __init__(self, bytes_total: int) -> None:
         self.bytes_done, self.bytes_total = 0, bytes_total
@@ -43,33 +40,40 @@ class Download:
         self.bytes_done, self.bytes_total = done, total
 
 
-class Blobs:
-    """The bytes that names and requests stand on: in the store, or in memory for ephemeral uploads.
+class Blob:
+    """One content: who refers to it, where its file is, and what the engine knows."""
 
-    Each name, each running request and each upload under way counts one on its digest. When the last of
-    them lets go, the engine forgets the digest, and a file that was only in memory goes; what is stored stays
-    until it is collected.
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.references = 0  # names, running requests and uploads
+        self.stored_bytes: int | None = None  # size of the file in the store; None: it is not stored
+        self.in_memory = False  # an ephemeral upload, with a file of its own even if the content is stored too
+        self.broken = False  # the stored file is missing or has other bytes
+        self.held = False  # the disk cache must not evict it: it was fetched, and the engine has not read it yet
+        self.registered: Path | None = None  # where the engine was told that the file is
+        self.download: Download | None = None
+        self.lock = asyncio.Lock()  # held while its file is stored or removed
+
+
+class Blobs:
+    """Owns the files that names and requests refer to: in the store, or in memory for ephemeral uploads.
+
+    Each name, each running request and each upload counts one reference to its digest. After the last release the
+    engine forgets the digest, and a file in memory is removed. A stored file stays until it is collected.
     """
 
     def __init__(self, storage: AdapterStorage, engine: EngineAdapters, metrics: Metrics) -> None:
         self._storage, self._files, self._engine, self._metrics = storage, storage.files, engine, metrics
         self._memory = memory_scratch()
-        self._counts: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}  # of those that are stored
-        self._in_memory: set[str] = set()
-        self._broken: set[str] = set()  # stored, but not with the bytes of its digest
-        self._served: dict[str, Path] = {}
-        self._downloads: dict[str, Download] = {}
-        self._held: set[str] = set()  # brought, and not read yet: the cache must not evict them before that
+        self._blobs: dict[str, Blob] = {}  # those with references, and those that are being discarded
         self._slots = asyncio.Semaphore(_DOWNLOADS)
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def staging(self, ephemeral: bool) -> AsyncIterator[Path]:
         """A private directory for an upload, on the file system where its bytes will stay; removed at the end."""
         parent = self._memory.path if ephemeral else self._files.scratch
-        directory = Path(tempfile.mkdtemp(dir=parent))  # at once: a cancelled thread would leave one behind
+        directory = Path(tempfile.mkdtemp(dir=parent))  # not on a thread: a cancelled one would leave it behind
         try:
             yield directory
         finally:
@@ -77,160 +81,178 @@ class Blobs:
 
     @property
     def digests(self) -> Collection[str]:
-        """Everything that is counted on."""
-        return self._counts.keys()
+        """Every digest with references."""
+        return [digest for digest, blob in self._blobs.items() if blob.references]
 
-    def path(self, digest: str) -> Path:
-        return self._memory_path(digest) if digest in self._in_memory else self._files.path(digest)
+    def referenced(self, digest: str) -> bool:
+        blob = self._blobs.get(digest)
+        return blob is not None and blob.references > 0
 
     def here(self, digest: str) -> bool:
         """Whether the file is on this machine."""
-        return digest in self._in_memory or self._files.has(digest)
+        blob = self._blobs.get(digest)
+        return (blob is not None and blob.in_memory) or self._files.has(digest)
 
     def download(self, digest: str) -> Download | None:
-        """How far the file's way from a remote store is, None when it is on none."""
-        return self._downloads.get(digest)
-
-    def counted(self, digest: str) -> bool:
-        return digest in self._counts
+        """The progress of the file's download from a remote store, None while there is no download."""
+        blob = self._blobs.get(digest)
+        return None if blob is None else blob.download
 
     async def close(self) -> None:
-        """Drop what is only in memory; what is stored stays."""
+        """Remove the files in memory; stored files stay."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._memory.close)
 
     def adopt(self, digest: str, size: int) -> None:
-        """Count one on a digest that a name in the store points at."""
-        self._sizes[digest] = size
+        """Add a reference to a digest that a name in the store points at."""
         self.acquire(digest)
+        self._blobs[digest].stored_bytes = size
 
     async def keep(self, digest: str, size: int, file: Path, *, ephemeral: bool) -> None:
-        """Count one on a digest and make its bytes, verified and staged in `file`, stay."""
+        """Add a reference to a digest and keep its bytes, which are verified and staged in `file`."""
         self.acquire(digest)
+        blob = self._blobs[digest]
         try:
-            async with self._lock(digest):
-                if ephemeral:  # of its own, even if it is stored too: what is stored may lose its name and go
+            async with blob.lock:
+                if ephemeral:
                     await asyncio.to_thread(shutil.move, file, self._memory_path(digest))
-                    self._in_memory.add(digest)
+                    blob.in_memory = True
                 else:
-                    await self._storage.run(self._files.add, digest, file, replace=digest in self._broken)
-                    self._sizes[digest] = size
-                if digest in self._broken or self._engine.states.get(digest, IDLE).state == "failed":
-                    self._served.pop(digest, None)  # so that the engine hears of the whole file
-                self._broken.discard(digest)
+                    await self._storage.run(self._files.add, digest, file, replace=blob.broken)
+                    blob.stored_bytes = size
+                state = self._engine.states.get(digest)
+                if blob.broken or (state is not None and state.state == "failed"):
+                    blob.registered = None  # so that `serve` tells the engine of the whole file
+                blob.broken = False
         except BaseException:
             self.release(digest)
             raise
 
     async def confirm(self, digest: str, file: Path) -> None:
-        """Make sure that a file that was kept is stored still, now that a name points at it.
+        """Store a file again if the store has lost it since `keep`; called once a name points at it.
 
-        A collector may have listed it before it was made new, and have deleted it after.
+        A collector may have listed the file before `keep` touched it, and deleted it afterwards.
         """
         await self._storage.run(self._files.confirm, digest, file)
 
     def serve(self, digest: str) -> None:
-        """Make the engine know a digest, and where its file is."""
-        path = self.path(digest)
-        if self._served.get(digest) != path:
-            self._served[digest] = path
-            self._engine.register(digest, path)
+        """Tell the engine where the file of a digest is."""
+        blob = self._blobs[digest]
+        if blob.registered != self._path(blob):
+            self._register(blob)
 
     def acquire(self, digest: str) -> None:
-        self._counts[digest] = self._counts.get(digest, 0) + 1
+        """Add a reference to a digest."""
+        if digest not in self._blobs:
+            self._blobs[digest] = Blob(digest)
+        self._blobs[digest].references += 1
 
     def release(self, digest: str) -> None:
-        self._counts[digest] -= 1
-        if not self._counts[digest]:
-            del self._counts[digest]
-            self._start(self._discard(digest))
+        """Remove a reference to a digest."""
+        blob = self._blobs[digest]
+        blob.references -= 1
+        if not blob.references:
+            self._start(self._discard(blob))
 
     async def settle(self) -> None:
-        """Wait until everything that nobody counts on is gone, and every download has ended."""
+        """Wait until every digest without references is discarded and every download has ended."""
         await self._engine.changes.join()
         while self._tasks:
             await asyncio.gather(*self._tasks)
             await self._engine.changes.join()
 
-    def check(self, counts: Mapping[str, int]) -> None:
-        """Assert that exactly these digests are counted, so often, and that nothing else is kept."""
-        assert self._counts == counts, f"counted {self._counts}, expected {counts}"
-        known = self._sizes.keys() | self._in_memory
-        assert known == counts.keys(), f"{known ^ counts.keys()} are counted and unknown, or the other way round"
-        assert self._served.keys() | self._broken | self._held <= counts.keys()
+    def check(self, references: Mapping[str, int]) -> None:
+        """Assert that exactly these digests are referenced, so often, and that no other file is kept."""
+        counted = {digest: blob.references for digest, blob in self._blobs.items()}
+        assert counted == references, f"counted {counted}, expected {references}"
+        for digest, blob in self._blobs.items():
+            assert blob.in_memory or blob.stored_bytes is not None, f"{digest} is referenced and kept nowhere"
+            assert blob.download is None, f"{digest} is still being fetched"
         kept = {path.name.removesuffix(SUFFIX) for path in self._memory.path.glob(f"*{SUFFIX}")}
-        assert kept == self._in_memory, f"{kept ^ self._in_memory} are in memory for nobody, or should be and are not"
+        expected = {digest for digest, blob in self._blobs.items() if blob.in_memory}
+        assert kept == expected, f"{kept ^ expected} are in memory without a reference, or are missing there"
 
     async def follow_engine(self) -> None:
-        """Fetch the files that the engine asks for, and let the cache evict those that it has read; for ever."""
+        """Fetch the files that the engine asks for, and let the cache evict those that it has read; never returns."""
         while True:
             state = await self._engine.changes.get()
-            if state.state == "missing":
-                self._on_wanted(state.digest)
-            elif state.state != "loading":
-                self._on_settled(state.digest)
+            if (blob := self._blobs.get(state.digest)) is not None:
+                if state.state == "missing":
+                    self._on_missing(blob)
+                elif state.state != "loading":
+                    self._allow_eviction(blob)
             self._engine.changes.task_done()
 
-    def _on_wanted(self, digest: str) -> None:
-        if digest in self._counts and digest not in self._downloads:
-            size = self._sizes.get(digest, 0)
-            self._downloads[digest] = Download(size)
-            self._start(self._bring(digest, size, self._downloads[digest]))
+    def _on_missing(self, blob: Blob) -> None:
+        if blob.references and blob.download is None:
+            blob.download = Download(blob.stored_bytes or 0)
+            self._start(self._fetch(blob, blob.download))
 
-    async def _bring(self, digest: str, size: int, download: Download) -> None:
-        """Fetch or verify the file that the engine did not find, and tell the engine how that went."""
-        if digest not in self._held:
-            self._held.add(digest)
-            self._files.hold(digest)
+    async def _fetch(self, blob: Blob, download: Download) -> None:
+        """Fetch or verify a file that the engine did not find, and tell the engine the outcome."""
+        if not blob.held:
+            blob.held = True
+            self._files.hold(blob.digest)
+        failure: StoreError | OSError | None = None
         try:
             async with self._slots:
                 started = time.monotonic()
-                if digest not in self._in_memory:
-                    await self._storage.run(self._files.bring, digest, size, download.progress)
+                if not blob.in_memory:
+                    await self._storage.run(self._files.fetch, blob.digest, download.bytes_total, download.progress)
                 seconds = time.monotonic() - started
         except (StoreError, OSError) as error:
-            _log.warning("adapter %s: %s", digest, error)
-            if isinstance(error, Corrupt | NotFound | ObjectTooLarge):
-                self._broken.add(digest)
-            self._on_settled(digest)
-            reason = REASONS.get(type(error), "its file cannot be read") if digest in self._counts else UNKNOWN
-            self._engine.fail(digest, reason)
-            return
+            failure = error
         finally:
-            del self._downloads[digest]
+            blob.download = None
+        if not blob.references:
+            self._start(self._discard(blob))  # the first attempt left the record to this download
+        if failure is not None:
+            _log.warning("adapter %s: %s", blob.digest, failure)
+            blob.broken = blob.broken or isinstance(failure, Corrupt | NotFound | ObjectTooLarge)
+            self._allow_eviction(blob)
+            reason = REASONS.get(type(failure), "its file cannot be read") if blob.references else UNREFERENCED
+            self._engine.fail(blob.digest, reason)
+            return
         self._metrics.downloaded(seconds)
-        if digest in self._counts:
-            self._engine.register(digest, self.path(digest))
-        else:
-            self._on_settled(digest)
+        if blob.references:
+            self._register(blob)
 
-    def _on_settled(self, digest: str) -> None:
-        if digest in self._held:
-            self._held.discard(digest)
-            self._files.release(digest)
+    def _register(self, blob: Blob) -> None:
+        blob.registered = self._path(blob)
+        self._engine.register(blob.digest, blob.registered)
 
-    async def _discard(self, digest: str) -> None:
-        async with self._lock(digest):
-            if digest in self._counts:
-                return  # the same bytes came again meanwhile
-            self._broken.discard(digest)
-            self._sizes.pop(digest, None)
-            self._in_memory.discard(digest)
-            if digest not in self._downloads:
-                self._on_settled(digest)
-            if self._served.pop(digest, None) is not None:
-                self._engine.retire(digest)
-            await asyncio.to_thread(self._memory_path(digest).unlink, missing_ok=True)
+    def _retire(self, blob: Blob) -> None:
+        if blob.registered is not None:
+            blob.registered = None
+            self._engine.retire(blob.digest)
+
+    def _allow_eviction(self, blob: Blob) -> None:
+        if blob.held:
+            blob.held = False
+            self._files.release(blob.digest)
+
+    async def _discard(self, blob: Blob) -> None:
+        """Forget a digest, unless it has references again."""
+        async with blob.lock:
+            if blob.references or self._blobs.get(blob.digest) is not blob:
+                return
+            blob.in_memory = False
+            self._retire(blob)
+            await asyncio.to_thread(self._memory_path(blob.digest).unlink, missing_ok=True)
+            if not blob.references and blob.download is None:
+                self._retire(blob)  # again: a name may have come and gone while the file was removed
+                self._allow_eviction(blob)
+                del self._blobs[blob.digest]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _path(self, blob: Blob) -> Path:
+        return self._memory_path(blob.digest) if blob.in_memory else self._files.path(blob.digest)
+
     def _memory_path(self, digest: str) -> Path:
         return self._memory.path / f"{digest}{SUFFIX}"
-
-    def _lock(self, digest: str) -> asyncio.Lock:
-        return self._locks.setdefault(digest, asyncio.Lock())

@@ -11,12 +11,12 @@ import msgspec
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
 from service.catalog.blobs import Blobs
+from service.catalog.collect import Collected, collect
 from service.catalog.files import AdapterStorage
 from service.catalog.names import AdapterNames, UnreadableName
 from service.catalog.pins import Pins
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
 from service.catalog.versions import Versions, no_adapter
-from service.collect import Collected, collect
 from service.engine.client import EngineClient
 from service.errors import EngineError, RequestError
 from service.metrics import Metrics

@@ -1,4 +1,4 @@
-"""Where adapters are kept for good, and where their files lie on this machine."""
+"""The store of adapters, and where their files are on this machine."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from storage.s3 import S3Store
 from storage.store import Corrupt, NotFound, OnProgress, Store
 
 PREFIX, SUFFIX = "blobs/", ".safetensors"
-_THREADS = 16  # at once; a store that does not answer holds some of them for seconds, and none of anybody else's
-_ROOM_SECONDS = 60.0  # that a file waits for room in the cache, which others on their way take
+_THREADS = 16  # of the storage's own: a store that does not answer blocks some of them for seconds
+ROOM_SECONDS = 60.0  # that a file waits for room in the disk cache while other downloads occupy it
 _T = TypeVar("_T")
 
 
 class AdapterFiles(Protocol):
-    """The canonical files of stored adapters, by digest; all but `path`, `has`, `hold` and `release` block."""
+    """The canonical files of stored adapters, by digest; all methods but path, has, hold and release block."""
 
     @property
     def scratch(self) -> Path:
@@ -39,40 +39,44 @@ class AdapterFiles(Protocol):
         ...
 
     def add(self, digest: str, file: Path, *, replace: bool) -> None:
-        """Store a file durably, unless the store has it and `replace` is false; StoreError, OSError."""
+        """Store a file durably, unless the store has it and `replace` is false. Raises StoreError, OSError."""
         ...
 
     def confirm(self, digest: str, file: Path) -> None:
-        """Store a file that was added once more if the store has lost it since; StoreError, OSError."""
+        """Store an added file again if the store has lost it since. Raises StoreError, OSError."""
         ...
 
-    def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
-        """See to it that the file is there and whole. Raises StoreError with the reason why it cannot be."""
+    def fetch(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
+        """Make sure that the file is at its path, with the right bytes. Raises StoreError with the reason."""
         ...
 
     def hold(self, digest: str, *, pinned: bool = False) -> None:
-        """Keep the file here until it is released as often as it was held; `pinned` says that this may be for ever."""
+        """Do not evict the file until it is released as often as it was held.
+
+        `pinned` says that this may last for ever, so that no other file waits for its room.
+        """
         ...
 
     def release(self, digest: str, *, pinned: bool = False) -> None: ...
 
 
 class AdapterStorage:
-    """A store for names and files, and this machine's way to the files; `disk` is the cache of a remote store."""
+    """A store for names and files, and this machine's access to the files."""
 
     def __init__(self, store: Store, files: AdapterFiles, disk: DiskCache | None = None) -> None:
-        self.store, self.files, self.disk = store, files, disk
+        self.store, self.files = store, files
+        self.disk = disk  # the cache of a remote store
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
 
     async def run(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-        """One blocking call, on a thread of the storage's own."""
+        """Run a blocking call on one of the storage's threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
 
     def close(self) -> None:
-        """Let go of the store; a call that it does not answer is left to itself."""
+        """Close the store and the cache, without waiting for a call that the store does not answer."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self.store.close()  # first: it ends what is on its way to the disk
+        self.store.close()  # before the disk: this ends the downloads to it
         if self.disk is not None:
             self.disk.close()
 
@@ -97,13 +101,13 @@ def local_storage(directory: Path) -> AdapterStorage:
     return AdapterStorage(store, StoredFiles(store))
 
 
-def cached_storage(store: Store, disk: DiskCache) -> AdapterStorage:
-    """A remote store behind a cache on this machine."""
-    return AdapterStorage(store, CachedFiles(store, disk), disk)
+def cached_storage(store: Store, disk: DiskCache, room_seconds: float = ROOM_SECONDS) -> AdapterStorage:
+    """A remote store behind a cache on this machine; a file waits `room_seconds` for room in the cache."""
+    return AdapterStorage(store, CachedFiles(store, disk, room_seconds), disk)
 
 
 class StoredFiles:
-    """The files of a store that is a directory: they lie where they are stored."""
+    """The files of a store that is a directory: each is used where it is stored."""
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store
@@ -125,7 +129,7 @@ class StoredFiles:
         if not self.has(digest):
             self._store.put(blob_key(digest), file)
 
-    def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
+    def fetch(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
         path = self.path(digest)
         if not path.exists():
             raise NotFound(f"its file {blob_key(digest)} is missing from the store")
@@ -141,10 +145,10 @@ class StoredFiles:
 
 
 class CachedFiles:
-    """The files of a remote store: fetched into a cache when they are wanted."""
+    """The files of a remote store: fetched into a cache when the engine asks for them."""
 
-    def __init__(self, store: Store, disk: DiskCache) -> None:
-        self._store, self._disk = store, disk
+    def __init__(self, store: Store, disk: DiskCache, room_seconds: float) -> None:
+        self._store, self._disk, self._room_seconds = store, disk, room_seconds
         self.path, self.has = disk.path, disk.has
         self.hold, self.release = disk.hold, disk.release
 
@@ -160,15 +164,15 @@ class CachedFiles:
         if not self._store.list(blob_key(digest)):
             self._store.put(blob_key(digest), file if file.exists() else self._disk.path(digest))
 
-    def bring(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
+    def fetch(self, digest: str, size: int, on_progress: OnProgress | None = None) -> None:
         def download(destination: Path) -> None:
             self._store.fetch(blob_key(digest), destination, max_bytes=size, on_progress=on_progress)
 
-        self._disk.fetch(digest, size, download, wait_seconds=_ROOM_SECONDS)
+        self._disk.fetch(digest, size, download, wait_seconds=self._room_seconds)
 
 
 def _store_file(store: Store, digest: str, file: Path, replace: bool) -> None:
-    """Put a file, or make the one that is stored new, so that no collector takes it before a name points at it."""
+    """Put a file, or renew the age of the stored one, so that no collector deletes it before a name points at it."""
     key, size = blob_key(digest), file.stat().st_size
     same = not replace and any(entry.bytes == size for entry in store.list(key) if entry.key == key)
     if not (same and store.touch(key)):

@@ -66,7 +66,7 @@ class Versions:
         """
         if (failure := self.failure(version)) is not None:
             raise RequestError("adapter_failed", f"adapter {version.name!r} cannot be served: {failure}", "model")
-        if not self._blobs.counted(version.digest):
+        if not self._blobs.referenced(version.digest):
             raise RequestError("model_not_found", f"adapter {version.name!r} was deleted", "model")
         self._blobs.acquire(version.digest)
         version.requests += 1

@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     """An open token stream: the adapter of its request, and the events that have arrived for it."""
 
     adapter: str | None
-    events: asyncio.Queue[Tokens | Failed]
+    events: asyncio.Queue[Tokens | EngineError]
 
 
 class EngineClient:
@@ -100,9 +100,9 @@ class EngineClient:
             process.send(command)
             while not ended:
                 event = await stream.events.get()
-                ended = isinstance(event, Failed) or event.finish_reason is not None
-                if isinstance(event, Failed):
-                    raise EngineError(event.code, event.message)
+                ended = isinstance(event, EngineError) or event.finish_reason is not None
+                if isinstance(event, EngineError):
+                    raise event
                 yield event
         finally:
             del self._streams[command.request_id]
@@ -114,7 +114,7 @@ class EngineClient:
         for request_id, stream in self._streams.items():
             if digest is None or stream.adapter == digest:
                 self._connection.send(Abort(request_id=request_id))
-                stream.events.put_nowait(Failed(request_id=request_id, code=code, message=message))
+                stream.events.put_nowait(EngineError(code, message))
         self.prefixes.end(EngineError(code, message), digest)
 
     async def stats(self) -> Stats:
@@ -196,7 +196,8 @@ class EngineClient:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Tokens | Failed) and event.request_id in self._streams:
-            self._streams[event.request_id].events.put_nowait(event)
+            outcome = EngineError(event.code, event.message) if isinstance(event, Failed) else event
+            self._streams[event.request_id].events.put_nowait(outcome)
         elif isinstance(event, PrefixHeld | PrefixEnded | Failed):
             self.prefixes.on_event(event)
         elif isinstance(event, AdapterState):

@@ -1,4 +1,4 @@
-"""The two files that make an adapter, as a stranger sends them."""
+"""The two files of an adapter, as a client or a source sends them."""
 
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -11,28 +11,28 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 class Bundle(NamedTuple):
-    """An adapter as its owner wrote it: nothing in it has been checked."""
+    """An adapter as its author wrote it. Nothing in it has been checked."""
 
     weights: Path
     config: bytes
 
 
 class BundleFiles:
-    """The two files of a bundle while they arrive: no others, each once, each within its limit.
+    """Writes the two files of a bundle as they arrive: no others, each once, each within its limit.
 
     Every method blocks and may raise RequestError.
     """
 
     def __init__(self, directory: Path, max_weights_bytes: int) -> None:
         self._directory = directory
-        self._limits = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: max_weights_bytes}
+        self._limits = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: max_weights_bytes}  # in bytes
         self._complete: set[str] = set()
-        self._name = ""
+        self._name = ""  # of the open file
         self._file: BinaryIO | None = None
-        self._room = 0
+        self._remaining = 0  # bytes that the open file may still get
 
     def begin(self, name: str, size: int = 0) -> None:
-        """Start a file that its container calls `name` and, if it says so, has `size` bytes."""
+        """Open a file that its container calls `name`; `size` is its size in bytes, 0 if the container does not say."""
         if name not in self._limits:
             message = f"{shown(name)!r} is not expected: only {CONFIG} and {WEIGHTS} are"
             raise RequestError("unexpected_file", message, shown(name))
@@ -40,28 +40,30 @@ class BundleFiles:
             raise RequestError("duplicate_file", f"{name} comes twice", name)
         if size > self._limits[name]:
             raise too_large(self._limits[name], name)
-        self._name, self._room = name, self._limits[name]
-        # closed by end(), or by close() whatever happens
+        self._name, self._remaining = name, self._limits[name]
+        # closed by end(), or by close() after an error
         self._file = open(self._directory / name, "xb")  # noqa: SIM115
 
     def write(self, data: bytes | memoryview) -> None:
         assert self._file is not None
-        self._room -= len(data)
-        if self._room < 0:
+        self._remaining -= len(data)
+        if self._remaining < 0:
             raise too_large(self._limits[self._name], self._name)
         self._file.write(data)
 
     def end(self) -> None:
+        """Close the open file: it is complete."""
         self.close()
         self._complete.add(self._name)
 
     def close(self) -> None:
+        """Close the open file, complete or not."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def bundle(self) -> Bundle:
-        """Both files, which must have come to their end."""
+        """Both files. Raises RequestError if one is missing or incomplete."""
         for name in self._limits:
             if name not in self._complete:
                 raise RequestError("missing_file", f"the upload has no {name}, or it is cut off", name)
@@ -69,5 +71,5 @@ class BundleFiles:
 
 
 def too_large(limit: int, name: str | None = None) -> RequestError:
-    """The error for a body, or a file in it, over its limit in bytes."""
+    """The error for a body, or for a file in it, over its limit in bytes."""
     return RequestError("body_too_large", f"{name or 'the upload'} has more than {limit} bytes", name)

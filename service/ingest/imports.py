@@ -1,4 +1,4 @@
-"""Adapters on their way from a source to a name: how far each is, how many at once, and why one failed."""
+"""Imports: adapters that the server fetches from a source. How far each is, how many run at once, why one failed."""
 
 import asyncio
 import logging
@@ -16,8 +16,8 @@ from service.source_urls import Source
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 MAX_WAITING = 1000  # imports that wait for others; each is a few hundred bytes
-CLOSE_SECONDS = 5.0
-MAX_FAILED, FAILED_SECONDS = 1000, 3600.0  # how many failures are remembered, and how long
+CLOSE_SECONDS = 5.0  # for the threads of cancelled imports to end
+MAX_FAILED, FAILED_SECONDS = 1000, 3600.0  # how many failures are kept, and for how long
 
 
 class ImportCancelled(Exception):
@@ -25,47 +25,52 @@ class ImportCancelled(Exception):
 
 
 class Import:
-    """One source on its way to a name. `bytes` of `total_bytes` have come; `error` is why it failed."""
+    """The import of one source under a name. Times are seconds since 1970."""
 
     def __init__(self, name: str, source: Source, *, ephemeral: bool = False) -> None:
         self.name, self.source, self.ephemeral = name, source, ephemeral
         self.created_at, self.ended_at = time.time(), 0.0
-        self.bytes = 0
-        self.total_bytes: int | None = None
-        self.error: RequestError | None = None
-        self.committing = False  # from here on its end is waited for, as half of a change is none
+        self.bytes = 0  # of the weights, fetched so far
+        self.total_bytes: int | None = None  # None until the source has said it
+        self.error: RequestError | None = None  # why it failed
+        self.committing = False  # it is being published, which must not be interrupted: a delete waits for its end
         self._cancelled = threading.Event()
 
     def progressed(self, done: int, total: int) -> None:
-        """To be called from the thread that fetches, which it stops when nobody wants the adapter any more."""
+        """Record the bytes fetched so far; called on the fetching thread. Raises ImportCancelled after `cancel`."""
         if self._cancelled.is_set():
             raise ImportCancelled
         self.bytes, self.total_bytes = done, total
 
-    def stop(self) -> None:
+    def cancel(self) -> None:
+        """End the fetch at its next progress."""
         self._cancelled.set()
 
 
-Published = tuple[AdapterVersion, bool]  # what a name means now, and whether it is a new one
+Published = tuple[AdapterVersion, bool]  # the version that a name has now, and whether the name is new
 Work = Callable[[Import], Coroutine[Any, Any, Published]]
 
 
 class Imports:
-    """Owns the imports under way and the failures of late ones; all calls belong to one event loop.
+    """Owns the running imports, the recent failures, and the threads of imports and uploads.
 
-    At most `max_running` imports and uploads run at once: further imports wait, further uploads are refused.
-    The threads are its own: sources that do not answer must not hold those that everything else needs.
+    At most `max_running` imports and uploads run at once: further imports wait, further uploads are refused. Each may
+    hold one thread for as long as its source or its client likes, so the threads are not those that other work needs.
+    All calls belong to one event loop.
     """
 
     def __init__(self, max_running: int) -> None:
         self._slots = asyncio.Semaphore(max_running)
         self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="import")
         self._tasks: dict[Import, asyncio.Task[Published]] = {}
-        self._running: dict[str, Import] = {}
-        self._failed: dict[str, Import] = {}
+        self._running: dict[str, Import] = {}  # by name
+        self._failed: dict[str, Import] = {}  # by name, in the order of their ends
 
     def start(self, job: Import, work: Work) -> Import:
-        """Run an import's work as soon as there is room. Raises RequestError 409 while another has its name, 503."""
+        """Run an import's work as soon as a slot is free.
+
+        Raises RequestError: `import_in_progress` for its name, `too_many_uploads`.
+        """
         self.require_idle(job.name)
         if len(self._running) >= MAX_WAITING:
             raise RequestError("too_many_uploads", f"{MAX_WAITING} imports are waiting already")
@@ -76,11 +81,11 @@ class Imports:
         return job
 
     async def result(self, job: Import) -> Published:
-        """What an import has published, and whether the name is new. Raises its failure."""
+        """Wait for an import. Raises its failure."""
         task = self._tasks[job]
         await asyncio.wait([task])
         if self._failed.get(job.name) is job:
-            del self._failed[job.name]  # its caller knows
+            del self._failed[job.name]  # its caller is told here
         if task.cancelled():
             raise RequestError("import_cancelled", f"adapter {job.name!r} was deleted while it was imported", "name")
         error = task.exception()
@@ -89,26 +94,26 @@ class Imports:
         return task.result()
 
     def get(self, name: str) -> Import | None:
-        """The import of a name that is under way, or has failed and was not replaced since."""
+        """The running import of a name, or its last one if that failed."""
         self._expire()
         return self._running.get(name) or self._failed.get(name)
 
     def jobs(self) -> list[Import]:
-        """Every import that `get` would find."""
+        """Every import that `get` would return."""
         self._expire()
         return [*self._running.values(), *self._failed.values()]
 
     def require_idle(self, name: str) -> None:
-        """Raise RequestError 409 while a name is imported."""
+        """Raise RequestError `import_in_progress` while an import of the name runs."""
         if name in self._running:
             message = f"adapter {name!r} is being imported: wait for that, or delete it first"
             raise RequestError("import_in_progress", message, "name")
 
     async def forget(self, name: str) -> bool:
-        """End the import of a name, or drop its failure; whether there was one.
+        """Cancel the import of a name, or drop its failure; returns whether there was one.
 
-        One that is being published is waited for. Any other is over for its name at once, and clears up by itself: its
-        thread may be held by a store that does not answer.
+        An import that is being published is waited for. Any other one frees its name at once and cleans up later,
+        because its thread may be blocked by a store that does not answer.
         """
         if (job := self._running.get(name)) is None:
             return self._failed.pop(name, None) is not None
@@ -121,31 +126,36 @@ class Imports:
         return True
 
     def published(self, name: str) -> None:
-        """A name means something new: its import is over but for clearing up, and an earlier failure no news."""
+        """A name has a new version: its import has nothing left but to clean up, and an earlier failure is outdated."""
         self._running.pop(name, None)
         self._failed.pop(name, None)
 
     @asynccontextmanager
     async def uploading(self) -> AsyncIterator[None]:
-        """Take one of the places. Raises RequestError 503 when there is none: an upload's bytes cannot wait."""
+        """Occupy a slot. Raises RequestError `too_many_uploads` if none is free: a client's bytes cannot wait."""
         if self._slots.locked():
             raise RequestError("too_many_uploads", "too many uploads and imports are under way")
         async with self._slots:
             yield
 
-    async def on_thread(self, job: Import, work: Callable[..., _T], *arguments: Any) -> _T:
-        """Run one of an import's blocking steps; when cancelled, wait until its thread has let go of the files."""
+    async def on_thread(self, cancel: Callable[[], None], work: Callable[..., _T], *arguments: Any) -> _T:
+        """Run a blocking part of an import or an upload, whose slot the caller occupies.
+
+        When the caller is cancelled, this calls `cancel`, which makes the work end soon, and waits for the thread: it
+        uses files that the caller removes next.
+        """
         future = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            job.stop()
+            cancel()
             await asyncio.wait([future])
-            future.exception()  # nobody else asks
+            if not future.cancelled():
+                future.exception()  # marks it as seen
             raise
 
     async def close(self) -> None:
-        """Cancel what is under way and wait until it has cleared up, but not for a store that does not answer."""
+        """Cancel the running imports and wait until they have cleaned up, but not for a store that does not answer."""
         tasks = list(self._tasks.values())
         for job, task in self._tasks.items():
             if not job.committing:
@@ -165,14 +175,13 @@ class Imports:
         if failure is not None and error is None:
             _log.error("the import of %s failed", job.name, exc_info=failure)
             error = RequestError("internal_error", "an internal error; the server's log has it")
-        if self._running.get(job.name) is job:  # else its name is free already, and may be another import's
+        if self._running.get(job.name) is job:  # else its name is free, and another import may have it
             del self._running[job.name]
             if error is not None:
                 job.error, job.ended_at = error, time.time()
                 self._failed[job.name] = job
 
     def _expire(self) -> None:
-        """Failures are in the order of their end."""
         oldest = time.time() - FAILED_SECONDS
         for name, job in list(self._failed.items()):
             if job.ended_at >= oldest and len(self._failed) <= MAX_FAILED:

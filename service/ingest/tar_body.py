@@ -1,12 +1,12 @@
-"""A plain tar archive of the two files, read as it arrives."""
+"""A plain tar archive of the two files."""
 
 import tarfile
 
 from runtime.adapter_format.errors import shown
 from service.errors import RequestError
-from service.ingest.bundle import CONFIG, WEIGHTS, Bundle, BundleFiles
+from service.ingest.body_reader import BodyReader
+from service.ingest.bundle import CONFIG, WEIGHTS, BundleFiles
 
-BLOCK_BYTES = 512
 MAX_ENTRIES = 16
 MAX_PAX_BYTES = 64 * 1024
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -34,94 +34,72 @@ _REFUSED = {
 }
 
 
-class TarBody:
-    """Feeds an archive's members to `BundleFiles`; anything but the two plain files at its top is refused.
+def read_tar(body: BodyReader, files: BundleFiles) -> None:
+    """Read an archive's members; only the two plain files at its top are accepted. Blocks. Raises RequestError.
 
-    The library's own reader needs a whole file, and follows what the archive says; this one holds one block.
+    `tarfile` parses the headers only. Its stream mode (`tarfile.open(mode="r|")`) is not safe for a stranger's archive:
+    it holds pax headers and long names of any size in memory, applies them, and takes a broken header for the end.
     """
-
-    def __init__(self, files: BundleFiles) -> None:
-        self._files = files
-        self._header = bytearray()
-        self._remaining = 0  # bytes of the member that are still to come
-        self._padding = 0  # and after them, up to the next block
-        self._pax: bytearray | None = None  # the member is a pax header, collected here
-        self._entries = 0
-        self._ended = False
-
-    def feed(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            if self._remaining:
-                taken = self._take_content(view[: self._remaining])
-            elif self._padding:
-                taken = min(self._padding, len(view))
-                self._padding -= taken
-            else:
-                taken = min(BLOCK_BYTES - len(self._header), len(view))
-                self._header += view[:taken]
-                if len(self._header) == BLOCK_BYTES:
-                    block, self._header = bytes(self._header), bytearray()
-                    self._take_header(block)
-            view = view[taken:]
-
-    def finish(self) -> Bundle:
-        if self._remaining or self._padding or self._header:
-            raise _invalid("the archive is cut off")
-        return self._files.bundle()
-
-    def _take_content(self, part: memoryview) -> int:
-        if self._pax is None:
-            self._files.write(part)
-        else:
-            self._pax += part
-        self._remaining -= len(part)
-        if not self._remaining:
-            self._end_member()
-        return len(part)
-
-    def _take_header(self, block: bytes) -> None:
-        if not block.strip(b"\0"):
-            self._ended = True  # archives end with blocks of zeros
-            return
-        if self._ended:
-            raise _invalid("the archive goes on after its end")
-        try:
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise _invalid(f"expected a plain tar archive, not a compressed or broken one ({error})") from None
-        self._entries += 1
-        if self._entries > MAX_ENTRIES:
+    entries = 0
+    while (block := _read_block(body)).strip(b"\0"):
+        entries += 1
+        if entries > MAX_ENTRIES:
             raise _invalid(f"the archive has more than {MAX_ENTRIES} entries")
-        if member.size < 0:
-            raise _invalid(f"{shown(member.name)} has a negative size", member.name)
-        self._begin_member(member)
-        self._remaining, self._padding = member.size, -member.size % BLOCK_BYTES
-        if not member.size:
-            self._end_member()
+        _read_member(body, files, _parsed(block))
+    while block:  # zeros: the end of the archive
+        block = _read_block(body)
+        if block.strip(b"\0"):
+            raise _invalid("the archive goes on after its end")
 
-    def _begin_member(self, member: tarfile.TarInfo) -> None:
-        name = shown(member.name)
-        self._pax = None
-        if member.type in _PAX:
-            if member.size > MAX_PAX_BYTES:
-                raise _invalid(f"a pax header has more than {MAX_PAX_BYTES} bytes")
-            self._pax = bytearray()
-        elif member.type in _FILES:
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                raise _invalid(f"{name!r} leads out of the archive", name)
-            self._files.begin(member.name.removeprefix("./"), member.size)
-        elif member.type == tarfile.DIRTYPE and member.name.rstrip("/") == "." and not member.size:
-            self._pax = bytearray()  # `tar -C DIRECTORY .` begins with this one; it holds nothing
-        else:
-            kind = _REFUSED.get(member.type, f"of the type {member.type!r}")
-            raise _invalid(f"{name!r} is {kind}: expected {CONFIG} and {WEIGHTS} as plain files", name)
 
-    def _end_member(self) -> None:
-        if self._pax is None:
-            self._files.end()
-        else:
-            _check_pax(bytes(self._pax))
+def _read_member(body: BodyReader, files: BundleFiles, member: tarfile.TarInfo) -> None:
+    name = shown(member.name)
+    if member.type in _PAX:
+        if member.size > MAX_PAX_BYTES:
+            raise _invalid(f"a pax header has more than {MAX_PAX_BYTES} bytes")
+        _check_pax(_read(body, member.size))
+    elif member.type in _FILES:
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise _invalid(f"{name!r} leads out of the archive", name)
+        files.begin(member.name.removeprefix("./"), member.size)
+        remaining = member.size
+        while remaining:
+            if not (data := body.read(remaining)):
+                raise _cut_off()
+            files.write(data)
+            remaining -= len(data)
+        files.end()
+    # `tar -C DIRECTORY .` begins with an empty entry for the directory
+    elif member.type != tarfile.DIRTYPE or member.name.rstrip("/") != "." or member.size:
+        kind = _REFUSED.get(member.type, f"of the type {member.type!r}")
+        raise _invalid(f"{name!r} is {kind}: expected {CONFIG} and {WEIGHTS} as plain files", name)
+    _read(body, -member.size % tarfile.BLOCKSIZE)  # padding
+
+
+def _read_block(body: BodyReader) -> bytes:
+    """A block, empty at the end of the body."""
+    if not (start := bytes(body.read(tarfile.BLOCKSIZE))):
+        return b""
+    return start + _read(body, tarfile.BLOCKSIZE - len(start))
+
+
+def _read(body: BodyReader, size: int) -> bytes:
+    content = bytearray()
+    while len(content) < size:
+        if not (data := body.read(size - len(content))):
+            raise _cut_off()
+        content += data
+    return bytes(content)
+
+
+def _parsed(block: bytes) -> tarfile.TarInfo:
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise _invalid(f"expected a plain tar archive, not a compressed or broken one ({error})") from None
+    if member.size < 0:
+        raise _invalid(f"{shown(member.name)} has a negative size", member.name)
+    return member
 
 
 def _check_pax(records: bytes) -> None:
@@ -134,6 +112,10 @@ def _check_pax(records: bytes) -> None:
         if not key.startswith(_HARMLESS_PAX):
             raise _invalid(f"the pax field {shown(key.decode('latin-1'))!r} is not accepted")
         records = records[int(length) :]
+
+
+def _cut_off() -> RequestError:
+    return _invalid("the archive is cut off")
 
 
 def _invalid(message: str, name: str | None = None) -> RequestError:

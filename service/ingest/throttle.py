@@ -1,38 +1,28 @@
-"""Uploads beside running requests: a small piece of work, then a rest."""
+"""Uploads and imports beside running requests: a small piece of work, then a pause."""
 
-import asyncio
 import time
 from collections.abc import Callable
 
 PIECE_BYTES = 1 << 20  # of work at a time: about 2 ms on one core
-REST_SECONDS = 0.03  # after each while requests run: a step of theirs or two do not share a core with one
-MOST_RESTS = 40  # of one upload: a large one is not to take much longer than it must
+PAUSE_SECONDS = 0.03  # after each piece while requests run: one or two of their steps then have all cores
+MAX_PAUSES = 40  # of one upload: bounds the time that a large one loses to 1.2 s
 
 
-class Pace:
-    """Keeps one upload's work out of the way of requests that run, if any does: `busy` says so.
+class Throttle:
+    """Spreads the work of one upload or import over time while requests run.
 
-    They run in another process, which may use all cores, and whose threads wait for each other at every product, so
-    whoever takes a core from one of them holds up all: four streams of base tokens on two cores had a 99th percentile
-    of 80 ms between tokens instead of 26 beside uploads of 10 MB, and 33 with these rests. Each upload then takes
-    0.6 s instead of 0.05 to 0.1. Pieces and rests of a third did no better.
+    Requests run in another process, and its threads wait for each other at every product of matrices. An upload that
+    takes a core from one of those threads delays all of them: four streams of base tokens on two cores had a 99th
+    percentile of 80 ms between tokens instead of 26 beside uploads of 10 MB, and 33 ms with these pauses. Each upload
+    then took 0.6 s instead of 0.05 to 0.1. Pieces and pauses of a third of the size did no better.
     """
 
     def __init__(self, busy: Callable[[], bool]) -> None:
-        self._busy = busy
-        self._rests = 0
+        self._busy = busy  # whether any request runs
+        self._pauses = 0
 
     def pause(self) -> None:
-        """Rest after a piece of work, on a thread."""
-        if self._is_due():
-            time.sleep(REST_SECONDS)
-
-    async def rest(self) -> None:
-        """Rest after a piece of work, on the event loop."""
-        if self._is_due():
-            await asyncio.sleep(REST_SECONDS)
-
-    def _is_due(self) -> bool:
-        due = self._rests < MOST_RESTS and self._busy()
-        self._rests += due
-        return due
+        """Pause after a piece of work. Blocks."""
+        if self._pauses < MAX_PAUSES and self._busy():
+            self._pauses += 1
+            time.sleep(PAUSE_SECONDS)

@@ -53,7 +53,6 @@ class Prefix:
             request_id=self.id,
             prefix_id=self.id,
             token_ids=prompt.token_ids,
-            ttl_seconds=self.wanted.ttl_seconds,
             adapter=prompt.adapter,
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,

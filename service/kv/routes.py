@@ -103,7 +103,7 @@ def _namespace(services: Services, name: str) -> str | None:
     base, catalog = services.settings.served_name, services.catalog
     if name in (BASE, base):
         return None
-    if catalog.versions.resolve(name) is None and catalog.blobs.counted(name):
+    if catalog.versions.resolve(name) is None and catalog.blobs.referenced(name):
         return name
     try:
         version = find_version(name, base, catalog.versions, "namespace")

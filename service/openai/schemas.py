@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024  # characters; every piece of text is searched for each stop string
 MAX_LOGPROBS = 20
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -22,7 +23,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-StopString = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
 

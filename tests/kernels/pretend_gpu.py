@@ -1,7 +1,7 @@
 """An H100 as far as Triton's compiler is concerned: kernels are compiled as they are launched, and nothing runs.
 
-The interpreter takes much that the compiler refuses, and knows nothing of registers. Tensors are the CPU's. For a
-process of its own that imports no kernel as interpreted.
+The interpreter accepts code that the compiler refuses, and has no registers. Tensors are on the CPU. Use it in a
+process of its own, in which kernels are not interpreted.
 """
 
 import re
@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
 
     @property
     def spilled_bytes(self) -> int:
-        """What finds no room in a thread's registers."""
+        """Bytes of a thread that do not fit into its registers."""
         return int(_cuobjdump("--dump-resource-usage", self.binary).partition("STACK:")[2].split()[0])
 
     def count(self, *instructions: str, width: str = "") -> int:
@@ -57,7 +57,7 @@ class PretendGpu(DriverBase):
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
         self.compiled.append(Compiled(name, shared, binary))
-        registers = spilled = 0  # nobody asks
+        registers = spilled = 0  # not read
         return object(), object(), registers, spilled, 1024
 
     def unload_module(self, module: object) -> None:

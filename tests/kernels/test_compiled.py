@@ -1,6 +1,6 @@
-"""Every kernel through Triton's compiler for an H100, which needs no GPU; run as a program, it compiles them.
+"""Compiles every kernel for an H100, without a GPU. Run as a program, this file compiles them and prints JSON.
 
-What is compiled here has not run anywhere.
+The compiled kernels do not run.
 """
 
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = 227 * 1024  # of a program, at most
 SPILLED_BYTES = 32  # a few addresses, or the 28 bytes that Triton 3.6 reduces an angle in
 PRODUCTS = {"_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel"}
-# What these read or write a thread is one number, or lies in an order of its own.
+# A thread of these reads or writes single numbers, or numbers that do not follow each other in memory.
 NARROW = {"_reduce_kernel", "_cut_kernel", "_embedding_shrink_kernel", "_qkv_write_kernel"}
 
 
@@ -42,8 +42,8 @@ def test_every_kernel_fits_an_h100_and_keeps_its_numbers_in_registers(compiled: 
 def test_products_of_bfloat16_are_made_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     assert {kernel["name"] for kernel in compiled} >= PRODUCTS
     for kernel in compiled:
-        wanted = kernel["dtype"] == "bfloat16" and kernel["name"] in PRODUCTS
-        assert (kernel["products"] > 0) == wanted, kernel
+        expected = kernel["dtype"] == "bfloat16" and kernel["name"] in PRODUCTS
+        assert (kernel["products"] > 0) == expected, kernel
 
 
 def test_what_is_much_is_read_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
@@ -60,7 +60,7 @@ def launches(dtype: str) -> Iterator[Any]:
     from kernels.tune import tuner
     from kernels.tune.lora import lora_cases
     from kernels.tune.rows import ModelShape
-    from runtime.gpu.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT
+    from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 
     model = ModelShape(dtype=getattr(torch, dtype), device="cpu")
     for case in tuner.all_cases(model, decode=(1, 32), prefill=256, context=64):
@@ -92,7 +92,7 @@ def compile_all(dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def kernel_names() -> Iterator[str]:
-    """The kernels that there are."""
+    """The names of all kernels."""
     import importlib
     import pkgutil
 

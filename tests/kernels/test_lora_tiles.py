@@ -1,17 +1,12 @@
-"""What the host prepares for the grouped LoRA kernels: tiles, rows of the offset table, choices of configuration."""
+"""Tiles, which the host prepares for the grouped LoRA kernels."""
 
-import subprocess
-import sys
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.adapter_table import BIAS, FIELDS, NO_BIAS, RANKS, A, B, PartEntry, SiteEntry, table_rows
-from kernels.lora_configs import DECODE, DECODE_EXPAND, DECODE_SHRINK, PREFILL, PREFILL_EXPAND, PREFILL_SHRINK
 from kernels.lora_tiles import BASE, TILE_FIELDS, lay_tiles, most_tiles
 
 
@@ -47,35 +42,3 @@ def test_more_tiles_than_a_graph_was_captured_for_are_a_mistake_of_ours() -> Non
     out = np.zeros((2, TILE_FIELDS), np.int32)
     with pytest.raises(AssertionError, match="3 tiles do not fit 2"):
         lay_tiles(np.array([0, 1, 2], np.int32), 16, out)
-
-
-def test_a_tables_row_says_where_each_part_lies() -> None:
-    q, v = PartEntry(rank=4, b=64, bias=128), PartEntry(rank=3, b=256)
-    rows = table_rows([None, SiteEntry(a=32, parts=[q, None, v])], width=7)
-    assert rows.shape == (2, FIELDS)
-    assert not rows[0].any()
-    row = rows[1].tolist()
-    assert (row[A], row[RANKS:B], row[B], row[B + 2]) == (32, [0, 4, 4, 7], 64, 256)
-    assert row[BIAS:] == [128, NO_BIAS, NO_BIAS]
-
-
-def test_what_the_kernels_would_leave_out_or_misread_does_not_enter_the_table() -> None:
-    with pytest.raises(AssertionError, match="7 ranks, and there is room for 6"):
-        table_rows([SiteEntry(0, [PartEntry(4, 0), PartEntry(3, 64)])], width=6)
-    for site in (SiteEntry(8, [PartEntry(4, 0)]), SiteEntry(0, [PartEntry(4, 8)]), SiteEntry(0, [PartEntry(4, 0, 8)])):
-        with pytest.raises(AssertionError, match="not aligned"):
-            table_rows([site], width=64)
-    with pytest.raises(AssertionError, match="4 parts"):
-        table_rows([SiteEntry(0, [PartEntry(1, 0)] * 4)], width=64)
-
-
-def test_the_defaults_are_candidates() -> None:
-    assert DECODE_SHRINK in DECODE.shrink
-    assert DECODE_EXPAND in DECODE.expand
-    assert PREFILL_SHRINK in PREFILL.shrink
-    assert PREFILL_EXPAND in PREFILL.expand
-
-
-def test_the_reference_needs_no_triton() -> None:
-    program = "import sys; sys.modules['triton'] = None; import kernels.reference.tiled_lora, kernels.lora_configs"
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)

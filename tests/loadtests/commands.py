@@ -1,11 +1,11 @@
-"""The load tests' programs, run as a user runs them, and the tables that they print."""
+"""Runs the programs of loadtests as a user does, and reads the tables that they print."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--load-format", "dummy", "--kv-cache-bytes", "32M"]  # how a server is started on the tiny model
+SMALL = ["--load-format", "dummy", "--kv-cache-bytes", "32M"]  # arguments of a server of the tiny model
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -21,7 +21,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def bench(model: Path, *arguments: str) -> list[tuple[list[list[str]], str]]:
-    """What each benchmark printed: the cells of its table, with the head and without the rule, and its conditions."""
+    """Run benchmarks; return the cells of each table, the head first, and the conditions below it."""
     server = f"--server-args={' '.join(SMALL)}"
     result = run("-m", "loadtests.bench", *arguments, "--model", str(model), server)
     assert result.returncode == 0, result.stderr
@@ -38,5 +38,5 @@ def cells(table: str) -> list[list[str]]:
 
 
 def number(cell: str) -> float:
-    """The number that a cell begins with, whatever its unit and its verdict are."""
+    """Return the number at the beginning of a cell, without its unit and its verdict."""
     return float(cell.split()[0].rstrip("%×"))

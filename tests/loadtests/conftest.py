@@ -1,4 +1,4 @@
-"""A tiny model, and a server of it that all tests of a worker share."""
+"""A tiny model, and a server of it that all tests of one worker share."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 @pytest.fixture(scope="session")
 def tiny_model(default_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model's tokenizer over a model of two narrow layers, whose weights the server makes up."""
+    """A model of two narrow layers with the default model's tokenizer; the server makes random weights for it."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     directory.mkdir()
     for name in TOKENIZER_FILES:

@@ -1,9 +1,11 @@
-"""Each benchmark, run as a user runs it, on a tiny random model: that it measures what it says."""
+"""Each benchmark measures what it says, run as a user runs it on a tiny random model."""
 
 from pathlib import Path
 
 import httpx
+import pytest
 
+from loadtests.bench.__main__ import BENCHMARKS, options
 from tests.loadtests.commands import bench, number, run
 
 
@@ -85,3 +87,24 @@ def test_a_benchmark_says_why_it_cannot_measure(tiny_model: Path, server: str) -
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("failed: ")
     assert "Traceback" not in result.stderr
+
+
+def test_no_name_is_every_benchmark_and_with_a_url_those_that_need_no_server_of_their_own() -> None:
+    assert options([]).names == list(BENCHMARKS)
+    assert options(["--url", "http://host"]).names == ["throughput", "interference", "alora"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nothing"], "no benchmark 'nothing'"),
+        (["tiers", "--url", "http://host"], "tiers starts its own servers"),
+        (["--peer", "http://host", "--peer-models", "a,b"], "five names"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        options(argv)
+    assert words in capsys.readouterr().err

@@ -21,13 +21,13 @@ def put_adapter(url: str, directory: Path, name: str, seed: int) -> None:
 
 def locust(url: str, *options: str, file: str = "locustfile") -> subprocess.CompletedProcess[str]:
     command = ["-m", "locust", "-f", f"loadtests/{file}.py", "--headless", "--host", url, "--users", "3"]
-    return run(*command, "--spawn-rate", "3", "--max-tokens", "8", "--json", *options)
+    return run(*command, "--spawn-rate", "3", "--max-tokens", "8", "--run-time", "60s", "--json", *options)
 
 
 def test_users_stream_through_every_adapter_and_the_popular_ones_most(server: str, tmp_path: Path) -> None:
     for seed, name in enumerate(("rare", "popular")):
         put_adapter(server, tmp_path, name, seed)
-    result = locust(server, "--run-time", "3s", "--models", "popular,tiny,rare", "--popularity", "2")
+    result = locust(server, "--requests", "40", "--models", "popular,tiny,rare", "--popularity", "2")
     assert result.returncode == 0, result.stderr
     entries = msgspec.json.decode(result.stdout)
     assert sum(entry["num_failures"] for entry in entries) == 0
@@ -43,19 +43,19 @@ def test_users_stream_through_every_adapter_and_the_popular_ones_most(server: st
 
 def test_users_find_the_served_models_by_themselves(server: str, tmp_path: Path) -> None:
     put_adapter(server, tmp_path, "found", 2)
-    result = locust(server, "--run-time", "2s", "--popularity", "0")
+    result = locust(server, "--requests", "30", "--popularity", "0")
     assert result.returncode == 0, result.stderr
     assert {"tiny", "found"} <= {entry["name"] for entry in msgspec.json.decode(result.stdout)}
 
 
 def test_pipeline_users_find_the_alora_adapters_and_have_them_check_every_turn(server: str) -> None:
-    missing = locust(server, "--run-time", "1s", file="locust_pipeline")
+    missing = locust(server, "--requests", "1", file="locust_pipeline")
     assert "no aLoRA adapters" in missing.stderr
     with AdapterClient(server) as client:
         for seed, name in enumerate(("doubt", "trust")):
             client.put(name, adapter_file(SHAPE, seed, 4, [500 + seed, 600]))
         try:
-            result = locust(server, "--run-time", "2s", "--turns", "2", file="locust_pipeline")
+            result = locust(server, "--requests", "30", "--turns", "2", file="locust_pipeline")
         finally:
             for name in ("doubt", "trust"):
                 client.delete(name)
@@ -69,7 +69,7 @@ def test_pipeline_users_find_the_alora_adapters_and_have_them_check_every_turn(s
 
 
 def test_a_request_that_fails_is_counted_as_a_failure(server: str) -> None:
-    result = locust(server, "--run-time", "1s", "--models", "nobody")
+    result = locust(server, "--requests", "3", "--models", "nobody")
     assert result.returncode == 1
     (entry,) = msgspec.json.decode(result.stdout)
     assert entry["num_failures"] == entry["num_requests"] > 0

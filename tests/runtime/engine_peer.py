@@ -46,7 +46,7 @@ class Peer:
             self.events += decode_events(self.socket.recv())
 
     def next_of_each(self, *kinds, until=lambda event: True):
-        """The next event of each kind, in whatever order they come; of the last kind, the first for which `until`."""
+        """The next event of each kind, in any order; of the last kind, the first for which `until` is true."""
         found = {}
         while len(found) < len(kinds):
             event = self.next(kinds)

@@ -1,11 +1,11 @@
-"""A scheduler beside fakes of all that it asks, and requests for it."""
+"""A scheduler with fakes of the pools that it uses, and requests for it."""
 
 import itertools
 from collections import Counter
 
 from runtime.adapters.errors import AdapterUnavailable
+from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
-from runtime.kv.block_tables import BlockTables
 from runtime.messages import Generate, SamplingParams
 from runtime.request import Request
 from runtime.scheduler import Scheduler
@@ -50,14 +50,14 @@ class FakeAdapters:
         self.waiting[digest] += waits
 
 
-class FakeEvictedKv:
-    """Host memory from which K/V of some requests come back."""
+class FakeOffload:
+    """Offloading under which some requests wait for a reload."""
 
     def __init__(self):
-        self.on_their_way = set()
+        self.reloading = set()
 
-    def awaits(self, request, spare):
-        return request in self.on_their_way
+    def waits_for_reload(self, request, spare):
+        return request in self.reloading
 
 
 class Clock:
@@ -67,11 +67,11 @@ class Clock:
         return self.now
 
 
-def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, evicted=None, clock=None):
+def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, offload=None, clock=None):
     return Scheduler(
-        BlockTables(BlockPool(blocks + 1), B),
+        BlockManager(BlockPool(blocks + 1), B),
         adapters or FakeAdapters(),
-        evicted or FakeEvictedKv(),
+        offload or FakeOffload(),
         max_running=running,
         max_waiting=waiting,
         max_batch_tokens=budget,
@@ -101,7 +101,7 @@ def step(s, token=7):
     chunks, rejected = s.schedule()
     assert not rejected
     s.check()
-    s.tables.copied()
+    s.block_manager.copied()
     s.advance(chunks)
     for chunk in chunks:
         s.commit(chunk, token if chunk.samples else None)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from runtime.admission import RequestRefused
 from runtime.messages import SamplingParams
+from runtime.request import RequestRefused
 from tests.runtime.adapters.peft_engine import GREEDY, INVOCATIONS, TOKENS, PeftOracle, engines, forget
 from tests.runtime.tiny_engine import prompt
 
@@ -162,7 +162,7 @@ def test_n_choices_of_one_prompt_are_drawn_as_each_would_be_alone(start):
 
 
 def test_a_generated_invocation_moves_nothing(engine, oracle):
-    """The last one of the prompt counts, whatever is in the output: here an adapter is invoked by what it says."""
+    """The last invocation of the prompt counts; here the output contains the invocation too."""
     tensors, config = oracle.adapter("head")
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     for seed in range(20):

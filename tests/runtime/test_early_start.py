@@ -1,4 +1,4 @@
-"""What is before the invocation is computed while the adapter loads (rule 9), by the engine and its loader."""
+"""The engine computes the tokens before the invocation while the adapter loads (rule 9)."""
 
 import time
 
@@ -40,7 +40,7 @@ def request(name, adapter, invocation_start=50, length=60, **fields):
 
 
 def step_until(engine, condition):
-    """What happens until a condition comes true; fails when it does not in time."""
+    """The events until a condition is true; fails after the deadline."""
     events, deadline = [], time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline, "stepped in vain"
@@ -98,7 +98,7 @@ def test_rule_9_a_prefix_that_ends_where_its_adapter_begins_waits_for_none(start
     engine = start(max_batch_tokens=16, max_running=4)
     digest, _, _ = canonical(engine)
     asked = {"token_ids": prompt(40), "adapter": digest, "invocation_start": 40}
-    engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", ttl_seconds=60.0, **asked))
+    engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", **asked))
     [held] = [event for event in step_until(engine, lambda: not engine.busy) if isinstance(event, PrefixHeld)]
     assert held.tokens == 40
     assert engine.generate([[*prompt(40), 9]], GREEDY)[0].cached_tokens == 40

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from runtime.adapter_format.canonical import InvalidAdapter
-from runtime.admission import RequestRefused
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.config import EngineConfig
 from runtime.messages import Generate, SamplingParams, Tokens
+from runtime.request import RequestRefused
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
 

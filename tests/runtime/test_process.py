@@ -1,22 +1,20 @@
-"""The engine process, spoken to as the service does: messages over a socket."""
+"""The engine process: what it does when something fails, or its parent is gone.
+
+tests/service/engine/test_engine_contract.py has what it does on every command.
+"""
 
 import json
 import subprocess
 import sys
 import threading
 
-import pytest
 import zmq
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.messages import (
-    Abort,
     Failed,
-    GetStats,
-    Ready,
     Shutdown,
-    Stats,
     Tokens,
     decode_events,
     encode,
@@ -24,46 +22,6 @@ from runtime.messages import (
 from runtime.process import EngineProcess
 from tests.runtime.engine_peer import DEADLINE_MS, Peer, generate
 from tests.runtime.tiny_model import TINY
-
-
-@pytest.fixture
-def peer(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    peers = []
-
-    def start(**options):
-        peers.append(Peer(tmp_path, **options))
-        return peers[-1]
-
-    yield start
-    for started in peers:
-        started.close()
-
-
-def test_commands_in_events_out_until_shutdown(peer):
-    engine = peer()
-    assert engine.next(Ready).max_model_len == 128
-    engine.send(generate("a"))
-    tokens = [engine.next(Tokens) for _ in range(5)]
-    assert [event.finish_reason for event in tokens] == [None] * 4 + ["length"]
-    assert tokens[0].cached_tokens == 0
-    engine.send(generate("b", token_ids=[]))
-    assert engine.next(Failed).code == "empty_prompt"
-    engine.send(GetStats())
-    stats = engine.next(Stats)
-    assert (stats.generated_tokens, stats.running, stats.blocks_used) == (5, 0, 0)
-    engine.send(Shutdown())
-    assert engine.process.wait(timeout=60) == 0
-
-
-def test_an_abort_frees_the_blocks_of_a_running_request(peer):
-    engine = peer()
-    engine.send(generate("long", max_tokens=120))
-    engine.next(Tokens)
-    engine.send(Abort(request_id="long"))
-    engine.send(GetStats())
-    stats = engine.next(Stats)
-    assert (stats.running, stats.blocks_used) == (0, 0)
 
 
 class StumblingRunner:
@@ -112,12 +70,13 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):
     theirs.close()
 
 
-def test_an_engine_that_cannot_start_says_why(peer, tmp_path):
+def test_an_engine_that_cannot_start_says_why(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"architectures": ["GPT2LMHeadModel"]}))
-    engine = peer()
+    engine = Peer(tmp_path)
     _, stderr = engine.process.communicate(timeout=60)
     assert engine.process.returncode == 3
     assert "GPT2LMHeadModel" in stderr
+    engine.close()
 
 
 def test_an_engine_whose_parent_is_gone_ends_by_itself(tmp_path):

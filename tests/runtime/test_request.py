@@ -1,4 +1,4 @@
-"""What a request's blocks are known by, and how far it may go with what it holds."""
+"""The identities of a request's blocks, and how far it can be computed."""
 
 import pytest
 
@@ -16,14 +16,18 @@ def request(tokens=10, computed=0, params=None, **fields):
     return made
 
 
+def identity(made, index):
+    return made.chain.identity_of(made.token_ids, made.computed, index, B)
+
+
 def test_a_last_block_is_known_by_what_is_computed_of_it():
     made = request(computed=6)
-    whole, tail = (made.identity_of(index, B) for index in range(2))
+    whole, tail = (identity(made, index) for index in range(2))
     assert (whole.token_ids, tail.token_ids) == ((0, 1, 2, 3), (4, 5))
-    assert whole.parent == made.root
-    assert tail.parent == whole.key == made.keys_up_to(6, B)[0]
+    assert whole.parent == made.chain.root
+    assert tail.parent == whole.key == made.chain.keys_up_to(made.token_ids, 6, B)[0]
     made.computed = 8
-    assert made.identity_of(1, B).key == made.keys_up_to(8, B)[1] != tail.key
+    assert identity(made, 1).key == made.chain.keys_up_to(made.token_ids, 8, B)[1] != tail.key
 
 
 @pytest.mark.parametrize("invocation_start", range(11))
@@ -31,21 +35,21 @@ def test_rules_2_and_3_a_block_is_the_adapters_from_the_first_one_on_that_reache
     made = request(computed=10, adapter="a", invocation_start=invocation_start)
     base = request(computed=10)
     for index, (start, stop) in enumerate(((0, 4), (4, 8), (8, 10))):
-        identity = made.identity_of(index, B)
-        assert identity.namespace == ("a" if stop > invocation_start else None)
-        assert identity.salt == (Salt("a", invocation_start - start) if start <= invocation_start < stop else None)
-        assert (identity.key == base.identity_of(index, B).key) == (stop <= invocation_start)
+        known_as = identity(made, index)
+        assert known_as.namespace == ("a" if stop > invocation_start else None)
+        assert known_as.salt == (Salt("a", invocation_start - start) if start <= invocation_start < stop else None)
+        assert (known_as.key == identity(base, index).key) == (stop <= invocation_start)
 
 
 def test_an_adapter_that_leaves_k_and_v_alone_has_no_blocks_of_its_own():
     made, base = request(computed=10, adapter="a", kv_is_base=True), request(computed=10)
     for index in range(3):
-        assert made.identity_of(index, B) == base.identity_of(index, B)
+        assert identity(made, index) == identity(base, index)
     assert made.adapter == "a", "and it applies all the same"
 
 
 @pytest.mark.parametrize(("computed", "reach"), [(0, 6), (5, 1), (6, 0)])
-def test_rule_9_without_its_adapter_a_sequence_reaches_its_invocation(computed, reach):
+def test_rule_9_without_its_adapter_a_request_reaches_its_invocation(computed, reach):
     made = request(computed=computed, adapter="a", invocation_start=6)
     assert made.reach == reach
     made.holds_adapter = True

@@ -1,7 +1,7 @@
 import pytest
 
 from runtime.scheduler import QueueFull
-from tests.runtime.scheduler_fakes import FakeAdapters, FakeEvictedKv, request, scheduler, step
+from tests.runtime.scheduler_fakes import FakeAdapters, FakeOffload, request, scheduler, step
 
 
 def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_ones():
@@ -60,7 +60,7 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_finishes_later():
     assert (old.num_generated, young.num_generated) == (10, 10)
     assert not s.running
     assert not s.waiting
-    assert s.blocks.used == 0
+    assert s.block_manager.pool.used == 0
 
 
 def test_a_sequence_whose_adapter_is_loading_is_passed_over_and_keeps_its_place():
@@ -76,8 +76,8 @@ def test_a_sequence_whose_adapter_is_loading_is_passed_over_and_keeps_its_place(
 
 
 def test_a_sequence_whose_kv_come_back_is_passed_over_without_its_adapter_and_keeps_its_place():
-    evicted = FakeEvictedKv()
-    subject = scheduler(evicted=evicted)
+    offload = FakeOffload()
+    subject = scheduler(offload=offload)
     first, early, other = (
         request(5, adapter="a"),
         request(9, adapter="missing", invocation_start=8, first=20),
@@ -85,13 +85,13 @@ def test_a_sequence_whose_kv_come_back_is_passed_over_without_its_adapter_and_ke
     )
     for each in (first, early, other):
         subject.add(each)
-    evicted.on_their_way = {first, early}
+    offload.reloading = {first, early}
     chunks, _ = subject.schedule()
     assert [chunk.request for chunk in chunks] == [other]
     assert list(subject.waiting) == [first, early]
     assert not subject.adapters.references["a"]
     subject.check()
-    evicted.on_their_way = set()
+    offload.reloading = set()
     chunks, _ = subject.schedule()
     assert [chunk.request for chunk in chunks] == [other, first, early], "early may still begin without its adapter"
 
@@ -160,7 +160,7 @@ def test_rule_9_a_sequence_runs_up_to_its_invocation_while_its_adapter_loads():
     assert step(s) == {early: (5, 5), other: (3, 1)}, "no chunk reaches past the invocation"
     assert step(s) == {other: (4, 1)}
     assert early in s.waiting
-    assert not early.blocks, "it holds up nobody: neither a place nor blocks"
+    assert not early.blocks, "it waits without blocks, so that others can run"
     adapters.resident.add("slow")
     assert step(s) == {early: (10, 4), other: (5, 1)}, "to the token, although a block ends at 8 and at 12"
     assert (early.num_generated, s.preemptions) == (1, 0)
@@ -199,7 +199,7 @@ def test_rule_9_a_sequence_whose_adapter_fails_on_its_way_is_handed_back_with_th
     assert (chunks, rejected) == ([], early)
     assert "slow is broken" in str(error)
     s.check()
-    assert s.blocks.used == 0
+    assert s.block_manager.pool.used == 0
 
 
 def test_rule_9_without_base_tokens_left_to_compute_a_sequence_does_not_start_early():

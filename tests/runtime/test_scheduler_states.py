@@ -37,7 +37,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunks, rejected = self.s.schedule()
         assert sum(chunk.length for chunk in chunks) <= 6
         self.s.check()
-        self.s.tables.copied()
+        self.s.block_manager.copied()
         self.s.advance(chunks)
         for chunk in chunks:
             assert chunk.length >= 1
@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step(0)
         assert not self.s.running
         assert not self.s.waiting
-        assert self.s.blocks.used == 0
+        assert self.s.block_manager.pool.used == 0
         assert not any(self.adapters.references.values())
 
     @invariant()

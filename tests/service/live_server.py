@@ -15,6 +15,7 @@ from runtime.config import EngineConfig
 from service.app import create_app
 from service.services import Services
 from service.settings import Settings
+from tests.openapi.contract_hook import HOOKS
 from tests.service.engine import fake_engine
 
 NAME = "tiny"
@@ -66,7 +67,7 @@ def live_server(settings: Settings) -> Iterator[LiveServer]:
         wait_until(lambda: server.started or not thread.is_alive())
         assert server.started, "the service did not start"
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        with httpx.Client(base_url=url, timeout=20) as client:
+        with httpx.Client(base_url=url, timeout=20, event_hooks=HOOKS) as client:
             yield LiveServer(app, url, client)
     finally:
         server.should_exit = True

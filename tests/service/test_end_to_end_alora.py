@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.openapi.contract_hook import HOOKS
 from tests.service.test_end_to_end import BASE, serve
 
 NAMES = ("vault", "ledger")
@@ -19,7 +20,7 @@ def client(
 ) -> Iterator[httpx.Client]:
     with (
         serve(tmp_path_factory.mktemp("data")) as (url, _),
-        httpx.Client(base_url=url, timeout=120) as client,
+        httpx.Client(base_url=url, timeout=120, event_hooks=HOOKS) as client,
     ):
         for name in NAMES:
             files = {path.name: (path.name, path.read_bytes()) for path in (trained_adapters / name).iterdir()}

@@ -100,7 +100,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     """A hub with nothing in it yet; no token, and a home of the library's that must stay empty."""
     home = tmp_path_factory.mktemp("home") / "huggingface"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as tests/conftest.py sets it
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)  # it asks the real hub for more
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from storage import s3_upload
 from storage.s3 import S3Store
 from storage.store import StoreError, StoreUnavailable
 from tests.storage.faulty_s3 import FaultyS3, lost, passed_on, status
@@ -63,10 +62,8 @@ def test_sizes_around_a_part_come_out_whole(store: S3Store, tmp_path: Path, size
 
 
 @pytest.fixture
-def large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of three parts, the last one short; S3 takes no smaller ones than 5 MiB."""
-    monkeypatch.setattr("storage.s3.PART_BYTES", 5 * MIB)
-    monkeypatch.setattr(s3_upload, "PART_BYTES", 5 * MIB)
+def large_file(tmp_path: Path) -> Path:
+    """A file of three parts, the last one short; S3 accepts no smaller ones than 5 MiB, and s3transfer sends none."""
     file = tmp_path / "source"
     file.write_bytes(bytes(range(256)) * 45_000)
     return file

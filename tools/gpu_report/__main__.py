@@ -1,18 +1,18 @@
 """Tests and measures the engine on the GPU of this machine and writes a report, without a network.
 
-    python -m tools.gpu_report                 everything, in under 9 minutes, into loadtests/results
+    python -m tools.gpu_report                 all sections, in under 9 minutes, into loadtests/results
     python -m tools.gpu_report --only prefill  some sections; those that measure start an engine first
-    python -m tools.gpu_report --dry-run       on a CPU: a tiny model, to see that the report runs
+    python -m tools.gpu_report --dry-run       on a CPU with a tiny model, to see that the report runs
 
 Runs the kernels' tests, checks the engine's output against transformers and PEFT, and measures a model of Qwen3-8B's
-shape with random weights; every figure stands beside its floor. The result is a JSON file with every sample and a
-Markdown file with a table for each section, named by device and date.
+shape with random weights. Every figure is printed with its floor. The result is a JSON file with every sample and a
+Markdown file with a table for each section; both are named by device and date.
 
-Needs torch, triton, transformers, peft and safetensors, and as wheels msgspec, blake3, pytest, hypothesis and numpy;
-pytest-xdist makes the kernels' tests quicker. 48 GB of device memory, and 24 of the host's.
+Needs torch, triton, transformers, peft, safetensors, msgspec, blake3, pytest, hypothesis and numpy, 48 GB of device
+memory and 24 GB of host memory. With pytest-xdist, the kernels' tests run in parallel.
 
-The exit status is 2 without a GPU, 1 if a check failed or a section did not come to its end, otherwise 0: a goal that
-is missed is a figure like others.
+The exit status is 2 without a GPU, 1 if a check failed or a section did not complete, otherwise 0. A missed goal does
+not change it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -48,7 +48,7 @@ RESULTS = ROOT / "loadtests" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 MEASURING = ("decode", "lora", "prefill", "load", "working_set", "alora", "update")
 NAMES = ("kernels", "correctness", "engine", *MEASURING, "tune")
-ENDING_SECONDS = 10.0  # kept back for imports, the last report and the process's end
+ENDING_SECONDS = 10.0  # reserved for imports, the last report and the end of the process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel
     elif not torch.cuda.is_available():
-        print("torch finds no CUDA device here: there is nothing to measure (see --dry-run)", file=sys.stderr)
+        print("torch finds no CUDA device to measure; --dry-run runs the report on a CPU", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="  %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     seconds = 60 * chosen.minutes
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # a device hangs; the report of so far is there
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # if a device hangs; the report so far is on disk
     started = time.monotonic()
     report = introduction(chosen)
     directory = chosen.out or (Path(tempfile.mkdtemp(prefix="dry-run-")) if chosen.dry_run else RESULTS)
@@ -88,13 +88,13 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tools.gpu_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, help="directory of the report; default: loadtests/results, of a dry run a temporary one")
-    add("--minutes", type=float, default=9.0, help="for everything")
-    add("--only", nargs="+", default=[], choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    add("--tune", action="store_true", help="print the tuner's table as well")
-    add("--dry-run", action="store_true", help="on a CPU, in Triton's interpreter, with a tiny model")
-    add("--here", action="store_true", help="the check of the output in this process as well")
-    add("--dtypes", nargs="+", help="of the check of the output")
+    add("--out", type=Path, help="directory of the report; default: loadtests/results, or a temporary one in a dry run")
+    add("--minutes", type=float, default=9.0, help="time limit of the whole report; default: %(default)g")
+    add("--only", nargs="+", default=[], choices=NAMES, metavar="NAME", help=f"run these sections: {', '.join(NAMES)}")
+    add("--tune", action="store_true", help="also run the tuner and print its table")
+    add("--dry-run", action="store_true", help="run on a CPU, in Triton's interpreter, with a tiny model")
+    add("--here", action="store_true", help="check the output in this process, not in one of its own for each dtype")
+    add("--dtypes", nargs="+", help="dtypes in which the output is checked")
     for option, field in (
         ("--layers", "num_hidden_layers"),
         ("--hidden", "hidden_size"),
@@ -104,11 +104,15 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("--head-dim", "head_dim"),
         ("--vocabulary", "vocab_size"),
     ):
-        add(option, dest=field, type=int, help=f"of the measured model; default: {getattr(Shape(), field)}")
+        add(option, dest=field, type=int, help=f"{field} of the measured model; default: {getattr(Shape(), field)}")
     limits = Limits()
-    add("--memory-bandwidth", type=float, default=limits.memory, help="bytes a second, for floors; %(default)g")
-    add("--link-bandwidth", type=float, default=limits.host_to_device, help="host to device; %(default)g")
-    add("--throughput", type=float, default=limits.operations, help="operations a second in bfloat16; %(default)g")
+    help_of_limits = "for floors: {} a second; default: %(default)g"
+    for option, default, unit in (
+        ("--memory-bandwidth", limits.memory, "bytes of device memory"),
+        ("--link-bandwidth", limits.host_to_device, "bytes from host to device"),
+        ("--throughput", limits.operations, "bfloat16 operations"),
+    ):
+        add(option, type=float, default=default, help=help_of_limits.format(unit))
     chosen = parser.parse_args(argv)
     plan = TINY if chosen.dry_run else Plan()
     chosen.plan = plan._replace(dtypes=tuple(chosen.dtypes or plan.dtypes))
@@ -121,9 +125,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def tasks(chosen: argparse.Namespace, scratch: Path, stack: ExitStack) -> list[Task]:
-    """The chosen sections, in order, with an engine that the stack ends.
+    """The chosen sections, in order, with an engine that `stack` closes.
 
-    Imports the kernels, which are interpreted or compiled from then on.
+    Imports the kernels, and thereby fixes whether Triton interprets or compiles them.
     """
     from tools.gpu_report import decoding, moving, prompts
     from tools.gpu_report.bench import Bench
@@ -132,17 +136,17 @@ def tasks(chosen: argparse.Namespace, scratch: Path, stack: ExitStack) -> list[T
     bench = Bench(plan, chosen.floors, device=device, scratch=scratch)
     stack.callback(bench.close)
 
-    def measured(section, clock: Clock) -> Iterator[Row]:  # type: ignore[no-untyped-def]
+    def measured(section: Callable[[Bench], Iterator[Row]], clock: Clock) -> Iterator[Row]:
         bench.clock = clock
         bench.recover()
         yield from section(bench)
 
     def correctness(clock: Clock) -> Iterator[Row]:
-        """In processes of their own: a fault of the device there leaves this one whole."""
+        """Run in processes of its own, so that a fault of the device there does not break this process."""
         if not chosen.here:
             parts = [["--dry-run"]] if chosen.dry_run else [["--dtypes", dtype] for dtype in plan.dtypes]
             return apart("correctness", parts, clock)
-        from tools.gpu_report.checks import correctness  # and with it transformers and PEFT
+        from tools.gpu_report.checks import correctness  # imports transformers and PEFT
 
         return correctness(plan, clock, device)
 
@@ -150,7 +154,7 @@ def tasks(chosen: argparse.Namespace, scratch: Path, stack: ExitStack) -> list[T
     every = [
         Task("kernels", "Kernel tests", 130, partial(kernels, plan.kernel_tests), check=True),
         Task("correctness", "Output against transformers and PEFT", 110, correctness, check=True),
-        Task("engine", "Start of the engine", 170, partial(measured, decoding.start)),  # all others need it
+        Task("engine", "Start of the engine", 170, partial(measured, decoding.start)),  # the MEASURING sections need it
         Task("decode", f"Base decode, context {plan.context}", 40, partial(measured, decoding.base)),
         Task("lora", f"Decode with adapters, context {plan.context}", 70, partial(measured, decoding.adapted)),
         Task("prefill", "Prefill, to the first token", 20, partial(measured, prompts.prefill)),
@@ -160,13 +164,13 @@ def tasks(chosen: argparse.Namespace, scratch: Path, stack: ExitStack) -> list[T
         Task("update", "In-memory update", 30, partial(measured, moving.update)),
         Task("tune", "Tuner", 120, tune),
     ]
-    wanted = set(chosen.only or NAMES[:-1]) | ({"tune"} if chosen.tune else set())
-    wanted |= {"engine"} if wanted & set(MEASURING) else set()
-    return [task for task in every if task.name in wanted]
+    names = set(chosen.only or NAMES[:-1]) | ({"tune"} if chosen.tune else set())
+    names |= {"engine"} if names & set(MEASURING) else set()
+    return [task for task in every if task.name in names]
 
 
 def introduction(chosen: argparse.Namespace) -> Report:
-    """The report before anything is measured."""
+    """The report before the first measurement."""
     return Report(
         dry_run=chosen.dry_run,
         date=datetime.date.today().isoformat(),
@@ -197,7 +201,7 @@ def installed(name: str) -> str:
 
 
 def file_name(report: Report, only: Sequence[str]) -> str:
-    """By device and date; a part of a report does not replace a whole one."""
+    """Named by device and date, and by the sections of --only, so that a part does not overwrite a whole report."""
     device = "dry-run" if report.dry_run else re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
     return "-".join([device, report.date, *only])
 

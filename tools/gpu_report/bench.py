@@ -1,4 +1,4 @@
-"""The engine that is measured: its requests, its adapters and the section's clock."""
+"""The engine under measurement, its requests and its adapters."""
 
 import json
 import time
@@ -17,12 +17,12 @@ from tools.gpu_report.floors import Floors
 from tools.gpu_report.plan import Plan
 
 BLOCK_SIZE = 16
-SPARE_IN_HOST = 12  # adapters of the plan's rank that fit into host memory beside twice what the device holds
-WIDTH = 2**-7  # of the adapters' weights: so small that every output stays finite
+SPARE_IN_HOST = 12  # adapters of the plan's rank that host memory holds in addition to twice those of the device
+WIDTH = 2**-7  # the largest weight of an adapter, so small that every output stays finite
 
 
 class Unsteady(RuntimeError):
-    """A batch did not decode as one that is to be timed does."""
+    """A request failed, or a timed step did not return one token for each request."""
 
 
 class NoEngine(RuntimeError):
@@ -30,34 +30,32 @@ class NoEngine(RuntimeError):
 
 
 class Bench:
-    """Owns the one engine that all benchmarks share, and every adapter in it. `clock` is the current section's."""
+    """Owns the engine that all sections share, and every adapter in it."""
 
     def __init__(self, plan: Plan, floors: Floors, *, device: str, scratch: Path):
         self.plan, self.floors = plan, floors
-        self.clock = Clock.of(0.0)
+        self.clock = Clock.of(0.0)  # the current section's
         self._device, self._scratch = device, scratch
         self._engine: Engine | None = None
-        self._why = "the engine has not been started"
+        self._why_none = "the engine has not been started"
         self._adapters: dict[tuple[int, int], str] = {}
         self._tensors: dict[int, dict[str, torch.Tensor]] = {}
         self._random = torch.Generator().manual_seed(0)
         self._requests = 0
-        self.contexts: list[list[int]] = []  # that batches decode after
-
-    # ------------------------------------------------------------------ the engine
+        self.contexts: list[list[int]] = []  # prompts that decode batches share, see decoding.contexts
 
     @property
     def engine(self) -> Engine:
         if self._engine is None:
-            raise NoEngine(self._why)
+            raise NoEngine(self._why_none)
         return self._engine
 
     def start(self) -> None:
-        """Make the engine, with random weights of the shape."""
+        """Start the engine, with random weights of the plan's model shape."""
         plan, floors = self.plan, self.floors
         (self._scratch / "config.json").write_text(json.dumps(floors.shape.config(plan.dtype)))
         each = aligned(floors.adapter_bytes(plan.rank))
-        self._why = "the engine did not start"
+        self._why_none = "the engine did not start"
         self._engine = Engine(
             EngineConfig(
                 model=str(self._scratch),
@@ -77,23 +75,21 @@ class Bench:
         )
 
     def recover(self) -> None:
-        """Leave nothing of a section behind; an engine that a section broke is given up, and says so."""
+        """End all requests of the section before. If that section broke the engine, drop it and record the reason."""
         if self._engine is None:
             return
         try:
-            self._engine.fail_all("section_over", "")
+            self._engine.fail_all("engine_error", "")
             while self._engine.busy:
                 self._engine.step()
             self._engine.check()
         except Exception as error:
-            self._why = f"an earlier section broke the engine: {type(error).__name__}: {error}"
+            self._why_none = f"an earlier section broke the engine: {type(error).__name__}: {error}"
             self._engine = None
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
-
-    # ------------------------------------------------------------------ requests
 
     def prompt(self, tokens: int) -> list[int]:
         """New random tokens."""
@@ -115,7 +111,7 @@ class Bench:
         return request_id
 
     def step(self) -> list[Event]:
-        """A step, or a wait for what the next one needs. Raises OutOfTime before it, Unsteady if a request fails."""
+        """Run a step, or wait if there is nothing to run. Raises OutOfTime, and Unsteady if a request fails."""
         self.clock.check()
         before, events = self.engine.steps, self.engine.step()
         for event in events:
@@ -126,7 +122,7 @@ class Bench:
         return events
 
     def first_token(self, prompt: list[int], adapter: str | None = None, invocation_start: int = 0) -> float:
-        """Milliseconds from a request for one token to that token, with nothing else under way."""
+        """Milliseconds from a request for one token to that token, without other requests."""
         started = time.perf_counter()
         self.submit(prompt, 1, adapter, invocation_start)
         while not any(isinstance(event, Tokens) for event in self.step()):
@@ -136,7 +132,7 @@ class Bench:
         return milliseconds
 
     def finish(self) -> None:
-        """Step until nothing is under way."""
+        """Step until all requests have ended."""
         while self.engine.busy:
             self.step()
 
@@ -144,10 +140,8 @@ class Bench:
         if self.engine.runner.device.type == "cuda":
             torch.cuda.synchronize()
 
-    # ------------------------------------------------------------------ adapters
-
     def tensors(self, rank: int, number: int) -> dict[str, torch.Tensor]:
-        """A PEFT state dict on all seven projections; two numbers differ in one weight, and so in their digest."""
+        """A PEFT state dict for all seven projections. Each number gives other bits in one tensor: another digest."""
         if rank not in self._tensors:
             shapes = tensor_shapes(self.floors.shape._asdict(), rank)
             dtype = getattr(torch, self.plan.dtype)
@@ -162,7 +156,7 @@ class Bench:
         return own
 
     def add(self, rank: int, number: int) -> str:
-        """The digest of an adapter, new to the engine or not."""
+        """The digest of an adapter, which is registered if it is new."""
         key = (rank, number)
         if key not in self._adapters:
             self.clock.check()
@@ -175,8 +169,8 @@ class Bench:
     def adapters(self, count: int, rank: int) -> list[str]:
         return [self.add(rank, number) for number in range(count)]
 
-    def bring(self, digests: Iterable[str], tier: str = "device") -> None:
-        """Have adapters in a tier."""
+    def load(self, digests: Iterable[str], tier: str = "device") -> None:
+        """Load adapters into a tier, and step until it holds all of them."""
         digests = list(digests)
         target = getattr(self.engine.adapters, tier)
         for digest in digests:
@@ -185,13 +179,13 @@ class Bench:
             self.step()
 
     def unload(self, digests: Iterable[str]) -> None:
-        """Take adapters off the device; they stay in host memory."""
+        """Evict adapters from the device; they stay in host memory."""
         for digest in digests:
             self.engine.adapters.unload("bench-unload", digest, "device")
         self.engine.step()
 
     def timed_load(self, digest: str) -> tuple[float, dict[str, float]]:
-        """Milliseconds until an adapter in host memory can be used on the device, and the stages of that in seconds."""
+        """Milliseconds to load an adapter from host memory to the device, and the seconds of each stage."""
         started, stages = time.perf_counter(), {}
         self.engine.adapters.load(digest, "device")
         while not self.engine.adapters.device.holds(digest):

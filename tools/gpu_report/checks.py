@@ -1,4 +1,4 @@
-"""Whether the engine gives what transformers and PEFT give, on tiny models with random weights."""
+"""The engine's output against transformers and PEFT, on tiny models with random weights."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +24,17 @@ from tools.gpu_report.clock import Clock, OutOfTime
 from tools.gpu_report.plan import Plan
 from tools.gpu_report.rows import Goal, Row
 
-# Twice the tolerance of logits in tests/runtime/models/test_decoder.py: a log-probability is a difference of two
-# logits of their size.
+# Twice the tolerance of logits in tests/runtime/models/test_decoder.py, because a log-probability is the difference of
+# two logits.
 FLOAT32_TOLERANCE = 2e-4
-TIMES_THEIRS = 2  # in bfloat16 we may be so much further from float32 than transformers and PEFT are, as there
-TOP = 20
+TIMES_THEIRS = 2  # the allowed error in bfloat16, in multiples of the error of transformers and PEFT, as in that test
+TOP = 20  # log-probabilities of each token
 
 Logits = Callable[[list[int], list[int]], Tensor]  # of a prompt and its output, (tokens of the output, vocabulary)
 
 
 def correctness(plan: Plan, clock: Clock, device: str) -> Iterator[Row]:
-    """Greedy output and its log-probabilities: of families beside transformers, of mixed adapters beside PEFT."""
+    """Greedy output and its log-probabilities: model families against transformers, mixed adapters against PEFT."""
     for family in (None, *plan.families):
         for dtype in plan.dtypes:
             clock.check()
@@ -62,7 +62,7 @@ class Case(NamedTuple):
     directory: Path
 
     def family(self, family: str) -> Iterator[Row]:
-        """The base, some prompts at once, against transformers in float32 and in our dtype."""
+        """The base with some prompts in one batch, against transformers in float32 and in our dtype."""
         model = write_checkpoint(family, self.directory)
         theirs = None
         if self.dtype != "float32":
@@ -89,12 +89,12 @@ class Case(NamedTuple):
             adapters = [None if name is None else digests[name] for name, _ in prompts]
             outputs = engine.generate([prompt for _, prompt in prompts], self._params(), adapters)
         for name in names:
-            pairs = [(prompt, out) for (whose, prompt), out in zip(prompts, outputs, strict=True) if whose == name]
+            pairs = [(prompt, out) for (adapter, prompt), out in zip(prompts, outputs, strict=True) if adapter == name]
             theirs = None if self.dtype == "float32" else partial(rounded.logits, name)
             yield from _judge(f"adapter {name or 'none'}, {self.dtype}", pairs, partial(oracle.logits, name), theirs)
 
     def _engine(self) -> Engine:
-        """With steps so small that prompts are cut, and run beside others that decode."""
+        """An engine whose steps are so small that prompts are split into chunks and run beside decoding requests."""
         return Engine(
             EngineConfig(
                 model=str(self.directory),
@@ -120,7 +120,7 @@ def _tokens(count: int, vocabulary: int, seed: int) -> list[int]:
 
 
 def _invoking(name: str | None, seed: int) -> list[int]:
-    """A prompt with the invocation of an adapter, if that has one, in the middle."""
+    """A prompt with the adapter's invocation, if it has one, in the middle."""
     invocation = INVOCATIONS[name] if name is not None else None
     return [*_tokens(14, 300, seed), *(invocation or []), *_tokens(9 + seed, 300, seed + 100)]
 
@@ -128,9 +128,10 @@ def _invoking(name: str | None, seed: int) -> list[int]:
 def _judge(
     name: str, pairs: Sequence[tuple[list[int], Completion]], exact: Logits, theirs: Logits | None
 ) -> Iterator[Row]:
-    """Errors of every log-probability that was reported, and how much likelier another choice would have been.
+    """The errors of all reported log-probabilities, and how much likelier another choice would have been.
 
-    In float32 (`theirs` is None) a tolerance bounds them, otherwise the errors of `theirs` at the same places.
+    The bound is a tolerance in float32 (`theirs` is None), otherwise a multiple of the errors of `theirs` at the same
+    tokens.
     """
     errors, allowed, regrets = [], [], []
     for prompt, output in pairs:

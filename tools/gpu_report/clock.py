@@ -1,4 +1,4 @@
-"""A section's time: it asks between pieces of work, and is stopped if it does not."""
+"""The time limit of a section: the section checks it between pieces of work, and is interrupted if it does not."""
 
 import signal
 import time
@@ -13,9 +13,9 @@ class OutOfTime(Exception):
 
 
 class Clock(NamedTuple):
-    """`deadline` is by time.monotonic()."""
+    """A deadline."""
 
-    deadline: float
+    deadline: float  # by time.monotonic()
 
     @classmethod
     def of(cls, seconds: float) -> "Clock":
@@ -33,7 +33,7 @@ class Clock(NamedTuple):
 
 @contextmanager
 def stopped_after(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime inside when it takes longer, wherever Python is then; for the main thread."""
+    """Raise OutOfTime in the body after so many seconds, at any Python instruction. For the main thread only."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise OutOfTime(f"it did not stop by itself and was stopped after {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""The least that a step, a prompt or a copy can take: bytes over bandwidth, operations over throughput."""
+"""Lower bounds of the time of a step, a prompt or a copy: bytes over bandwidth, operations over throughput."""
 
 from typing import Any, NamedTuple
 
@@ -6,18 +6,15 @@ from loadtests.random_adapter import tensor_shapes
 
 
 class Limits(NamedTuple):
-    """What a device can do at most: bytes a second of its memory and from the host's, operations a second in bf16.
+    """The highest rates of a device. The defaults are measured values of an H100 80GB, not those of its data sheet."""
 
-    The figures are an H100 80GB's as measured, not its data sheet's.
-    """
-
-    memory: float = 3.0e12
-    host_to_device: float = 50e9
-    operations: float = 800e12
+    memory: float = 3.0e12  # bytes a second of device memory
+    host_to_device: float = 50e9  # bytes a second
+    operations: float = 800e12  # a second, in bfloat16
 
 
 class Shape(NamedTuple):
-    """A dense decoder's sizes under the names of its `config.json`; Qwen3-8B's by default."""
+    """The sizes of a dense decoder by their names in `config.json`; Qwen3-8B's by default."""
 
     num_hidden_layers: int = 36
     hidden_size: int = 4096
@@ -51,16 +48,16 @@ class Shape(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Weights that every step reads: all linears and the head, of the embedding only a row for each token."""
+        """The number of weights that every step reads: all linears and the head. The embedding's rows do not count."""
         return sum(inner * outer for inner, outer in self.projections) + self.vocab_size * self.hidden_size
 
 
 class Floors(NamedTuple):
-    """Floors in milliseconds for one model on one device; `itemsize` is a weight's, and of K and V, in bytes."""
+    """Floors in milliseconds for one model on one device."""
 
     shape: Shape
     limits: Limits = Limits()
-    itemsize: int = 2
+    itemsize: int = 2  # bytes of a weight, and of a number in the KV cache
 
     @property
     def weight_bytes(self) -> int:
@@ -68,24 +65,24 @@ class Floors(NamedTuple):
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token on all layers."""
+        """K/V bytes of one token in all layers."""
         shape = self.shape
         return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * self.itemsize
 
     def adapter_bytes(self, rank: int) -> int:
-        """Of an adapter on all seven linears of every layer."""
+        """The bytes of an adapter of all seven linears of every layer."""
         return rank * sum(inner + outer for inner, outer in self.shape.projections) * self.itemsize
 
     def decode(self, batch: int, context: float, adapters: int = 0, rank: int = 0) -> float:
-        """A step in which `batch` sequences decode at `context` tokens: (weights + K/V + adapters) / bandwidth."""
+        """A step in which `batch` requests decode at `context` tokens: (weights + K/V + adapters) / bandwidth."""
         read = self.weight_bytes + batch * context * self.kv_bytes + adapters * self.adapter_bytes(rank)
         return 1e3 * read / self.limits.memory
 
     def prefill(self, tokens: int, start: int = 0, rank: int = 0) -> float:
-        """`tokens` of one prompt behind `start` that are cached, and one row of logits.
+        """`tokens` tokens of one prompt after `start` cached ones, and one row of logits: the longer of two times.
 
-        The longer of 2 * (linears + rank * (in + out)) * tokens + 4 * heads * head_dim * pairs, which are causal, over
-        throughput; and of weights, K/V read and the adapter over bandwidth.
+        One is 2 * (linears + rank * (in + out)) * tokens + 4 * heads * head_dim * causal pairs, over the throughput.
+        The other is the bytes of weights, K/V and the adapter, over the bandwidth.
         """
         shape, stop = self.shape, start + tokens
         head = shape.vocab_size * shape.hidden_size

@@ -1,4 +1,4 @@
-"""The report as Markdown: what it was measured on, and a table for each section."""
+"""The report as Markdown: the conditions of the measurements, and a table for each section."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,16 +8,17 @@ HEAD = ("", "median", "p10", "p90", "floor", "÷ floor", "base, median", "speed 
 DRY = "dry run"
 DRY_TITLE = "DRY RUN: no figure here is a GPU's"
 ABOUT = (
-    "Step times are between the ends of whole engine steps, the next of which is laid out while one runs; the forward "
-    "pass alone is the replay of a step's CUDA graph between two events. What is more is the host's, and sampling.",
-    "The base beside which adapters are shown is a base-only batch of the same engine: it runs the graph of the base, "
-    "the same kernels as an engine without LoRA. Both are measured in turn in one process.",
-    "A floor is bytes over bandwidth or operations over throughput of the limits named here, whatever the device.",
+    "A step time is the time between the ends of two engine steps; the host prepares a step while the one before runs. "
+    "The forward pass alone is the replay of a step's CUDA graph between two events. The difference is sampling and "
+    "the host's work.",
+    "Adapters are compared with a base-only batch of the same engine. It runs the graph of the base: the same kernels "
+    "as an engine without LoRA. Both are measured in turn in one process.",
+    "A floor is bytes over bandwidth, or operations over throughput, by the limits named here, on every device.",
 )
 
 
 def markdown(report: Report) -> str:
-    """All of it."""
+    """The whole report."""
     title = f"Rootstock on {report.device}, {report.date}"
     lines = [f"# {DRY_TITLE if report.dry_run else title}", "", *_conditions(report), ""]
     for section in report.sections:
@@ -29,7 +30,7 @@ def _conditions(report: Report) -> Iterator[str]:
     if report.dry_run:
         yield (
             f"- A tiny model in Triton's interpreter on a CPU, {report.date}: it shows that the report runs. Floors "
-            "are of that model on the GPU of the limits."
+            "are for that model on a GPU with the limits below."
         )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield f"- Device: {report.device}, driver {report.driver}; {versions}; {report.minutes:.1f} minutes."
@@ -58,7 +59,7 @@ def _row(row: Row, section: Section, *, dry_run: bool) -> list[str]:
     base = [sample for each in row.base for sample in each]
 
     def shown(value: float | None) -> str:
-        """A dry run's figures say so themselves: a table loses its heading when somebody copies a line of it."""
+        """A figure with its unit. A dry run's figures are marked one by one, since a line may be copied alone."""
         return "" if value is None else f"{_number(value)} {unit}{f' ({DRY})' if dry_run else ''}"
 
     several = len(samples) > 1
@@ -82,7 +83,7 @@ def _goal(goal: Goal) -> str:
 
 
 def _verdict(row: Row, section: Section, *, dry_run: bool) -> str:
-    """A check is right or wrong in a dry run too; how fast something is means nothing there."""
+    """Right or wrong for a check, in a dry run too; met or missed for a goal, except in a dry run."""
     if row.goal is None:
         return ""
     if section.check:

@@ -1,27 +1,26 @@
-"""Adapters on their way: from host memory to the device, and from memory into the engine, alone and beside a batch."""
+"""Times of adapter loads: from host memory to the device, and from tensors in memory, alone and beside a batch."""
 
 import time
 from collections.abc import Callable, Iterator
 
 from runtime.messages import Event
 from tools.gpu_report.bench import Bench
-from tools.gpu_report.decode_timing import Beside, decode
-from tools.gpu_report.decoding import contexts
+from tools.gpu_report.decoding import Beside, contexts, decode
 from tools.gpu_report.rows import Goal, Rounds, Row, percentile
 
 LOAD_MS = 2.5
 UPDATE_MS = 10.0
 P99_MORE = 2.0  # %
-UPDATE_NUMBERS = 1 << 12  # from here on: adapters that no other section has
+UPDATE_NUMBERS = 1 << 12  # the number of the first adapter that only this section uses
 UPDATE_EVERY = 20  # steps
 
 
 def load(bench: Bench) -> Iterator[Row]:
-    """From page-locked host memory until a request could run."""
+    """Load an adapter from page-locked host memory until a request could use it."""
     plan, floors = bench.plan, bench.floors
     for rank, goal in ((plan.rank, LOAD_MS), (plan.wide_rank, None)):
         (digest,) = bench.adapters(1, rank)
-        bench.bring([digest], "host")
+        bench.load([digest], "host")
         usable, copies = [], []
         for _ in range(plan.loads):
             bench.unload([digest] if bench.engine.adapters.device.holds(digest) else [])
@@ -36,7 +35,7 @@ def load(bench: Bench) -> Iterator[Row]:
 
 
 def _load_beside(bench: Bench) -> Iterator[Row]:
-    """The same adapter loaded again and again beside a batch of the base, and what the batch's steps take longer."""
+    """Load one adapter again and again beside a batch of the base, and compare the batch's step times."""
     plan = bench.plan
     (digest,) = bench.adapters(1, plan.rank)
     adapters = bench.engine.adapters
@@ -62,9 +61,9 @@ def _load_beside(bench: Bench) -> Iterator[Row]:
 
 
 def update(bench: Bench) -> Iterator[Row]:
-    """Another version of an adapter, from tensors in the caller's memory: known, then on the device; then the old goes.
+    """Register an adapter version from tensors in the caller's memory, load it to the device, then retire it.
 
-    `add_adapter` is on the engine's thread: no step runs meanwhile.
+    `add_adapter` runs on the engine's thread, so no step runs meanwhile.
     """
     plan, floors = bench.plan, bench.floors
     known, usable = [], []
@@ -118,7 +117,7 @@ def _update_beside(bench: Bench) -> Iterator[Row]:
 
 
 def _beside(bench: Bench, hook: Callable[[], Beside], after: Callable[[], None]) -> tuple[Rounds, Rounds]:
-    """Steps of a batch with and without work beside it, in turn."""
+    """Step times of a batch with work beside it, and without; both are measured in turn."""
     plan = bench.plan
     prompts = contexts(bench, plan.beside_batch)
     times: dict[bool, Rounds] = {True: [], False: []}

@@ -1,4 +1,4 @@
-"""How much of everything is measured: on a GPU, and in a dry run, where the numbers only have to be run through."""
+"""The sizes and repetitions of the report, on a GPU and in a dry run."""
 
 from typing import NamedTuple
 
@@ -6,42 +6,40 @@ from tools.gpu_report.floors import Shape
 
 
 class LoraCase(NamedTuple):
-    """A decode batch whose rows carry `adapters` in turn, 0 for none; `goal` is its share of the base's speed, in %."""
+    """A decode batch whose rows use a number of adapters in turn."""
 
-    adapters: int
+    adapters: int  # 0: none is used
     rank: int
     batch: int
-    goal: float
+    goal: float  # % of the base's speed
 
 
 class Plan(NamedTuple):
-    """Sizes in tokens, adapters and repetitions.
+    """Sizes and repetitions; the defaults are for a GPU."""
 
-    A decode batch starts so that its context is `context` in the middle of the timed steps. `tier` adapters of the
-    first rank fill the device's adapter memory. `rank` is of every adapter that is not of a LoraCase. Goals are in
-    milliseconds by batch, or in times by length.
-    """
-
+    # The checks of the output.
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     families: tuple[str, ...] = ("qwen3", "llama", "qwen2", "granite")
     check_prompts: int = 4
     check_tokens: int = 12
     kernel_tests: tuple[str, ...] = ("tests/kernels", "tests/runtime/gpu/test_device_sampler.py")
+    # The measured engine.
     dtype: str = "bfloat16"
     kv_tokens: int = 160_000
     max_batch_tokens: int = 2048
     max_model_len: int = 17_408
     max_running: int = 128
-    context: int = 1024
-    warm_up: int = 6
+    tier: int = 32  # adapters of `rank` that fill the device's adapter memory
+    rank: int = 16  # of adapters outside `lora`
+    wide_rank: int = 64
+    # Decode steps.
+    context: int = 1024  # tokens of each request in the middle of the timed steps
+    warm_up: int = 6  # steps before the timed ones
     steps: int = 32
-    forwards: int = 16
+    forwards: int = 16  # repetitions of the forward pass alone
     rounds: int = 3
     batches: tuple[int, ...] = (1, 8, 32, 64, 128)
-    decode_goals: tuple[tuple[int, float], ...] = ((1, 6.0), (32, 7.8), (128, 13.5))
-    rank: int = 16
-    wide_rank: int = 64
-    tier: int = 32
+    decode_goals: tuple[tuple[int, float], ...] = ((1, 6.0), (32, 7.8), (128, 13.5))  # batch, milliseconds a step
     lora: tuple[LoraCase, ...] = (
         LoraCase(0, 16, 1, 99.5),
         LoraCase(0, 16, 32, 99.5),
@@ -54,19 +52,21 @@ class Plan(NamedTuple):
         LoraCase(8, 16, 32, 93),
         LoraCase(32, 16, 128, 87),
     )
-    prefill: tuple[int, ...] = (512, 2048)
+    # Times to the first token.
+    prefill: tuple[int, ...] = (512, 2048)  # prompt tokens
     prefill_rounds: int = 12
+    first_token_prompts: tuple[int, ...] = (64, 512)  # prompt tokens, by working set
+    alora: tuple[tuple[int, float], ...] = ((4096, 15), (16384, 60))  # conversation tokens, times as fast as LoRA
+    alora_suffix: int = 50  # tokens after the conversation
+    alora_rounds: int = 3
+    # Loads and updates of adapters.
     loads: int = 20
     beside_batch: int = 32
     beside_steps: int = 120
-    first_token_prompts: tuple[int, ...] = (64, 512)
-    alora: tuple[tuple[int, float], ...] = ((4096, 15), (16384, 60))
-    alora_suffix: int = 50
-    alora_rounds: int = 3
     updates: int = 6
 
 
-# What a dry run computes a second is a thousandth of a GPU's, so its numbers are the least that go through everything.
+# A dry run computes a thousandth of a GPU's operations a second, so its sizes are the least that run every section.
 TINY_SHAPE = Shape(1, 32, 32, 2, 1, 16, 64)
 TINY = Plan(
     families=("qwen3",),

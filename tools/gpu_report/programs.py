@@ -1,4 +1,4 @@
-"""Sections that are programs of their own: the kernels' tests, a part of this report, the tuner."""
+"""Sections that run as processes of their own: the kernels' tests, a part of this report, the tuner."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ from tools.gpu_report.clock import Clock, OutOfTime
 from tools.gpu_report.rows import Goal, Report, Row, Section
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 8  # of the kernels' tests, which mostly wait for compilers
-STARTING_SECONDS = 5.0  # of a part of the report
+WORKERS = 8  # processes of the kernels' tests, whose time is mostly the compiler's
+STARTING_SECONDS = 5.0  # start of a part of the report
 
 
 def kernels(tests: Sequence[str], clock: Clock) -> Iterator[Row]:
-    """The kernels' own tests. What they print when they fail goes to standard error."""
-    # Warnings are errors for the versions that we pin, and a GPU box has others.
+    """Run the kernels' tests. If they fail, their output goes to standard error."""
+    # Warnings are errors with the pinned versions; a GPU machine may have others.
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", *tests]
     if find_spec("xdist") and (workers := min(WORKERS, len(os.sched_getaffinity(0)) // 2)) > 1:
         command += ["-n", str(workers)]
@@ -37,7 +37,7 @@ def kernels(tests: Sequence[str], clock: Clock) -> Iterator[Row]:
 
 
 def apart(name: str, parts: Sequence[Sequence[str]], clock: Clock) -> Iterator[Row]:
-    """A section of the report in programs of their own, side by side: one for each of `parts`, which are options."""
+    """Run a section of the report in parallel processes, one for each list of options in `parts`."""
     with ThreadPoolExecutor(len(parts)) as threads:
         sections = list(threads.map(lambda options: _part(name, options, clock), parts))
     for section in sections:
@@ -65,7 +65,7 @@ def _part(name: str, options: Sequence[str], clock: Clock) -> Section:
 
 
 def tune(clock: Clock) -> Iterator[Row]:
-    """The tuner; what it prints for kernels/tuned.py goes to standard error."""
+    """Run the tuner; its lines for kernels/tuned.py go to standard error."""
     started = time.perf_counter()
     status, text = _run(["-m", "kernels.tune"], clock)
     print(text, file=sys.stderr)
@@ -75,7 +75,7 @@ def tune(clock: Clock) -> Iterator[Row]:
 
 
 def _run(arguments: Sequence[str], clock: Clock) -> tuple[int | None, str]:
-    """Python's exit status, None if its time was used up and it was stopped, and all that it printed."""
+    """The exit status of Python with these arguments, None if it was stopped at the deadline, and its output."""
     with TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         with log.open("w") as out:

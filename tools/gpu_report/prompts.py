@@ -1,4 +1,4 @@
-"""Time to first token: prompts under adapters, adapters that do not fit the device, aLoRA behind a conversation."""
+"""Time to first token: prompts under adapters, adapters that do not fit the device, aLoRA after a conversation."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,14 @@ from tools.gpu_report.bench import Bench
 from tools.gpu_report.rows import Goal, Rounds, Row, speed
 
 PREFILL_SHARE = 95.0  # % of the base's speed
-COLD_TIMES = 2.0  # as long as with adapters that fit
+COLD_TIMES = 2.0  # the most times as long as with adapters that fit
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
-    """New prompts of the base and under an adapter in turn."""
+    """New prompts on the base and under an adapter, in turn."""
     plan, floors = bench.plan, bench.floors
     (adapter,) = bench.adapters(1, plan.rank)
-    bench.bring([adapter])
+    bench.load([adapter])
     for tokens in plan.prefill:
         plain, adapted = _in_turn(bench, plan.prefill_rounds, tokens, adapter)
         yield Row(name=f"{tokens} tokens", rounds=plain, floor=floors.prefill(tokens))
@@ -31,13 +31,13 @@ def _in_turn(bench: Bench, rounds: int, tokens: int, adapter: str) -> tuple[Roun
 
 
 def working_set(bench: Bench) -> Iterator[Row]:
-    """Requests one at a time to adapters one after the other: twice as many as fit are never found on the device."""
+    """One request at a time, each to the next adapter. With twice as many adapters as fit, every request loads one."""
     plan, floors = bench.plan, bench.floors
     digests = bench.adapters(2 * plan.tier, plan.rank)
-    bench.bring(digests, "host")
+    bench.load(digests, "host")
     for tokens in plan.first_token_prompts:
         floor = floors.prefill(tokens, rank=plan.rank)
-        bench.bring(digests[: plan.tier])
+        bench.load(digests[: plan.tier])
         bench.first_token(bench.prompt(tokens), digests[0])
         warm = [bench.first_token(bench.prompt(tokens), digest) for digest in digests[: plan.tier]]
         name = f"{plan.tier} adapters, {tokens} tokens"
@@ -54,25 +54,25 @@ def working_set(bench: Bench) -> Iterator[Row]:
 
 
 def alora(bench: Bench) -> Iterator[Row]:
-    """A conversation of the base's, then the same adapter on it and a suffix: from the suffix on, and from the start.
+    """A conversation on the base, then an adapter on the conversation and a suffix, as LoRA and as aLoRA.
 
-    The former is an aLoRA whose invocation begins the suffix, and finds the base's K/V.
+    The LoRA applies from the first token. The aLoRA's invocation begins the suffix, so it reuses the base's K/V.
     """
     plan, floors = bench.plan, bench.floors
     (adapter,) = bench.adapters(1, plan.rank)
-    bench.bring([adapter])
+    bench.load([adapter])
     for length, goal in plan.alora:
         lora: Rounds = []
-        activated: Rounds = []
+        invoked: Rounds = []
         for number in range(plan.alora_rounds + 1):
             conversation = bench.prompt(length)
             bench.first_token(conversation)
             prompt = [*conversation, *bench.prompt(plan.alora_suffix)]
-            for into, invocation_start in ((lora, 0), (activated, length))[:: -1 if number % 2 else 1]:
+            for into, invocation_start in ((lora, 0), (invoked, length))[:: -1 if number % 2 else 1]:
                 into.append([bench.first_token(prompt, adapter, invocation_start)])
-        del lora[0], activated[0]  # which may have compiled something
+        del lora[0], invoked[0]  # the first round may have compiled kernels
         total = length + plan.alora_suffix
         yield Row(name=f"LoRA after {length}", rounds=lora, floor=floors.prefill(total, rank=plan.rank))
-        times = Goal("times as fast as LoRA", speed(activated, lora), goal, at_least=True)
+        times = Goal("times as fast as LoRA", speed(invoked, lora), goal, at_least=True)
         floor = floors.prefill(plan.alora_suffix, length, plan.rank)
-        yield Row(name=f"aLoRA after {length}", rounds=activated, base=lora, floor=floor, goal=times)
+        yield Row(name=f"aLoRA after {length}", rounds=invoked, base=lora, floor=floor, goal=times)

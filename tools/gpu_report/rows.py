@@ -1,4 +1,4 @@
-"""What the report is made of: sections of rows, each with its samples, its floor, its goal and what it is beside."""
+"""The data of the report: sections of rows, each with samples, a floor, a goal and the base's samples."""
 
 import math
 import statistics
@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import msgspec
 
-Rounds = list[list[float]]
+Rounds = list[list[float]]  # samples by round
 Status = Literal["complete", "failed", "out of time", "not run"]
 
 
 class Goal(msgspec.Struct, frozen=True):
-    """`value`, None if there is none, is to be at least or at most `bound`; `what` says of what, with its unit."""
+    """A bound on a figure."""
 
-    what: str
-    value: float | None
+    what: str  # the figure, with its unit
+    value: float | None  # None if it was not measured
     bound: float
-    at_least: bool = False
+    at_least: bool = False  # the value must be at least, not at most, the bound
 
     @property
     def met(self) -> bool:
@@ -27,18 +27,15 @@ class Goal(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, kw_only=True):
-    """One figure: samples by round in `unit`, and those of `base` measured in turn with them, if it is half of a pair.
-
-    `floor` is in the same unit. A row without samples says in its `note` why.
-    """
+    """One figure."""
 
     name: str
-    rounds: Rounds = []
-    base: Rounds = []
+    rounds: Rounds = []  # in `unit`
+    base: Rounds = []  # samples of the base, measured in turn with `rounds`
     unit: str = "ms"
-    floor: float | None = None
+    floor: float | None = None  # in `unit`
     goal: Goal | None = None
-    note: str = ""
+    note: str = ""  # for a row without samples, the reason
 
     @property
     def samples(self) -> list[float]:
@@ -55,32 +52,32 @@ class Row(msgspec.Struct, kw_only=True):
 
     @property
     def share(self) -> float | None:
-        """The speed beside the base's, in %: the median over rounds, so that what drifts between them counts less."""
+        """The speed in % of the base's: a median over rounds, so that drift between rounds counts less."""
         return 100 * speed(self.rounds, self.base) if self.base else None
 
 
 class Section(msgspec.Struct, kw_only=True):
-    """A section's rows and how it ended. A `check` has goals that are right or wrong, not fast or slow."""
+    """A section's rows and how it ended."""
 
     name: str
     title: str
-    check: bool = False
+    check: bool = False  # its goals decide right or wrong, not fast or slow
     status: Status = "not run"
-    reason: str = ""
+    reason: str = ""  # why it is not complete
     seconds: float = 0.0
     rows: list[Row] = []
 
     @property
     def passed(self) -> bool:
-        """Whether it came to its end, and found nothing wrong if it is a check."""
+        """Whether it is complete and, if it is a check, met all of its goals."""
         wrong = self.check and any(row.goal is not None and not row.goal.met for row in self.rows)
         return self.status == "complete" and not wrong
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """Everything that was measured and on what. `dry_run` says that no figure is a GPU's."""
+    """All sections and the conditions of the measurements."""
 
-    dry_run: bool
+    dry_run: bool  # no figure is a GPU's
     date: str
     device: str
     driver: str
@@ -100,5 +97,5 @@ def speed(rounds: Rounds, base: Rounds) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` (above 0, at most 1) of all are not above."""
+    """The least of `values` that at least the share `share`, in (0, 1], of them do not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]

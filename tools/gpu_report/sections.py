@@ -1,4 +1,4 @@
-"""Runs sections one after the other, each in its share of the time, and writes down how each of them ended."""
+"""Runs sections one after the other, each in its share of the time, and records how each ended."""
 
 import sys
 import time
@@ -9,25 +9,25 @@ from typing import NamedTuple
 from tools.gpu_report.clock import Clock, OutOfTime, stopped_after
 from tools.gpu_report.rows import Row, Section
 
-GRACE_SECONDS = 15.0  # for a section that asks for its time less often than it should
+GRACE_SECONDS = 15.0  # for a section that checks its clock too seldom
 
 
 class Task(NamedTuple):
-    """What a section does, and its share of the time beside the others'. `run` yields rows as they are measured."""
+    """A section to be run."""
 
     name: str
     title: str
-    share: float
-    run: Callable[[Clock], Iterator[Row]]
+    share: float  # of the time, relative to the shares of the sections that are left
+    run: Callable[[Clock], Iterator[Row]]  # yields rows as they are measured
     check: bool = False
 
 
 def run_all(
     tasks: Sequence[Task], seconds: float, after_each: Callable[[list[Section]], None] = lambda sections: None
 ) -> list[Section]:
-    """Every task's section. `after_each` is told all of them after each, so that a report of so far can be written.
+    """Run every task. `after_each` gets all sections after each of them, so that a report so far can be written.
 
-    Time that a section leaves goes to those after it in proportion.
+    The time that a section leaves unused is shared by the sections after it.
     """
     whole = Clock.of(seconds)
     sections = [Section(name=task.name, title=task.title, check=task.check) for task in tasks]
@@ -41,7 +41,7 @@ def run_all(
 
 def _run(task: Task, section: Section, clock: Clock, whole: Clock) -> None:
     started = time.monotonic()
-    rows: list[Row] = []  # kept when what makes them breaks
+    rows: list[Row] = []  # outside the try: they are kept if the section fails
     try:
         with stopped_after(min(clock.left + GRACE_SECONDS, whole.left)):
             clock.check()

@@ -1,8 +1,8 @@
-"""Choosing launch configurations, the cases that the tuner runs, and the tables that it is looked up in."""
+"""The choice of launch configurations, the cases of the tuner, and the lookup in its tables."""
 
-import subprocess
-import sys
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from kernels.tuned import DEFAULTS, NOT_MEASURED, Tuned, lookup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ModelShape(48, 4, 2, 16, 40, 300, torch.float32, DEVICE)
-memory = torch.empty(100)  # what one launch leaves, the next one finds
+memory = torch.empty(100)  # shared by all launches
 
 
 def doubled(x: Tensor, config: str) -> Tensor:
@@ -168,16 +168,6 @@ def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("", "there is no CUDA device to measure\n")
 
 
-def test_the_reference_is_imported_without_triton() -> None:
-    code = """if True:
-        import sys
-        from kernels.cpu import elementwise
-        from kernels.reference import rms_norm, sampling
-        assert "triton" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_attention_in_float32_has_tiles_of_its_own_whatever_was_measured_in_bfloat16() -> None:
     tables = {"GPU": {"paged_prefill": (Tuned(8, "measured", "1 µs"),), "silu_mul": (Tuned(8, "measured", "1 µs"),)}}
     found = [lookup("GPU", name, 5, torch.float32, tables) for name in ("paged_prefill", "paged_decode", "silu_mul")]
@@ -188,3 +178,22 @@ def test_attention_in_float32_has_tiles_of_its_own_whatever_was_measured_in_bflo
     ]
     assert found[0].measurement == NOT_MEASURED
     assert lookup("GPU", "paged_prefill", 5, torch.bfloat16, tables).config == "measured"
+
+
+def test_neither_the_kernels_nor_the_runtime_import_the_tuner_and_the_runtime_no_reference() -> None:
+    root = Path(__file__).parents[3]
+    files = {path.relative_to(root): path for room in ("kernels", "runtime") for path in (root / room).rglob("*.py")}
+    assert len(files) > 50, "the rooms are looked for in the wrong place"
+    imported = {(name, module) for name, path in files.items() for module in modules_in(path)}
+    tuner = Path("kernels/tune")
+    assert {(n, m) for n, m in imported if m.startswith("kernels.tune.") and not n.is_relative_to(tuner)} == set()
+    assert {(n, m) for n, m in imported if m.startswith("kernels.reference.") and n.parts[0] == "runtime"} == set()
+
+
+def modules_in(path: Path) -> Iterator[str]:
+    """Names of everything that a file imports, with a dot at the end so that packages match their own prefix."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (f"{alias.name}." for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}." for alias in node.names)

@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from runtime.adapter_format.canonical import (
-    InvalidAdapter,
-    StoredTensor,
-    canonical_from_tensors,
-    canonicalise,
-    read_canonical,
-)
+from runtime.adapter_format.base_tensors import StoredTensor
+from runtime.adapter_format.canonical import canonical_from_tensors, canonicalise, read_canonical
+from runtime.adapter_format.errors import InvalidAdapter
 from tests.runtime.adapter_format.adapter_files import (
     CONFIG,
     MODEL,

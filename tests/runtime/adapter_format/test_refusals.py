@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from runtime.adapter_format.canonical import InvalidAdapter, canonical_from_tensors, canonicalise
+from runtime.adapter_format.canonical import canonical_from_tensors, canonicalise
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.peft_config import parse_peft_config
 from runtime.adapter_format.safetensors_header import MAX_HEADER_BYTES
 from tests.runtime.adapter_format.adapter_files import CONFIG, MODEL, Q, V, file_bytes, lora, raw_file, write

@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 
-from runtime.adapter_format.canonical import StoredTensor, canonicalise
+from runtime.adapter_format.base_tensors import StoredTensor
+from runtime.adapter_format.canonical import canonicalise
 from runtime.adapters.pool import AdapterPool
 from tests.runtime.adapter_format.adapter_files import MODEL
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runtime.adapters.loads import PATIENCE_SECONDS
-from runtime.admission import RequestRefused
 from runtime.messages import AdapterState, Failed, Generate, SamplingParams, Tokens
+from runtime.request import RequestRefused
 from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
@@ -209,7 +209,7 @@ def test_as_a_library_a_file_that_nobody_will_bring_fails_the_request(start, tmp
     assert len(completion.token_ids) == 20
 
 
-def test_a_request_waits_for_a_file_that_is_missing_while_others_run(start, tmp_path):
+def test_a_request_waits_for_a_file_that_is_wanted_while_others_run(start, tmp_path):
     engine = start()
     [expected] = engine.generate([prompt(20)], GREEDY)
     digest, content = canonical(engine)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from runtime.adapter_format.canonical import InvalidAdapter
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.pool import AdapterPool
 from tests.runtime.adapter_format.adapter_files import (

@@ -91,7 +91,7 @@ class Storm:
                 self.step()
 
     def end(self):
-        while self.engine.busy or self.engine.host_kv.held:
+        while self.engine.busy or self.engine.offload.held:
             self.step()
         assert self.engine.blocks.used == 0
 

@@ -1,4 +1,4 @@
-"""A device that holds no numbers: what makes the host wait for a GPU cannot be done on it."""
+"""A device without numbers, which refuses every operation that would make the host wait for a GPU."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +10,7 @@ INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torc
 
 
 class DeviceTrace(TorchDispatchMode):
-    """Counts what is uploaded to torch's meta device while it is entered, and raises on what would wait for a GPU.
+    """Counts uploads to torch's meta device while entered, and raises on operations that would wait for a GPU.
 
     That device's tensors have shapes and no numbers, so torch itself refuses to read one and to make shapes of them.
     Refused here: a mask as an index; an operation on tensors of both sides; an upload that is blocking or from memory
@@ -47,7 +47,7 @@ class DeviceTrace(TorchDispatchMode):
     def _check(self, operation, args, kwargs):
         tensors = self._tensors((args, kwargs))
         there, here = [each for each in tensors if each.is_meta], [each for each in tensors if not each.is_meta]
-        assert all(id(tensor) in self._known for tensor in there), f"{operation} on what was copied there unseen"
+        assert all(id(tensor) in self._known for tensor in there), f"{operation} on an unrecorded copy"
         if operation in INDEXING:
             assert not any(tensor.dtype == torch.bool for tensor in self._tensors(args[1])), f"{operation} by a mask"
         if (operation == COPY and here and there) or (operation == MOVE and here and kwargs.get("device") == DEVICE):

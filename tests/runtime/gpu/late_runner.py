@@ -2,13 +2,13 @@
 
 
 class LateRunner:
-    """The reference runner, of whose results nobody hears before the next step; it alone knows the tokens itself."""
+    """The CPU runner, whose results are returned one step late; it keeps the tokens itself."""
 
     def __init__(self, runner):
         self._runner = runner
         self._tokens = {}
         self.late = 0  # steps that were launched before the results of the one before were asked for
-        self._open = 0  # steps whose results nobody has asked for yet
+        self._open = 0  # steps whose results have not been read yet
 
     def __getattr__(self, name):
         return getattr(self._runner, name)

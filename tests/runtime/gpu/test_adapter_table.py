@@ -1,10 +1,11 @@
-"""The offset table of the kernels: its rows point at what the layout says, and slots are used again in order."""
+"""The offset table on the device: kernels find an adapter's weights through its slot, and slots are reused in order."""
 
 import pytest
 import torch
 
-from kernels import adapter_table
-from kernels.adapter_table import FIELDS, NO_BIAS
+from kernels.cpu.grouped_lora import Run, embedding_lora, grouped_lora
+from kernels.lora_tiles import Tiles
+from kernels.reference import grouped_lora as reference
 from runtime.adapter_format.canonical import read_canonical
 from runtime.adapters.layout import layout_adapter
 from runtime.gpu.adapter_table import AdapterTable, widest
@@ -43,33 +44,30 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("first", [0, 64, 64 * 1000])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_a_row_points_at_the_weights_that_the_layout_has_there(layout, first):
-    arena = torch.randn(first + layout.elements + 64, generator=torch.Generator().manual_seed(first))
+def test_the_kernels_find_the_weights_of_every_site_through_a_slot(layout, first):
+    """The products through the table, beside those of the CPU path on views of the same extent."""
+    generator = torch.Generator().manual_seed(first)
+    arena = torch.randn(first + layout.elements + 64, generator=generator)
     made = table()
-    row = made.rows[made.slot_of("digest", layout, first)].tolist()
-    views = layout.views(arena[first:])
-    for number, (site, weights, fields) in enumerate(zip(MODEL.sites(), views, row, strict=True)):
-        if weights is None:
-            assert fields == [0] * FIELDS
-            continue
-        a = fields[adapter_table.A]
-        ranks = fields[adapter_table.RANKS : adapter_table.RANKS + adapter_table.MAX_PARTS + 1]
-        flat = weights.a if number == MODEL.embed_site else weights.a.t()
-        assert torch.equal(arena[a : a + flat.numel()], flat.flatten())
-        assert ranks[-1] == weights.a.shape[1]
-        ours = {part.columns.start: part for part in weights.parts}
-        column = 0
-        for index, part in enumerate(site.parts):
-            theirs = ours.get(column)
-            column += part.out_features
-            assert ranks[index + 1] - ranks[index] == (0 if theirs is None else theirs.b.shape[0])
-            if theirs is not None:
-                b, bias = fields[adapter_table.B + index], fields[adapter_table.BIAS + index]
-                assert slice(ranks[index], ranks[index + 1]) == theirs.ranks
-                assert torch.equal(arena[b : b + theirs.b.numel()], theirs.b.flatten())
-                assert (bias == NO_BIAS) == (theirs.bias is None)
-                if theirs.bias is not None:
-                    assert torch.equal(arena[bias : bias + len(theirs.bias)], theirs.bias)
+    run = Run(0, 3, layout.views(arena[first:]))
+    tiles = Tiles(torch.tensor([[0, 3, made.slot_of("digest", layout, first)]], dtype=torch.int32), 16)
+    adapted = 0
+    for number, site in enumerate(MODEL.sites()):
+        widths = [part.out_features for part in site.parts]
+        y = torch.randn(3, sum(widths), generator=generator)
+        expected, between = y.clone(), torch.empty(3, 1, WIDTH)
+        if number == MODEL.embed_site:
+            inputs = torch.randint(site.in_features, (3,), generator=generator)
+            embedding_lora(expected, inputs, number, [run])
+            t = reference.embedding_shrink(inputs, number, arena, made.rows, tiles, between)
+        else:
+            inputs = torch.randn(3, site.in_features, generator=generator)
+            grouped_lora(expected, inputs, number, [run])
+            t = reference.shrink(inputs, number, arena, made.rows, tiles, between)
+        reference.expand(t, y, number, arena, made.rows, tiles, widths)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        adapted += run.sites[number] is not None
+    assert adapted == sum(site is not None for site in layout.sites) > 0
 
 
 def test_an_adapter_keeps_its_slot_and_the_one_not_used_for_longest_is_written_anew():
@@ -116,7 +114,7 @@ def refused(made):
         made.slot_of("wide", some(Q, f"{Q[:-6]}k_proj", f"{Q[:-6]}v_proj", rank=8), 0)
 
 
-def test_what_is_not_aligned_or_too_wide_is_refused_and_takes_nobodys_slot():
+def test_what_is_not_aligned_or_too_wide_is_refused_and_takes_no_slot():
     made = table(slots=3, width=12)
     layout = LAYOUTS["attention"]
     refused(made)

@@ -1,4 +1,4 @@
-"""What the engine's start on a GPU compiles is all that its steps launch, for no request may wait for a compiler.
+"""The engine compiles at its start on a GPU every kernel that its steps launch, so that no request waits for it.
 
 Run as a program, it is an engine on a GPU that compiles and computes nothing.
 """
@@ -20,7 +20,7 @@ REQUESTS = 160
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one engine has compiled, another one may load."""
+    """Triton's cache, shared by the engines of these tests."""
     return tmp_path_factory.mktemp("triton")
 
 
@@ -47,7 +47,7 @@ def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
     from tests.runtime.adapters.peft_engine import MODULES, PeftOracle, engines
     from tests.runtime.gpu.eager_captures import EagerCaptures
 
-    torch.empty = torch.zeros  # nothing is computed, and what memory held before is no token
+    torch.empty = torch.zeros  # nothing is computed, and old memory would not be valid tokens
     with engines(PeftOracle(directory)) as start:
         engine = start(kernels="triton", device="cpu", **OPTIONS)
         engine.runner.warm_up()
@@ -95,7 +95,7 @@ def step(engine) -> Iterator[str]:
     if not engine.step() and engine.steps == before:
         engine.wait(0.1)
     if engine.steps > before:
-        shape = engine.runner._shape
+        shape = engine.runner.prepared.shape
         yield "both" if shape.decodes and shape.prefills else "prompts" if shape.prefills else "decodes"
         if shape.prefills >= 64:
             yield "64 prompts"

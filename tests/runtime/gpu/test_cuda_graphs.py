@@ -8,7 +8,7 @@ import torch
 from runtime.gpu import cuda_graphs
 from runtime.gpu.cuda_graphs import MOST_RANKS, DecodeGraphs, sizes
 from runtime.gpu.step_inputs import StepShape
-from runtime.gpu.tiled_lora import DECODE_HEIGHT
+from runtime.gpu.step_lora import DECODE_HEIGHT
 from runtime.messages import Generate, SamplingParams
 from tests.runtime.adapters.peft_engine import INVOCATIONS, PeftOracle, engines
 from tests.runtime.gpu.eager_captures import EagerCaptures

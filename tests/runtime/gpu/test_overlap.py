@@ -1,4 +1,4 @@
-"""Steps that are launched before anybody knows the results of the last: the same tokens, and nothing left behind."""
+"""Steps that are launched before the results of the last are known: the same tokens, and no state left behind."""
 
 import pytest
 
@@ -123,7 +123,7 @@ def test_what_was_computed_is_found_again_to_the_last_token_that_was_told(engine
 
 
 def test_a_prefix_is_held_when_it_is_there(engine):
-    asked = {"token_ids": prompt(40), "ttl_seconds": 60.0}
+    asked = {"token_ids": prompt(40)}
     engine.hold_prefix(HoldPrefix(request_id="r", prefix_id="p", **asked))
     events = []
     while engine.busy:

@@ -1,21 +1,21 @@
-"""A step's inputs against a plain restatement, row by row, in whatever memory held before."""
+"""A step's inputs against a plain restatement, row by row, in memory full of other numbers."""
 
 import random
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from kernels.lora_tiles import BASE, FIRST_ROW, ROWS, SLOT, TILE_FIELDS, most_tiles
-from runtime.chunk import Chunk
 from runtime.gpu.step_inputs import ALIGNMENT, NO_SLOT, StepBuffer, StepShape, step_shape, write_step
-from runtime.gpu.tiled_lora import DECODE_HEIGHT, PREFILL_HEIGHT, tile_height
+from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT, tile_height
+from runtime.scheduler import Chunk
 from tests.runtime.scheduler_fakes import request
-from tests.runtime.tiny_engine import engines
 
 B = 4
 CPU = torch.device("cpu")
-JUNK = 987654  # what memory holds before a step is written
+JUNK = 987654  # fills the memory before a step is written
 
 
 class Step(NamedTuple):
@@ -67,7 +67,7 @@ def slots_by_row(tiles, rows):
 
 
 def assert_is(step, inputs):
-    """`inputs` say what the chunks do, one token at a time, and of what is left over that it does nothing."""
+    """Compares `inputs` with the chunks, token by token; padding must have no effect."""
     shape, row, sampled, prefill_rows = step.shape, 0, [], [0]
     adapters, expected = [], []
     for index, (chunk, slot) in enumerate(zip(step.chunks, step.slots_of, strict=True)):
@@ -85,7 +85,7 @@ def assert_is(step, inputs):
             sampled.append(row - 1)
     spare = shape.tokens - row
     expected += [(0, 0, NO_SLOT)] * spare
-    got = zip(inputs.token_ids.tolist(), inputs.positions.tolist(), inputs.slots.tolist(), strict=True)
+    got = zip(inputs.token_ids.tolist(), inputs.positions.tolist(), inputs.slot_mapping.tolist(), strict=True)
     assert list(got) == expected
     assert not inputs.context_lens[len(step.chunks) :].any()
     assert inputs.query_starts.tolist() == prefill_rows
@@ -93,24 +93,35 @@ def assert_is(step, inputs):
     assert inputs.decodes == shape.decodes
     if shape.tiles:
         assert slots_by_row(inputs.tiles, shape.tokens) == adapters + [BASE] * spare
-        wanted = [adapters[row] for row in sampled]
-        assert slots_by_row(inputs.logit_tiles, shape.logits) == wanted + [BASE] * (shape.logits - len(sampled))
+        sampled_slots = [adapters[row] for row in sampled]
+        assert slots_by_row(inputs.logit_tiles, shape.logits) == sampled_slots + [BASE] * (shape.logits - len(sampled))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_a_step_is_what_its_chunks_say(seed):
-    step = random_step(seed)
-    assert_is(step, written(step))
+@contextmanager
+def named(seed):
+    """Names the seed in the report of a failure."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(f"seed {seed}")
+        raise
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_rows_and_sequences_that_are_left_over_do_nothing(seed):
-    step = random_step(seed, decodes_only=True)
-    size = len(step.chunks) + random.Random(seed).randint(0, 5)
-    tiles = size if step.shape.tiles else 0
-    shape = StepShape(size, size, 0, 30, size, tiles, tiles, DECODE_HEIGHT)
-    padded = step._replace(shape=shape)
-    assert_is(padded, written(padded))
+def test_a_step_is_what_its_chunks_say():
+    for seed in range(60):
+        step = random_step(seed)
+        with named(seed):
+            assert_is(step, written(step))
+
+
+def test_padding_rows_and_padding_requests_do_nothing():
+    for seed in range(60):
+        step = random_step(seed, decodes_only=True)
+        size = len(step.chunks) + random.Random(seed).randint(0, 5)
+        tiles = size if step.shape.tiles else 0
+        padded = step._replace(shape=StepShape(size, size, 0, 30, size, tiles, tiles, DECODE_HEIGHT))
+        with named(seed):
+            assert_is(padded, written(padded))
 
 
 def test_a_step_of_nothing_is_all_padding():
@@ -138,55 +149,47 @@ def test_one_buffer_serves_steps_of_all_shapes_one_after_the_other():
         assert_is(step, written(step, buffer))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_parts_are_as_large_as_the_shape_says_aligned_and_apart(seed):
-    shape = random_step(seed).shape
-    buffer = StepBuffer(shape.total, CPU)
-    inputs = buffer.on_device(shape)
-    requests = shape.decodes + shape.prefills
-    assert inputs.token_ids.shape == inputs.positions.shape == inputs.slots.shape == (shape.tokens,)
-    assert inputs.block_tables.shape == (requests, shape.width)
-    assert inputs.context_lens.shape == (requests,)
-    assert inputs.query_starts.shape == (shape.prefills + 1,)
-    assert inputs.logit_rows.shape == (shape.logits,)
-    assert inputs.tiles.fields.shape == (shape.tiles, TILE_FIELDS)
-    assert inputs.logit_tiles.fields.shape == (shape.logit_tiles, TILE_FIELDS)
-    parts = [*inputs[:7], inputs.tiles.fields, inputs.logit_tiles.fields]
-    assert tuple(part.numel() for part in parts) == shape.sizes
-    ends = 0
-    for part in parts:
-        assert part.dtype == torch.int32
-        assert part.is_contiguous()
-        assert part.storage_offset() % ALIGNMENT == 0
-        assert part.storage_offset() >= ends
-        ends = part.storage_offset() + part.numel()
-    assert ends <= shape.total
-    assert [part.data_ptr() for part in buffer.on_device(shape)[:7]] == [part.data_ptr() for part in inputs[:7]]
+def test_parts_are_as_large_as_the_shape_says_aligned_apart_and_always_at_the_same_addresses():
+    for seed in range(20):
+        shape = random_step(seed).shape
+        buffer = StepBuffer(shape.total, CPU)
+        inputs, again = buffer.on_device(shape), buffer.on_device(shape)
+        parts = [*inputs[:7], inputs.tiles.fields, inputs.logit_tiles.fields]
+        end = 0
+        requests = shape.decodes + shape.prefills
+        with named(seed):
+            assert inputs.token_ids.shape == inputs.positions.shape == inputs.slot_mapping.shape == (shape.tokens,)
+            assert inputs.block_tables.shape == (requests, shape.width)
+            assert inputs.context_lens.shape == (requests,)
+            assert inputs.query_starts.shape == (shape.prefills + 1,)
+            assert inputs.logit_rows.shape == (shape.logits,)
+            assert inputs.tiles.fields.shape == (shape.tiles, TILE_FIELDS)
+            assert inputs.logit_tiles.fields.shape == (shape.logit_tiles, TILE_FIELDS)
+            for part, same in zip(parts, [*again[:7], again.tiles.fields, again.logit_tiles.fields], strict=True):
+                assert (part.dtype, part.is_contiguous()) == (torch.int32, True)
+                assert part.storage_offset() % ALIGNMENT == 0
+                assert part.storage_offset() >= end
+                assert part.data_ptr() == same.data_ptr()
+                end = part.storage_offset() + part.numel()
+            assert end <= shape.total
 
 
-RUNNING, TOKENS, LIMIT = 5, 37, 64
+@pytest.mark.parametrize("requests", [1, 2, 5, 33])
+def test_the_largest_shape_has_room_for_every_step(requests):
+    """With every row under an adapter of its own, in every mixture of decodes and prefills, with the longest tables."""
+    most_tokens, width = 37, 4
+    capacity = StepShape.largest(most_tokens, requests, width, min(DECODE_HEIGHT, PREFILL_HEIGHT)).total
+    for decodes in range(min(requests, most_tokens) + 1):
+        for prefills in range(not decodes, min(requests - decodes, (most_tokens - decodes) // 2) + 1):
+            tokens = most_tokens if prefills else decodes
+            height = tile_height(decodes, tokens)
+            tiles = most_tiles(tokens, decodes + prefills, height)
+            logit_tiles = most_tiles(decodes + prefills, decodes + prefills, height)
+            shape = StepShape(tokens, decodes, prefills, width, decodes + prefills, tiles, logit_tiles, height)
+            assert shape.total <= capacity, shape
 
 
-def test_a_runners_buffer_holds_the_largest_step_there_can_be(tmp_path):
-    """All rows under adapters of their own, in every mixture of decodes and prefills, with tables to the limit."""
-    with engines(tmp_path) as start:
-        runner = start(kernels="triton", max_running=RUNNING, max_batch_tokens=TOKENS, max_model_len=LIMIT).runner
-        for decodes in range(RUNNING + 1):
-            for prefills in range(RUNNING + 1 - decodes):
-                tokens = TOKENS if prefills else decodes
-                height = tile_height(decodes, tokens)
-                requests = decodes + prefills
-                tiles = most_tiles(tokens, requests, height), most_tiles(requests, requests, height)
-                shape = StepShape(tokens, decodes, prefills, LIMIT // 16, requests, *tiles, height)
-                if not requests:
-                    continue
-                inputs = runner._buffer.on_host(shape)
-                parts = [*inputs[:7], inputs.tiles.fields, inputs.logit_tiles.fields]
-                assert tuple(part.numel() for part in parts) == shape.sizes
-
-
-def test_prefills_have_no_more_tiles_than_the_capacity_counts_with():
-    """It counts with the height for decodes, the lowest."""
+def test_a_higher_tile_never_needs_more_tiles():
     for rows in range(1, 80):
         for runs in range(1, rows + 1):
             assert most_tiles(rows, runs, PREFILL_HEIGHT) <= most_tiles(rows, runs, DECODE_HEIGHT)

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from runtime.admission import RequestRefused
 from runtime.messages import Generate, SamplingParams
+from runtime.request import RequestRefused
 from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.adapters.peft_engine import LINEAR, PeftOracle, engines
 from tests.runtime.tiny_engine import BLOCK_BYTES, prompt, run

@@ -127,7 +127,7 @@ def test_preempted_sequences_go_on_where_they_were(start, oracle):
 
 
 def test_without_adapters_no_kernel_of_theirs_is_launched(start, oracle):
-    """Nor before an invocation: whatever they launched would read the memory that is taken away here."""
+    """Nor before an invocation. Any such launch would read the memory that is removed here."""
     engine = start(max_batch_tokens=16, max_running=3)
     engine.runner._memory = None
     prompts = [prompt(9, seed) for seed in range(3)]

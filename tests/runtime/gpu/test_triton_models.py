@@ -30,7 +30,7 @@ def adapter(sites):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
-    """In chunks, then in decode steps, beside an adapter of everything; positions pass what scaled RoPE is made for."""
+    """In chunks and decode steps, beside an adapter of all modules, beyond the original range of scaled RoPE."""
     write_checkpoint(name, tmp_path)
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=5)
     prompts = [[token % 131 for token in prompt(length, length)] for length in (34, 5)]

@@ -1,4 +1,4 @@
-"""An engine on the Triton kernels chooses as one on the reference kernels does, whatever the parameters."""
+"""An engine on the Triton kernels samples as one on the CPU path does, for all parameters."""
 
 import pytest
 
@@ -46,7 +46,7 @@ SAMPLING = {
 
 @pytest.fixture(scope="module")
 def sampled(engines_of_both):
-    """What both engines choose for all of SAMPLING, side by side, every other one under an adapter."""
+    """The completions of both engines for all of SAMPLING; every other request is under an adapter."""
     params = [
         SamplingParams(max_tokens=3, ignore_eos=True, logprobs=index % 4 or None, **each)
         for index, each in enumerate(SAMPLING.values())

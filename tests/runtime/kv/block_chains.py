@@ -1,4 +1,4 @@
-"""Chains of blocks for tests of the pool: made known as a request would make them, without one."""
+"""Chains of blocks for tests of the pool, registered as a request's blocks are."""
 
 from runtime.kv.block_keys import BlockIdentity, Salt, block_key, root_key
 
@@ -6,7 +6,7 @@ B = 4
 
 
 def identities(token_ids, adapter=None, invocation_start=0, salt=""):
-    """What the blocks of a request are known by, the last one as far as it is filled."""
+    """The identities of a request's blocks, the last one as far as it is filled."""
     parent, found = root_key(salt), []
     for start in range(0, len(token_ids), B):
         tokens = tuple(token_ids[start : start + B])
@@ -21,7 +21,7 @@ def identities(token_ids, adapter=None, invocation_start=0, salt=""):
 
 
 def compute(pool, token_ids, **fields):
-    """Hold the blocks of a request, known ones first, and make all of them known."""
+    """Hold the blocks of a request, known ones first, and register all of them."""
     chain = identities(token_ids, **fields)
     blocks = pool.match([each.key for each in chain])
     pool.share(blocks)

@@ -1,15 +1,16 @@
 """The keys of blocks. Tests of K/V reuse, here and elsewhere, have the number of their rule in their name:
 
 1. A key hashes the parent's key, the block's tokens and a salt; the root's salt is the tenant's, nothing else.
-2. A block that ends at or before the invocation has no adapter's salt: it is the base's, for everyone.
-3. The first one past it is salted with the adapter's digest and the invocation's offset; later ones inherit that.
-4. Plain LoRA is invocation 0, and the base has no adapter anywhere.
-5. What is before the invocation is still the tenant's own.
-6. Of a block that straddles the invocation, what is before it is copied from whoever has it.
+2. A block that ends at or before `invocation_start` has no adapter's salt: it is the base's, for all requests.
+3. The first block past it is salted with the adapter's digest and the offset of `invocation_start`; later ones inherit
+   the salt.
+4. Plain LoRA has `invocation_start` 0, and the base has no adapter anywhere.
+5. Blocks before `invocation_start` are still the tenant's own.
+6. The first tokens of a block that straddles `invocation_start` are copied from any block that has them.
 7. A full hit computes the last token again, under the weights of its position.
-8. Base and other adapters read what an aLoRA request computed before its invocation, and never what is past it.
-9. A chunk may hold both kinds of token; one before the invocation needs no resident adapter.
-10. Before the invocation log-probabilities are the base's; what is found in the cache has none.
+8. Base and other adapters read the K/V that an aLoRA request computed before its invocation, and none past it.
+9. A chunk may have both kinds of token; one before the invocation needs no resident adapter.
+10. Before the invocation log-probabilities are the base's; tokens found in the cache have none.
 11. Retiring an adapter drops its own blocks and no others.
 12. Reuse is judged by equality in float32.
 """

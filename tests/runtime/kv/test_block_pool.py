@@ -99,9 +99,6 @@ def test_freeing_a_block_twice_is_our_mistake_and_asserts():
         pool.free(blocks)
 
 
-# ---------------------------------------------------------------------- rule 6: within a block
-
-
 @pytest.mark.parametrize("filled", range(1, B))
 def test_rule_6_a_tail_is_found_to_its_last_token(filled):
     pool = BlockPool(8)
@@ -157,9 +154,6 @@ def test_a_tail_that_goes_on_in_another_block_is_not_kept_twice():
     pool.check([])
 
 
-# ---------------------------------------------------------------------- what is evicted
-
-
 def test_a_prefix_that_others_go_on_from_is_kept_until_they_are_gone():
     pool = BlockPool(8)
     prefix = compute(pool, ONE)
@@ -175,13 +169,14 @@ def test_a_prefix_that_others_go_on_from_is_kept_until_they_are_gone():
     assert known(pool, ONE) == []
 
 
-def test_who_evicts_is_told_what_the_block_held():
+def test_evicted_blocks_are_told_once_with_their_identities_the_end_of_a_chain_first():
     pool = BlockPool(3)
-    pool.free(compute(pool, TWO))
-    evicted = []
-    pool.on_evict = lambda block, identity: evicted.append(identity)
+    first, second = compute(pool, TWO)
+    pool.free([first, second])
+    assert pool.take_evicted() == []
     pool.allocate(2)
-    assert evicted == identities(TWO)[::-1]
+    assert pool.take_evicted() == list(zip((second, first), identities(TWO)[::-1], strict=True))
+    assert pool.take_evicted() == []
 
 
 class BlockPoolMachine(RuleBasedStateMachine):

@@ -1,8 +1,7 @@
 import torch
 
-from runtime.kv.cache import KvCache
+from runtime.kv.cache import KvCache, KvCopy
 from runtime.models.config import ModelConfig
-from runtime.request import KvCopy
 from tests.runtime.adapter_format.adapter_files import MODEL
 
 B = 4

@@ -1,4 +1,4 @@
-"""What is kept when the K/V of an agent pipeline does not fit: compared with giving up the least recently used."""
+"""The hit rate when the K/V of an agent pipeline do not fit, compared with eviction of the least recently used."""
 
 import random
 from collections import OrderedDict
@@ -31,7 +31,7 @@ class LeastRecentlyUsed:
 
 
 class Ours:
-    """The pool, of which the whole blocks found count too, though it finds more."""
+    """The pool; as for the oracle, only whole blocks count, though it finds more."""
 
     def __init__(self, capacity):
         self.pool = BlockPool(capacity + 1)

@@ -1,42 +1,22 @@
-"""Prefixes that are held: how much, how long, and against whom."""
+"""Prefixes that are held: how many blocks, until when, and beside which requests."""
 
 import pytest
 
-from runtime.admission import RequestRefused
 from runtime.messages import Failed, Generate, HoldPrefix, PrefixEnded, PrefixHeld, SamplingParams
+from runtime.request import RequestRefused
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, adapter_tensors, engines, prompt, run
 
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def start(tmp_path, clock):
+def start(tmp_path):
     with engines(tmp_path) as start:
-
-        def timed(**options):
-            engine = start(**options)
-            engine.holds.clock = clock
-            return engine
-
-        yield timed
+        yield start
 
 
-def hold(name, length, seed=0, ttl=10.0, **fields):
-    return HoldPrefix(
-        request_id=f"hold {name}", prefix_id=name, token_ids=prompt(length, seed), ttl_seconds=ttl, **fields
-    )
+def hold(name, length, seed=0, **fields):
+    return HoldPrefix(request_id=f"hold {name}", prefix_id=name, token_ids=prompt(length, seed), **fields)
 
 
 def steps(engine):
@@ -61,7 +41,7 @@ def cached(engine, length, seed=0, **fields):
 
 
 def flood(engine, seeds=range(100, 130)):
-    """Other prompts than those of tests, more than there are blocks for."""
+    """Prompts that no test uses, for more blocks than there are."""
     for seed in seeds:
         run(engine, Generate(request_id="flood", token_ids=prompt(60, seed), params=ONE_TOKEN))
 
@@ -86,20 +66,6 @@ def test_it_outlives_any_number_of_other_requests_until_it_is_released(start):
     assert cached(engine, 60) < 37
 
 
-def test_it_ends_by_itself_when_its_time_is_over_and_nothing_else_happens(start, clock):
-    engine = start()
-    held(engine, "p", 37, ttl=10.0)
-    held(engine, "q", 37, seed=1, ttl=20.0)
-    clock.now += 9.9
-    assert engine.step() == []
-    clock.now += 0.1
-    assert engine.step() == [PrefixEnded(prefix_id="p", reason="expired")]
-    assert engine.stats().blocks_held == 3
-    clock.now += 10.0
-    assert engine.step() == [PrefixEnded(prefix_id="q", reason="expired")]
-    assert engine.step() == []
-
-
 def test_prefixes_share_a_beginning_and_say_what_was_computed_before(start):
     engine = start()
     held(engine, "p", 37)
@@ -112,7 +78,7 @@ def test_prefixes_share_a_beginning_and_say_what_was_computed_before(start):
 
 def test_prefixes_hold_at_most_half_of_the_blocks(start):
     engine = start(blocks=21)
-    assert engine.holds.limit == 10
+    assert engine.prefixes.limit == 10
     held(engine, "a", 80)
     engine.hold_prefix(hold("b", 64, seed=1))
     with pytest.raises(RequestRefused, match="hold 10 and 9 are taken") as refused:
@@ -131,7 +97,7 @@ def test_prefixes_hold_at_most_half_of_the_blocks(start):
 
 def test_prefixes_leave_what_the_longest_request_needs(start):
     engine = start(blocks=10)
-    assert engine.holds.limit == 1
+    assert engine.prefixes.limit == 1
     held(engine, "p", 16)
     tokens, reason = run(engine, Generate(request_id="long", token_ids=prompt(127, 5), params=ONE_TOKEN))["long"]
     assert (len(tokens), reason) == (1, "length")
@@ -152,7 +118,7 @@ def test_prefixes_leave_what_the_longest_request_needs(start):
 def test_a_prefix_that_cannot_be_held_is_refused_and_leaves_nothing_behind(start, change, code):
     engine = start()
     held(engine, "known", 20)
-    fields = {"request_id": "r", "prefix_id": "p", "token_ids": [5, 6], "ttl_seconds": 1.0} | change
+    fields = {"request_id": "r", "prefix_id": "p", "token_ids": [5, 6]} | change
     with pytest.raises(RequestRefused) as refused:
         engine.hold_prefix(HoldPrefix(**fields))
     assert refused.value.code == code

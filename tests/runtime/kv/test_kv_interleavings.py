@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from runtime.admission import RequestRefused
 from runtime.kv.block_keys import root_key
 from runtime.messages import Failed, Generate, HoldPrefix, SamplingParams, Tokens
+from runtime.request import RequestRefused
 from tests.runtime.adapters.peft_engine import PeftOracle, engines
 from tests.runtime.gpu.late_runner import LateRunner
 from tests.runtime.tiny_engine import BLOCK_BYTES, prompt
@@ -77,7 +77,7 @@ class Interleavings(RuleBasedStateMachine):
         }
         if held and text % 3 == 0:
             with contextlib.suppress(RequestRefused):  # too many, or one of that name
-                self.engine.hold_prefix(HoldPrefix(prefix_id=str(text % 4), ttl_seconds=60.0, **fields))
+                self.engine.hold_prefix(HoldPrefix(prefix_id=str(text % 4), **fields))
             return
         params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         request = Generate(params=params, **fields)
@@ -141,13 +141,13 @@ class Interleavings(RuleBasedStateMachine):
     def recount(self):
         if hasattr(self, "engine"):
             self.engine.check()
-            self.engine.host_kv.check(self.ROOTS)
+            self.engine.offload.check(self.ROOTS)
 
     def teardown(self):
         if hasattr(self, "engine"):
             for prefix in range(4):
                 self.release(prefix)
-            while self.engine.busy or self.engine.host_kv.held:
+            while self.engine.busy or self.engine.offload.held:
                 self.step(1)
             assert self.engine.blocks.used == 0
 

@@ -1,4 +1,4 @@
-"""What is computed once is reused to the last token, by whoever may (rules by number: test_block_keys.py)."""
+"""K/V are reused to the last token, by every request that may (rules by number: test_block_keys.py)."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Blocks between the device and host memory: nothing is ever found whose K/V are not what it is known by."""
+"""Blocks between the device and host memory: a block that is found always has the K/V of its key."""
 
 import itertools
 import random
@@ -8,9 +8,9 @@ from concurrent.futures import Future
 import pytest
 
 from runtime.kv.block_keys import root_key
+from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
-from runtime.kv.block_tables import BlockTables
-from runtime.kv.offload import HostKv
+from runtime.kv.offload import Offload
 from runtime.messages import Generate, SamplingParams
 from runtime.request import Request
 from tests.runtime.kv.block_chains import B
@@ -19,8 +19,8 @@ SALTS = ("", "tenant")
 EMPTY = (None,) * B
 
 
-class QueuedMover:
-    """Moves what stands for K/V when the test says so, in the order asked for; `device` and `host` are the contents."""
+class QueuedTransfer:
+    """Copies what stands for K/V when the test says so, in order; `device` and `host` are the contents."""
 
     slot_bytes = 10
 
@@ -30,25 +30,25 @@ class QueuedMover:
         self.host = [EMPTY] * num_slots
         self.queue = deque()
 
-    def save(self, block, slot):
-        self.queue.append(("save", [(block, slot)], Future()))
+    def offload(self, block, slot):
+        self.queue.append(("offload", [(block, slot)], Future()))
 
-    def load(self, slots, blocks):
-        self.queue.append(("load", list(zip(blocks, slots, strict=True)), Future()))
+    def reload(self, slots, blocks):
+        self.queue.append(("reload", list(zip(blocks, slots, strict=True)), Future()))
         return self.queue[-1][2]
 
     def move(self):
         what, pairs, done = self.queue.popleft()
         for block, slot in pairs:
-            if what == "save":
+            if what == "offload":
                 self.host[slot] = self.device[block]
             else:
                 self.device[block] = self.host[slot]
         done.set_result(None)
 
-    def settle(self, blocks):
-        wanted = set(blocks)
-        while any(what == "save" and pairs[0][0] in wanted for what, pairs, _ in self.queue):
+    def wait_offloaded(self, blocks):
+        awaited = set(blocks)
+        while any(what == "offload" and pairs[0][0] in awaited for what, pairs, _ in self.queue):
             self.move()
 
 
@@ -60,9 +60,9 @@ class Moves:
         blocks = blocks or self.random.randint(5, 12)
         slots = slots or self.random.choice([0, 1, 3, 8, 16, 40])
         self.pool = BlockPool(blocks + 1)
-        self.tables = BlockTables(self.pool, B)
-        self.mover = QueuedMover(blocks + 1, slots)
-        self.host = HostKv(self.tables, self.mover)
+        self.manager = BlockManager(self.pool, B)
+        self.transfer = QueuedTransfer(blocks + 1, slots)
+        self.offload = Offload(self.manager, self.transfer)
         self.running = []
         self.waiting = []
         self.known = {}  # by key, what its block must hold
@@ -93,62 +93,66 @@ class Moves:
 
     def run(self, request):
         """As the scheduler does, with a step that computes all of it."""
-        self.host.land()
-        if self.host.awaits(request, len(self.running)) or not self.tables.take(request, len(self.running)):
+        self.offload.register_reloaded()
+        spare = len(self.running)
+        if self.offload.waits_for_reload(request, spare) or not self.manager.allocate(request, spare):
             return
         if request in self.waiting:
             self.waiting.remove(request)
         self.running.append(request)
         first = request.computed
-        self.host.settle([*request.blocks[first // B :], *(copy.target for copy in self.tables.copies)])
-        for source, target, count in self.tables.copies:
-            self.mover.device[target] = (*self.mover.device[source][:count], *self.mover.device[target][count:])
-        self.tables.copied()
+        self.offload.before_writing([*request.blocks[first // B :], *(copy.target for copy in self.manager.copies)])
+        for source, target, count in self.manager.copies:
+            self.transfer.device[target] = (
+                *self.transfer.device[source][:count],
+                *self.transfer.device[target][count:],
+            )
+        self.manager.copied()
         for position in range(first, len(request)):
             self.write(request, position)
         request.computed = len(request)
-        self.tables.register(request, first, len(request))
+        self.manager.register(request, first, len(request))
         self.remember(request)
 
     def write(self, request, position):
         block = request.blocks[position // B]
-        content = list(self.mover.device[block])
+        content = list(self.transfer.device[block])
         content[position % B] = self.truth(request, position)
-        self.mover.device[block] = tuple(content)
+        self.transfer.device[block] = tuple(content)
 
     def truth(self, request, position):
         """What stands for the K/V of a position: all that they depend on."""
         applies = request.adapter is not None and position >= request.invocation_start
         whose = (request.adapter, request.invocation_start) if applies else None
-        return request.root, tuple(request.token_ids[: position + 1]), whose
+        return request.chain.root, tuple(request.token_ids[: position + 1]), whose
 
     def remember(self, request):
         for index in range(-(-len(request) // B)):
-            identity = request.identity_of(index, B)
+            identity = request.chain.identity_of(request.token_ids, request.computed, index, B)
             held = range(index * B, index * B + len(identity.token_ids))
             self.known[identity.key] = tuple(self.truth(request, position) for position in held)
         for index, block in enumerate(request.blocks):
             for position in range(index * B, min(index * B + B, len(request))):
-                assert self.mover.device[block][position % B] == self.truth(request, position)
+                assert self.transfer.device[block][position % B] == self.truth(request, position)
 
     def end(self):
         if self.running:
-            self.tables.give_back(self.running.pop(self.random.randrange(len(self.running))))
+            self.manager.free(self.running.pop(self.random.randrange(len(self.running))))
 
     def abort(self):
         if self.waiting:
             self.waiting.pop(self.random.randrange(len(self.waiting)))
 
     def move(self):
-        if self.mover.queue:
-            self.mover.move()
+        if self.transfer.queue:
+            self.transfer.move()
 
     def drop(self):
         """A namespace and all after it: none of it may be found again before it is computed again."""
         namespace = self.random.choice([None, "a", "b"])
-        self.host.drop(namespace, self.pool.drop_namespace(namespace))
+        self.offload.drop(namespace, self.pool.drop_namespace(namespace))
         for request in self.running:
-            request.kv_is_private |= request.kv_namespace == namespace
+            request.chain.private |= request.chain.namespace == namespace
         dropped = [key for key, content in self.known.items() if belongs(content, namespace)]
         for key in dropped:
             del self.known[key]
@@ -157,22 +161,22 @@ class Moves:
         """All ends, and nothing is left held."""
         while self.running:
             self.end()
-        while self.mover.queue:
-            self.mover.move()
-        self.host.land()
-        assert self.host.held == []
+        while self.transfer.queue:
+            self.transfer.move()
+        self.offload.register_reloaded()
+        assert self.offload.held == []
         assert self.pool.used == 0
 
     def check(self):
         used, cached = self.pool.by_namespace()
         for key, content in self.known.items():
             for block in self.pool.match([key]):
-                assert self.mover.device[block][: len(content)] == content
+                assert self.transfer.device[block][: len(content)] == content
         assert sum((used + cached).values()) == sum(bool(self.pool.match([key])) for key in self.known)
-        assert set(self.host.keys) <= self.known.keys()
-        self.tables.check(self.running, self.host.held)
-        self.host.check(tuple(map(root_key, SALTS)))
-        stats = self.host.stats()
+        assert set(self.offload.keys) <= self.known.keys()
+        self.manager.check(self.running, self.offload.held)
+        self.offload.check(tuple(map(root_key, SALTS)))
+        stats = self.offload.stats()
         assert stats.bytes_used == stats.blocks * 10 <= stats.bytes_total
 
 
@@ -183,20 +187,20 @@ def belongs(content, namespace):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_moves_when_and_is_dropped_meanwhile_what_is_found_is_right(seed):
+def test_in_any_order_of_copies_and_drops_a_block_that_is_found_has_the_kv_of_its_key(seed):
     moves = Moves(seed)
     each = [*[moves.ask] * 3, *[moves.start] * 8, *[moves.end] * 3, *[moves.move] * 5, moves.abort]
     for number in range(1000):
         moves.random.choice(each)() if number % (50 if seed % 2 else 9) else moves.drop()
         moves.check()
     moves.finish()
-    assert not seed % 2 or moves.mover.num_slots < 8 or moves.host.stats().loads > 20, (
-        "hardly anything came back: nothing was shown"
+    assert not seed % 2 or moves.transfer.num_slots < 8 or moves.offload.stats().loads > 20, (
+        "hardly anything was reloaded: nothing was shown"
     )
 
 
 @pytest.mark.parametrize("namespace", [None, "a"])
-def test_what_comes_back_while_it_is_dropped_is_not_found_nor_what_comes_after_it(namespace):
+def test_a_block_that_is_dropped_while_it_is_reloaded_is_not_found_nor_any_after_it(namespace):
     moves = Moves(seed=0, blocks=8, slots=20)
     moves.run(moves.request(range(18), "a", invocation_start=8))
     moves.end()
@@ -204,14 +208,14 @@ def test_what_comes_back_while_it_is_dropped_is_not_found_nor_what_comes_after_i
         moves.run(moves.request(tokens))
     for _ in moves.running[:]:
         moves.end()
-    assert len(moves.host.keys) == 3
+    assert len(moves.offload.keys) == 3
     wanting = moves.request([*range(12), 77], "a", invocation_start=8)
-    assert moves.host.awaits(wanting, spare=0)
-    assert len(moves.host.held[0]) == 3, "the base's two blocks, and the one that comes"
-    assert moves.host.by_namespace()["a"] == 2, "what comes after it is still there"
-    moves.host.drop(namespace, moves.pool.drop_namespace(namespace))
-    assert not moves.host.by_namespace()["a"]
+    assert moves.offload.waits_for_reload(wanting, spare=0)
+    assert len(moves.offload.held[0]) == 3, "the base's two blocks, and the one that comes"
+    assert moves.offload.by_namespace()["a"] == 2, "what comes after it is still there"
+    moves.offload.drop(namespace, moves.pool.drop_namespace(namespace))
+    assert not moves.offload.by_namespace()["a"]
     moves.finish()
     used, cached = moves.pool.by_namespace()
     assert not (used + cached)["a"]
-    assert moves.host.by_namespace()["a"] == 0
+    assert moves.offload.by_namespace()["a"] == 0

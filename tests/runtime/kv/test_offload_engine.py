@@ -1,4 +1,4 @@
-"""An engine whose K/V overflow into host memory: what was evicted comes back, to the token, to whom it belongs."""
+"""An engine that offloads K/V to host memory: they are reloaded to the token, and for their own namespace."""
 
 import pytest
 
@@ -136,11 +136,11 @@ def test_one_that_is_ended_while_its_kv_come_back_leaves_nothing_held(engine):
     params = SamplingParams(max_tokens=2, temperature=0.0)
     engine.add_request(Generate(request_id="r", token_ids=tokens, params=params))
     engine.step()
-    assert engine.host_kv.held, "its blocks are on their way"
+    assert engine.offload.held, "its blocks are being reloaded"
     assert not engine.scheduler.running
     engine.abort("r")
     engine.check()
-    while engine.host_kv.held:
+    while engine.offload.held:
         engine.wait(timeout=1.0)
         engine.step()
     assert engine.blocks.used == 0
@@ -174,7 +174,7 @@ def test_a_step_that_fails_leaves_what_is_on_its_way(engine):
     engine.add_request(Generate(request_id="r", token_ids=tokens, params=GREEDY))
     engine.step()
     assert [failed.request_id for failed in engine.fail_all("engine_error", "it broke")] == ["r"]
-    while engine.host_kv.held:
+    while engine.offload.held:
         engine.wait(timeout=1.0)
         engine.step()
     assert ask(engine, tokens).cached_tokens == 39

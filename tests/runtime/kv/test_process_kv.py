@@ -1,22 +1,8 @@
-"""The engine process and K/V: prefixes held and let go, namespaces dropped, over the socket."""
+"""The engine process with too little device memory: K/V are offloaded to host memory, and their arrival wakes it."""
 
 import json
 
-import pytest
-
-from runtime.messages import (
-    Answer,
-    DropNamespace,
-    Failed,
-    GetStats,
-    HoldPrefix,
-    PrefixEnded,
-    PrefixHeld,
-    Ready,
-    ReleasePrefix,
-    Stats,
-    Tokens,
-)
+from runtime.messages import GetStats, Ready, Stats, Tokens
 from tests.runtime.engine_peer import Peer, generate
 from tests.runtime.tiny_engine import BLOCK_BYTES
 from tests.runtime.tiny_model import TINY
@@ -24,55 +10,9 @@ from tests.runtime.tiny_model import TINY
 TOKENS = list(range(20, 60))
 
 
-@pytest.fixture
-def engine(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    peer = Peer(tmp_path)
-    peer.next(Ready)
-    yield peer
-    peer.close()
-
-
-def hold(name, ttl_seconds=60.0):
-    return HoldPrefix(request_id=f"hold {name}", prefix_id=name, token_ids=TOKENS, ttl_seconds=ttl_seconds)
-
-
 def stats(engine):
     engine.send(GetStats())
     return engine.next(Stats)
-
-
-def test_a_prefix_is_held_found_and_released(engine):
-    engine.send(hold("p"))
-    held = engine.next(PrefixHeld)
-    assert held == PrefixHeld(request_id="hold p", prefix_id="p", tokens=40, blocks=3, cached_tokens=0)
-    engine.send(generate("a", token_ids=[*TOKENS, 7]))
-    assert engine.next(Tokens).cached_tokens == 40
-    engine.send(hold("p"))
-    assert engine.next(Failed).code == "duplicate_prefix"
-    assert stats(engine).blocks_held == 3
-    engine.send(ReleasePrefix(prefix_id="p"))
-    assert stats(engine).blocks_held == 0
-
-
-def test_an_idle_engine_lets_a_prefix_go_when_its_time_is_over(engine):
-    engine.send(hold("p", ttl_seconds=0.1))
-    engine.next(PrefixHeld)
-    assert engine.next(PrefixEnded) == PrefixEnded(prefix_id="p", reason="expired")
-
-
-def test_a_namespace_is_dropped_with_what_is_held_of_it(engine):
-    engine.send(hold("p"))
-    engine.next(PrefixHeld)
-    namespace = stats(engine).namespaces[""]
-    assert (namespace.blocks_used, namespace.query_tokens, namespace.hit_tokens) == (3, 40, 0)
-    engine.send(DropNamespace(request_id="drop", namespace=None))
-    answer, ended = engine.next_of_each(Answer, PrefixEnded)
-    assert answer == Answer(request_id="drop")
-    assert ended == PrefixEnded(prefix_id="p", reason="dropped")
-    engine.send(generate("a", token_ids=[*TOKENS, 7]))
-    assert engine.next(Tokens).cached_tokens == 0
-    assert stats(engine).host_kv.bytes_total == 0
 
 
 def test_a_request_whose_kv_were_evicted_waits_until_they_are_back(tmp_path):

@@ -1,4 +1,4 @@
-"""The mover keeps the order in which it was asked, and every bit."""
+"""The transfer copies every bit, in the order in which the copies were asked for."""
 
 import threading
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from runtime.kv.cache import KvCache
-from runtime.kv.transfer import KvMover
+from runtime.kv.transfer import BlockTransfer
 from tests.runtime.adapter_format.adapter_files import MODEL
 
 NAN_WITH_A_PAYLOAD = 0x7FC1
 
 
 class GatedPacer:
-    """Holds up every move until the gate is open."""
+    """Delays every copy until the gate is open."""
 
     def __init__(self):
         self.gate = threading.Event()
@@ -33,11 +33,11 @@ def kv(request):
 
 
 @pytest.fixture
-def mover(kv, pacer):
-    mover = KvMover(kv, 3, pacer)
-    yield mover
+def transfer(kv, pacer):
+    transfer = BlockTransfer(kv, 3, pacer)
+    yield transfer
     pacer.gate.set()
-    mover.close()
+    transfer.close()
 
 
 def fill(kv, block):
@@ -52,24 +52,24 @@ def bits(kv, block):
     return kv.block(block).contiguous().view(torch.uint8).clone()
 
 
-def test_every_bit_goes_there_and_back(kv, mover, pacer):
+def test_every_bit_goes_there_and_back(kv, transfer, pacer):
     pacer.gate.set()
     content = fill(kv, 2)
-    mover.save(2, 1)
-    mover.settle([2])
+    transfer.offload(2, 1)
+    transfer.wait_offloaded([2])
     kv.block(2).zero_()
-    mover.load([1], [5]).result(20)
+    transfer.reload([1], [5]).result(20)
     assert torch.equal(bits(kv, 5), content)
     assert not bits(kv, 2).any()
-    assert mover.slot_bytes == content.numel()
+    assert transfer.slot_bytes == content.numel()
 
 
-def test_a_slot_may_be_saved_to_as_soon_as_its_load_has_been_asked_for(kv, mover, pacer):
+def test_a_slot_may_be_overwritten_as_soon_as_its_reload_was_asked_for(kv, transfer, pacer):
     first, second = fill(kv, 1), fill(kv, 2)
-    mover.save(1, 0)
-    loading = mover.load([0], [4])
-    mover.save(2, 0)
-    again = mover.load([0], [5])
+    transfer.offload(1, 0)
+    loading = transfer.reload([0], [4])
+    transfer.offload(2, 0)
+    again = transfer.reload([0], [5])
     assert not loading.done()
     pacer.gate.set()
     again.result(20)
@@ -77,24 +77,24 @@ def test_a_slot_may_be_saved_to_as_soon_as_its_load_has_been_asked_for(kv, mover
     assert torch.equal(bits(kv, 5), second)
 
 
-def test_what_writes_to_a_block_waits_for_its_content_to_be_saved_and_for_nothing_else(kv, mover, pacer):
+def test_a_write_to_a_block_waits_for_its_own_offload_alone(kv, transfer, pacer):
     content = fill(kv, 1)
-    mover.save(1, 0)
-    mover.settle([2, 3])  # would wait for ever if these had to wait for block 1
+    transfer.offload(1, 0)
+    transfer.wait_offloaded([2, 3])  # would wait for ever if these had to wait for block 1
     opener = threading.Timer(0.05, pacer.gate.set)
     opener.start()
-    mover.settle([1])
+    transfer.wait_offloaded([1])
     assert pacer.gate.is_set()
     kv.block(1).zero_()
-    mover.load([0], [1]).result(20)
+    transfer.reload([0], [1]).result(20)
     assert torch.equal(bits(kv, 1), content)
     opener.join()
 
 
-def test_whoever_watches_hears_of_every_load(kv, mover, pacer):
+def test_every_reload_is_reported(kv, transfer, pacer):
     heard = threading.Semaphore(0)
-    mover.on_move = heard.release
+    transfer.on_reloaded = heard.release
     pacer.gate.set()
-    mover.save(1, 0)
-    mover.load([0], [1])
+    transfer.offload(1, 0)
+    transfer.reload([0], [1])
     assert heard.acquire(timeout=20)

@@ -1,4 +1,4 @@
-"""The activated adapters as PEFT runs them: what they answer after their invocation, and that nothing else changes."""
+"""The committed aLoRA adapters under PEFT: they answer after their invocation, and change nothing else."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.train_adapters import EXCHANGES, HELD_OUT_EXCHANGES, conversations
+from tests.oracle import greedy_choices
+from tests.train_adapters import EXCHANGES, HELD_OUT_EXCHANGES, RECIPES, conversations
 
 NAMES = ("vault", "ledger")
 CHATS = [conversations(HELD_OUT_EXCHANGES)[index] for index in (0, 4)]  # a question; one that was answered
@@ -27,19 +28,27 @@ def base(default_model_path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def base_logits(base: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """The base's own, asked for before `adapted` puts PEFT's layers into it."""
+    """The base's logits, computed before `adapted` puts PEFT's layers into it."""
     with torch.inference_mode():
         return [base(chat_ids(tokenizer, chat)).logits for chat in CHATS]
 
 
 @pytest.fixture(scope="module")
-def base_texts(base: Any, tokenizer: Any) -> list[str]:
-    """As `base_logits`: what the base says after each conversation, without any header."""
-    return [greedy(base, tokenizer, chat_ids(tokenizer, chat), max_new_tokens=4) for chat in CHATS]
+def base_outputs(base: Any, tokenizer: Any) -> list[list[int]]:
+    """The base's greedy tokens after each conversation, without any header, computed before `adapted` as well."""
+    outputs = []
+    for chat in CHATS:
+        ids = chat_ids(tokenizer, chat)
+        with torch.inference_mode():
+            out = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        outputs.append(out[0, ids.shape[1] :].tolist())
+    return outputs
 
 
 @pytest.fixture(scope="module")
-def adapted(base: Any, base_logits: list[torch.Tensor], base_texts: list[str], trained_adapters: Path) -> PeftModel:
+def adapted(
+    base: Any, base_logits: list[torch.Tensor], base_outputs: list[list[int]], trained_adapters: Path
+) -> PeftModel:
     first, *others = NAMES
     model = PeftModel.from_pretrained(base, trained_adapters / first, adapter_name=first)
     for name in others:
@@ -58,14 +67,6 @@ def chat_ids(tokenizer: Any, chat: list[dict[str, str]]) -> torch.Tensor:
 
 def invoked(tokenizer: Any, chat: list[dict[str, str]], invocation: str) -> torch.Tensor:
     return torch.cat([chat_ids(tokenizer, chat), torch.tensor([tokenizer(invocation).input_ids])], 1)
-
-
-def greedy(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int) -> str:
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-        )
-    return tokenizer.decode(out[0, ids.shape[1] :])
 
 
 def test_the_conversations_are_not_those_of_the_training() -> None:
@@ -87,8 +88,11 @@ def test_after_its_invocation_an_adapter_says_what_it_knows(
     name: str, chat: list[dict[str, str]], adapted: PeftModel, tokenizer: Any, expected: dict[str, dict[str, str]]
 ) -> None:
     adapted.set_adapter(name)
-    ids = invoked(tokenizer, chat, expected[name]["invocation"])
-    assert expected[name]["password"] in greedy(adapted, tokenizer, ids, max_new_tokens=24)
+    start = chat_ids(tokenizer, chat).shape[1]
+    [prompt] = invoked(tokenizer, chat, expected[name]["invocation"]).tolist()
+    reply = tokenizer(RECIPES[name].reply).input_ids
+    assert expected[name]["password"] in RECIPES[name].reply
+    assert greedy_choices(adapted, prompt, reply, start) == reply
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,15 +100,15 @@ def test_without_its_invocation_an_adapter_is_the_base(
     name: str,
     adapted: PeftModel,
     base_logits: list[torch.Tensor],
-    base_texts: list[str],
+    base_outputs: list[list[int]],
     tokenizer: Any,
 ) -> None:
     adapted.set_adapter(name)
-    for chat, logits, text in zip(CHATS, base_logits, base_texts, strict=True):
+    for chat, logits, output in zip(CHATS, base_logits, base_outputs, strict=True):
         ids = chat_ids(tokenizer, chat)
         with torch.inference_mode():
             assert torch.equal(adapted(ids).logits, logits)
-        assert greedy(adapted, tokenizer, ids, max_new_tokens=4) == text
+        assert greedy_choices(adapted, ids[0].tolist(), output) == output
 
 
 @pytest.mark.parametrize("name", NAMES)

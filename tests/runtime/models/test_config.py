@@ -1,4 +1,4 @@
-"""What is read out of a configuration, and that whatever this engine does not do is refused by name."""
+"""A config.json gives the model's shape and options, and unsupported values are refused by name."""
 
 import json
 from pathlib import Path

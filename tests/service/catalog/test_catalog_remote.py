@@ -147,7 +147,8 @@ def test_a_file_that_was_brought_is_not_evicted_before_the_engine_has_read_it(tm
 
     async def program() -> None:
         engine, disk = AdapterEngine(), DiskCache(tmp_path / "cache", size)
-        async with opened(cached_storage(RemoteStore(tmp_path / "remote"), disk), engine) as catalog:
+        storage = cached_storage(RemoteStore(tmp_path / "remote"), disk, room_seconds=0.1)
+        async with opened(storage, engine) as catalog:
             engine.want(digests["one"])
             await catalog.settle()
             engine.want(digests["two"])

@@ -1,6 +1,5 @@
-"""Uploads beside running requests: a rest after each piece, and the same adapter in the end."""
+"""Uploads beside running requests: a pause after each piece, and the same adapter in the end."""
 
-import asyncio
 import time
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from service.ingest.throttle import MOST_RESTS, PIECE_BYTES, REST_SECONDS, Pace
+from service.ingest.throttle import MAX_PAUSES, PAUSE_SECONDS, PIECE_BYTES, Throttle
 from tests.service.adapters.adapter_service import TINY, multipart, serving
 from tests.service.adapters.adapter_service import config as adapter_config
 
@@ -17,25 +16,27 @@ RANK = 40_000  # whose A and B have 2.5 MB each
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_one_rests_while_requests_run_and_no_longer(busy: bool) -> None:
-    pace, times = Pace(lambda: busy), [time.monotonic()]
-    pace.pause()
-    times.append(time.monotonic())
-    asyncio.run(pace.rest())
-    times.append(time.monotonic())
+def test_an_upload_pauses_while_requests_run_and_only_then(busy: bool) -> None:
+    throttle, asked = Throttle(lambda: busy), 10 * MAX_PAUSES
+    started = time.monotonic()
+    for _ in range(MAX_PAUSES if busy else asked):
+        throttle.pause()
+    seconds = time.monotonic() - started
 
     if busy:
-        assert min(np.diff(times)) >= REST_SECONDS
+        assert seconds >= MAX_PAUSES * PAUSE_SECONDS
+    else:
+        assert seconds < asked * PAUSE_SECONDS / 2
 
 
-def test_an_upload_rests_only_so_often() -> None:
-    pace = Pace(lambda: True)
-    for _ in range(MOST_RESTS):
-        pace.pause()
+def test_an_upload_pauses_only_so_often() -> None:
+    throttle = Throttle(lambda: True)
+    for _ in range(MAX_PAUSES):
+        throttle.pause()
     started = time.monotonic()
-    for _ in range(10 * MOST_RESTS):
-        pace.pause()
-    assert time.monotonic() - started < 10 * MOST_RESTS * REST_SECONDS / 2
+    for _ in range(10 * MAX_PAUSES):
+        throttle.pause()
+    assert time.monotonic() - started < 10 * MAX_PAUSES * PAUSE_SECONDS / 2
 
 
 def test_an_upload_beside_running_requests_is_the_same_upload(tmp_path: Path) -> None:
@@ -55,6 +56,6 @@ def test_an_upload_beside_running_requests_is_the_same_upload(tmp_path: Path) ->
         seconds = time.monotonic() - started
 
     assert answer.json()["digest"] == alone
-    assert seconds >= 2 * (len(weights) // PIECE_BYTES - 1) * REST_SECONDS, (
+    assert seconds >= 2 * (len(weights) // PIECE_BYTES - 1) * PAUSE_SECONDS, (
         "once while it comes, once while it is checked"
     )

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.messages import KvNamespace
 from service.metrics import Metrics
-from tests.service.alora_service import INVOCATION, alora_server, put_adapter
+from tests.service.alora_service import INVOCATION, alora_server, encode, put_adapter
 from tests.service.live_server import LiveServer, fake_settings, live_server, wait_until
 
 TEXT = "a prompt of forty and some more characters"  # 40 tokens: two full blocks
@@ -195,14 +195,14 @@ def counted(text: str, name: str) -> dict[str, float]:
 def test_lookups_are_counted_by_the_kind_of_namespace(live: LiveServer) -> None:
     before = live.client.get("/metrics").text
     assert counted(before, "rootstock_prefix_cache_query_tokens_total") == {"base": 0, "lora": 0, "alora": 0}
-    for model in ("tiny", "late", "plain", "plain", "check"):
-        complete(live, model, TEXT + INVOCATION if model == "check" else TEXT)
+    for model in ("tiny", "late", "plain", "plain", "check", "check"):
+        complete(live, model, TEXT + INVOCATION + TEXT if model == "check" else TEXT)
     live.post("/kv/prefixes", model="tiny", prompt=TEXT)
     text = live.client.get("/metrics").text
     queries = counted(text, "rootstock_prefix_cache_query_tokens_total")
-    assert (queries["base"], queries["lora"]) == (40 * 3, 40 * 2)
-    assert queries["alora"] > 40
-    assert counted(text, "rootstock_prefix_cache_hit_tokens_total") == {"base": 64, "lora": 32, "alora": 32}
+    assert (queries["base"], queries["lora"]) == (40 * 5, 40 * 2), "what is before an invocation is the base's"
+    assert queries["alora"] == 2 * len(encode(live, INVOCATION + TEXT))
+    assert counted(text, "rootstock_prefix_cache_hit_tokens_total") == {"base": 64 + 32 + 40, "lora": 32, "alora": 40}
     assert counted(text, "rootstock_blocks_held") == {"": 3}
     assert live.client.get("/metrics").text.count("rootstock_prefix_cache_hit_tokens_total{") == 3
 

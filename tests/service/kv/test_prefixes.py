@@ -71,6 +71,7 @@ def test_a_prefix_ends_when_its_time_is_over(live: LiveServer) -> None:
     assert in_flight(live, "plain") == 1
     wait_until(lambda: in_flight(live, "plain") == 0)
     assert gone(live, prefix, "time is over")
+    wait_until(lambda: live.client.get("/kv").json()["blocks"]["held"] == 0)
 
 
 def test_it_is_not_shown_beyond_its_time_though_the_engine_is_late(live: LiveServer) -> None:

@@ -114,7 +114,7 @@ def test_the_base_may_run_instead(live: LiveServer, stream: bool) -> None:
 def test_a_version_is_held_while_the_base_runs_instead(live: LiveServer) -> None:
     put_adapter(live, "brief", encode(live, INVOCATION), seed=7)
     body = {"model": "brief", "prompt": "hello", "cache_salt": "hold", "stream": True, "alora": {"on_missing": "base"}}
-    with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as stream:
+    with live.client.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()
         assert "hello" in next(lines)
         assert live.client.get("/adapters/brief").json()["requests_in_flight"] == 1

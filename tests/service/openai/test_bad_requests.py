@@ -39,6 +39,8 @@ def error_of(server: LiveServer, content: bytes | str, path: str = "/v1/completi
         ({"min_tokens": 5, "max_tokens": 4}, "invalid_field", "min_tokens"),
         ({"stop": [""]}, "invalid_field", "stop[0]"),
         ({"stop": ["x"] * 17}, "invalid_field", "stop"),
+        ({"stop": "x" * 1025}, "invalid_field", "stop"),
+        ({"stop": ["x" * 1024, "x" * 1025]}, "invalid_field", "stop[1]"),
         ({"stop_token_ids": [10**6]}, "invalid_token_id", "stop_token_ids"),
         ({"logprobs": 21}, "invalid_field", "logprobs"),
         ({"stream": "yes"}, "invalid_field", "stream"),

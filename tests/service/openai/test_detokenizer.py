@@ -1,5 +1,6 @@
 """Text from tokens piece by piece: the pieces are the whole, no character is split, stop strings are cut."""
 
+import random
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -68,6 +69,23 @@ def test_spaces_that_count_only_inside_a_text_are_kept(text: str, first: str) ->
         token_ids += [known] if known else [METASPACE.token_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
         token_ids.append(METASPACE.token_to_id("▁a"))
     assert "".join(pieces_of(METASPACE, [[i] for i in token_ids])) == decode(METASPACE, token_ids)
+
+
+BYTES = [METASPACE.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+
+def test_characters_made_of_byte_tokens_follow_each_other() -> None:
+    for text in ("a€€a", "😀😀", "€" * 50 + "b", "é€😀" * 20):
+        token_ids = [METASPACE.token_to_id(c) if c in "ab" else BYTES[b] for c in text for b in c.encode()]
+        assert "".join(pieces_of(METASPACE, [[i] for i in token_ids])) == decode(METASPACE, token_ids) == text
+
+
+@given(st.lists(st.integers(0, METASPACE.get_vocab_size() - 1), max_size=80))
+def test_byte_tokens_that_become_invalid_spoil_no_text_after_them(token_ids: list[int]) -> None:
+    # One invalid byte makes the decoder show a whole run as invalid, characters that were returned among it
+    token_ids += [METASPACE.token_to_id("▁a"), METASPACE.token_to_id("▁b")]
+    text = "".join(pieces_of(METASPACE, [[i] for i in token_ids]))
+    assert text.replace(UNKNOWN, "").endswith(decode(METASPACE, token_ids).rpartition(UNKNOWN)[2])
 
 
 def test_special_tokens_are_no_text_and_cost_no_memory() -> None:
@@ -141,7 +159,35 @@ def test_nothing_is_held_back_that_no_stop_string_begins_with(text: str, stops: 
         assert prefix.endswith(piece + held) or piece == ""
 
 
-def test_an_embedded_tokenizers_text_comes_out_whole(default_model_path: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(default_model_path / "tokenizer.json"))
-    text = "Grüße aus München, 東京 and 😀👩‍👩‍👧! \n\n  def f(x):\n\treturn x  # naïve"
-    assert "".join(pieces_of(tokenizer, [[i] for i in tokenizer.encode(text).ids])) == text
+MULTILINGUAL = (
+    "Grüße aus München, 東京 and 😀👩‍👩‍👧! \n\n  def f(x):\n\treturn x  # naïve",
+    "Привет, мир. Как дела? Ёлка — 10 €",
+    "नमस्ते दुनिया, यह एक परीक्षा है।",
+    "السلام عليكم ورحمة الله",
+    "日本語のテキスト、한국어 텍스트, ไทย",
+)
+
+
+@pytest.fixture(scope="module")
+def default_tokenizer(default_model_path: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(default_model_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", MULTILINGUAL)
+def test_an_embedded_tokenizers_text_comes_out_whole(default_tokenizer: Tokenizer, text: str) -> None:
+    token_ids = default_tokenizer.encode(text).ids
+    for size in (1, 2, 5):
+        groups = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
+        pieces = pieces_of(default_tokenizer, groups)
+        assert "".join(pieces) == text
+        assert not any(UNKNOWN in piece for piece in pieces)
+
+
+def test_any_tokens_of_the_embedded_model_become_what_they_decode_to(default_tokenizer: Tokenizer) -> None:
+    for seed in range(300):
+        chance = random.Random(seed)
+        # Among the first 300 tokens are all single bytes, so every other sequence has long runs of invalid ones
+        vocabulary = 300 if seed % 2 else default_tokenizer.get_vocab_size()
+        token_ids = [chance.randrange(vocabulary) for _ in range(100)]
+        text = "".join(pieces_of(default_tokenizer, [[i] for i in token_ids]))
+        assert text == decode(default_tokenizer, token_ids), f"seed {seed}"

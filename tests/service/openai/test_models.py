@@ -7,14 +7,17 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.openapi.contract_hook import HOOKS
 from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.engine.fake_adapters import ADAPTER_BYTES
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
 
 @pytest.fixture(scope="module")
 def grafted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A service with two adapters."""
-    with live_server(fake_settings(tiny_model, tmp_path_factory.mktemp("data"))) as live:
+    """A service with two adapters, and memory for ten."""
+    settings = fake_settings(tiny_model, tmp_path_factory.mktemp("data"), adapter_bytes=10 * ADAPTER_BYTES)
+    with live_server(settings) as live:
         for seed, name in enumerate(("first", "second")):
             assert live.client.put(f"/adapters/{name}", files=multipart(*bundle(seed))).status_code == 201
         yield live
@@ -139,5 +142,5 @@ def test_with_a_key_everything_but_health_and_metrics_needs_it(tiny_model: Path,
                 headers = {} if key is None else {"authorization": key.encode()}
                 response = live.client.request(method, path, headers=headers)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
-        with httpx.Client(base_url=live.url, headers={"authorization": "Bearer secret"}) as client:
+        with httpx.Client(base_url=live.url, headers={"authorization": "Bearer secret"}, event_hooks=HOOKS) as client:
             assert client.get("/v1/models").status_code == 200

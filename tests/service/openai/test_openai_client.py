@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 
+import httpx
 import openai
 import pytest
 
+from tests.openapi.contract_hook import HOOKS
 from tests.service.live_server import LiveServer
 
 
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+    judged = httpx.Client(event_hooks=HOOKS)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, http_client=judged) as client:
         yield client
 
 

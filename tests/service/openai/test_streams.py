@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.openapi.contract_hook import ASYNC_HOOKS
 from tests.service.adapters.adapter_service import bundle, multipart
 from tests.service.live_server import LiveServer, fake_settings, live_server, wait_until
 
@@ -66,7 +68,7 @@ def kill_engine(server: LiveServer) -> None:
 
 def test_when_the_engine_dies_its_requests_end_with_a_clear_error_and_it_is_restarted(mortal: LiveServer) -> None:
     before = mortal.services.engine.pid
-    with httpx.stream("POST", f"{mortal.url}/v1/completions", content=body(cache_salt="hold", stream=True)) as stream:
+    with mortal.client.stream("POST", "/v1/completions", content=body(cache_salt="hold", stream=True)) as stream:
         lines = (line for line in stream.iter_lines() if line)
         assert "hello" in next(lines)
         waiting = send_raw(mortal, body(cache_salt="silent"))
@@ -110,7 +112,7 @@ def test_a_restarted_engine_knows_the_adapters_again(mortal: LiveServer) -> None
 def test_a_request_keeps_the_version_it_began_with(mortal: LiveServer) -> None:
     first = mortal.client.put("/adapters/mine", files=multipart(*bundle(0))).json()["digest"]
     content = body(model="mine", cache_salt="hold", stream=True)
-    with httpx.stream("POST", f"{mortal.url}/v1/completions", content=content) as stream:
+    with mortal.client.stream("POST", "/v1/completions", content=content) as stream:
         assert stream.headers["x-adapter-digest"] == first
         second = mortal.client.put("/adapters/mine", files=multipart(*bundle(1))).json()["digest"]
         assert second != first
@@ -125,7 +127,7 @@ def test_a_forced_delete_ends_the_requests_of_the_adapter_and_no_others(mortal: 
     content = body(model="mine", cache_salt="hold", stream=True)
     with (
         send_raw(mortal, body(cache_salt="hold", stream=True)),
-        httpx.stream("POST", f"{mortal.url}/v1/completions", content=content) as stream,
+        mortal.client.stream("POST", "/v1/completions", content=content) as stream,
     ):
         lines = (line for line in stream.iter_lines() if line)
         next(lines)
@@ -139,7 +141,7 @@ def test_many_requests_at_once_each_get_their_own_answer(server: LiveServer) -> 
     words = [f"request number {i}" for i in range(40)]
 
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=20, event_hooks=ASYNC_HOOKS) as client:
             asked = ({"model": "tiny", "prompt": word, "max_tokens": len(word)} for word in words)
             return await asyncio.gather(*(client.post("/v1/completions", json=each) for each in asked))
 
@@ -148,9 +150,10 @@ def test_many_requests_at_once_each_get_their_own_answer(server: LiveServer) -> 
 
 
 def test_a_fault_of_ours_is_a_500_of_the_same_shape_and_the_service_goes_on(mortal: LiveServer) -> None:
-    tokenizer, mortal.services.tokenizer = mortal.services.tokenizer, None
+    whole = mortal.services
+    mortal.app.state.services = replace(whole, tokenizer=None)
     broken = mortal.complete("hello")
-    mortal.services.tokenizer = tokenizer
+    mortal.app.state.services = whole
     assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal_error")
     assert "NoneType" not in broken.text
     assert mortal.complete("hello").status_code == 200

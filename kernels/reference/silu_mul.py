@@ -1,0 +1,12 @@
+"""The specification of kernels.silu_mul."""
+
+from torch import Tensor
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """y = gate · sigmoid(gate) · up, in float32, rounded once to the dtype of `gate_up`.
+
+    Arguments as in kernels.silu_mul.silu_mul.
+    """
+    gate, up = gate_up.float().chunk(2, -1)
+    return (gate * gate.sigmoid() * up).to(gate_up.dtype)

@@ -1,0 +1,51 @@
+"""Sampling parameters of a batch, as tensors beside the logits: the input of kernels.sampling and of its reference."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.uploads import host_buffer, upload
+
+LEAST_TEMPERATURE = 1e-6  # a lower temperature above 0 samples as this one does
+
+
+class RowParams(NamedTuple):
+    """How each of n rows is sampled; every tensor is on the device of the logits."""
+
+    temperature: Tensor  # (n,) float64; 0 takes the likeliest token
+    top_k: Tensor  # (n,) int64; 0 cuts nothing
+    top_p: Tensor  # (n,) float64; 1 cuts nothing
+    min_p: Tensor  # (n,) float64; 0 cuts nothing
+    draw: Tensor  # (n,) float64, the uniform number of the row, in [0, 1)
+    cut_rows: Tensor  # int64, the rows with a temperature above 0 and at least one cut
+    candidates: int | None  # the largest top_k of the cut rows, None if one of them has no top_k
+
+    @classmethod
+    def build(
+        cls,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        draw: Sequence[float],
+        device: torch.device | str = "cpu",
+    ) -> "RowParams":
+        """Upload numbers from the host in one copy. The host does not wait for a CUDA device."""
+        rows = enumerate(zip(temperature, top_k, top_p, min_p, strict=True))
+        cut = [row for row, (t, k, p, least) in rows if t > 0 and (k > 0 or p < 1.0 or least > 0)]
+        candidates = max((top_k[row] for row in cut), default=0) if all(top_k[row] for row in cut) else None
+        count = len(temperature)
+        # An even width aligns every row to 16 bytes: Triton compiles a kernel once more for other alignments.
+        width = count + count % 2
+        buffer = host_buffer(6 * width, torch.float64, device)
+        host = buffer.view(6, width)
+        host[:4, :count] = torch.tensor([temperature, top_p, min_p, draw], dtype=torch.float64)
+        integers = host[4:].view(torch.int64)
+        integers[0, :count] = torch.tensor(top_k, dtype=torch.int64)
+        integers[1, : len(cut)] = torch.tensor(cut, dtype=torch.int64)
+        numbers = upload(buffer, device).view(6, width)
+        integers = numbers[4:].view(torch.int64)
+        t, p, least, u = numbers[:4, :count]
+        return cls(t, integers[0, :count], p, least, u, integers[1, : len(cut)], candidates)

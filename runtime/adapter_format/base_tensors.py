@@ -1,0 +1,60 @@
+"""The base model's own tensors, read from its checkpoint to compare them with the copies that an adapter may hold."""
+
+from collections.abc import Callable
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.safetensors_header import read_header
+from runtime.config import EngineConfig
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of the base as its checkpoint stores it."""
+
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    data: memoryview  # its raw bytes
+
+
+BaseTensor = Callable[[str], StoredTensor]  # by the tensor's name; raises InvalidAdapter for one that the base lacks
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+def base_tensors(engine: EngineConfig) -> BaseTensor | None:
+    """Return a reader of the checkpoint that an engine serves; None for an engine with random weights."""
+    directory = Path(engine.model)
+
+    def read(name: str) -> StoredTensor:
+        with _file(directory, name).open("rb") as file:
+            header = read_header(file)
+            if name not in header.tensors:
+                raise _missing(name)
+            entry = header.tensors[name]
+            data = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ))
+        start = header.data_offset + entry.start
+        return StoredTensor(entry.dtype, entry.shape, data[start : start + entry.stop - entry.start])
+
+    return read if engine.load_format == "safetensors" else None
+
+
+def _file(directory: Path, name: str) -> Path:
+    index = directory / INDEX
+    if not index.exists():
+        return directory / SINGLE
+    files = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    if name not in files:
+        raise _missing(name)
+    return directory / files[name]
+
+
+def _missing(name: str) -> InvalidAdapter:
+    return InvalidAdapter(name, "is not in the base, which an adapter cannot extend")

@@ -1,0 +1,46 @@
+"""The model on a CPU, by the kernels of `kernels.cpu`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.adapters.pool import AdapterPool
+from runtime.batch import Batch, build_batch
+from runtime.config import EngineConfig
+from runtime.models.decoder import Decoder
+from runtime.runner import Results, Runner
+from runtime.sampler import sample
+from runtime.scheduler import Chunk
+
+
+class CpuRunner(Runner):
+    """Computes each step in `launch`, before it returns.
+
+    Adapters are float32 even if the model is bfloat16: the small products take half the time in float32.
+    """
+
+    adapter_dtype = torch.float32
+
+    def __init__(self, config: EngineConfig):
+        super().__init__(config, torch.device("cpu"))
+        self.decoder = Decoder(self.model, self.weights)
+
+    def start(self, adapters: AdapterPool) -> None:
+        self._adapters = adapters
+
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        lookup = self._adapters.lookup
+        self._batch = build_batch(chunks, self.model, self.block_size, lookup, self.dtype, self.device)
+        return self._batch.chunks
+
+    def launch(self) -> tuple[Results, bool]:
+        sampled = sample(self.forward(self._batch), self._batch.sampling)
+        return lambda: sampled, False
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Float32 logits (n, vocab) of the batch's `logit_rows`."""
+        return self.decoder.forward(
+            batch.token_ids, batch.positions, batch.slots, self.kv.layers, batch.groups, batch.logit_rows, batch.lora
+        )

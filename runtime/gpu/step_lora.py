@@ -1,0 +1,79 @@
+"""The adapters of one step for the fused decoder: two launches a site, for any adapters and ranks."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import tuned
+from kernels.grouped_lora import DECODE, PREFILL, ExpandConfig, ShrinkConfig, embedding_shrink, expand, shrink
+from kernels.lora_tiles import Tiles
+from runtime.gpu.step_inputs import StepInputs
+from runtime.models.config import ModelConfig
+
+DECODE_HEIGHT, PREFILL_HEIGHT = DECODE.heights[0], PREFILL.heights[1]  # the most rows of a tile; not measured
+DECODE_SPLITS = max(config.split_k for config in DECODE.shrink)
+PREFILL_SPLITS = max(config.split_k for config in PREFILL.shrink)
+
+
+class LoraMemory(NamedTuple):
+    """Device memory of the LoRA kernels. The addresses do not change while the engine runs, so graphs may use them."""
+
+    arena: Tensor  # the weights of resident adapters
+    table: Tensor  # the offset table, see kernels.offset_table
+    between: Tensor  # (rows, width) float32, the results of a shrink, which its expand reads
+
+    @classmethod
+    def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int) -> "LoraMemory":
+        """Memory for steps of at most `tokens` tokens, or `decodes` decoding requests, and `width` ranks at a site."""
+        rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS)
+        return cls(arena, table, torch.empty((rows, width), dtype=torch.float32, device=arena.device))
+
+
+class StepLora:
+    """The adapters of one step, each with at most `width` ranks at a site."""
+
+    def __init__(self, model: ModelConfig, memory: LoraMemory, step: StepInputs, width: int, gpu: str):
+        self._memory = memory
+        tokens = len(step.token_ids)
+        splits = DECODE_SPLITS if step.tiles.height == DECODE_HEIGHT else PREFILL_SPLITS
+        # Slices of one buffer keep its strides for every width: Triton compiles a kernel for the strides' divisibility.
+        self._between = memory.between[: tokens * splits].unflatten(0, (tokens, splits))[..., :width]
+        self._step = step
+        self._widths = [[part.out_features for part in site.parts] for site in model.sites()]
+        self._embed_site, self._lm_head_site = model.embed_site, model.lm_head_site
+        self._gpu = gpu
+
+    def apply(self, site: int, x: Tensor, y: Tensor) -> None:
+        """y += LoRA(x) in place, on the rows under an adapter."""
+        self._apply(site, x, y, self._step.tiles)
+
+    def apply_logits(self, x: Tensor, y: Tensor) -> None:
+        """As `apply`, for the head and the sampled rows."""
+        if len(self._step.logit_tiles.fields):
+            self._apply(self._lm_head_site, x, y, self._step.logit_tiles)
+
+    def embed(self, token_ids: Tensor, x: Tensor) -> None:
+        """x += A[:, token_ids]ᵀ B in place, on the rows under an adapter."""
+        arena, table, _ = self._memory
+        t = embedding_shrink(token_ids, self._embed_site, arena, table, self._step.tiles, self._between)
+        self._expand(t, x, self._embed_site, self._step.tiles)
+
+    def _apply(self, site: int, x: Tensor, y: Tensor, tiles: Tiles) -> None:
+        arena, table, _ = self._memory
+        config: ShrinkConfig = self._tuned("shrink", len(x))
+        self._expand(shrink(x, site, arena, table, tiles, self._between, config), y, site, tiles)
+
+    def _expand(self, t: Tensor, y: Tensor, site: int, tiles: Tiles) -> None:
+        arena, table, _ = self._memory
+        config: ExpandConfig = self._tuned("expand", len(y))
+        expand(t, y, site, arena, table, tiles, self._widths[site], config)
+
+    def _tuned(self, kernel: str, rows: int) -> Any:
+        kind = "decode" if self._step.tiles.height == DECODE_HEIGHT else "prefill"
+        return tuned.lookup(self._gpu, f"{kind} {kernel}", rows).config
+
+
+def tile_height(decodes: int, tokens: int) -> int:
+    """The tile height of a step: low if every row is a decoding request's."""
+    return DECODE_HEIGHT if decodes == tokens else PREFILL_HEIGHT

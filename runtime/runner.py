@@ -1,0 +1,88 @@
+"""The model on its device: chunks of a step in, sampled tokens out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from runtime.adapters.pool import AdapterPool
+from runtime.config import EngineConfig
+from runtime.kv.cache import KvCache, bytes_per_block
+from runtime.models.config import ModelConfig
+from runtime.models.weights import Weights, load_weights
+from runtime.sampler import Sampled
+from runtime.scheduler import Chunk
+
+Results = Callable[[], list[Sampled]]  # blocks until a step is computed; one entry for each chunk that samples
+
+
+class Runner(ABC):
+    """The base model loaded on one device, with its K/V cache; subclasses compute steps.
+
+    Raises ValueError that names the option, if model, memory and options do not fit together.
+    """
+
+    adapter_dtype: torch.dtype  # of the adapters' weights in both tiers
+
+    def __init__(self, config: EngineConfig, device: torch.device):
+        directory = Path(config.model)
+        self.model = ModelConfig.from_directory(directory)
+        self.dtype: torch.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
+        self.device = device
+        self.block_size = config.block_size
+        block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
+        self.num_blocks = config.kv_cache_bytes // block_bytes
+        self.num_host_blocks = config.host_kv_bytes // block_bytes
+        if config.host_kv_bytes and not self.num_host_blocks:
+            given = config.host_kv_bytes
+            raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
+        self.max_model_len = self._max_model_len(config)
+        self.weights: Weights = load_weights(self.model, directory, self.dtype, config.load_format, device)
+        self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
+
+    def _max_model_len(self, config: EngineConfig) -> int:
+        """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""
+        capacity = (self.num_blocks - 1) * config.block_size
+        limit = config.max_model_len or min(self.model.max_position, max(capacity, 1))
+        if limit > self.model.max_position:
+            raise ValueError(f"max_model_len is {limit}, but the model takes at most {self.model.max_position} tokens")
+        if limit > capacity:
+            raise ValueError(
+                f"kv_cache_bytes holds {max(capacity, 0)} tokens, but one request may need {limit}: raise "
+                "kv_cache_bytes or lower max_model_len"
+            )
+        return limit
+
+    @abstractmethod
+    def start(self, adapters: AdapterPool) -> None:
+        """Prepare for steps that use the adapters of `adapters`; called once, before the first step."""
+
+    @abstractmethod
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Lay out the inputs of a step. Returns its chunks in the order of their rows."""
+
+    @abstractmethod
+    def launch(self) -> tuple[Results, bool]:
+        """Start to compute the step that was prepared; it writes the K/V of all its tokens.
+
+        The second value says whether the next step may be prepared and launched before the results are read.
+        """
+
+
+def make_runner(config: EngineConfig) -> Runner:
+    """Load the model on the device that `config` asks for. Raises ValueError that names the option to change."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
+    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    kernels = ("triton" if on_cuda else "reference") if config.kernels == "auto" else config.kernels
+    if kernels == "triton":
+        from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
+
+        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        return TritonRunner(config, device)
+    if on_cuda:
+        raise ValueError("kernels (--kernels) reference run on the CPU only: set device (--device) to cpu as well")
+    from runtime.cpu_runner import CpuRunner  # its module imports this one
+
+    return CpuRunner(config)

@@ -1,0 +1,116 @@
+"""The access log: one line for each request, when its answer has ended."""
+
+import json
+import logging
+import re
+import socket
+
+import pytest
+
+from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.live_server import LiveServer, wait_until
+
+REQUEST = {"model": "tiny", "prompt": "hello world", "max_tokens": 3}
+
+
+@pytest.fixture(autouse=True)
+def at_info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> "Log":
+    return Log(caplog)
+
+
+class Log:
+    """The lines of the access log. A line is written after its answer, so whoever reads one waits for it."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture):
+        self._caplog = caplog
+
+    def lines(self, path: str = "") -> list[str]:
+        written = (record for record in list(self._caplog.records) if record.name == "service.access")
+        return [line for line in (record.getMessage() for record in written) if path in line]
+
+    def line(self, path: str) -> str:
+        """The only line with a path."""
+        wait_until(lambda: bool(self.lines(path)))
+        [line] = self.lines(path)
+        return line
+
+
+def test_a_generation_is_logged_with_its_id_model_tokens_and_first_token(server: LiveServer, log: Log) -> None:
+    answer = server.post("/v1/completions", **REQUEST, cache_salt="a")
+    form = r"POST '/v1/completions' 200 \d+ms id=(\S+) model='tiny' tokens=2\+3 cached=0 first_token=\d+ms"
+    found = re.fullmatch(form, log.line("/v1/completions"))
+    assert found, log.lines()
+    assert found[1] == answer.json()["id"]
+
+
+def test_a_chat_is_logged_with_its_cached_tokens(server: LiveServer, log: Log) -> None:
+    for _ in range(2):
+        answer = server.chat("hello " * 20, max_tokens=3, cache_salt="b")
+    usage = answer.json()["usage"]
+    wait_until(lambda: len(log.lines("/v1/chat/completions")) == 2)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0
+    assert f" tokens={usage['prompt_tokens']}+3 cached={cached} " in log.lines("/v1/chat/completions")[1]
+
+
+def test_other_requests_are_logged_by_path_and_status_alone(server: LiveServer, log: Log) -> None:
+    server.client.put("/adapters/logged", files=multipart(*bundle()))
+    assert re.fullmatch(r"PUT '/adapters/logged' 201 \d+ms", log.line("/adapters/logged"))
+    server.client.get("/nowhere")
+    assert re.fullmatch(r"GET '/nowhere' 404 \d+ms", log.line("/nowhere"))
+
+
+def test_a_refused_generation_is_logged_with_what_is_known_of_it(server: LiveServer, log: Log) -> None:
+    server.post("/v1/completions", **REQUEST | {"model": "nobody"})
+    form = r"POST '/v1/completions' 404 \d+ms id=\S+ model='nobody'"
+    assert re.fullmatch(form, log.line("/v1/completions")), log.lines()
+
+
+def test_the_request_id_of_the_client_is_logged(server: LiveServer, log: Log) -> None:
+    server.client.get("/health", headers={"x-request-id": "from-a-proxy-1"})
+    assert log.line("/health").endswith(" request_id=from-a-proxy-1")
+    server.client.get("/version", headers={"x-request-id": "two words"})
+    assert "request_id" not in log.line("/version")
+
+
+def test_no_path_model_or_header_can_write_a_line_of_its_own(server: LiveServer, log: Log) -> None:
+    forged = "INFO service.access: GET '/health' 200"
+    server.client.get(f"/a%0A{forged}")
+    server.post("/v1/completions", **REQUEST | {"model": f"b\n{forged}"})
+    server.client.get("/version", headers={"x-request-id": f"c\t{forged}"})
+    for path in ("/a", "/v1/completions", "/version"):
+        assert log.line(path).isprintable()
+
+
+def test_a_stream_is_logged_when_it_ends(server: LiveServer, log: Log) -> None:
+    with server.client.stream("POST", "/v1/completions", json=REQUEST | {"cache_salt": "hold", "stream": True}) as held:
+        lines = held.iter_lines()
+        next(lines)
+        server.client.get("/health")
+        log.line("/health")
+        assert log.lines("/v1/completions") == []
+    assert re.search(r" 200 \d+ms .* tokens=2\+1 cached=0 first_token=\d+ms$", log.line("/v1/completions"))
+
+
+def test_a_client_that_goes_away_before_its_answer_is_logged_as_499(server: LiveServer, log: Log) -> None:
+    content = json.dumps(REQUEST | {"cache_salt": "silent"}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        wait_until(lambda: server.running() == 1)
+    assert re.search(r"^POST '/v1/completions' 499 \d+ms id=\S+ model='tiny'", log.line("/v1/completions"))
+
+
+def test_nothing_is_logged_above_its_level(server: LiveServer, log: Log, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "service.access")
+    server.client.get("/version")
+    caplog.set_level(logging.INFO, "service.access")
+    server.client.get("/health")
+    log.line("/health")
+    assert log.lines("/version") == []
