@@ -33,10 +33,10 @@ from runtime.messages import (
     GetStats,
     HoldPrefix,
     LoadAdapter,
-    PinAdapter,
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
+    SetPins,
     Shutdown,
     UnloadAdapter,
     decode_command,
@@ -128,8 +128,8 @@ class EngineProcess:
                 engine.adapters.load(digest, tier, asked)
             case UnloadAdapter(request_id=request_id, digest=digest, tier=tier):
                 engine.adapters.unload(request_id, digest, tier)
-            case PinAdapter(request_id=request_id, digest=digest, tier=pin_tier):
-                engine.adapters.pin(request_id, digest, pin_tier)
+            case SetPins(request_id=request_id, pins=pins):
+                engine.adapters.set_pins(request_id, pins)
             case RetireAdapter(digest=digest):
                 engine.retire_adapter(digest)
             case GetStats():

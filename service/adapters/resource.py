@@ -148,9 +148,9 @@ def _kv_blocks(stats: Stats, digest: str) -> int:
 def _progress(catalog: Catalog, version: AdapterVersion, engine: AdapterState | None) -> Progress | None:
     if (download := catalog.blobs.download(version.digest)) is not None:
         return Progress(stage="download", bytes=download.bytes_done, total_bytes=download.bytes_total)
-    if engine is None or engine.state not in ("wanted", "loading"):
+    if engine is None or engine.state not in ("missing", "loading"):
         return None
-    stage: Literal["download", "load"] = "download" if engine.state == "wanted" else "load"
+    stage: Literal["download", "load"] = "download" if engine.state == "missing" else "load"
     return Progress(stage=stage, bytes=0, total_bytes=version.record.bytes)
 
 

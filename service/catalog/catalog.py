@@ -14,11 +14,11 @@ from service.catalog.blobs import Blobs
 from service.catalog.collect import Collected, collect
 from service.catalog.files import AdapterStorage
 from service.catalog.names import AdapterNames, UnreadableName
-from service.catalog.pins import Residency
+from service.catalog.pins import Pins
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
 from service.catalog.versions import Versions, no_adapter
 from service.engine.client import EngineClient
-from service.errors import RequestError
+from service.errors import EngineError, RequestError
 from service.metrics import Metrics
 from storage.cache import DiskCache
 from storage.store import PreconditionFailed, StoreError
@@ -43,7 +43,7 @@ class Catalog:
         self.versions = Versions(self.blobs, model, max_rank)
         self._storage, self._engine = storage, engine
         self._names = AdapterNames(storage.store)
-        self._residency = Residency(storage, engine.adapters)
+        self._pins = Pins(storage, engine.adapters)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
         self._chores: list[asyncio.Task[None]] = []
@@ -90,30 +90,39 @@ class Catalog:
         await asyncio.gather(*self._chores, return_exceptions=True)
         if self._changes:
             await asyncio.wait(self._changes, timeout=_CLOSE_SECONDS)
-        await self._residency.close()
+        await self._pins.close()
         await asyncio.to_thread(self._storage.close)
         await self.blobs.close()
 
     async def settle(self) -> None:
         """Wait until no change is under way and every digest without references is discarded."""
         await asyncio.gather(*self._changes, return_exceptions=True)
-        await self._residency.settle()
+        await self._pins.settle()
         await self.blobs.settle()
 
     async def load(self, name: str, tier: Tier, *, wait: bool) -> AdapterVersion:
-        """Start to bring a name's version into a tier; with `wait`, return when it is there.
+        """Start to load a name's version into a tier; with `wait`, return when it is there.
 
-        Raises RequestError: 404 if there is no such name, 503 with the reason if it does not come.
+        Raises RequestError: 404 if there is no such name, 503 with the reason if the load fails.
         """
         version = self.versions.named(name)
         with self.versions.using(version):
-            await self._residency.load(version.digest, tier, wait=wait)
+            if not wait:
+                self._engine.adapters.prefetch(version.digest, tier)
+                return version
+            try:
+                await self._engine.adapters.load(version.digest, tier)
+            except EngineError as error:
+                raise EngineError(error.code, error.message, "name") from error
         return version
 
     async def unload(self, name: str, tier: Tier) -> AdapterVersion:
-        """Give back the memory of a name's version in a tier and above it. Raises RequestError if it is in use."""
+        """Free the memory of a name's version in a tier and above it. Raises RequestError if it is in use or pinned."""
         version = self.versions.named(name)
-        await self._residency.unload(version.digest, tier)
+        try:
+            await self._engine.adapters.unload(version.digest, tier)
+        except EngineError as error:
+            raise EngineError(error.code, error.message, "name") from error
         return version
 
     async def publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
@@ -200,7 +209,7 @@ class Catalog:
             self.versions.require(name, condition, ephemeral=ephemeral)
             old = self.versions.resolve(name)
             record = change(None if old is None else old.record)
-            await self._residency.pin(name, record.digest, record.pin, record.bytes)
+            await self._pins.pin(name, record.digest, record.pin, record.bytes)
             try:
                 if not ephemeral and (old is None or old.ephemeral or old.record != record):
                     await self._storage.run(self._names.write, record)
@@ -215,9 +224,9 @@ class Catalog:
 
     async def _restore_pin(self, name: str, version: AdapterVersion | None) -> None:
         if version is None:
-            await self._residency.pin(name, "", None, 0)
+            await self._pins.pin(name, "", None, 0)
         else:
-            await self._residency.pin(name, version.digest, version.record.pin, version.record.bytes)
+            await self._pins.pin(name, version.digest, version.record.pin, version.record.bytes)
 
     async def _delete(self, name: str, condition: Condition, force: bool) -> None:
         async with self._lock(name):
@@ -240,7 +249,7 @@ class Catalog:
                     await self._follow(name)
             else:
                 raise _contended(name)
-            await self._residency.pin(name, version.digest, None, 0)
+            await self._pins.pin(name, version.digest, None, 0)
             if force:
                 self._engine.end_requests("adapter_deleted", f"adapter {name!r} was deleted", version.digest)
             self.versions.drop(name)
@@ -262,7 +271,7 @@ class Catalog:
         old = self.versions.resolve(name)
         if record is None:
             if old is not None and not old.ephemeral:
-                self._residency.pin_later(name, old.digest, None, 0)
+                self._pins.pin_later(name, old.digest, None, 0)
                 self.versions.drop(name)
         elif old is None or old.ephemeral or old.record != record:
             self.blobs.adopt(record.digest, record.bytes)
@@ -270,7 +279,7 @@ class Catalog:
             failure = self.versions.failure(version)
             if failure is not None:
                 _log.error("adapter %s cannot be served: %s", name, failure)
-            self._residency.pin_later(name, record.digest, None if failure else record.pin, record.bytes)
+            self._pins.pin_later(name, record.digest, None if failure else record.pin, record.bytes)
 
     async def _refresh_forever(self, seconds: float) -> None:
         """Follow the store. While it cannot be reached, the versions in memory stay."""
