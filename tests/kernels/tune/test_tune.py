@@ -1,8 +1,6 @@
 """The choice of launch configurations, the cases of the tuner, and the lookup in its tables."""
 
-import ast
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -178,22 +176,3 @@ def test_attention_in_float32_has_tiles_of_its_own_whatever_was_measured_in_bflo
     ]
     assert found[0].measurement == NOT_MEASURED
     assert lookup("GPU", "paged_prefill", 5, torch.bfloat16, tables).config == "measured"
-
-
-def test_neither_the_kernels_nor_the_runtime_import_the_tuner_and_the_runtime_no_reference() -> None:
-    root = Path(__file__).parents[3]
-    files = {path.relative_to(root): path for room in ("kernels", "runtime") for path in (root / room).rglob("*.py")}
-    assert len(files) > 50, "the rooms are looked for in the wrong place"
-    imported = {(name, module) for name, path in files.items() for module in modules_in(path)}
-    tuner = Path("kernels/tune")
-    assert {(n, m) for n, m in imported if m.startswith("kernels.tune.") and not n.is_relative_to(tuner)} == set()
-    assert {(n, m) for n, m in imported if m.startswith("kernels.reference.") and n.parts[0] == "runtime"} == set()
-
-
-def modules_in(path: Path) -> Iterator[str]:
-    """Names of everything that a file imports, with a dot at the end so that packages match their own prefix."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (f"{alias.name}." for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}." for alias in node.names)
