@@ -44,8 +44,8 @@ from runtime.messages import (
 )
 from runtime.models.config import ModelConfig
 from service.engine.process import EngineProcess
-from tests.service.adapters.adapter_service import config as adapter_config
-from tests.service.adapters.adapter_service import tensors
+from tests.service.adapters.adapter_bundles import config as adapter_config
+from tests.service.adapters.adapter_bundles import tensors
 from tests.service.engine import fake_engine
 from tests.service.tiny_model import write_tiny_model
 
