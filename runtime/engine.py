@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from runtime.adapter_format.canonical import canonical_from_tensors
+from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterUnavailable
 from runtime.config import EngineConfig
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
@@ -320,7 +320,7 @@ class Engine:
             if isinstance(event, Tokens):
                 outputs[event.request_id].add(event)
         if self.steps == steps:
-            for digest, reason in self.adapters.wanted.items():
+            for digest, reason in self.adapters.missing.items():
                 self.adapters.fail(digest, reason)  # only the caller could fetch the file, and it waits for us
             self.wait(timeout=1.0)
 
@@ -331,7 +331,7 @@ class Engine:
 
     def watch(self, on_arrival: Callable[[], None]) -> None:
         """Call `on_arrival`, from a thread, whenever a load has ended that the next step has to take note of."""
-        self.adapters.on_change = on_arrival
+        self.adapters.watch(on_arrival)
         self.offload.watch(on_arrival)
 
     @property

@@ -73,48 +73,50 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 
 
 class RegisterAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="register_adapter"):
-    """Make an adapter known by its digest, and its canonical file where it is, or will be when it is wanted.
+    """Make an adapter known.
 
-    Again for a known digest: the file has been brought, and whatever waits for it goes on.
+    For a known digest: its file has been fetched again, and loads that wait for it go on.
     """
 
     digest: str
-    path: str
+    path: str  # of its canonical file, which may not be there until the engine reports it missing
 
 
 class FailAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="fail_adapter"):
-    """The file of an adapter that is wanted cannot be had: what waits for it fails with the reason."""
+    """The file that an adapter was reported missing for cannot be fetched: loads that wait for it fail."""
 
     digest: str
     reason: str
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="load_adapter"):
-    """Start to bring an adapter into a tier; with a request_id it is answered when it is there, or will not be."""
+    """Load an adapter into a tier."""
 
     digest: str
     tier: Tier = "device"
-    request_id: str | None = None
+    request_id: str | None = None  # if there is one, an Answer follows when the load has ended
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="unload_adapter"):
-    """Give back the memory of an adapter in a tier and above it; answered, and refused while it is in use or pinned."""
+    """Free the memory of an adapter in a tier and above it; answered, and refused while it is in use or pinned."""
 
     request_id: str
     digest: str
     tier: Tier = "device"
 
 
-class PinAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="pin_adapter"):
-    """Load an adapter into a tier and never evict it from there; None ends that. Answered once decided."""
+class SetPins(msgspec.Struct, frozen=True, kw_only=True, tag="set_pins"):
+    """Pin exactly these adapters: load each into its tier and never evict it from there; unpin all others.
+
+    Answered by PinsSet once all of it is decided. A later SetPins replaces it.
+    """
 
     request_id: str
-    digest: str
-    tier: Tier | None
+    pins: dict[str, Tier]  # by digest
 
 
 class RetireAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="retire_adapter"):
-    """Forget a digest: running requests finish on it, then its memory and its cached blocks go."""
+    """Forget a digest: requests that run on it finish, then its memory is freed. Its cached blocks are freed now."""
 
     digest: str
 
@@ -162,7 +164,7 @@ Command = (
     | FailAdapter
     | LoadAdapter
     | UnloadAdapter
-    | PinAdapter
+    | SetPins
     | RetireAdapter
     | HoldPrefix
     | ReleasePrefix
@@ -213,18 +215,16 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True, tag="adapter_state"):
-    """What an adapter's residency has become.
-
-    `tier` is the highest one that holds it whole. `state` is "wanted" while its file is missing or not what its digest
-    says, "failed" with a `reason` until it is asked for again after a while. `seconds` has the stages of a load
-    that has just ended: "read" (and verify), "pack" into host memory, "copy" to the device.
-    """
+    """The state of an adapter has changed."""
 
     digest: str
-    state: Literal["idle", "wanted", "loading", "failed", "retired"]
-    tier: Tier | None = None
+    # "missing": its file is not there or does not match the digest, and a load waits for it. "failed": it cannot be
+    # loaded; another request or command tries again after a while.
+    state: Literal["idle", "missing", "loading", "failed", "retired"]
+    tier: Tier | None = None  # the highest that holds the adapter
     pinned: Tier | None = None
-    reason: str = ""
+    reason: str = ""  # in "missing" and "failed"
+    # Of the stages of a load that has just ended: "read" (and verify), "pack" into host memory, "copy" to the device.
     seconds: dict[str, float] = {}
 
 
@@ -234,6 +234,20 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     request_id: str
     code: EngineCode | None = None
     message: str = ""
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a part of a command was not done; `message` is for a person."""
+
+    code: EngineCode
+    message: str
+
+
+class PinsSet(msgspec.Struct, frozen=True, kw_only=True, tag="pins_set"):
+    """A SetPins has been decided: the adapters that could not be pinned, by digest; all others are pinned."""
+
+    request_id: str
+    refused: dict[str, Refusal] = {}
 
 
 class PrefixHeld(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_held"):
@@ -309,7 +323,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     host_kv: HostKvStats = HostKvStats()
 
 
-Event = Ready | Tokens | Failed | AdapterState | Answer | PrefixHeld | PrefixEnded | Stats
+Event = Ready | Tokens | Failed | AdapterState | Answer | PinsSet | PrefixHeld | PrefixEnded | Stats
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

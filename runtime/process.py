@@ -1,10 +1,11 @@
 """The engine as a process of its own: commands in and events out over one ZeroMQ socket.
 
-usage: python -m runtime.process ENDPOINT
+usage: python -m runtime.process [--parent=PID] ENDPOINT
 
 The first message is the EngineConfig. An engine that cannot start prints the reason to stderr and exits with status 3.
 """
 
+import argparse
 import contextlib
 import gc
 import logging
@@ -32,10 +33,10 @@ from runtime.messages import (
     GetStats,
     HoldPrefix,
     LoadAdapter,
-    PinAdapter,
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
+    SetPins,
     Shutdown,
     UnloadAdapter,
     decode_command,
@@ -55,10 +56,10 @@ PARENT_CHECK_MILLISECONDS = 1000
 class EngineProcess:
     """Runs an engine by the commands from a socket: steps while there is work, and sleeps otherwise."""
 
-    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]"):
+    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]", parent: int):
         self.engine = engine
         self.socket = socket
-        self.parent = os.getppid()
+        self.parent = parent  # the process id of the service
         self.stopping = False
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         engine.watch(self._wake)
@@ -127,8 +128,8 @@ class EngineProcess:
                 engine.adapters.load(digest, tier, asked)
             case UnloadAdapter(request_id=request_id, digest=digest, tier=tier):
                 engine.adapters.unload(request_id, digest, tier)
-            case PinAdapter(request_id=request_id, digest=digest, tier=pin_tier):
-                engine.adapters.pin(request_id, digest, pin_tier)
+            case SetPins(request_id=request_id, pins=pins):
+                engine.adapters.set_pins(request_id, pins)
             case RetireAdapter(digest=digest):
                 engine.retire_adapter(digest)
             case GetStats():
@@ -148,13 +149,16 @@ class EngineProcess:
         return []
 
 
-def main(endpoint: str) -> None:
-    """Connect, read the configuration, start the engine and run it."""
+def main(endpoint: str, parent: int) -> None:
+    """Connect, read the configuration, start the engine and run it, until the process `parent` is gone."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(endpoint)
+    while not socket.poll(PARENT_CHECK_MILLISECONDS):
+        if os.getppid() != parent:
+            return  # the service died before it sent the configuration
     config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
     start = time.monotonic()
@@ -167,12 +171,15 @@ def main(endpoint: str) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # these objects stay for ever; collecting among them took 150 ms while requests ran
-    EngineProcess(engine, socket).run()
+    EngineProcess(engine, socket, parent).run()
     engine.close()
     socket.close()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m runtime.process ENDPOINT")
-    main(sys.argv[1])
+    arguments = argparse.ArgumentParser(prog="python -m runtime.process")
+    # Given, because the parent may die while this process imports its modules: then getppid() names another process.
+    arguments.add_argument("--parent", type=int, default=os.getppid(), help="process id of the service")
+    arguments.add_argument("endpoint", help="ZeroMQ endpoint of the service")
+    given = arguments.parse_args()
+    main(given.endpoint, given.parent)

@@ -1,19 +1,15 @@
 """Which tokens the next step computes: continuous batching with chunked prefill under a token budget."""
 
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterUnavailable
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.offload import Offload
 from runtime.request import FinishReason, Request
-
-# A request that lacks adapter memory for longer than this is not overtaken any more by requests that take such memory.
-ADAPTER_PATIENCE_SECONDS = 1.0
 
 
 class Chunk(NamedTuple):
@@ -166,54 +162,39 @@ class Scheduler:
 
     def _requeue(self, request: Request) -> None:
         """Move a running request to the front of the queue."""
-        self._release(request)
+        self._release(request, waits=True)
         self.waiting.appendleft(request)
 
     def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> int:
         """Start waiting requests, and end those whose adapter failed. Returns the rest of the budget."""
         skipped: list[Request] = []
-        open_to: set[str] | None = None  # the adapters that may start while one has waited too long for memory
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             request = self.waiting.popleft()
-            adapter = request.adapter
             try:
-                ready = adapter is None or ((open_to is None or adapter in open_to) and self._acquire_adapter(request))
+                ready = request.adapter is None or self.adapters.ready(request.adapter)
             except AdapterUnavailable as error:
                 del self.requests[request.request_id]
+                self._release_adapter(request)
                 rejected.append((request, error))
                 continue
-            if adapter is not None and not ready and not self._starts_early(request):
+            if not ready and not self._starts_early(request):
                 skipped.append(request)
-                patient = self.clock() - request.enqueued_at < ADAPTER_PATIENCE_SECONDS
-                if open_to is None and not patient and self.adapters.lacks_room(adapter):
-                    open_to = self._staying(adapter)
                 continue
             spare = len(self.running)  # a block for each: the newcomer is not preempted when they need their next one
             if self.offload.waits_for_reload(request, spare):
-                request.may_start_early |= request.lacks_adapter  # it may try again once its K/V are on the device
-                self._release_adapter(request)
+                request.may_start_early |= not ready  # it may try again once its K/V are on the device
                 skipped.append(request)
                 continue
             if not self.block_manager.allocate(request, spare):
-                self._release_adapter(request)
                 self.waiting.appendleft(request)
                 break
+            if ready:
+                self._acquire_adapter(request)
             self._start(request)
             chunks.append(self._chunk(request, min(request.reach, self._share(budget, 0))))
             budget -= chunks[-1].length
         self.waiting.extendleft(reversed(skipped))
         return budget
-
-    def _staying(self, adapter: str) -> set[str]:
-        """The adapters in use that can stay while the others, which are released soonest, make room for `adapter`."""
-        left: dict[str, int] = {}
-        for request in self.running:
-            if request.adapter is not None and request.holds_adapter:
-                left[request.adapter] = max(left.get(request.adapter, 0), request.max_tokens - len(request))
-        soonest = sorted(left, key=lambda other: left[other])
-        enough = range(len(soonest) + 1)
-        leaving = bisect_left(enough, True, key=lambda n: not self.adapters.lacks_room(adapter, soonest[:n]))
-        return set(soonest[leaving:])
 
     def _starts_early(self, request: Request) -> bool:
         """Whether a request without its adapter has tokens before `invocation_start` to compute; once for each wait.
@@ -284,24 +265,28 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+            self._release_adapter(request)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: Request, *, waits: bool = False) -> None:
         self.running.remove(request)
         request.forget_pending()
         self.block_manager.free(request)
-        self._release_adapter(request)
+        self._release_adapter(request, waits=waits)
         request.reloaded = False
 
     def _acquire_adapter(self, request: Request) -> bool:
         """Reference the adapter of a request that has one; False while it is not resident."""
         if request.adapter is not None and not request.holds_adapter:
-            request.holds_adapter = self.adapters.acquire(request.adapter)
+            request.holds_adapter = self.adapters.acquire(request.adapter, request.max_tokens - len(request))
         return not request.lacks_adapter
 
-    def _release_adapter(self, request: Request) -> None:
+    def _release_adapter(self, request: Request, *, waits: bool = False) -> None:
+        """Release a request's adapter, or give up its place in line for it; a request that `waits` keeps a place."""
         if request.adapter is not None and request.holds_adapter:
-            self.adapters.release(request.adapter)
+            self.adapters.release(request.adapter, waits=waits)
             request.holds_adapter = False
+        elif request.adapter is not None and not waits:
+            self.adapters.cancel(request.adapter)
 
     def check(self, others: Iterable[list[int]] = ()) -> None:
         """Recount queues, requests and block references; `others` are the references of other holders."""

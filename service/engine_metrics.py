@@ -1,4 +1,4 @@
-"""A snapshot of the engine and of the tiers of adapters, as metrics."""
+"""A snapshot of the engine and of the adapter tiers, as metrics."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +11,11 @@ from runtime.messages import Ready, Stats
 from service.catalog.record import AdapterVersion
 from storage.cache import DiskCache
 
-MAX_LOADED = 100  # adapters with a series that says where they are
+MAX_LOADED = 100  # adapters with a series that shows their tier
 
 
-class Tier(NamedTuple):
-    """What is counted of each tier, whoever owns it."""
+class TierCounts(NamedTuple):
+    """The figures of one tier: device and host memory belong to the engine, disk to the service."""
 
     bytes_used: int
     bytes_total: int
@@ -27,9 +27,9 @@ class Tier(NamedTuple):
 
 
 class EngineMetrics(Collector):
-    """A snapshot under the names that routers look for.
+    """A snapshot as metrics, under vLLM's names where inference routers read them.
 
-    `versions` are the named adapters, `model` is the base's name, `disk` the cache of a remote store.
+    `model` is the name of the base, `versions` are the named adapters, `disk` is the disk cache of a remote store.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class EngineMetrics(Collector):
         host = self._stats.host_kv
         for name, text, value in (
             ("bytes_used", "Bytes of KV blocks in host memory.", host.bytes_used),
-            ("bytes_total", "What they may take; 0 where there is no such tier.", host.bytes_total),
+            ("bytes_total", "Bytes that KV blocks may take in host memory; 0 without this tier.", host.bytes_total),
             ("blocks", "KV blocks in host memory.", host.blocks),
         ):
             yield GaugeMetricFamily(f"rootstock_host_kv_{name}", text, value)
         for name, text, value in (
-            ("stores", "KV blocks that were moved to host memory.", host.stores),
-            ("loads", "KV blocks that came back from it.", host.loads),
-            ("evictions", "KV blocks that gave way to others there.", host.evictions),
+            ("stores", "KV blocks that were offloaded to host memory.", host.stores),
+            ("loads", "KV blocks that were loaded back from host memory.", host.loads),
+            ("evictions", "KV blocks that were evicted from host memory.", host.evictions),
         ):
             yield CounterMetricFamily(f"rootstock_host_kv_{name}", text, value)
 
@@ -87,7 +87,7 @@ class EngineMetrics(Collector):
             yield family
 
     def _lora_requests(self) -> GaugeMetricFamily:
-        """ONE series: routers take running (resident here, so that no load is paid) and waiting from its labels."""
+        """A single series: routers read the resident adapters (`running`) and the waiting ones from its labels."""
         labels = {
             "max_lora": str(self._capacity()),
             "running_lora_adapters": self._join(self._stats.device.adapters),
@@ -98,7 +98,7 @@ class EngineMetrics(Collector):
         return family
 
     def _loaded(self) -> GaugeMetricFamily:
-        """The level at which each name would be found: `cpu` only where it is not on the device as well."""
+        """The level of each named adapter: `cpu` only if it is not on the device as well."""
         labels = ["adapter_name", "level", "pinned", "rank"]
         family = GaugeMetricFamily("vllm:lora_adapter_loaded", "1 for each adapter in memory.", labels=labels)
         on_device = set(self._stats.device.adapters)
@@ -114,8 +114,8 @@ class EngineMetrics(Collector):
         tiers = self._counted()
         for name, text in (
             ("bytes_used", "Bytes that adapters take in a tier."),
-            ("bytes_total", "What they may take."),
-            ("bytes_pinned", "What of it is never evicted."),
+            ("bytes_total", "Bytes that adapters may take in a tier."),
+            ("bytes_pinned", "Bytes of adapters that are never evicted."),
             ("adapters", "Adapters that a tier holds whole."),
         ):
             gauge = GaugeMetricFamily(f"rootstock_tier_{name}", text, labels=["tier"])
@@ -123,18 +123,18 @@ class EngineMetrics(Collector):
                 gauge.add_metric([tier], getattr(counted, name))
             yield gauge
         for name, text in (
-            ("hits", "Adapters that were there when they were needed."),
-            ("misses", "Adapters that were not."),
-            ("evictions", "Adapters that gave way to others."),
+            ("hits", "Adapters that were in the tier when a request needed them."),
+            ("misses", "Adapters that were not in the tier when a request needed them."),
+            ("evictions", "Adapters that were evicted from a tier."),
         ):
             counter = CounterMetricFamily(f"rootstock_tier_{name}", text, labels=["tier"])
             for tier, counted in tiers.items():
                 counter.add_metric([tier], getattr(counted, name))
             yield counter
 
-    def _counted(self) -> Mapping[str, Tier]:
+    def _counted(self) -> Mapping[str, TierCounts]:
         tiers = {
-            name: Tier(
+            name: TierCounts(
                 bytes_used=held.bytes_used,
                 bytes_total=held.bytes_total,
                 bytes_pinned=held.bytes_pinned,
@@ -146,7 +146,7 @@ class EngineMetrics(Collector):
             for name, held in (("device", self._stats.device), ("host", self._stats.host))
         }
         if (disk := self._disk) is not None:
-            tiers["disk"] = Tier(
+            tiers["disk"] = TierCounts(
                 bytes_used=disk.bytes_used,
                 bytes_total=disk.capacity_bytes,
                 bytes_pinned=disk.held_bytes,
@@ -158,7 +158,7 @@ class EngineMetrics(Collector):
         return tiers
 
     def _capacity(self) -> int:
-        """How many adapters of the present mean size fit: the device holds bytes, not slots."""
+        """How many adapters of the resident ones' mean size fit on the device: it holds bytes, not slots."""
         device = self._stats.device
         resident = len(device.adapters)
         if not resident or not device.bytes_used:

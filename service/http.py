@@ -137,7 +137,9 @@ def _refuse_type(kind: Any, reason: str) -> NoReturn:
 
 def _choices(place: msgspec.inspect.Type, steps: Sequence[str]) -> Iterator[Any]:
     """The values of the Literal that `steps`, names of fields and indices, lead to from a type."""
-    if isinstance(place, msgspec.inspect.UnionType):
+    if isinstance(place, msgspec.inspect.Metadata):
+        yield from _choices(place.type, steps)
+    elif isinstance(place, msgspec.inspect.UnionType):
         for each in place.types:
             yield from _choices(each, steps)
     elif isinstance(place, msgspec.inspect.LiteralType) and not steps:

@@ -1,4 +1,4 @@
-"""What routers and people read of the service, in Prometheus' format."""
+"""The metrics of the service, in Prometheus' format."""
 
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from runtime.messages import KvNamespace
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-MAX_SERIES = 100  # adapters with series of their own; what comes later shares one
+MAX_SERIES = 100  # adapters with series of their own; later ones share one
 BASE, OTHERS = "_base", "_others"  # no adapter can have these names
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0)
 LOAD_SECONDS = (0.0005, 0.001, 0.002, *SECONDS)
@@ -45,7 +45,7 @@ class Series:
 
 
 class Metrics:
-    """The service's own counters, and the engine's as of its last snapshot."""
+    """The service's own counters and histograms."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
@@ -58,7 +58,7 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         text = "Tokens of prompts that were looked for in the prefix cache."
         self._query_tokens = self._by_kind("prefix_cache_query_tokens", text)
-        text = "Tokens of prompts that the prefix cache had."
+        text = "Tokens of prompts that were found in the prefix cache."
         self._hit_tokens = self._by_kind("prefix_cache_hit_tokens", text)
         self._namespaces: dict[str, tuple[Kind, KvNamespace]] = {}
         self._series: dict[str, Series] = {}
@@ -68,7 +68,7 @@ class Metrics:
         self._transitions = self._load_histogram("vllm:lora_adapter_load_seconds", text, "transition")
 
     def loaded(self, seconds: Mapping[str, float]) -> None:
-        """Count a load that has ended in the engine, by the stages it had."""
+        """Count a load that the engine has finished; `seconds` are those of each of its stages."""
         for stage, spent in seconds.items():
             self._stages.labels(stage).observe(spent)
         if "copy" in seconds:
@@ -81,9 +81,10 @@ class Metrics:
         self._stages.labels("download").observe(seconds)
 
     def looked_up(self, namespaces: Mapping[str, KvNamespace], kinds: Mapping[str, Literal["lora", "alora"]]) -> None:
-        """Count what each namespace has looked up since the last snapshot; `kinds` are those of the digests with names.
+        """Count the lookups of each namespace since the last snapshot; `kinds` are those of the digests with names.
 
-        A sum over the namespaces would fall with each that goes, and Prometheus would take that for a restart.
+        The counters add up differences: a sum over the namespaces would fall whenever one is dropped, and Prometheus
+        would take that for a restart.
         """
         before, self._namespaces = self._namespaces, {}
         for digest, now in namespaces.items():
@@ -97,7 +98,7 @@ class Metrics:
             self._hit_tokens.labels(kind).inc(max(0, now.hit_tokens - last.hit_tokens))
 
     def series(self, adapter: str | None) -> Series:
-        """Where to count a request on an adapter, by name; None is the base."""
+        """The series of an adapter, by name; None is the base."""
         label = BASE if adapter is None else adapter
         if label not in self._series and len(self._series) >= MAX_SERIES:
             label = OTHERS
@@ -123,7 +124,7 @@ class Metrics:
     def _by_kind(self, name: str, text: str) -> Counter:
         counter = Counter(f"rootstock_{name}", text, ["namespace_kind"], registry=self.registry)
         for kind in get_args(Kind):
-            counter.labels(kind)  # a series that begins at 0 has a rate from the first token on
+            counter.labels(kind)  # begin at 0, so that there is a rate from the first token on
         return counter
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

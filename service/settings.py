@@ -31,7 +31,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of the service. Raises ValueError with a sentence for a bad value."""
 
     engine: EngineConfig
-    engine_command: tuple[str, ...] = (sys.executable, "-m", "runtime.process")  # the endpoint is appended
+    engine_command: tuple[str, ...] = (
+        sys.executable,
+        "-m",
+        "runtime.process",
+    )  # --parent=PID and the endpoint are appended
     host: Annotated[str, Option("address to listen on", "server", variables=("HOST",))] = "127.0.0.1"
     port: Annotated[
         int, Option("port to listen on; 0: a free one", "server", variables=("PORT",), least=0, most=65535)

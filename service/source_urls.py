@@ -1,4 +1,4 @@
-"""Where adapters may come from: the URLs of sources, and the list of those that may be named."""
+"""The URLs of adapter sources, and the list of sources that this server allows."""
 
 import re
 from collections.abc import Sequence
@@ -7,41 +7,41 @@ from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 _SCHEME = re.compile(r"(file|s3|hf)://(.*)", re.DOTALL)
-# A plain name in every store: nothing that a URL, a shell, a path or a client library reads as something else.
+# A name without a character that a URL, a shell, a path or a client library treats specially.
 _SEGMENT = re.compile(r"[A-Za-z0-9._=+-]{1,255}")
-# Amazon's rules without the names that its client sends elsewhere than to a bucket: access points and the like.
+# Amazon's rules for buckets, minus the names that its client takes for access points and the like.
 _BUCKET = re.compile(r"(?!xn--|sthree-)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?<!-s3alias)(?<!--ol-s3)(?<!--x-s3)(?<!\.mrap)")
 _ADDRESS = re.compile(r"[0-9.]+")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-# Encoded, these would be something else to whoever decodes late: dots, slashes, controls, the escape itself.
+# Encoded dots, slashes, controls and escapes: a program that decodes the path later would see another path.
 _TRICKS = re.compile(r"%(?:2e|2f|5c|25|7f|[01][0-9a-f])|%(?![0-9a-f]{2})", re.IGNORECASE)
 
 
 class Source(NamedTuple):
-    """A place of one store. `path` begins with the bucket, or with organisation and repository; `revision` is hf's."""
+    """A directory in a store."""
 
     scheme: Literal["file", "s3", "hf"]
-    path: tuple[str, ...]
-    revision: str | None = None
+    path: tuple[str, ...]  # s3: begins with the bucket; hf: begins with organisation and repository
+    revision: str | None = None  # hf only
 
     @property
     def url(self) -> str:
-        """The one spelling of it."""
+        """The canonical URL."""
         root = "file:///" if self.scheme == "file" else f"{self.scheme}://"
         revision = "" if self.revision is None else f"@{self.revision}"
         return root + "/".join(quote(segment, safe="=+") for segment in self.path) + revision
 
 
 class AllowedSources:
-    """The places that may be named, each with everything below it; there are no others."""
+    """The places that this server allows, each with everything below it."""
 
     def __init__(self, urls: Sequence[str]) -> None:
-        """Raises ValueError with a sentence for a URL that is none, or a directory that is not there."""
+        """Raises ValueError with a sentence for an invalid URL or a missing directory."""
         self._places = [_place(url) for url in urls]
 
     def place_of(self, source: Source) -> Source | None:
-        """The place that a source is in, None if it is in none of them."""
+        """The allowed place that contains a source, None if there is none."""
         for place in self._places:
             if place.scheme == source.scheme and place.path == source.path[: len(place.path)]:
                 return place
@@ -49,7 +49,7 @@ class AllowedSources:
 
 
 def source_of(text: str) -> Source:
-    """A source by its URL, or by a path of the server's own. Raises ValueError with a sentence."""
+    """A source by its URL, or by an absolute path on the server. Raises ValueError with a sentence."""
     source = _parsed("file://" + quote(text) if text.startswith("/") else text)
     if source.scheme == "hf" and len(source.path) < 2:
         raise ValueError("an hf:// source is hf://organisation/repository, with an optional /folder and @revision")
@@ -57,7 +57,7 @@ def source_of(text: str) -> Source:
 
 
 def store_of(text: str) -> Source:
-    """The bucket and the prefix that hold a whole store. Raises ValueError with a sentence."""
+    """The bucket and the prefix of an adapter store. Raises ValueError with a sentence."""
     source = _parsed(text)
     if source.scheme != "s3":
         raise ValueError("a store is s3://bucket or s3://bucket/prefix")

@@ -35,6 +35,9 @@ _PAUSE_SECONDS = 0.2  # before the first retry; it doubles with each one
 
 _Result = TypeVar("_Result")
 
+# The library reads this at every request; otherwise it asks the hub for a registry of agents once a day.
+constants.HF_HUB_DISABLE_TELEMETRY = True
+
 
 class HubRepository:
     """The files below `folder`, at the commit that `revision` named when the repository was opened.

@@ -8,7 +8,6 @@ from pathlib import Path
 # the suite's workers fill the cores already, and threads that spin beside them slow everything down.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # tests of the hub set offline mode off, and telemetry asks the real hub
 
 import hypothesis
 import pytest

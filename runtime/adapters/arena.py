@@ -1,25 +1,25 @@
-"""Extents of a byte range: from the bottom first fit, from the top last fit, with neighbouring free extents joined."""
+"""Extents of a byte range: first fit from the bottom, last fit from the top; neighbouring free extents are joined."""
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-ALIGNMENT = 256  # bytes; a vector load anywhere, and what device copies like best
+ALIGNMENT = 256  # bytes; enough for every vector load, and fast to copy to a device
 
 
 class Window(NamedTuple):
-    """Contiguous bytes that are free once the extents at the offsets `victims` are; it ends at `stop`."""
+    """Contiguous bytes that become free when some extents are freed."""
 
-    stop: int
-    victims: list[int]
+    stop: int  # where the bytes end
+    victims: list[int]  # the offsets of the extents to free
 
 
 class Arena:
-    """Hands out contiguous extents of `capacity` bytes; it knows offsets only, the memory is its owner's.
+    """Allocates contiguous extents of `capacity` bytes; it knows offsets only, and its owner has the memory.
 
-    What stays for long is allocated `high`, from the top end, so that it does not lie between what comes and goes.
+    Extents that stay for long are allocated `high`, from the top end, so that they fragment the rest less.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -29,7 +29,7 @@ class Arena:
         self._allocated: dict[int, int] = {}
 
     def allocate(self, size: int, *, high: bool = False) -> int | None:
-        """The offset of `size` bytes: at the start of the first free extent that holds them, or the end of the last."""
+        """The offset of `size` bytes: the start of the first free extent that has them, or the end of the last one."""
         size = aligned(size)
         indices = range(len(self._free))
         for index in reversed(indices) if high else indices:
@@ -45,7 +45,7 @@ class Arena:
         return None
 
     def free(self, offset: int) -> None:
-        """Take an extent back and join it with the free ones that it touches."""
+        """Free an extent and join it with the free extents beside it."""
         size = self._allocated.pop(offset)
         self.used -= size
         index = bisect_left(self._free, (offset, size))
@@ -57,33 +57,42 @@ class Arena:
         insort(self._free, (offset, size))
 
     def window(self, size: int, evictable: Mapping[int, int], *, high: bool = False) -> Window | None:
-        """Where `size` bytes would be contiguous if some extents were freed, of those at the offsets `evictable`.
+        """Where `size` bytes would be contiguous if some of the extents at the offsets `evictable` were freed.
 
-        Their values say when each was last used. The window whose latest used extent is the oldest is chosen, of those
-        the one that frees the fewest bytes: so none is freed in vain. `high` takes the last window there is. None: even
-        all of them would not make room.
+        The values of `evictable` say what each extent is worth. Chooses the window whose most valuable extent is worth
+        least, and among equals the one that frees the fewest bytes, so that no extent is freed in vain; `high` chooses
+        the last window instead. None if freeing all of them would not make room.
         """
         size = aligned(size)
         best: tuple[tuple[int, int], Window] | None = None
-        run: deque[tuple[int, int, int]] = deque()  # offset, size and last use, -1 for a free extent
+        run: deque[tuple[int, int, int]] = deque()  # offset, size and worth, -1 for a free extent
         total = 0
         free = dict(self._free)
         for offset, extent in sorted([*self._allocated.items(), *self._free]):
-            use = -1 if offset in free else evictable.get(offset)
-            if use is None:
+            worth = -1 if offset in free else evictable.get(offset)
+            if worth is None:
                 run.clear()
                 total = 0
                 continue
-            run.append((offset, extent, use))
+            run.append((offset, extent, worth))
             total += extent
             while total - run[0][1] >= size:
                 total -= run.popleft()[1]
             if total >= size:
-                lost = sum(part for _, part, use in run if use >= 0)
-                key = (-offset, 0) if high else (max(use for _, _, use in run), lost)
+                lost = sum(part for _, part, worth in run if worth >= 0)
+                key = (-offset, 0) if high else (max(worth for _, _, worth in run), lost)
                 if best is None or key < best[0]:
-                    best = key, Window(offset + extent, [start for start, _, use in run if use >= 0])
+                    best = key, Window(offset + extent, [start for start, _, worth in run if worth >= 0])
         return None if best is None else best[1]
+
+    def largest(self, evictable: Collection[int]) -> int:
+        """The most contiguous bytes there would be if the extents at the offsets `evictable` were freed."""
+        longest = run = 0
+        free = dict(self._free)
+        for offset, size in sorted([*self._allocated.items(), *self._free]):
+            run = run + size if offset in free or offset in evictable else 0
+            longest = max(longest, run)
+        return longest
 
     def check(self) -> None:
         """Recount: free and allocated extents tile the range, and no two free ones touch."""
@@ -97,7 +106,7 @@ class Arena:
 
     @property
     def offsets(self) -> set[int]:
-        """Where the allocated extents begin."""
+        """The offsets of the allocated extents."""
         return set(self._allocated)
 
 

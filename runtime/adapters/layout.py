@@ -1,9 +1,9 @@
-"""Where each matrix of an adapter lies in its extent, packed at its own ranks.
+"""Where each matrix of an adapter lies in its extent, packed at its own ranks, and how it is written there.
 
-Sites follow one another in index order. A site's shrink matrices are stacked in one block of (sum of its
-parts' ranks, in); then each part has its expand matrix, transposed to (rank, out), and its bias. Scales are
-folded into both. The embedding's A is transposed too, so that a token reads one row. What an adapter does not
-adapt takes no room.
+Sites follow one another in index order. A site begins with the A matrices of its parts, stacked into one block of
+(sum of the parts' ranks, in). Then each part has its B matrix, transposed to (rank, out), and its bias; scales are
+folded into both. The embedding's A is transposed too, so that a token reads one row. Projections that the adapter does
+not adapt take no space.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,32 +17,35 @@ from kernels.cpu.grouped_lora import PartWeights, SiteWeights
 from runtime.adapter_format.canonical import AdapterConfig
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header
-from runtime.adapter_format.weight_dtypes import HELD
-from runtime.adapters.extent_writer import ExtentWriter
+from runtime.adapter_format.weight_dtypes import HELD, widened
 from runtime.models.config import ModelConfig, Site
 
-ALIGNMENT = 16  # elements: 64 bytes of float32, a cache line and a vector
+ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line and one vector
+Sites = list[SiteWeights | None]  # the weights of an adapter, by site index
+PIECE_ELEMENTS = (1 << 15) - 1  # of one torch operation: for more elements torch uses several threads
 
 
 class PartLayout(NamedTuple):
-    """One adapted projection: `ranks` are its rows in the site's A, `b` and `bias` elements of the extent."""
+    """One adapted projection of a site."""
 
     module: str
-    columns: slice
-    ranks: slice
-    b: slice
-    bias: slice | None
+    columns: slice  # of the site's output
+    ranks: slice  # its rows in the site's A
+    b: slice  # elements of the extent
+    bias: slice | None  # elements of the extent
 
 
 class SiteLayout(NamedTuple):
+    """The adapted projections of one site, which share their input."""
+
     in_features: int
-    rank: int
-    a: slice
+    rank: int  # the sum of the parts' ranks
+    a: slice  # elements of the extent
     embedding: bool
     parts: tuple[PartLayout, ...]
 
     def rows(self, part: PartLayout) -> slice:
-        """The elements of a part's A; the embedding has one part, whose A is all that there is."""
+        """The elements of a part's A; the embedding has one part, whose A is the site's."""
         if self.embedding:
             return self.a
         first, last = part.ranks.start * self.in_features, part.ranks.stop * self.in_features
@@ -50,13 +53,13 @@ class SiteLayout(NamedTuple):
 
 
 class AdapterLayout(NamedTuple):
-    """The layout of one adapter; `sites[i]` is None where it does not adapt site i."""
+    """The layout of one adapter."""
 
-    sites: tuple[SiteLayout | None, ...]
+    sites: tuple[SiteLayout | None, ...]  # by site index; None where the adapter does not adapt the site
     elements: int
 
     def check_ranks(self, most: int) -> None:
-        """Raises InvalidAdapter for the first module of a rank over `most`, an engine's max_lora_rank."""
+        """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
         for site in filter(None, self.sites):
             for module, _, ranks, _, _ in site.parts:
                 rank = ranks.stop - ranks.start
@@ -73,7 +76,7 @@ class AdapterLayout(NamedTuple):
     ) -> None:
         """Scale, transpose and stack a canonical file, `data` (bytes), into an extent of at least `elements`.
 
-        `pause` is called before each matrix.
+        Calls `pause` before each matrix.
         """
         writer = ExtentWriter(extent)
         for site in filter(None, self.sites):
@@ -89,9 +92,9 @@ class AdapterLayout(NamedTuple):
                 if part.bias is not None:
                     writer.write(part.bias, *_stored(header, data, names.bias), scale)
 
-    def views(self, extent: Tensor) -> list[SiteWeights | None]:
+    def views(self, extent: Tensor) -> Sites:
         """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
-        with torch.inference_mode():  # a view then takes a third of the time
+        with torch.inference_mode():  # makes a view in a third of the time
             return [None if site is None else _site_views(site, extent) for site in self.sites]
 
 
@@ -102,7 +105,7 @@ class _TensorNames(NamedTuple):
 
 
 def layout_adapter(model: ModelConfig, config: AdapterConfig, header: Header) -> AdapterLayout:
-    """Lay out a canonical file's tensors. Raises InvalidAdapter when they do not belong to this model."""
+    """Lay out a canonical file's tensors. Raises InvalidAdapter if they do not fit this model."""
     offsets = _Offsets()
     sites = model.sites()
     layouts = [_lay_out_site(site, i == model.embed_site, header, offsets) for i, site in enumerate(sites)]
@@ -143,7 +146,7 @@ def _lay_out_site(site: Site, embedding: bool, header: Header, offsets: _Offsets
 
 
 def _adapted_parts(site: Site, embedding: bool, header: Header) -> Iterator[tuple[str, slice, int]]:
-    """Module, output columns and rank of the parts that the adapter adapts."""
+    """Module, output columns and rank of each part that the adapter adapts."""
     column = 0
     for module, out_features in site.parts:
         columns = slice(column, column + out_features)
@@ -170,7 +173,7 @@ def _stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, st
 
 
 def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
-    """One operation a matrix: an adapter has hundreds, and a step waits for them when it first uses it."""
+    """One operation a matrix: an adapter has hundreds, and the first step that uses it waits for all of them."""
     start = extent.storage_offset()
     strides = (site.rank, 1) if site.embedding else (1, site.in_features)
     a = extent.as_strided((site.in_features, site.rank), strides, start + site.a.start)
@@ -183,3 +186,45 @@ def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
     weights = SiteWeights(a, tuple(parts))
     on_host = extent.dtype == torch.float32 and extent.device.type == "cpu"
     return weights.on_host() if on_host else weights
+
+
+class ExtentWriter:
+    """Writes matrices to an extent of float32 or bfloat16 in host memory.
+
+    A weight is multiplied by its scale in float32 and rounded once to the extent's dtype, to nearest even. numpy does
+    the work, except for conversions that torch does in a third of the time, in pieces that stay on this thread.
+    """
+
+    def __init__(self, extent: Tensor) -> None:
+        self._extent = extent
+        self._bfloat16 = extent.dtype == torch.bfloat16
+        self._elements = (extent.view(torch.uint16) if self._bfloat16 else extent).numpy()
+
+    def write(self, place: slice, values: np.ndarray, dtype: str, scale: float = 1.0) -> None:
+        """Fill a place with a matrix in row order, given as `weight_dtypes` holds it; `values` may be a view."""
+        target = self._elements[place].reshape(values.shape)
+        if self._bfloat16 and dtype == "BF16":
+            np.copyto(target, values)
+            if scale != 1.0:
+                for piece in torch.split(self._extent[place], PIECE_ELEMENTS):
+                    piece.mul_(scale)
+            return
+        exact = _half_widened(values) if dtype == "F16" else widened(values, dtype)
+        if self._bfloat16:
+            product = np.multiply(exact, np.float32(scale), order="C")
+            _convert(torch.from_numpy(product).view(-1), self._extent[place])
+        else:
+            np.multiply(exact, np.float32(scale), out=target)
+
+
+def _half_widened(values: np.ndarray) -> np.ndarray:
+    """float16 as float32, in row order."""
+    held = torch.from_numpy(np.array(values, order="C"))  # a copy: torch refuses read-only arrays
+    exact = torch.empty(held.shape)
+    _convert(held.view(-1), exact.view(-1))
+    return exact.numpy()
+
+
+def _convert(source: Tensor, target: Tensor) -> None:
+    for piece, values in zip(torch.split(target, PIECE_ELEMENTS), torch.split(source, PIECE_ELEMENTS), strict=True):
+        piece.copy_(values)

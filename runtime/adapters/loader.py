@@ -1,115 +1,120 @@
-"""The threads that bring adapters from their files into the tiers: reading, packing and copying happen here."""
+"""The threads that read adapter files, pack them into host memory and copy them between the tiers."""
 
+import os
 import queue
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-from kernels.cpu.grouped_lora import SiteWeights
 from runtime.adapter_format.canonical import AdapterConfig, CanonicalFile, read_canonical
-from runtime.adapter_format.safetensors_header import Header
-from runtime.adapters.file import PIECE_BYTES, Pause, read_verified
+from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.safetensors_header import Header, read_header
+from runtime.adapters.errors import FileUnusable
 from runtime.adapters.layout import AdapterLayout, layout_adapter
-from runtime.adapters.spare_memory import SpareMemory
-from runtime.adapters.tier_memory import touch
+from runtime.adapters.prefault import SpareMemory, prefault
 from runtime.background import Pacer, yield_to_others
 from runtime.models.config import ModelConfig
 
-THREADS = 2
-MEMORY_NICENESS = 19  # of the one that only finds memory for later loads
+READER_THREADS = 2
+MEMORY_NICENESS = 19  # of the thread that only prefaults memory for later loads
+PIECE_BYTES = 1 << 20  # copied between two pauses: 0.1 ms, the longest that a step shares its core with a copy
 Key = TypeVar("Key")
-Sites = list[SiteWeights | None]
+Pause = Callable[[], None]
+Memory = Callable[[int], np.ndarray]  # allocates that many bytes
 
 
 class Content(NamedTuple):
-    """A canonical file in memory: `data` is all of it, in bytes."""
+    """A canonical file in memory, with the layout of its extent."""
 
     config: AdapterConfig
     header: Header
     layout: AdapterLayout
-    data: np.ndarray
+    data: np.ndarray  # the whole file, in bytes; empty once it has been packed
 
 
 Source = Path | bytes | Content
 
 
 class Task(NamedTuple):
-    """What to do for one adapter, in this order: read and verify `source`, or take `content`; pack it; copy.
+    """Work for one adapter, in this order: read and verify `source`, or take `content`; pack it; copy.
 
-    `copy` is from where to where. The extents are the loader's until the result has been taken; on a CUDA device, a
-    step that was launched when the task was `asked` for may still read what lies there, and is waited for.
+    The extents belong to the loader until the result has been taken.
     """
 
     digest: str
     source: Source | None = None
-    content: Content | None = None
-    pack: Tensor | None = None
-    copy: tuple[Tensor, Tensor] | None = None
-    asked: torch.cuda.Event | None = None
+    content: Content | None = None  # a file that an earlier task has read
+    pack: Tensor | None = None  # the extent in host memory to pack the file into
+    copy: tuple[Tensor, Tensor] | None = None  # source and target extents
+    # Recorded when the task was submitted: a step that was launched before may still read the target extent.
+    submitted: torch.cuda.Event | None = None
 
 
 class Finished(NamedTuple, Generic[Key]):
-    """A task's end: `error` when it failed, the `content` that it read or was given, and the seconds of each stage.
+    """The result of a task."""
 
-    `key` is its caller's.
-    """
-
-    key: Key
-    content: Content | None
+    key: Key  # as given to `submit`
+    content: Content | None  # the file that the task read or was given
     error: BaseException | None
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # by stage: "read", "pack", "copy"
 
 
 class AdapterLoader(Generic[Key]):
-    """Runs tasks on its own threads, in the order asked for; results wait in a queue until they are asked for.
+    """Runs tasks on its own threads, in order of submission, and queues their results until `take`.
 
-    A task that only copies waits for none that reads: it has a thread to itself. `on_change` is called after each
-    result, from a thread, and by `notify`. Files of more than `max_file_bytes` are not read, and what has a module of
-    more than `max_rank` ranks is refused: files of a server that allows more may lie in a store that others share.
+    Copies between the tiers have their own thread, so that they never wait for a file.
     """
 
     def __init__(self, model: ModelConfig, max_file_bytes: int, max_rank: int) -> None:
         self.pacer = Pacer()
-        self.on_change: Callable[[], None] | None = None
+        self.on_change: Callable[[], None] | None = None  # called from a thread after each result
         self._model = model
-        self._max_file_bytes, self._max_rank = max_file_bytes, max_rank
-        self._readers = ThreadPoolExecutor(THREADS, "adapter-loader", yield_to_others)
+        self._max_file_bytes = max_file_bytes  # larger files are not read
+        self._max_rank = max_rank  # of one module; a shared store may hold files from servers that allow more
+        self._readers = ThreadPoolExecutor(READER_THREADS, "adapter-loader", yield_to_others)
         self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
-        self._toucher = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
-        self.memory = SpareMemory(THREADS)  # for files
+        self._prefaulter = ThreadPoolExecutor(1, "adapter-memory", yield_to_others, (MEMORY_NICENESS,))
+        self.file_memory = SpareMemory(READER_THREADS)
         self._finished: queue.SimpleQueue[Finished[Key]] = queue.SimpleQueue()
         self._arrived: list[Finished[Key]] = []
         self._in_flight = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether no task is under way and no result waits to be taken."""
+        return not self._in_flight and not self._arrived
+
     def submit(self, key: Key, task: Task) -> None:
-        """Start a task; its result comes out of `take`."""
+        """Start a task; `take` returns its result."""
         self._in_flight += 1
         if task.copy is not None and any(extent.is_cuda for extent in task.copy):
-            asked = torch.cuda.Event()
-            asked.record()
-            task = task._replace(asked=asked)
+            submitted = torch.cuda.Event()
+            submitted.record()
+            task = task._replace(submitted=submitted)
         threads = self._copier if task.source is None and task.content is None else self._readers
         seconds: dict[str, float] = {}
         threads.submit(self._run, task, seconds).add_done_callback(partial(self._finish, key, seconds))
 
     def content_of(self, file: CanonicalFile) -> Content:
-        """What a task works on. Raises InvalidAdapter for a file of another model, or of larger ranks than allowed."""
+        """Lay out a canonical file. Raises InvalidAdapter for a file of another model or with too high a rank."""
         layout = layout_adapter(self._model, file.config, file.header)
         layout.check_ranks(self._max_rank)
         return Content(file.config, file.header, layout, file.data)
 
-    def touch(self, memory: Tensor) -> None:
-        """Have the system find memory before it is written to, when there is nothing else to do."""
-        elements = PIECE_BYTES // memory.itemsize
-        for start in range(0, len(memory), elements):
-            self._toucher.submit(_touch, memory[start : start + elements], self.pacer.pause)
+    def prefault(self, memory: Tensor) -> None:
+        """Fault in a part of a tier's buffer in the background."""
+        for piece in torch.split(memory, PIECE_BYTES // memory.itemsize):
+            self._prefaulter.submit(self._prefault, piece)
 
     def take(self) -> list[Finished[Key]]:
         """The results since the last call; never blocks."""
@@ -119,20 +124,20 @@ class AdapterLoader(Generic[Key]):
         return results
 
     def wait(self, timeout: float | None) -> bool:
-        """Block until there is a result to take or `timeout` seconds pass; False when there is none."""
+        """Block until a result can be taken or `timeout` seconds pass; False if none can. Returns at once when idle."""
         if not self._arrived and self._in_flight:
             self._receive(timeout)
         return bool(self._arrived)
 
-    def notify(self) -> None:
-        """Say that there is something to do."""
-        if self.on_change is not None:
-            self.on_change()
-
     def close(self) -> None:
+        """Stop the threads, each after its current task."""
         self._readers.shutdown(cancel_futures=True)
         self._copier.shutdown(cancel_futures=True)
-        self._toucher.shutdown(cancel_futures=True)
+        self._prefaulter.shutdown(cancel_futures=True)
+
+    def _prefault(self, memory: Tensor) -> None:
+        self.pacer.pause()
+        prefault(memory)
 
     def _receive(self, timeout: float | None) -> None:
         try:
@@ -142,12 +147,13 @@ class AdapterLoader(Generic[Key]):
         self._in_flight -= 1
 
     def _finish(self, key: Key, seconds: dict[str, float], future: "Future[Content | None]") -> None:
-        """Whatever went wrong, the result says so: nobody may wait for it in vain."""
+        """Queue a result, whatever the error: a task without a result would leave its adapter loading for ever."""
         if future.cancelled():
             return
         error = future.exception()
         self._finished.put(Finished(key, None if error else future.result(), error, seconds))
-        self.notify()
+        if self.on_change is not None:
+            self.on_change()
 
     def _run(self, task: Task, seconds: dict[str, float]) -> Content | None:
         started = time.monotonic()
@@ -163,7 +169,7 @@ class AdapterLoader(Generic[Key]):
             seconds["pack"] = (copying := time.monotonic()) - started
             started = copying
         if task.copy is not None:
-            _copy(*task.copy, task.asked, self.pacer.pause)
+            _copy(*task.copy, task.submitted, self.pacer.pause)
             seconds["copy"] = time.monotonic() - started
         return content
 
@@ -171,7 +177,7 @@ class AdapterLoader(Generic[Key]):
         if isinstance(source, Content):
             return source
         if isinstance(source, Path):
-            data = read_verified(source, digest, self._max_file_bytes, self.memory.take, self.pacer.pause)
+            data = read_verified(source, digest, self._max_file_bytes, self.file_memory.take, self.pacer.pause)
         else:
             data = np.frombuffer(source, np.uint8)
         self.pacer.pause()
@@ -179,21 +185,64 @@ class AdapterLoader(Generic[Key]):
         return self.content_of(CanonicalFile(config, header, data))
 
 
-def _touch(memory: Tensor, pause: Pause) -> None:
-    pause()
-    touch(memory)
+def read_verified(path: Path, digest: str, max_bytes: int, memory: Memory, pause: Pause) -> np.ndarray:
+    """Read a whole file and check its BLAKE3 digest. Raises FileUnusable, InvalidAdapter.
+
+    The file is not mapped: if it shrank, reading the mapping would kill the process.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_open_without_blocking) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FileUnusable("its file cannot be read: Not a regular file")
+            if status.st_size > max_bytes:
+                raise _too_large(file, status.st_size, max_bytes)
+            content, found = _read_in_pieces(file, memory(status.st_size), pause)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileUnusable("its file is missing") from None
+    except OSError as error:  # without its own text, which contains the path: clients read this message
+        raise FileUnusable(f"its file cannot be read: {error.strerror or type(error).__name__}") from None
+    if found != digest:
+        raise FileUnusable(f"its file is corrupt: {len(content)} bytes with the BLAKE3 digest {found}")
+    return content
 
 
-def _copy(source: Tensor, target: Tensor, asked: torch.cuda.Event | None, pause: Pause) -> None:
-    """One copy of all bytes. In numpy between ordinary memory: torch would enlist the threads that compute the step."""
-    if asked is None:
-        ours, theirs = target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy()
-        for start in range(0, len(ours), PIECE_BYTES):
+def _read_in_pieces(file: FileIO, content: np.ndarray, pause: Pause) -> tuple[np.ndarray, str]:
+    """Read a file into memory of its size; returns the bytes that it had, and their digest."""
+    hasher, view, end = blake3(), content.data, 0
+    while end < len(content):
+        pause()
+        count = file.readinto(view[end : end + PIECE_BYTES])
+        if not count:
+            break
+        hasher.update(view[end : end + count])
+        end += count
+    return content[:end], hasher.hexdigest()
+
+
+def _open_without_blocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would otherwise wait for its writer
+
+
+def _too_large(file: FileIO, size: int, max_bytes: int) -> Exception:
+    """The error for a file that is too large to read: corrupt, or, if its header is valid, simply too large."""
+    try:
+        read_header(file)
+    except InvalidAdapter:
+        return FileUnusable(f"its file is corrupt: {size} bytes")
+    return InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
+
+
+def _copy(source: Tensor, target: Tensor, submitted: torch.cuda.Event | None, pause: Pause) -> None:
+    """Copy all bytes. numpy copies between host tensors: torch would use the threads that compute the step."""
+    if submitted is None:
+        target_bytes, source_bytes = target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy()
+        for start in range(0, len(target_bytes), PIECE_BYTES):
             pause()
-            np.copyto(ours[start : start + PIECE_BYTES], theirs[start : start + PIECE_BYTES])
+            np.copyto(target_bytes[start : start + PIECE_BYTES], source_bytes[start : start + PIECE_BYTES])
         return
     stream = torch.cuda.Stream(source.device if source.is_cuda else target.device)
     with torch.cuda.stream(stream):
-        stream.wait_event(asked)
+        stream.wait_event(submitted)
         target.copy_(source, non_blocking=True)
-        stream.synchronize()  # by this thread, never by a step
+        stream.synchronize()  # this thread waits for the copy; a step never does

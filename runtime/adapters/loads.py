@@ -1,298 +1,314 @@
-"""The loads under way: from its file into host memory, from there to the device, stage by stage."""
+"""The loads: which stage each is at, which is next, and which has waited too long for memory."""
 
 from collections.abc import Callable
 
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import MAX_HEADER_BYTES
-from runtime.adapters.file import FileWanted
-from runtime.adapters.loader import THREADS, AdapterLoader, Content, Finished, Source, Task
-from runtime.adapters.registered import FIRST_RETRY_SECONDS, RegisteredAdapter
+from runtime.adapters.adapter import FIRST_RETRY_SECONDS, LAST, Adapter, Job, Load, State
+from runtime.adapters.errors import FileUnusable
+from runtime.adapters.events import AdapterEvents
+from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Finished, Task
 from runtime.adapters.tier import AdapterTier
-from runtime.adapters.tier_entry import Claim
-from runtime.messages import Tier
+from runtime.messages import EngineCode, Tier
 from runtime.models.config import ModelConfig
 
-FILES_IN_MEMORY = 2 * THREADS  # files that are read or wait to be packed: what the threads do until the next poll
-GRACE_POLLS = 4  # steps that a newcomer is safe from eviction, so that whoever waited for it gets to use it
-# How long a load at its turn may lack device memory before later ones may not take what becomes free.
-ROOM_PATIENCE_SECONDS = 1.0
+# Files that are being read or wait to be packed: as many as the threads can pack until the next poll.
+FILES_IN_MEMORY = 2 * READER_THREADS
+# How long a request that could run but for its adapter waits for device memory before it is given precedence.
+PATIENCE_SECONDS = 1.0
 
 
 class AdapterLoads:
-    """Owns the loads: which stage each is at and who is next. All methods are for the engine's thread; none waits.
+    """Owns the loads and decides who gets memory: in the order of their places in line, the first come first.
 
-    `take` ends stages and `advance` starts the next ones, in the order in which the loads were asked for. A load for
-    which there is no room keeps its place; if it is for the device, it is in host memory by then.
+    A load goes from the file to host memory and from there to the device. One that finds no room keeps its place; it
+    may evict whatever later loads or nobody wait for, and leaves free memory to the others meanwhile. Once a request
+    has waited for `PATIENCE_SECONDS` like that, its load is `starving`: no other load may take device memory, and
+    requests that come after it may not use the adapters that have to leave for it. So it gets its memory as soon as
+    the requests that use those adapters now have ended.
     """
 
     def __init__(
-        self, model: ModelConfig, host: AdapterTier, device: AdapterTier, max_rank: int, clock: Callable[[], float]
+        self,
+        model: ModelConfig,
+        host: AdapterTier,
+        device: AdapterTier,
+        max_rank: int,
+        events: AdapterEvents,
+        clock: Callable[[], float],
     ) -> None:
         self.tiers: dict[Tier, AdapterTier] = {"host": host, "device": device}
-        self._due = False  # the next poll has room that this one has not, without any event before
-        # The widest a file can be for what it takes packed: float32 for an arena of half its width.
+        # The largest a file can be that fits: float32 weights for an arena of half their width.
         max_file_bytes = 2 * host.capacity_bytes + MAX_HEADER_BYTES
-        self.loader: AdapterLoader[RegisteredAdapter] = AdapterLoader(model, max_file_bytes, max_rank)
+        self.loader: AdapterLoader[Adapter] = AdapterLoader(model, max_file_bytes, max_rank)
+        self.clock = clock  # seconds
+        self.polls = 0
         self._host, self._device = host, device
-        self._queue: dict[RegisteredAdapter, None] = {}
-        self._reading: set[RegisteredAdapter] = set()
-        self._starving: RegisteredAdapter | None = None  # nobody else may take device memory
-        self._polls = 0
-        self._clock = clock
-        self._touch_ahead()
+        self._events = events
+        self._queue: dict[Adapter, None] = {}  # the adapters that have a load
+        self._with_file: set[Adapter] = set()  # the adapters whose file is in memory or being read
+        self._starving: Adapter | None = None
+        self._draining: set[str] = set()  # the adapters that have to leave for the starving one
+        self._prefault()
 
-    def ask(self, adapter: RegisteredAdapter, goal: Tier, claim: Claim, *, at_turn: bool = False) -> None:
-        """See to it that an adapter gets to a tier, and start at once if there is room.
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is loading."""
+        return not self._queue and self.loader.idle
 
-        `at_turn` if a request could run at once but for the adapter.
+    def ask(self, adapter: Adapter, goal: Tier | None, place: int = LAST, *, at_turn: bool = False) -> None:
+        """Load an adapter into a tier, or (None) read its size; starts at once if there is room, and may fail at once.
+
+        `at_turn` if a request could run now but for the adapter.
         """
-        if at_turn:
-            adapter.awaited_poll = self._polls
-        known = adapter in self._queue and adapter.claim >= claim and adapter.goal in ("device", goal)
-        if known or self.tiers[goal].holds(adapter.digest):
-            return
-        if goal == "device" and adapter.goal != "device":
-            self._count_host_use(adapter)
-        adapter.goal = "device" if adapter.goal == "device" else goal
-        adapter.claim, adapter.unload = max(adapter.claim, claim), None
-        self._host.claim(adapter.digest, adapter.claim)
-        self.enqueue(adapter)
-
-    def enqueue(self, adapter: RegisteredAdapter) -> None:
-        """Give an adapter with something to load its place among the loads, unless it has one, and try to go on."""
-        if adapter not in self._queue:
+        load = adapter.load
+        if load is None:
+            if goal is not None and self.tiers[goal].holds(adapter.digest):
+                return
+            adapter.ask(load := Load(goal=goal, place=place, asked_at=self.clock()))
             self._queue[adapter] = None
-            adapter.asked_at = self._clock()
+            if adapter.job is not None:
+                adapter.job.unload = None
+            self._count_host_use(adapter, goal)
+            self._events.touch(adapter)
+        else:
+            known = goal in (None, load.goal) or load.goal == "device"
+            load.place = min(load.place, place)
+            if at_turn:
+                load.turn = self.polls
+            if known:
+                return
+            load.goal = goal
+            self._count_host_use(adapter, goal)
+        if at_turn:
+            load.turn = self.polls
         self._advance(adapter)
 
-    def fail(self, adapter: RegisteredAdapter, reason: str) -> None:
-        """End a load; what has been loaded stays."""
-        self._end(adapter)
-        adapter.fail(reason, self._clock())
+    def refetched(self, adapter: Adapter) -> None:
+        """The file that a load waits for has been registered again."""
+        adapter.refetch()
+        self._events.touch(adapter)
+        self._advance(adapter)
 
-    def drop(self, adapter: RegisteredAdapter) -> None:
-        """Forget a load; the job that works for it ends in vain."""
-        self._end(adapter)
-        adapter.forget_load()
+    def fail(self, adapter: Adapter, reason: str) -> None:
+        """End a load that cannot be done; the tiers that the adapter has reached keep it."""
+        del self._queue[adapter]
+        load = adapter.fail(reason, self.clock())
+        self._after_end(adapter, load, "adapter_failed", f"adapter {adapter.digest} failed to load: {reason}")
 
-    def raise_pinned(self, adapter: RegisteredAdapter, tier: Tier) -> bool:
-        """Move a pinned adapter towards the top end of its tier; False when it cannot go higher now."""
-        copy = None if adapter.busy else self.tiers[tier].raise_pinned(adapter.digest)
-        if copy is not None:
-            adapter.moving = tier
-            self._start(adapter, Task(adapter.digest, copy=copy))
-        return copy is not None
+    def cancel(self, adapter: Adapter) -> None:
+        """End a load, if there is one; a task under way goes on and its result is kept."""
+        if adapter.load is not None:
+            self._end(adapter, "load_cancelled", f"adapter {adapter.digest} was unloaded while it was loading")
 
-    def take(self) -> list[RegisteredAdapter]:
-        """End the stages whose jobs have finished; whose they were."""
-        self._polls += 1
-        self._due = False
-        for tier in self.tiers.values():
-            tier.tick()
-        results = self.loader.take()
-        for result in results:
-            self._receive(result.key, result)
-        return [result.key for result in results]
+    def retire(self, adapter: Adapter) -> None:
+        """Forget an adapter, and end its load if there is one."""
+        self._queue.pop(adapter, None)
+        load = adapter.retire()
+        if load is not None:
+            self._after_end(adapter, load, "unknown_adapter", f"adapter {adapter.digest} is not registered")
 
-    def advance(self) -> list[RegisteredAdapter]:
-        """Start whatever can start, in the order asked for; returns whose load has failed over that."""
-        self._starving = None
-        failed = []
-        for adapter in list(self._queue):
-            self._advance(adapter)
-            if adapter.failed:
-                failed.append(adapter)
-            if self._starving is None and self._starves(adapter):
-                self._starving = adapter
-        return failed
-
-    def wait(self, timeout: float | None) -> bool:
-        """Block until `take` and `advance` have something to do; False when they have nothing."""
-        return self._due or self.loader.wait(timeout)
-
-    def under_way(self, adapter: RegisteredAdapter) -> bool:
-        return adapter in self._queue
-
-    def lacking_room(self) -> dict[Tier, int]:
-        """The tiers in which the first load that no job works for finds no room, with the bytes that it takes."""
-        first = next((each for each in self._queue if not each.busy and each.size is not None), None)
-        if first is None or first.size is None:
-            return {}
-        return {tier.name: first.size for tier in self.tiers.values() if self._lacks_room(first, tier)}
-
-    def _lacks_room(self, adapter: RegisteredAdapter, tier: AdapterTier) -> bool:
-        on_its_way = tier.name == "host" or adapter.goal == "device"
-        if adapter.size is None or not on_its_way or tier.holds(adapter.digest):
+    def holds_back(self, adapter: Adapter) -> bool:
+        """Whether the next request for a resident adapter has to leave it to run out, for the starving load."""
+        if self._starving is None or adapter.digest not in self._draining:
             return False
-        return tier.lacks_room(adapter.size, adapter.claim)
+        return not adapter.waiting or adapter.waiting[0] > self._starving.place
+
+    def take(self) -> list[tuple[Adapter, Job]]:
+        """End the stages whose tasks have finished."""
+        finished = self.loader.take()
+        return [(result.key, self._finish(result.key, result)) for result in finished]
+
+    def advance(self) -> None:
+        """Start whatever can start, in the order of the places in line."""
+        self._starving, self._draining = None, set()
+        for tier in self.tiers.values():
+            tier.look_again()
+        for adapter in sorted(self._queue, key=lambda adapter: adapter.place):
+            self._advance(adapter)
+            if self._starving is None and adapter.size is not None and self._starves(adapter):
+                self._starving = adapter
+                self._draining = self._device.draining(adapter.size, adapter.place)
 
     def check(self) -> None:
-        assert len(self._reading) <= FILES_IN_MEMORY
-        for adapter in self._queue:
-            assert not adapter.failed, f"{adapter.digest} has failed and is loading"
-            assert not adapter.dropped, f"{adapter.digest} is gone and is loading"
+        """Recount the loads."""
+        assert all(adapter.load is not None for adapter in self._queue)
+        assert all(adapter.holds_file for adapter in self._with_file)
+        assert len(self._with_file) <= FILES_IN_MEMORY + READER_THREADS  # tasks of cancelled loads read on
 
-    # ------------------------------------------------------------------ starting a stage
+    # Starting a stage
 
-    def _advance(self, adapter: RegisteredAdapter) -> None:
-        """Start the next stage of a load, if it has one, if there is room and if no job works for it yet."""
-        if adapter.busy or adapter.wanted or adapter not in self._queue:
+    def _advance(self, adapter: Adapter) -> None:
+        """Start the next stage of a load if it waits for one and there is room."""
+        load = adapter.load
+        if load is None or adapter.state is not State.QUEUED:
             return
-        if adapter.state != "loading" or (adapter.goal and self.tiers[adapter.goal].holds(adapter.digest)):
+        if (adapter.size is not None) if load.goal is None else self.tiers[load.goal].holds(adapter.digest):
             self._end(adapter)
-        elif (reason := self._too_large(adapter)) is not None:
-            self.fail(adapter, reason)
-        elif adapter.goal == "device" and self._host.holds(adapter.digest):
+        elif adapter.size is not None and load.goal is not None and self._cannot_fit(adapter, adapter.size, load.goal):
+            pass
+        elif load.goal == "device" and self._host.holds(adapter.digest):
             self._copy(adapter, self._host, self._device)
-        elif adapter.goal == "host" and self._device.holds(adapter.digest):
+        elif load.goal == "host" and self._device.holds(adapter.digest):
             self._copy(adapter, self._device, self._host)
         else:
-            self._fill_host(adapter)
+            self._fill_host(adapter, load)
 
-    def _too_large(self, adapter: RegisteredAdapter) -> str | None:
-        if adapter.size is None or adapter.goal is None:
-            return None
-        way = [self._device] if adapter.goal == "device" else []
+    def _cannot_fit(self, adapter: Adapter, size: int, goal: Tier) -> bool:
+        """Fail a load for which a tier on its way has no room, whatever is evicted there."""
+        on_its_way = [self._device] if goal == "device" else []
         if not self._host.holds(adapter.digest):
-            way.append(self._host)
-        for tier in way:
-            limit = tier.limit(adapter.digest)
-            if adapter.size > limit:
-                pinned = f", of which {tier.capacity_bytes - limit} are pinned" if limit < tier.capacity_bytes else ""
-                return (
-                    f"it takes {adapter.size} bytes, and {tier.name} adapter memory has {tier.capacity_bytes}{pinned}"
-                )
-        return None
+            on_its_way.append(self._host)
+        reasons = (tier.cannot_hold(adapter.digest, size) for tier in on_its_way)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None:
+            self.fail(adapter, reason)
+        return reason is not None
 
-    def _copy(self, adapter: RegisteredAdapter, source: AdapterTier, target: AdapterTier) -> None:
+    def _copy(self, adapter: Adapter, source: AdapterTier, target: AdapterTier) -> None:
         assert adapter.size is not None
-        if self._may_take(adapter, target) and self._reserve(adapter, adapter.size, target):
-            source.acquire(adapter.digest)
-            adapter.reading = source.name
-            copy = (source.extent(adapter.digest), target.extent(adapter.digest))
-            self._start(adapter, Task(adapter.digest, copy=copy), target.name)
+        digest = adapter.digest
+        if self._may_take(adapter, target) and target.reserve(adapter, adapter.size, adapter.place):
+            source.acquire(digest)
+            job = Job(filling=(target.name,), source=source.name, layout=source.layout(digest))
+            self._start(adapter, Task(digest, copy=(source.extent(digest), target.extent(digest))), job)
 
-    def _reserve(self, adapter: RegisteredAdapter, size: int, tier: AdapterTier) -> bool:
-        if tier.reserve(adapter.digest, size, adapter.claim):
-            return True
-        if not self._due and tier.has_newcomers and not tier.lacks_room(size, adapter.claim):
-            self._due = True
-            self.loader.notify()
-        return False
-
-    def _fill_host(self, adapter: RegisteredAdapter) -> None:
-        """Read the file and pack it; both at once if the file's size is known, so that only what has room is read."""
-        digest, content = adapter.digest, adapter.content
-        unread = content is None and not isinstance(adapter.source, Content)
-        if unread and len(self._reading) >= FILES_IN_MEMORY:
+    def _fill_host(self, adapter: Adapter, load: Load) -> None:
+        """Read the file and pack it: in one task if the size is known, so that nothing is read without room for it."""
+        digest, content, source = adapter.digest, load.content, adapter.source
+        reads = content is None and not isinstance(source, Content)
+        if reads and len(self._with_file) >= FILES_IN_MEMORY:
             return
-        if adapter.size is not None and not self._host.reserve(digest, adapter.size, adapter.claim):
-            adapter.content = None
-            self._reading.discard(adapter)
-            return
-        if unread:
-            self._reading.add(adapter)
-        source: Source | None = adapter.source if content is None else None
         if adapter.size is None:
-            self._start(adapter, Task(digest, source))
+            self._start(adapter, Task(digest, source), Job(filling=(), reads_file=reads))
+            return
+        if not self._host.reserve(adapter, adapter.size, adapter.place):
+            load.content = None
+            self._with_file.discard(adapter)
             return
         extent = self._host.extent(digest)
-        # The device's extent is taken once it is certain that there is something to put there.
-        ready = not unread and adapter.goal == "device" and self._may_take(adapter, self._device)
-        if ready and self._device.reserve(digest, adapter.size, adapter.claim):
-            copy = (extent, self._device.extent(digest))
-            self._start(adapter, Task(digest, source, content, extent, copy), "host", "device")
+        task = Task(digest, source if content is None else None, content, extent)
+        # An extent of the device is taken only for content that is certain to be there.
+        to_device = not reads and load.goal == "device" and self._may_take(adapter, self._device)
+        if to_device and self._device.reserve(adapter, adapter.size, adapter.place):
+            task = task._replace(copy=(extent, self._device.extent(digest)))
+            self._start(adapter, task, Job(filling=("host", "device")))
         else:
-            self._start(adapter, Task(digest, source, content, extent), "host")
+            self._start(adapter, task, Job(filling=("host",), reads_file=reads))
 
-    def _may_take(self, adapter: RegisteredAdapter, tier: AdapterTier) -> bool:
-        return tier is self._host or self._starving in (None, adapter) or tier.pinned(adapter.digest)
-
-    def _starves(self, adapter: RegisteredAdapter) -> bool:
-        """Whether a request at its turn has waited long for device memory, with its adapter ready in host memory."""
-        return (
-            not adapter.busy
-            and adapter.goal == "device"
-            and adapter.awaited_poll >= self._polls - 1
-            and self._host.holds(adapter.digest)
-            and self._clock() - adapter.asked_at >= ROOM_PATIENCE_SECONDS
-        )
-
-    def _start(self, adapter: RegisteredAdapter, task: Task, *filling: Tier) -> None:
-        adapter.busy, adapter.filling = True, filling
-        adapter.started_with = adapter.registrations
+    def _start(self, adapter: Adapter, task: Task, job: Job) -> None:
+        adapter.start(job)
+        self._note_file(adapter)
         self.loader.submit(adapter, task)
 
-    # ------------------------------------------------------------------ ending a stage
+    def _may_take(self, adapter: Adapter, tier: AdapterTier) -> bool:
+        return tier is self._host or self._starving in (None, adapter) or tier.pinned(adapter.digest)
 
-    def _receive(self, adapter: RegisteredAdapter, result: Finished[RegisteredAdapter]) -> None:
-        filling, moving = adapter.filling, adapter.moving
-        adapter.busy, adapter.filling, adapter.moving = False, (), None
-        if adapter.reading is not None:
-            self.tiers[adapter.reading].release(adapter.digest)
-            adapter.reading = None
-        if moving is not None:
-            self.tiers[moving].flip(adapter.digest, moved=result.error is None)
-            adapter.sites = None
-            return
-        if filling or result.error is not None or adapter not in self._queue:
-            self._reading.discard(adapter)
-            adapter.content = None
+    def _starves(self, adapter: Adapter) -> bool:
+        """Whether a request at its turn has waited long for device memory, with its adapter ready in host memory."""
+        load = adapter.load
+        return (
+            load is not None
+            and adapter.state is State.QUEUED
+            and load.goal == "device"
+            and load.turn >= self.polls - 1
+            and self._host.holds(adapter.digest)
+            and self.clock() - load.asked_at >= PATIENCE_SECONDS
+        )
+
+    # Ending a stage
+
+    def _finish(self, adapter: Adapter, result: Finished[Adapter]) -> Job:
+        job, load = adapter.finish(), adapter.load
+        if load is not None:
+            load.content = None
+        if result.error is None:
+            self._finish_stage(adapter, job, result)
         else:
-            adapter.content = result.content
-        if result.error is not None:
-            for name in filling:
+            for name in job.filling:
                 self.tiers[name].drop(adapter.digest)
-            self._fail_or_want(adapter, result.error)
-        else:
-            self._take_in(adapter, result, filling)
+        if job.source is not None:
+            self.tiers[job.source].release(adapter.digest)
+        if result.error is not None and load is not None:
+            self._fail_or_miss(adapter, load, job, result.error)
+        self._note_file(adapter)
+        self._events.touch(adapter)
+        return job
 
-    def _take_in(
-        self, adapter: RegisteredAdapter, result: Finished[RegisteredAdapter], filling: tuple[Tier, ...]
-    ) -> None:
-        adapter.stages |= result.seconds
-        if result.content is not None:
-            adapter.layout, adapter.brought = result.content.layout, False
-            adapter.size = adapter.layout.elements * self._host.itemsize
-        for name in filling:
-            if name == "device":
-                claim = Claim.EXPECTED if adapter.expected else Claim.NONE
-                self._device.publish(adapter.digest, claim, GRACE_POLLS if adapter.expected else 0)
-            else:
-                self._host.publish(adapter.digest, adapter.claim if adapter.goal == "device" else Claim.NONE)
-        if filling:
-            adapter.seconds, adapter.stages = adapter.seconds | adapter.stages, {}
+    def _finish_stage(self, adapter: Adapter, job: Job, result: Finished[Adapter]) -> None:
+        load, content = adapter.load, result.content
+        if content is not None:
+            adapter.size = content.layout.elements * self._host.itemsize
+        if load is not None:
+            load.seconds |= result.seconds
+            load.refetched &= content is None
+        if job.filling:
+            layout = job.layout if content is None else content.layout
+            assert layout is not None
+            for name in job.filling:
+                self.tiers[name].publish(adapter.digest, layout)
+            self._prefault()
             adapter.retry_seconds = FIRST_RETRY_SECONDS
-            self._touch_ahead()
-        if adapter.goal is not None and self.tiers[adapter.goal].holds(adapter.digest):
+            adapter.seconds |= result.seconds if load is None else load.seconds
+        if load is None:
+            return
+        if not job.filling:
+            load.content = content
+            return
+        load.seconds = {}
+        waiters, load.waiters = load.waiters, []
+        for request_id, tier in waiters:
+            self.answer_when_loaded(request_id, adapter, tier)
+        if load.goal is not None and self.tiers[load.goal].holds(adapter.digest):
             self._end(adapter)
 
-    def _fail_or_want(self, adapter: RegisteredAdapter, error: BaseException) -> None:
-        """A file that is not there or not right may be brought, once; whatever else is wrong will stay so."""
-        adapter.stages = {}
-        if adapter not in self._queue:
-            return
-        if isinstance(error, FileWanted) and adapter.started_with != adapter.registrations:
-            return  # it has been brought while it was looked for
-        if isinstance(error, FileWanted) and not adapter.brought:
-            adapter.wanted, adapter.reason = True, str(error)
-            return
-        plain = isinstance(error, FileWanted | InvalidAdapter)
-        self.fail(adapter, str(error) if plain else f"{type(error).__name__}: {error}")
-
-    def _end(self, adapter: RegisteredAdapter) -> None:
-        self._queue.pop(adapter, None)
-        if not adapter.busy:
-            self._reading.discard(adapter)
-        adapter.goal, adapter.claim, adapter.content = None, Claim.NONE, None
-        self._host.claim(adapter.digest, Claim.NONE)
-
-    def _touch_ahead(self) -> None:
-        for tier in self.tiers.values():
-            self.loader.touch(tier.ahead())
-
-    def _count_host_use(self, adapter: RegisteredAdapter) -> None:
-        if self._host.holds(adapter.digest):
-            self._host.hits += 1
+    def answer_when_loaded(self, request_id: str, adapter: Adapter, tier: Tier) -> None:
+        """Answer a command when its load has ended, or at once if the adapter is there or has failed."""
+        digest = adapter.digest
+        if self._device.holds(digest) or (tier == "host" and self._host.holds(digest)):
+            self._events.answer(request_id)
+        elif adapter.failure is not None:
+            reason = adapter.failure.reason
+            self._events.answer(request_id, "adapter_failed", f"adapter {digest} failed to load: {reason}")
         else:
+            assert adapter.load is not None
+            adapter.load.waiters.append((request_id, tier))
+
+    def _fail_or_miss(self, adapter: Adapter, load: Load, job: Job, error: BaseException) -> None:
+        """An unusable file may be fetched again, once for each load; with any other error the load fails."""
+        load.seconds = {}
+        if isinstance(error, FileUnusable) and job.outdated:
+            return  # the file has been registered again while this task looked for it: try that one
+        if isinstance(error, FileUnusable) and not load.refetched:
+            adapter.miss(str(error))
+            return
+        known = isinstance(error, FileUnusable | InvalidAdapter)
+        self.fail(adapter, str(error) if known else f"{type(error).__name__}: {error}")
+
+    def _end(self, adapter: Adapter, code: EngineCode | None = None, message: str = "") -> None:
+        del self._queue[adapter]
+        self._after_end(adapter, adapter.end_load(), code, message)
+
+    def _after_end(self, adapter: Adapter, load: Load, code: EngineCode | None, message: str) -> None:
+        for request_id, _ in load.waiters:
+            self._events.answer(request_id, code, message)
+        self._note_file(adapter)
+        self._host.look_again()  # the copy in host memory is not held for the load any more
+        self._events.touch(adapter)
+
+    def _prefault(self) -> None:
+        for tier in self.tiers.values():
+            self.loader.prefault(tier.ahead())
+
+    def _note_file(self, adapter: Adapter) -> None:
+        if adapter.holds_file:
+            self._with_file.add(adapter)
+        else:
+            self._with_file.discard(adapter)
+
+    def _count_host_use(self, adapter: Adapter, goal: Tier | None) -> None:
+        """Count whether host memory had an adapter that is loaded to the device."""
+        if goal == "device" and self._host.holds(adapter.digest):
+            self._host.hits += 1
+        elif goal == "device":
             self._host.misses += 1

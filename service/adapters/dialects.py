@@ -1,9 +1,12 @@
-"""The calls by which tools made for vLLM and SGLang load and unload adapters: other words for our own.
+"""vLLM's and SGLang's calls to load and unload adapters, translated to imports and deletions.
 
 As in both, unknown fields are ignored.
 """
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -16,13 +19,15 @@ from service.http import json_response, read_json
 from service.services import services_of
 from storage.store import StoreError
 
+LoraPath = Annotated[
+    str, Meta(description="a source's URL, a path on the server, or organisation/repository of the Hugging Face hub")
+]
+
 
 class VllmLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """`lora_path` is a source's URL, a path on the server, or `organisation/repository` of the Hugging Face hub."""
-
     lora_name: str
-    lora_path: str
-    load_inplace: bool | None = None
+    lora_path: LoraPath
+    load_inplace: Annotated[bool | None, Meta(description="replace an adapter of the same name")] = None
 
 
 class VllmUnload(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,11 +35,9 @@ class VllmUnload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SglangLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """`lora_path` as in `VllmLoad`."""
-
     lora_name: str
-    lora_path: str
-    pinned: bool | None = None
+    lora_path: LoraPath
+    pinned: Annotated[bool | None, Meta(description="pin it to the device")] = None
 
 
 class SglangUnload(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,11 +45,11 @@ class SglangUnload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SglangAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """`loaded_adapters` are the sources of all adapters, by name; an error comes with `error`, as everywhere."""
+    """The outcome. An error has the field `error` as well, as in every other answer."""
 
     success: bool
     error_message: str | None
-    loaded_adapters: dict[str, str]
+    loaded_adapters: Annotated[dict[str, str], Meta(description="the sources of all adapters, by name")]
 
 
 async def vllm_load(request: Request) -> Response:
@@ -95,7 +98,7 @@ async def _load(request: Request, name: str, path: str, options: UploadOptions, 
         job = start_import(services, name, source, options, Condition(if_none_match=not replace))
         await services.imports.result(job)
     except RequestError as error:
-        raise _in_their_words(error, name) from None
+        raise _translated(error, name) from None
 
 
 async def _unload(request: Request, name: str) -> None:
@@ -104,15 +107,15 @@ async def _unload(request: Request, name: str) -> None:
     except (RequestError, StoreError) as error:
         known = request_error(error)
         assert known is not None
-        raise _in_their_words(known, name) from None
+        raise _translated(known, name) from None
 
 
 def _as_source(path: str) -> str:
     return path if "://" in path or path.startswith("/") or "/" not in path else f"hf://{path}"
 
 
-def _in_their_words(error: RequestError, name: str) -> RequestError:
-    """Our refusal with their field, and where they have a status and a sentence for it, with those."""
+def _translated(error: RequestError, name: str) -> RequestError:
+    """A refusal with vLLM's field, and with vLLM's status and message where it has one for this case."""
     param = {"src": "lora_path", "name": "lora_name"}.get(error.param or "", error.param)
     if error.code == "precondition_failed":
         return RequestError("adapter_exists", f"The lora adapter '{name}' has already been loaded.", "lora_name")
@@ -124,7 +127,7 @@ def _in_their_words(error: RequestError, name: str) -> RequestError:
 
 
 def _sglang_answer(request: Request, error: RequestError | None = None) -> Response:
-    """SGLang knows two statuses; ours say more where it is the server that could not."""
+    """SGLang answers 200 or 400. Failures of the server keep their own status, so that clients can retry."""
     loaded = {version.name: version.record.source for version in services_of(request).catalog.versions.list()}
     message = None if error is None else error.message
     answer = SglangAnswer(success=error is None, error_message=message, loaded_adapters=loaded)

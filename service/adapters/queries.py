@@ -1,8 +1,10 @@
-"""What calls on adapters carry besides a body: the query, the conditions in the headers, the name."""
+"""Queries, conditional headers and names of the adapter routes."""
 
 import re
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 
 from service.catalog.record import NAME_PATTERN, Condition
@@ -13,25 +15,23 @@ _ETAGS = re.compile(r'\s*("[^"]*"|\*)\s*(?:,|$)')
 
 
 class PutQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`pin` left out keeps what the name has."""
-
-    pin: bool | None = None
-    preload: bool = True
-    ephemeral: bool = False
+    pin: Annotated[
+        bool | None, Meta(description="pin it to the device, or unpin it; left out: keep the pin of the name")
+    ] = None
+    preload: Annotated[bool, Meta(description="load it to the device at once")] = True
+    ephemeral: Annotated[bool, Meta(description="keep it in memory only")] = False
 
 
 class DeleteQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    force: bool = False
+    force: Annotated[bool, Meta(description="end the requests that run on it")] = False
 
 
 class WaitQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`wait` false answers at once, with 202; the resource tells the rest."""
-
-    wait: bool = True
+    wait: Annotated[bool, Meta(description="false: answer 202 at once; the resource shows the progress")] = True
 
 
 def read_condition(request: Request) -> Condition:
-    """What If-Match and If-None-Match demand of the name. Raises RequestError 400."""
+    """The condition in If-Match and If-None-Match. Raises RequestError `invalid_header`."""
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
     if none_match not in (None, "*"):
         raise RequestError("invalid_header", "If-None-Match must be *", "If-None-Match")
@@ -44,7 +44,7 @@ def read_condition(request: Request) -> Condition:
 
 
 def new_name(name: str, base: str) -> str:
-    """A name that an adapter may have; `base` is the base model's. Raises RequestError."""
+    """Check the name of a new adapter; `base` is the name of the base model. Raises RequestError."""
     if not _NAME.match(name):
         message = "name must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
         raise RequestError("invalid_name", message, "name")

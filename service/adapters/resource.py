@@ -1,8 +1,9 @@
-"""An adapter as clients see it: what it is, where it is, and how far it has come."""
+"""The adapter resource: its content, the tier it is in, and its state."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from runtime.messages import AdapterState, Stats, Tier
 from service.catalog.catalog import Catalog
@@ -12,42 +13,52 @@ from service.services import Services
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a fetch from a remote store or source has come, or a load into memory; the size may not be known yet."""
+    """The progress of a download from a store or a source, or of a load into memory."""
 
     stage: Literal["download", "load"]
-    bytes: int
-    total_bytes: int | None
+    bytes: Annotated[int, Meta(description="done so far")]
+    total_bytes: Annotated[int | None, Meta(description="null while the size is not known")]
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):
-    """What GET /adapters/{name} shows. Times are seconds since 1970.
-
-    What a first import has yet to find out is null. `tier` is the highest that has it whole. `reason` says why the
-    state is `failed`, or why the last import over a version that still serves has failed. `invocation_tokens` are an
-    aLoRA's. `kv_blocks` are those of its namespace, in use and cached: null where the engine was not asked (in answers
-    to changes) or did not say in time. `requests_in_flight` counts held prefixes too.
-    """
+    """An adapter. While its first import runs, the fields that are not known yet are null."""
 
     name: str
-    digest: str | None
-    generation: int | None
+    digest: Annotated[str | None, Meta(description="BLAKE3 of the canonical file")]
+    generation: Annotated[
+        int | None, Meta(description="1 for the first content under the name, and one more for each other content")
+    ]
     kind: Literal["lora", "alora"] | None
-    rank: int | None
-    targets: list[str]
-    bytes: int | None
-    source: str
-    created_at: float
-    last_used_at: float | None
+    rank: Annotated[int | None, Meta(description="the highest of its modules")]
+    targets: Annotated[list[str], Meta(description="the adapted modules")]
+    bytes: Annotated[int | None, Meta(description="of the canonical file")]
+    source: Annotated[str, Meta(description='the URL of an import, or "upload"')]
+    created_at: Annotated[float, Meta(description="seconds since 1970")]
+    last_used_at: Annotated[float | None, Meta(description="seconds since 1970; null before the first request")]
     pinned: bool
-    pin_tier: Tier | None
-    ephemeral: bool
-    tier: Literal["device", "host", "disk", "remote"]
-    state: Literal["loading", "ready", "draining", "failed"]
-    reason: str | None
+    pin_tier: Annotated[Tier | None, Meta(description="the tier that it is pinned in")]
+    ephemeral: Annotated[bool, Meta(description="kept in memory only, and gone after a restart")]
+    tier: Annotated[
+        Literal["device", "host", "disk", "remote"], Meta(description="the fastest tier that has all of its bytes")
+    ]
+    state: Annotated[
+        Literal["loading", "ready", "draining", "failed"],
+        Meta(description="draining: the name points elsewhere, and requests still run on this version"),
+    ]
+    reason: Annotated[
+        str | None,
+        Meta(description="why the state is failed, or why the last import over a version that still serves failed"),
+    ]
     progress: Progress | None
-    requests_in_flight: int
-    invocation_tokens: list[int] | None
-    kv_blocks: int | None
+    requests_in_flight: Annotated[int, Meta(description="running requests and held prefixes")]
+    invocation_tokens: Annotated[list[int] | None, Meta(description="of an aLoRA")]
+    kv_blocks: Annotated[
+        int | None,
+        Meta(
+            description="used and cached KV blocks of its namespace; null in answers to changes, "
+            "and where the engine did not answer in time"
+        ),
+    ]
     warnings: list[str]
 
 
@@ -56,7 +67,7 @@ class AdapterList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_adapter(services: Services, name: str, stats: Stats | None = None) -> Adapter | None:
-    """A name's version, or the import that is to give it one, or the version that drains after it lost the name."""
+    """A name's current version, else its import, else the version that still drains after it lost the name."""
     versions, job = services.catalog.versions, services.imports.get(name)
     if (version := versions.resolve(name)) is not None:
         return adapter_resource(services, version, job, stats)
@@ -67,7 +78,7 @@ def find_adapter(services: Services, name: str, stats: Stats | None = None) -> A
 
 
 def list_adapters(services: Services, stats: Stats | None = None) -> list[Adapter]:
-    """Every named version and every import of a new name, by name."""
+    """Every named version and every import of a new name, sorted by name."""
     jobs = {job.name: job for job in services.imports.jobs()}
     named = services.catalog.versions.list()
     found = [adapter_resource(services, version, jobs.pop(version.name, None), stats) for version in named]
@@ -77,7 +88,7 @@ def list_adapters(services: Services, stats: Stats | None = None) -> list[Adapte
 def adapter_resource(
     services: Services, version: AdapterVersion, job: Import | None = None, stats: Stats | None = None
 ) -> Adapter:
-    """A version as it is now, with the import under way over it; `stats` are a recent snapshot of the engine."""
+    """A version as it is now. `job` is an import under its name, `stats` a recent snapshot of the engine."""
     catalog, engine = services.catalog, services.engine.adapters.states.get(version.digest)
     record, failure = version.record, catalog.versions.failure(version)
     if failure is None and engine is not None and engine.state == "failed":
@@ -137,14 +148,14 @@ def _kv_blocks(stats: Stats, digest: str) -> int:
 def _progress(catalog: Catalog, version: AdapterVersion, engine: AdapterState | None) -> Progress | None:
     if (download := catalog.blobs.download(version.digest)) is not None:
         return Progress(stage="download", bytes=download.bytes_done, total_bytes=download.bytes_total)
-    if engine is None or engine.state not in ("wanted", "loading"):
+    if engine is None or engine.state not in ("missing", "loading"):
         return None
-    stage: Literal["download", "load"] = "download" if engine.state == "wanted" else "load"
+    stage: Literal["download", "load"] = "download" if engine.state == "missing" else "load"
     return Progress(stage=stage, bytes=0, total_bytes=version.record.bytes)
 
 
 def _imported(job: Import) -> Adapter:
-    """An import of a name that means nothing yet."""
+    """The import of a name that has no version yet."""
     failed = job.error is not None
     progress = None if failed else Progress(stage="download", bytes=job.bytes, total_bytes=job.total_bytes)
     return Adapter(

@@ -1,6 +1,9 @@
-"""Adapters over HTTP: upload, import, look, load, pin, take away."""
+"""Adapters over HTTP: upload, import, list, load, unload, pin, delete."""
+
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,34 +19,33 @@ from service.services import Services, services_of
 
 
 class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of POST /adapters: a name, and where the server finds the bundle; `pin` left out keeps what is.
-
-    `src` is an s3://, hf:// or file:// URL, or a path on the server; `revision` goes with hf:// only.
-    """
+    """An adapter that the server is to fetch from a source."""
 
     name: str
-    src: str
-    preload: bool = True
-    pin: bool | None = None
-    revision: str | None = None
-    ephemeral: bool = False
+    src: Annotated[str, Meta(description="an s3://, hf:// or file:// URL, or an absolute path on the server")]
+    preload: Annotated[bool, Meta(description="load it to the device at once")] = True
+    pin: Annotated[
+        bool | None, Meta(description="pin it to the device, or unpin it; null keeps the pin of the name")
+    ] = None
+    revision: Annotated[str | None, Meta(description="a branch, tag or commit; for hf:// only")] = None
+    ephemeral: Annotated[bool, Meta(description="keep it in memory only")] = False
 
 
 class AdapterLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`pin` true keeps the adapter in the tier from now on, false ends that."""
+    """A tier that the adapter is to be loaded into."""
 
     tier: Tier
-    pin: bool | None = None
+    pin: Annotated[bool | None, Meta(description="true pins it in the tier, false unpins it")] = None
 
 
 class AdapterUnload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    tier: Tier
+    tier: Annotated[Tier, Meta(description="its memory in this tier and in every faster one is freed")]
 
 
 class AdapterChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What PATCH changes. A pin is to the device, unless the adapter is pinned to host memory already."""
+    """The fields that PATCH changes."""
 
-    pinned: bool
+    pinned: Annotated[bool, Meta(description="true pins it to the device, or keeps the tier that it is pinned in")]
 
 
 async def put_adapter(request: Request) -> Response:
@@ -135,7 +137,7 @@ routes = [
 
 
 def _known_name(request: Request) -> str:
-    """The name in the path. Raises RequestError while an import is to give the name its first version."""
+    """The name in the path. Raises RequestError while the first import of the name runs."""
     name: str = request.path_params["name"]
     services = services_of(request)
     if services.catalog.versions.resolve(name) is None:

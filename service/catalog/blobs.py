@@ -179,7 +179,7 @@ class Blobs:
         while True:
             state = await self._engine.changes.get()
             if (blob := self._blobs.get(state.digest)) is not None:
-                if state.state == "wanted":
+                if state.state == "missing":
                     self._on_missing(blob)
                 elif state.state != "loading":
                     self._allow_eviction(blob)

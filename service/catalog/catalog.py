@@ -1,4 +1,4 @@
-"""Which adapter a name means, durably: names in the store point at digests."""
+"""Names of adapters: which version each points at, in memory and durably in the store."""
 
 import asyncio
 import logging
@@ -14,26 +14,26 @@ from service.catalog.blobs import Blobs
 from service.catalog.collect import Collected, collect
 from service.catalog.files import AdapterStorage
 from service.catalog.names import AdapterNames, UnreadableName
-from service.catalog.pins import Residency
+from service.catalog.pins import Pins
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
 from service.catalog.versions import Versions, no_adapter
 from service.engine.client import EngineClient
-from service.errors import RequestError
+from service.errors import EngineError, RequestError
 from service.metrics import Metrics
 from storage.cache import DiskCache
 from storage.store import PreconditionFailed, StoreError
 
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 5  # at a write that other processes were faster with
-_CLOSE_SECONDS = 5.0  # for changes that wait for a store which does not answer
-_CLEAN_SECONDS = 60.0  # at least, from one collection to the next
+_ATTEMPTS = 5  # to write a name that other processes change at the same time
+_CLOSE_SECONDS = 5.0  # for changes under way, whose store may not answer
+_COLLECT_SECONDS = 60.0  # least time from one collection to the next
 _T = TypeVar("_T")
 
 
 class Catalog:
-    """Owns which version a name means; a name is written only once its bytes are durable.
+    """Owns the names: a name is written only once the bytes that it points at are durable.
 
-    All calls belong to one event loop. The view in memory follows what other processes write to the store.
+    The versions in memory follow the names that other processes write to the store. All calls belong to one event loop.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Catalog:
         self.versions = Versions(self.blobs, model, max_rank)
         self._storage, self._engine = storage, engine
         self._names = AdapterNames(storage.store)
-        self._residency = Residency(storage, engine.adapters)
+        self._pins = Pins(storage, engine.adapters)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
         self._chores: list[asyncio.Task[None]] = []
@@ -60,9 +60,10 @@ class Catalog:
         refresh_seconds: float,
         collect_after_seconds: float,
     ) -> "Catalog":
-        """The catalog of a store, loaded; it owns the storage, which is closed with it. Raises StoreError.
+        """Load the catalog of a store; it owns and closes the storage. Raises StoreError.
 
-        It follows the store every `refresh_seconds`, and collects what was unreferenced for `collect_after_seconds`.
+        It reads changed names every `refresh_seconds`, and deletes files that are unreferenced for longer than
+        `collect_after_seconds`.
         """
         catalog = cls(storage, engine, metrics, model, max_rank)
         try:
@@ -72,71 +73,80 @@ class Catalog:
             raise
         catalog._chores = [
             asyncio.create_task(catalog.blobs.follow_engine()),
-            asyncio.create_task(catalog._keep_up(refresh_seconds)),
-            asyncio.create_task(catalog._keep_clean(collect_after_seconds)),
+            asyncio.create_task(catalog._refresh_forever(refresh_seconds)),
+            asyncio.create_task(catalog._collect_forever(collect_after_seconds)),
         ]
         return catalog
 
     @property
     def disk(self) -> DiskCache | None:
-        """The cache before a remote store."""
+        """The disk cache of a remote store, None for a local one."""
         return self._storage.disk
 
     async def close(self) -> None:
-        """Forget everything that is only in memory; the names and their bytes stay in the store."""
+        """Drop ephemeral adapters; stored names and files stay."""
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
         if self._changes:
             await asyncio.wait(self._changes, timeout=_CLOSE_SECONDS)
-        await self._residency.close()
+        await self._pins.close()
         await asyncio.to_thread(self._storage.close)
         await self.blobs.close()
 
     async def settle(self) -> None:
-        """Wait until no change is under way and everything that nobody counts on is gone."""
+        """Wait until no change is under way and every digest without references is discarded."""
         await asyncio.gather(*self._changes, return_exceptions=True)
-        await self._residency.settle()
+        await self._pins.settle()
         await self.blobs.settle()
 
     async def load(self, name: str, tier: Tier, *, wait: bool) -> AdapterVersion:
-        """Start to bring a name's version into a tier; with `wait`, return when it is there.
+        """Start to load a name's version into a tier; with `wait`, return when it is there.
 
-        Raises RequestError: 404 if there is no such name, 503 with the reason if it does not come.
+        Raises RequestError: 404 if there is no such name, 503 with the reason if the load fails.
         """
         version = self.versions.named(name)
         with self.versions.using(version):
-            await self._residency.load(version.digest, tier, wait=wait)
+            if not wait:
+                self._engine.adapters.prefetch(version.digest, tier)
+                return version
+            try:
+                await self._engine.adapters.load(version.digest, tier)
+            except EngineError as error:
+                raise EngineError(error.code, error.message, "name") from error
         return version
 
     async def unload(self, name: str, tier: Tier) -> AdapterVersion:
-        """Give back the memory of a name's version in a tier and above it. Raises RequestError if it is in use."""
+        """Free the memory of a name's version in a tier and above it. Raises RequestError if it is in use or pinned."""
         version = self.versions.named(name)
-        await self._residency.unload(version.digest, tier)
+        try:
+            await self._engine.adapters.unload(version.digest, tier)
+        except EngineError as error:
+            raise EngineError(error.code, error.message, "name") from error
         return version
 
     async def publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
-        """Make a name mean an upload, and say whether the name is new; durable when this returns.
+        """Make a name point at an upload, and return its version and whether the name is new; durable on return.
 
-        The generation rises only with another digest. Raises RequestError as `require` does, or 409 if it cannot be
-        pinned or other processes keep changing the name; StoreError or OSError if the bytes could not be kept.
+        The generation rises only with another digest. Raises RequestError: as `Versions.require` does, `pins_full`,
+        or `adapter_changed` if other processes keep changing the name; StoreError or OSError if the store fails.
         """
         return await self._whole(self._publish(name, upload, condition))
 
     async def set_pin(self, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
-        """Pin a name's adapter in a tier, or no longer, durably. Raises RequestError: 404, 412, 409 without room."""
+        """Pin a name's adapter in a tier, or unpin it (None); durable on return. Raises RequestError."""
         return await self._whole(self._set_pin(name, tier, condition))
 
     async def delete(self, name: str, condition: Condition, *, force: bool = False) -> None:
-        """Take a name away, durably when this returns, and with `force` end the requests that run on it.
+        """Delete a name; durable on return. `force` ends the requests that run on it.
 
-        Raises RequestError: 404 if there is no such name, 412 as `require` does, 409 if `force` would end the
-        requests of another name too, which has the same content.
+        Raises RequestError: `adapter_not_found`, `precondition_failed`, or `adapter_is_shared` if `force` would end the
+        requests of another name with the same content.
         """
         await self._whole(self._delete(name, condition, force))
 
     async def refresh(self) -> None:
-        """Take over what other processes have written to the store. Raises StoreError, after all that could be read."""
+        """Read the names that other processes have written. Raises StoreError after all readable ones are read."""
         names = await self._storage.run(self._names.changed)
         outcomes = await asyncio.gather(*map(self._follow_locked, names), return_exceptions=True)
         for outcome in outcomes:
@@ -144,13 +154,13 @@ class Catalog:
                 raise outcome
 
     async def collect(self, older_than_seconds: float) -> Collected:
-        """Delete the stored files that no name points at and nothing here counts on. Raises StoreError."""
+        """Delete old stored files that no name points at and that have no references here. Raises StoreError."""
         return await self._storage.run(
             collect, self._storage.store, older_than_seconds, keep=frozenset(self.blobs.digests)
         )
 
     async def _whole(self, change: Coroutine[Any, Any, _T]) -> _T:
-        """Run a change to its end even if its caller is cancelled: half of one would need a restart to heal."""
+        """Run a change to its end even if its caller is cancelled: only a restart would repair a half-made change."""
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
@@ -191,15 +201,15 @@ class Catalog:
     async def _commit(
         self, name: str, condition: Condition, change: Callable[[AdapterRecord | None], AdapterRecord], ephemeral: bool
     ) -> tuple[AdapterRecord, bool]:
-        """Pin and write what a name's record becomes, and say whether the name is new.
+        """Change a name's record: pin it, then write it. Returns the record and whether the name is new.
 
-        Where another process was faster, what it wrote is read and all conditions are asked again.
+        If another process has written the name, this reads it, checks all conditions again, and repeats the change.
         """
         for _ in range(_ATTEMPTS):
             self.versions.require(name, condition, ephemeral=ephemeral)
             old = self.versions.resolve(name)
             record = change(None if old is None else old.record)
-            await self._residency.pin(name, record.digest, record.pin, record.bytes)
+            await self._pins.pin(name, record.digest, record.pin, record.bytes)
             try:
                 if not ephemeral and (old is None or old.ephemeral or old.record != record):
                     await self._storage.run(self._names.write, record)
@@ -214,9 +224,9 @@ class Catalog:
 
     async def _restore_pin(self, name: str, version: AdapterVersion | None) -> None:
         if version is None:
-            await self._residency.pin(name, "", None, 0)
+            await self._pins.pin(name, "", None, 0)
         else:
-            await self._residency.pin(name, version.digest, version.record.pin, version.record.bytes)
+            await self._pins.pin(name, version.digest, version.record.pin, version.record.bytes)
 
     async def _delete(self, name: str, condition: Condition, force: bool) -> None:
         async with self._lock(name):
@@ -239,7 +249,7 @@ class Catalog:
                     await self._follow(name)
             else:
                 raise _contended(name)
-            await self._residency.pin(name, version.digest, None, 0)
+            await self._pins.pin(name, version.digest, None, 0)
             if force:
                 self._engine.end_requests("adapter_deleted", f"adapter {name!r} was deleted", version.digest)
             self.versions.drop(name)
@@ -249,7 +259,7 @@ class Catalog:
             await self._follow(name)
 
     async def _follow(self, name: str) -> None:
-        """Make a name mean what the store says; the caller has the name's lock."""
+        """Make a name point at what the store says. The caller has the name's lock."""
         try:
             record = await self._storage.run(self._names.read, name)
         except UnreadableName as error:
@@ -261,7 +271,7 @@ class Catalog:
         old = self.versions.resolve(name)
         if record is None:
             if old is not None and not old.ephemeral:
-                self._residency.pin_later(name, old.digest, None, 0)
+                self._pins.pin_later(name, old.digest, None, 0)
                 self.versions.drop(name)
         elif old is None or old.ephemeral or old.record != record:
             self.blobs.adopt(record.digest, record.bytes)
@@ -269,10 +279,10 @@ class Catalog:
             failure = self.versions.failure(version)
             if failure is not None:
                 _log.error("adapter %s cannot be served: %s", name, failure)
-            self._residency.pin_later(name, record.digest, None if failure else record.pin, record.bytes)
+            self._pins.pin_later(name, record.digest, None if failure else record.pin, record.bytes)
 
-    async def _keep_up(self, seconds: float) -> None:
-        """Follow the store for ever; while it cannot be reached, what is known stays."""
+    async def _refresh_forever(self, seconds: float) -> None:
+        """Follow the store. While it cannot be reached, the versions in memory stay."""
         reachable = True
         while True:
             await asyncio.sleep(seconds)
@@ -280,19 +290,18 @@ class Catalog:
                 await self.refresh()
             except StoreError as error:
                 if reachable:
-                    _log.error("names changed by other processes are not seen: %s", error)
+                    _log.error("cannot read the names that other processes change: %s", error)
                 reachable = False
             else:
                 reachable = True
 
-    async def _keep_clean(self, seconds: float) -> None:
-        """Collect what nobody counts on, for ever."""
+    async def _collect_forever(self, seconds: float) -> None:
         while True:
             try:
                 await self.collect(seconds)
             except StoreError as error:
-                _log.warning("what is unreferenced stays in the store for now: %s", error)
-            await asyncio.sleep(max(seconds, _CLEAN_SECONDS))
+                _log.warning("cannot delete unreferenced files in the store: %s", error)
+            await asyncio.sleep(max(seconds, _COLLECT_SECONDS))
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

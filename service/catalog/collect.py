@@ -20,7 +20,7 @@ class Collected(NamedTuple):
 
 
 def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = (), dry_run: bool = False) -> Collected:
-    """Delete the files that no name refers to, that are not in `keep`, and that are old enough; blocks.
+    """Delete the files that no name refers to, that are not in `keep`, and that are old enough. Blocks.
 
     A process stores or touches a file just before it writes a name, so the file's age protects it. Files are listed
     before the names are read. Raises StoreError, also for an unreadable name, because it may refer to any file.
@@ -31,8 +31,8 @@ def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = 
         return Collected(0, 0)
     names = AdapterNames(store)
     records = [record for name in names.changed() if (record := names.read(name)) is not None]
-    wanted = {record.digest for record in records}.union(keep)
-    unreferenced = [entry for entry in old if entry.key.removeprefix(PREFIX).removesuffix(SUFFIX) not in wanted]
+    referenced = {record.digest for record in records}.union(keep)
+    unreferenced = [entry for entry in old if entry.key.removeprefix(PREFIX).removesuffix(SUFFIX) not in referenced]
     deleted = [entry for entry in unreferenced if dry_run or _delete(store, entry)]
     return Collected(len(deleted), sum(entry.bytes for entry in deleted))
 

@@ -1,4 +1,4 @@
-"""The durable half of the catalog: one small object a name, which says what the name points at."""
+"""The durable half of the catalog: one small object for each name, with the record that the name points at."""
 
 import msgspec
 
@@ -9,23 +9,23 @@ _PREFIX, _SUFFIX = "names/", ".json"
 
 
 class UnreadableName(StoreError):
-    """What is stored under a name is no record of it; the message says why."""
+    """The object of a name is not a valid record of it; the message says why."""
 
 
 class AdapterNames:
-    """Reads and writes the records of names, each write on condition that nobody else wrote since the last read.
+    """Reads and writes the records of names. A write fails if another process wrote the name since the last read.
 
-    A deleted name leaves an empty object behind: deleting is a conditional write too, which every store offers, so
-    that two processes cannot undo each other unseen. All calls block; those for one name must not overlap.
+    A deleted name leaves an empty object behind. So a deletion is a conditional write too, and two processes cannot
+    undo each other's changes unseen. All calls block; calls for one name must not overlap.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._etags: dict[str, str] = {}
-        self._revisions: dict[str, str] = {}
+        self._etags: dict[str, str] = {}  # by name: of the object as it was last read or written here
+        self._revisions: dict[str, str] = {}  # by name: of the object as `changed` last listed it
 
     def changed(self) -> list[str]:
-        """The names whose objects were written or removed since this was last asked, by whomever."""
+        """The names whose objects any process has written or removed since the last call."""
         entries = [entry for entry in self._store.list(_PREFIX) if entry.key.endswith(_SUFFIX)]
         found = {entry.key.removeprefix(_PREFIX).removesuffix(_SUFFIX): entry.revision for entry in entries}
         names = [name for name in {**found, **self._revisions} if found.get(name) != self._revisions.get(name)]
@@ -33,17 +33,17 @@ class AdapterNames:
         return sorted(names)
 
     def again(self, name: str) -> None:
-        """Have `changed` tell a name once more: it could not be read."""
+        """Make `changed` return a name once more: it could not be read."""
         self._revisions[name] = ""
 
     def read(self, name: str) -> AdapterRecord | None:
-        """What a name points at, None for nothing. Raises UnreadableName, StoreError."""
+        """The record of a name, None if the name points at nothing. Raises UnreadableName, StoreError."""
         try:
             stored = self._store.get(_key(name))
         except NotFound:
             self._etags.pop(name, None)
             return None
-        self._etags[name] = stored.etag  # also of what is broken: a later upload may replace it
+        self._etags[name] = stored.etag  # of a broken object too: a later upload may replace it
         if not stored.content:
             return None
         try:
@@ -55,11 +55,11 @@ class AdapterNames:
         return record
 
     def write(self, record: AdapterRecord) -> None:
-        """Point a name at something. Raises PreconditionFailed if it has changed since it was read."""
+        """Store a name's record. Raises PreconditionFailed if the object has changed since it was read."""
         self._put(record.name, msgspec.json.encode(record))
 
     def bury(self, name: str) -> None:
-        """Make a name point at nothing. Raises PreconditionFailed if it has changed since it was read."""
+        """Make a name point at nothing. Raises PreconditionFailed if the object has changed since it was read."""
         self._put(name, b"")
 
     def _put(self, name: str, content: bytes) -> None:

@@ -1,11 +1,10 @@
-"""In which tier of adapter memory the named adapters are kept: pins, loads and unloads."""
+"""Which named adapters are pinned: one wish for all of them, which the engine and the disk cache follow."""
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack, suppress
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import NamedTuple
 
 from runtime.messages import Tier
 from service.catalog.files import AdapterStorage
@@ -13,148 +12,127 @@ from service.engine.adapters import EngineAdapters
 from service.errors import EngineError
 
 _log = logging.getLogger(__name__)
-_PIN_SHARE = 0.5  # of the disk cache, as of each tier of memory: what is pinned must leave room for the rest
+_DISK_SHARE = 0.5  # of the disk cache: the rest stays for adapters that are not pinned
 
 
 class Pin(NamedTuple):
-    """What a name keeps in a tier: a digest, whose file has `size` bytes."""
+    """What a name pins."""
 
     digest: str
     tier: Tier
-    size: int
+    size: int  # bytes of the file
 
 
-class Residency:
-    """Owns which name pins which digest; a digest is pinned in the highest tier that any of its names asks for."""
+class Pins:
+    """Owns which name pins which digest; a digest is pinned in the highest tier that one of its names asks for."""
 
     def __init__(self, storage: AdapterStorage, engine: EngineAdapters) -> None:
         self._files, self._disk, self._engine = storage.files, storage.disk, engine
-        self._pins: dict[str, Pin] = {}  # granted, by name
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._pins: dict[str, Pin] = {}  # by name, as granted
+        self._later: dict[str, Pin | None] = {}  # by name, for the next change in the background
+        self._lock = asyncio.Lock()  # held from a change of the wish until it is decided
+        self._background: asyncio.Task[None] | None = None
 
     async def pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
-        """Make a name pin a digest (of `size` bytes) in a tier, instead of what it pinned before, or nothing.
+        """Make a name pin a digest, whose file has `size` bytes, in a tier (None: nothing) instead of what it pinned.
 
-        Raises EngineError when there is no room to pin it in, and leaves everything as it was.
+        Raises EngineError if it cannot be pinned, and leaves everything as it was.
         """
-        async with self._locked(f"name {name}"):
-            before = self._pins.get(name)
-            after = None if tier is None else Pin(digest, tier, size)
-            if before == after:
-                return
-            digests = {pin.digest for pin in (before, after) if pin is not None}
-            async with AsyncExitStack() as stack:
-                for each in sorted(digests):  # in one order everywhere, so that no two wait for each other
-                    await stack.enter_async_context(self._locked(each))
-                try:
-                    await self._replace(name, before, after)
-                except EngineError as error:
-                    raise EngineError(error.code, error.message, "pin") from error
-
-    async def _replace(self, name: str, before: Pin | None, after: Pin | None) -> None:
-        try:
-            await self._change(name, after)
-        except EngineError:
-            if before is None or after is None or before.digest == after.digest:
-                raise
-            await self._change(name, None)  # its room may be what the new one needs
-            try:
-                await self._change(name, after)
-            except EngineError:
-                await self._restore(name, before)
-                raise
-
-    async def _restore(self, name: str, pin: Pin) -> None:
-        try:
-            await self._change(name, pin)
-        except EngineError as error:
-            _log.error("adapter %s is pinned no longer, another one took its room: %s", name, error)
+        self._later.pop(name, None)  # this change is newer
+        refused = await self._change({name: None if tier is None else Pin(digest, tier, size)})
+        if name in refused:
+            raise refused[name]
 
     def pin_later(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
-        """`pin`, without waiting; a refusal goes to the log."""
-        self._start(self._try_pin(name, digest, tier, size))
-
-    async def load(self, digest: str, tier: Tier, *, wait: bool) -> None:
-        """Start to bring a digest into a tier and, if asked, wait until it is there. Raises EngineError."""
-        if not wait:
-            self._engine.prefetch(digest, tier)
-            return
-        try:
-            await self._engine.load(digest, tier)
-        except EngineError as error:
-            raise EngineError(error.code, error.message, "name") from error
-
-    async def unload(self, digest: str, tier: Tier) -> None:
-        """Give back a digest's memory in a tier and above. Raises EngineError when it is in use or pinned."""
-        try:
-            await self._engine.unload(digest, tier)
-        except EngineError as error:
-            raise EngineError(error.code, error.message, "name") from error
+        """`pin` without waiting; a refusal is logged."""
+        self._later[name] = None if tier is None else Pin(digest, tier, size)
+        if self._background is None or self._background.done():
+            self._background = asyncio.get_running_loop().create_task(self._change_later())
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Drop the changes that wait."""
+        if self._background is not None:
+            self._background.cancel()
+            await asyncio.gather(self._background, return_exceptions=True)
 
     async def settle(self) -> None:
         """Wait until no change is under way."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
+        if self._background is not None:
+            await self._background
 
-    async def _change(self, name: str, pin: Pin | None) -> None:
-        """Have the engine do what a name's new pin takes, then note it. Raises EngineError, before anything is done.
+    async def _change_later(self) -> None:
+        while self._later:
+            changes, self._later = self._later, {}
+            for name, error in (await self._change(changes)).items():
+                _log.error("adapter %s is not pinned: %s", name, error)
 
-        The caller has the locks of the name and of both digests.
-        """
-        before = self._pins.get(name)
-        changed = {digest: self._tier(digest, name, pin) for digest in {it.digest for it in (before, pin) if it}}
-        for digest, tier in sorted(changed.items(), key=lambda item: item[1] is None):  # what may be refused first
-            await self._apply(digest, self._tier(digest), tier, 0 if pin is None else pin.size)
-        if pin is None:
-            self._pins.pop(name, None)
-        else:
-            self._pins[name] = pin
+    async def _change(self, changes: Mapping[str, Pin | None]) -> dict[str, EngineError]:
+        """Make names pin something else, and return what is refused, by name: those names keep what they pinned."""
+        async with self._lock:
+            wish, refused = dict(self._pins), {}
+            for name, pin in changes.items():
+                if pin is None:
+                    wish.pop(name, None)
+                elif (full := self._disk_full({**wish, name: pin}, pin)) is not None:
+                    refused[name] = full
+                else:
+                    wish[name] = pin
+            if _tiers(wish) != _tiers(self._pins):
+                by_digest = await self._ask(wish)
+                changed = [name for name, pin in changes.items() if pin is not None and wish.get(name) == pin]
+                by_name = {name: by_digest[wish[name].digest] for name in changed if wish[name].digest in by_digest}
+                if by_name:
+                    await self._go_back(wish, by_name)
+                    refused |= by_name
+            self._hold_files(wish)
+            self._pins = wish
+            return refused
 
-    async def _apply(self, digest: str, was: Tier | None, now: Tier | None, size: int) -> None:
-        if now is None and was is not None:
-            with suppress(EngineError):  # the engine has forgotten it, or is no more: either way it is not pinned
-                await self._engine.pin(digest, None)
-            self._files.release(digest, pinned=True)
-        elif now != was:
-            if was is None:
-                self._require_disk(size)
-            await self._engine.pin(digest, now)
-            if was is None:
-                self._files.hold(digest, pinned=True)
-
-    def _tier(self, digest: str, name: str | None = None, pin: Pin | None = None) -> Tier | None:
-        """Where a digest is pinned; with a name, where it would be if the name had that pin."""
-        pins = [other for owner, other in self._pins.items() if owner != name]
-        tiers = {other.tier for other in (*pins, pin) if other is not None and other.digest == digest}
-        return "device" if "device" in tiers else "host" if tiers else None
-
-    def _require_disk(self, size: int) -> None:
-        if self._disk is None:
-            return
-        pinned = size + sum({pin.digest: pin.size for pin in self._pins.values()}.values())
-        if pinned > _PIN_SHARE * self._disk.capacity_bytes:
-            message = (
-                f"pinned adapters would take {pinned} bytes, and at most half of the disk cache's "
-                f"{self._disk.capacity_bytes} may be pinned"
-            )
-            raise EngineError("pins_full", message)
-
-    def _locked(self, what: str) -> asyncio.Lock:
-        return self._locks.setdefault(what, asyncio.Lock())
-
-    async def _try_pin(self, name: str, digest: str, tier: Tier | None, size: int) -> None:
+    async def _ask(self, wish: Mapping[str, Pin]) -> dict[str, EngineError]:
+        """Tell the engine the whole wish; returns what it refuses, by digest: everything if there is no engine."""
+        tiers = _tiers(wish)
         try:
-            await self.pin(name, digest, tier, size)
+            refused = await self._engine.set_pins(tiers)
         except EngineError as error:
-            _log.error("adapter %s is not pinned: %s", name, error)
+            return {digest: EngineError(error.code, error.message, "pin") for digest in tiers}
+        return {digest: EngineError(refusal.code, refusal.message, "pin") for digest, refusal in refused.items()}
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _go_back(self, wish: dict[str, Pin], names: Collection[str]) -> None:
+        """Let names pin again what they pinned before, in the wish and in the engine."""
+        for name in names:
+            del wish[name]
+            if name in self._pins:
+                wish[name] = self._pins[name]
+        with suppress(EngineError):  # there is no engine: the next one is told this wish
+            for digest, refusal in (await self._engine.set_pins(_tiers(wish))).items():
+                _log.error("adapter %s is pinned no longer: %s", digest, refusal.message)
+
+    def _hold_files(self, wish: Mapping[str, Pin]) -> None:
+        """Keep the files of pinned adapters in the disk cache."""
+        before, after = _tiers(self._pins).keys(), _tiers(wish).keys()
+        for digest in after - before:
+            self._files.hold(digest, pinned=True)
+        for digest in before - after:
+            self._files.release(digest, pinned=True)
+
+    def _disk_full(self, wish: Mapping[str, Pin], pin: Pin) -> EngineError | None:
+        """Why the disk cache cannot keep the file of a pin as well."""
+        if self._disk is None or pin.digest in _tiers(self._pins):
+            return None
+        pinned = sum({each.digest: each.size for each in wish.values()}.values())
+        if pinned <= _DISK_SHARE * self._disk.capacity_bytes:
+            return None
+        message = (
+            f"pinned adapters would take {pinned} bytes, and at most half of the disk cache's "
+            f"{self._disk.capacity_bytes} may be pinned"
+        )
+        return EngineError("pins_full", message, "pin")
+
+
+def _tiers(pins: Mapping[str, Pin]) -> dict[str, Tier]:
+    """The tier of each digest: the highest that one of its names asks for."""
+    tiers: dict[str, Tier] = {}
+    for pin in pins.values():
+        if tiers.get(pin.digest) != "device":
+            tiers[pin.digest] = pin.tier
+    return tiers

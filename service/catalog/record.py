@@ -1,4 +1,4 @@
-"""An adapter's name and content, as stored, as served, and as they arrive."""
+"""What a name points at: as the store keeps it, as this process serves it, and as an upload delivers it."""
 
 import time
 from pathlib import Path
@@ -13,42 +13,39 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
 
 
 class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a name points at, as the store keeps it.
-
-    `base` is the digest of the base's shape it was checked against; `pin_tier` counts only while it is `pinned`.
-    `invocation_tokens` are those of an aLoRA, None for plain LoRA; `leaves_kv` says that its K/V are the base's.
-    """
+    """What a name points at, as the store keeps it."""
 
     name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
-    digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    generation: int
+    digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]  # of the canonical file
+    generation: int  # 1 for the first content under the name, and one more for each other content
     kind: Literal["lora", "alora"]
-    rank: int
-    targets: list[str]
-    bytes: int
-    source: str
-    created_at: float
+    rank: int  # the highest of its modules
+    targets: list[str]  # the adapted modules
+    bytes: int  # of the canonical file
+    source: str  # the URL of an import, or "upload"
+    created_at: float  # seconds since 1970
     pinned: bool
-    warnings: list[str]
-    base: str
-    pin_tier: Tier = "device"
-    invocation_tokens: list[int] | None = None
-    leaves_kv: bool = False
+    warnings: list[str]  # of the check of the upload
+    base: str  # digest of the shape of the base model that the adapter was checked against
+    pin_tier: Tier = "device"  # ignored while the adapter is not pinned
+    invocation_tokens: list[int] | None = None  # of an aLoRA
+    leaves_kv: bool = False  # its K/V equal the base's
 
     @property
     def pin(self) -> Tier | None:
+        """The tier that the adapter is pinned in."""
         return self.pin_tier if self.pinned else None
 
 
 class AdapterVersion:
-    """One content under one name, for as long as the name points at it or requests run on it."""
+    """One content under one name. It lives while the name points at it or requests run on it."""
 
     __slots__ = ("__weakref__", "ephemeral", "last_used_at", "record", "requests")
 
     def __init__(self, record: AdapterRecord, ephemeral: bool) -> None:
         self.record, self.ephemeral = record, ephemeral
-        self.requests = 0
-        self.last_used_at: float | None = None
+        self.requests = 0  # that run on it
+        self.last_used_at: float | None = None  # seconds since 1970
 
     @property
     def name(self) -> str:
@@ -64,25 +61,25 @@ class AdapterVersion:
 
 
 class Condition(NamedTuple):
-    """What a change demands of the name before it: one of some digests (or "*", any), or absence."""
+    """What must hold for a name before it is changed; nothing by default."""
 
-    if_match: frozenset[str] | None = None
-    if_none_match: bool = False
+    if_match: frozenset[str] | None = None  # the name points at one of these digests; "*" stands for any
+    if_none_match: bool = False  # the name points at nothing
 
 
 class Upload(NamedTuple):
-    """A checked adapter on its way to a name; `file` is its canonical file, in a staging directory."""
+    """A checked adapter that is to be published under a name."""
 
     summary: AdapterSummary
-    file: Path
-    source: str
-    ephemeral: bool = False
-    preload: bool = False
-    pin: bool | None = None  # on the device; None keeps what the name has
+    file: Path  # the canonical file, in a staging directory
+    source: str  # the URL of an import, or "upload"
+    ephemeral: bool = False  # keep it in memory only
+    preload: bool = False  # load it to the device at once
+    pin: bool | None = None  # pin it to the device; None keeps the pin of the name
 
 
 def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -> AdapterRecord:
-    """What a name that now has the record `old` points at after an upload: only other bytes are a new generation."""
+    """The record of a name after an upload; `old` is the record before. Only other bytes raise the generation."""
     summary = upload.summary
     pin = None if old is None else old.pin
     if upload.pin is not None:

@@ -1,4 +1,4 @@
-"""What every name means now, in memory: readers never wait."""
+"""The current version of each name, in memory: readers never wait."""
 
 import time
 from collections import Counter
@@ -15,19 +15,19 @@ from service.errors import RequestError
 
 
 class Versions:
-    """The version of each name, and the versions that lost theirs while requests run on them.
+    """Owns the version of each name, and the versions without a name on which requests still run.
 
-    Each of them, and each request, counts one on its digest in `Blobs`.
+    Each name and each request holds one reference to its digest in `Blobs`.
     """
 
     def __init__(self, blobs: Blobs, model: ModelConfig, max_rank: int) -> None:
         self._blobs, self._max_rank = blobs, max_rank
-        self.base = base_shape(model)  # the digest that records of this server's adapters carry
-        self._versions: dict[str, AdapterVersion] = {}
+        self.base = base_shape(model)  # the digest in the records of adapters that fit this server's base model
+        self._versions: dict[str, AdapterVersion] = {}  # by name
         self._draining: set[AdapterVersion] = set()
 
     def resolve(self, name: str) -> AdapterVersion | None:
-        """The version that a name means now; enter `using` before the next await, or it may be gone."""
+        """The current version of a name. Enter `using` before the next await, or the version may be deleted by then."""
         return self._versions.get(name)
 
     def list(self) -> list[AdapterVersion]:
@@ -40,11 +40,11 @@ class Versions:
         return max(ended, key=lambda version: version.record.created_at, default=None)
 
     def failure(self, version: AdapterVersion) -> str | None:
-        """Why a version does not go with this server, though it once went with one; None if it does."""
+        """Why this server cannot serve a version, None if it can."""
         return self._unfit(version.record)
 
     def require(self, name: str, condition: Condition, *, ephemeral: bool = False) -> None:
-        """Raise the RequestError that a change of the name would meet now: 412, or 409 for a durable name."""
+        """Raise the RequestError that a change of the name would get: `precondition_failed` or `adapter_is_durable`."""
         version = self._versions.get(name)
         if condition.if_none_match and version is not None:
             raise RequestError("precondition_failed", f"adapter {name!r} exists", "If-None-Match")
@@ -59,10 +59,9 @@ class Versions:
 
     @contextmanager
     def using(self, version: AdapterVersion) -> Iterator[None]:
-        """Keep a version, its bytes and its place in the engine for as long as one request runs.
+        """Keep a version, its file and its registration in the engine while one request runs.
 
-        Raises RequestError: 503 `adapter_failed` for one that cannot be served, 404 `model_not_found` for one
-        that ended before the block began.
+        Raises RequestError: `adapter_failed` if the version cannot be served, `model_not_found` if it was deleted.
         """
         if (failure := self.failure(version)) is not None:
             raise RequestError("adapter_failed", f"adapter {version.name!r} cannot be served: {failure}", "model")
@@ -80,7 +79,7 @@ class Versions:
             self._blobs.release(version.digest)
 
     def check(self) -> None:
-        """Recount who counts on what; to be called while no change is under way."""
+        """Recount the references to all digests. Call it only while no change is under way."""
         counts = Counter(version.digest for version in self._versions.values())
         for version in {*self._versions.values(), *self._draining}:
             assert version.requests >= 0
@@ -90,13 +89,14 @@ class Versions:
         self._blobs.check(counts)
 
     def named(self, name: str) -> AdapterVersion:
+        """The current version of a name. Raises RequestError `adapter_not_found`."""
         version = self._versions.get(name)
         if version is None:
             raise no_adapter(name)
         return version
 
     def point(self, record: AdapterRecord, *, ephemeral: bool) -> AdapterVersion:
-        """Make a name mean a record, whose bytes the caller has counted one on; takes that over from what it meant."""
+        """Make a name point at a record, and take over the caller's reference to its digest."""
         old = self._versions.get(record.name)
         if old is not None and old.digest == record.digest:
             old.record, old.ephemeral = record, ephemeral
@@ -110,11 +110,11 @@ class Versions:
         return version
 
     def drop(self, name: str) -> None:
-        """Make a name mean nothing."""
+        """Make a name point at nothing."""
         self._end(self._versions.pop(name), goes_on=False)
 
     def _end(self, version: AdapterVersion, *, goes_on: bool) -> None:
-        """Take away what a name counted on a version; the requests on it count for themselves."""
+        """Release a name's reference to a version. Requests on the version have references of their own."""
         if version.requests and not goes_on:
             self._draining.add(version)
         self._blobs.release(version.digest)
@@ -134,5 +134,5 @@ def no_adapter(name: str) -> RequestError:
 
 
 def base_shape(model: ModelConfig) -> str:
-    """A digest of everything that an adapter's tensors are checked against."""
+    """A digest of every shape that an adapter's tensors are checked against."""
     return blake3(msgspec.json.encode(model.sites())).hexdigest()

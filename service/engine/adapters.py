@@ -1,15 +1,18 @@
 """What the engine is told of adapters, and what it says of them."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.messages import (
     AdapterState,
     FailAdapter,
     LoadAdapter,
-    PinAdapter,
+    PinsSet,
+    Refusal,
     RegisterAdapter,
     RetireAdapter,
+    SetPins,
     Tier,
     UnloadAdapter,
 )
@@ -25,7 +28,7 @@ class EngineAdapters:
         self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()  # every word, for the owner of the files
         self._connection, self._metrics = connection, metrics
         self._paths: dict[str, Path] = {}
-        self._pins: dict[str, Tier] = {}
+        self._pins: dict[str, Tier] = {}  # by digest: the last wish
         self._had_engine = False
 
     def register(self, digest: str, path: Path) -> None:
@@ -58,27 +61,26 @@ class EngineAdapters:
         request_id = self._connection.new_id()
         await self._connection.ask(request_id, UnloadAdapter(request_id=request_id, digest=digest, tier=tier))
 
-    async def pin(self, digest: str, tier: Tier | None) -> None:
-        """Keep an adapter in a tier, now and in every later engine; None ends that.
+    async def set_pins(self, pins: Mapping[str, Tier]) -> dict[str, Refusal]:
+        """Pin exactly these adapters, by digest, now and in every later engine; returns those that the engine refuses.
 
-        Raises EngineError when the engine refuses or has died; before the first engine has started, the pin is only
-        remembered.
+        Raises EngineError if the engine has died. Before the first engine has started, the pins are only remembered.
         """
-        if tier is None:
-            self._pins.pop(digest, None)
-        if self._had_engine:
-            request_id = self._connection.new_id()
-            await self._connection.ask(request_id, PinAdapter(request_id=request_id, digest=digest, tier=tier))
-        if tier is not None:
-            self._pins[digest] = tier
+        self._pins = dict(pins)
+        if not self._had_engine:
+            return {}
+        request_id = self._connection.new_id()
+        answer = await self._connection.ask(request_id, SetPins(request_id=request_id, pins=self._pins))
+        assert isinstance(answer, PinsSet)
+        return answer.refused
 
     def tell_all(self) -> None:
         """Make a new engine know everything that the last one knew."""
         self._had_engine = True
         for digest, path in self._paths.items():
             self._connection.send(RegisterAdapter(digest=digest, path=str(path)))
-        for digest, tier in self._pins.items():
-            self._connection.send(PinAdapter(request_id=f"again-{digest}", digest=digest, tier=tier))
+        if self._pins:
+            self._connection.send(SetPins(request_id=self._connection.new_id(), pins=self._pins))
 
     def lost(self) -> None:
         """The engine died, and with it every state."""

@@ -17,6 +17,7 @@ from runtime.messages import (
     Failed,
     Generate,
     GetStats,
+    PinsSet,
     PrefixEnded,
     PrefixHeld,
     Ready,
@@ -201,7 +202,7 @@ class EngineClient:
             self.prefixes.on_event(event)
         elif isinstance(event, AdapterState):
             self.adapters.on_state(event)
-        elif isinstance(event, Answer):
+        elif isinstance(event, Answer | PinsSet):
             self._connection.on_answer(event)
         elif isinstance(event, Stats):
             self._last_stats, self._stats_at = event, time.monotonic()

@@ -5,7 +5,7 @@ import itertools
 import logging
 from typing import Any, TypeVar
 
-from runtime.messages import Answer, Command, Ready
+from runtime.messages import Answer, Command, PinsSet, Ready
 from service.engine.process import EngineProcess
 from service.errors import EngineError
 
@@ -20,7 +20,7 @@ class Connection:
         self.process: EngineProcess | None = None
         self.ready: Ready | None = None  # what the engine said of itself; None while no engine serves
         self._numbers = itertools.count()
-        self._answers: dict[str, asyncio.Future[None]] = {}  # by request id
+        self._answers: dict[str, asyncio.Future[Answer | PinsSet]] = {}  # by request id
 
     def send(self, command: Command) -> None:
         """Send a command if an engine serves; a later engine hears of adapters and pins again, not of the rest."""
@@ -36,26 +36,29 @@ class Connection:
     def new_id(self) -> str:
         return f"ask-{next(self._numbers)}"
 
-    async def ask(self, request_id: str, command: Command) -> None:
-        """Send a command and wait for its `Answer`. Raises EngineError: a refusal, the engine's death, or no engine."""
+    async def ask(self, request_id: str, command: Command) -> Answer | PinsSet:
+        """Send a command and return its answer. Raises EngineError: a refusal, the engine's death, or no engine."""
         self.require()
-        answer = self._answers[request_id] = asyncio.get_running_loop().create_future()
+        asked: asyncio.Future[Answer | PinsSet] = asyncio.get_running_loop().create_future()
+        self._answers[request_id] = asked
         self.send(command)
         try:
-            await answer
+            answer = await asked
         finally:
             del self._answers[request_id]
+        if isinstance(answer, Answer) and answer.code is not None:
+            raise EngineError(answer.code, answer.message)
+        return answer
 
-    def on_answer(self, answer: Answer) -> None:
+    def on_answer(self, answer: Answer | PinsSet) -> None:
         asked = self._answers.get(answer.request_id)
-        if asked is None:  # its caller was cancelled, or it is a pin that was sent again
-            if answer.code is not None:
-                _log.error("%s: the engine refused: %s", answer.request_id, answer.message)
-            return
-        if answer.code is None:
-            succeed(asked, None)
-        else:
-            fail(asked, EngineError(answer.code, answer.message))
+        if asked is not None:
+            succeed(asked, answer)
+        elif isinstance(answer, PinsSet):  # sent to a new engine, not asked for by anyone
+            for digest, refusal in answer.refused.items():
+                _log.error("adapter %s is pinned no longer: %s", digest, refusal.message)
+        elif answer.code is not None:  # the caller was cancelled
+            _log.error("%s: the engine refused: %s", answer.request_id, answer.message)
 
     def lost(self, failure: EngineError) -> None:
         """The engine died: fail everything that waits for an answer."""

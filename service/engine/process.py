@@ -1,7 +1,8 @@
-"""One life of an engine process: its socket, its messages, its end."""
+"""One engine process: its start, its messages, its end."""
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,16 +14,16 @@ from runtime.config import EngineConfig
 from runtime.messages import Command, Event, Ready, Shutdown, decode_events, encode
 from storage.scratch import private_scratch
 
-REASON_BYTES = 4096  # of standard error, kept to say why an engine did not start
+REASON_BYTES = 4096  # of standard error, kept for the reason why an engine did not start
 SHUTDOWN_SECONDS = 3.0  # for an engine to end by itself before it is killed
 
 
 class EngineStartFailed(RuntimeError):
-    """The engine process ended before it was ready; the message is what it said."""
+    """The engine process ended before it was ready; the message is the last line of its standard error."""
 
 
 class EngineProcess:
-    """A started engine, until it dies. A new life gets a new socket, so no message of an old one can reach it."""
+    """An engine process until its end. A restarted engine gets a new socket, so no message of an old one reaches it."""
 
     def __init__(self, command: Sequence[str]):
         self._command = command
@@ -32,8 +33,8 @@ class EngineProcess:
         for option in (zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM):  # send never blocks, close never waits
             self._socket.setsockopt(option, 0)
         self._child: asyncio.subprocess.Process | None = None
-        self._said = b""
-        self._greeted = False  # an engine that is not ready yet would not hear that it is to end
+        self._stderr = b""  # the last bytes of standard error
+        self._ready = False  # an engine that is not ready would not read a Shutdown message
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -41,19 +42,20 @@ class EngineProcess:
         return None if self._child is None else self._child.pid
 
     async def start(self, config: EngineConfig, on_event: Callable[[Event], None]) -> Ready:
-        """Spawn the process, hand it its configuration, wait until it is ready; `on_event` gets all later events.
+        """Spawn the process, send its configuration, and wait until it is ready. Raises EngineStartFailed.
 
-        Raises EngineStartFailed.
+        `on_event` is called with every later event.
         """
         endpoint = f"ipc://{self._scratch.path}/engine"
         self._socket.bind(endpoint)
         try:
             self._child = await asyncio.create_subprocess_exec(
                 *self._command,
+                f"--parent={os.getpid()}",
                 endpoint,
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the service, which then ends the engine
+                start_new_session=True,  # Ctrl-C in the terminal must reach the service only
             )
         except OSError as error:
             raise EngineStartFailed(f"the engine cannot be run: {error}") from None
@@ -71,22 +73,22 @@ class EngineProcess:
             exited.cancel()
         ready, *events = first.result()
         assert isinstance(ready, Ready)
-        self._greeted = True
+        self._ready = True
         self._tasks.append(asyncio.create_task(self._read(events, on_event), name="engine events"))
         return ready
 
     def send(self, command: Command) -> None:
-        """Send at once: the socket has no limit, so an awaitable would only ever be done."""
+        """Send a command. It does not block: the socket has no limit."""
         self._socket.send(encode(command))
 
     async def died(self) -> str:
-        """Wait for the process to end; says how it did."""
+        """Wait for the end of the process; returns its signal or its exit status."""
         assert self._child is not None
         await self._child.wait()
         return self._status()
 
     async def close(self) -> None:
-        """End the process, asking first; returns when it is gone. Safe to call on one that is dead or never lived."""
+        """End the process, by a message and then by a signal, and wait for its end. Safe to call at any time."""
         try:
             await self._stop()
         finally:
@@ -102,12 +104,12 @@ class EngineProcess:
         if child is None or child.returncode is not None:
             return
         try:
-            if self._greeted:
+            if self._ready:
                 self.send(Shutdown())
                 await asyncio.wait_for(child.wait(), SHUTDOWN_SECONDS)
         except TimeoutError:
             pass
-        finally:  # cancelled or too slow: it must not outlive us
+        finally:  # also when cancelled: the engine must not outlive the service
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
         await child.wait()
@@ -126,16 +128,16 @@ class EngineProcess:
             events = await self._receive()
 
     async def _relay(self) -> None:
-        """Pass on what the engine says, and remember the end of it."""
+        """Copy the engine's standard error to ours, and keep the last bytes."""
         assert self._child is not None
         assert self._child.stderr is not None
-        while said := await self._child.stderr.read(REASON_BYTES):  # by pieces: a line may have any length
-            self._said = (self._said + said)[-REASON_BYTES:]
-            sys.stderr.write(said.decode(errors="replace"))
+        while piece := await self._child.stderr.read(REASON_BYTES):  # not by lines: a line may have any length
+            self._stderr = (self._stderr + piece)[-REASON_BYTES:]
+            sys.stderr.write(piece.decode(errors="replace"))
             sys.stderr.flush()
 
     def _reason(self) -> str:
-        lines = self._said.decode(errors="replace").strip().splitlines()
+        lines = self._stderr.decode(errors="replace").strip().splitlines()
         return lines[-1].removeprefix("engine: ") if lines else f"the engine ended with {self._status()}"
 
     def _status(self) -> str:

@@ -1,4 +1,4 @@
-"""A source that is a directory of the server: its two files, read without ever following a link."""
+"""A source that is a directory of the server. Its two files are read without following a link."""
 
 import os
 import stat
@@ -16,10 +16,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def copy_files(root: Path, below: Sequence[str], files: BundleFiles, on_progress: OnProgress) -> None:
-    """Copy the two files out of the directory that is `below` a root, so that nobody changes them any more.
+    """Copy the two files of a directory, so that they cannot change while they are checked. Blocks.
 
-    Blocks. Links are refused at every step below the root: what they point at may be elsewhere. Raises
-    RequestError for links, missing files and files past the limits; passes on what `on_progress` raises.
+    `below` are the names that lead from `root` to the directory. A link below the root is refused, because it may lead
+    out of the root. Raises RequestError: links, missing files, files over their limits; and what `on_progress` raises.
     """
     with _directory(root, below) as directory:
         for name in (CONFIG, WEIGHTS):
@@ -45,9 +45,9 @@ def _directory(root: Path, below: Sequence[str]) -> Iterator[int]:
             finally:
                 os.close(parent)
     except FileNotFoundError:
-        raise RequestError("source_not_found", "the source's directory is not there", "src") from None
+        raise RequestError("source_not_found", "the directory of the source does not exist", "src") from None
     except OSError as error:
-        message = f"the source is no plain directory that may be read: {error.strerror}"
+        message = f"the source is not a directory that the server may read: {error.strerror}"
         raise RequestError("source_not_allowed", message, "src") from None
     try:
         yield descriptor
@@ -56,7 +56,7 @@ def _directory(root: Path, below: Sequence[str]) -> Iterator[int]:
 
 
 def _open_plain(name: str, directory: int) -> BinaryIO:
-    """Open a file of a bundle, never through a link, and without waiting for the far end of a pipe."""
+    """Open a file of a bundle, but not a link, and without waiting for the writer of a pipe."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Fetching the two files of an adapter from where a client says they are, and from nowhere else."""
+"""Fetching the two files of an adapter from the source that a client names."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -30,16 +30,16 @@ _Remote = TypeVar("_Remote", S3Store, HubRepository)
 
 
 class Fetched(NamedTuple):
-    """What a source held: the bundle, and the URL that names exactly this."""
+    """A bundle and where it came from."""
 
     bundle: Bundle
-    url: str
+    url: str  # with the commit of a hub repository
 
 
 class Sources:
-    """Knows which sources are allowed, and fetches from them; size is bounded, and nothing is followed.
+    """Knows the allowed sources, and fetches from them: at most `max_bytes` of weights, and no redirects or links.
 
-    `open_bucket` and `open_repository` take what `S3Store` and `HubRepository` do.
+    `open_bucket` and `open_repository` have the signatures of `S3Store` and `HubRepository`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Sources:
         self._open: set[S3Store | HubRepository] = set()
 
     def checked(self, src: str, revision: str | None = None) -> Source:
-        """The source that a URL names. Raises RequestError for a bad or a forbidden one."""
+        """The source that a URL names. Raises RequestError if the URL is invalid or the source is not allowed."""
         try:
             source = source_of(src)
         except ValueError as error:
@@ -67,10 +67,10 @@ class Sources:
         return source
 
     def fetch(self, source: Source, directory: Path, on_progress: OnProgress) -> Fetched:
-        """Bring the two files of a checked source into a directory, which the caller removes whatever happens; blocks.
+        """Fetch the two files of a checked source into a directory, which the caller removes in any case. Blocks.
 
-        `on_progress` gets the bytes of the weights so far, and its exceptions end the fetch. Raises RequestError if the
-        source is missing, unreadable, too large, changes meanwhile, or its store does not work; StoreFull, OSError.
+        `on_progress` gets the bytes of the weights so far; its exceptions end the fetch. Raises RequestError if the
+        source is missing, unreadable, too large, changes during the fetch, or its store fails; StoreFull, OSError.
         """
         if source.scheme == "file":
             return self._fetch_files(source, directory, on_progress)
@@ -111,7 +111,7 @@ class Sources:
             files.close()
 
     def _copy(self, reader: Reader, directory: Path, on_progress: OnProgress) -> Bundle:
-        """The configuration first: it is small, and often what is missing."""
+        """Fetch the configuration first: it is small, and the file that is most often missing."""
         limits = ((CONFIG, MAX_CONFIG_BYTES, None), (WEIGHTS, self._max_bytes, on_progress))
         for name, limit, listener in limits:
             try:
@@ -125,7 +125,7 @@ class Sources:
 
 def _with_revision(source: Source, revision: str) -> Source:
     if source.scheme != "hf":
-        raise RequestError("unsupported_revision", "revision goes with hf:// sources only", "revision")
+        raise RequestError("unsupported_revision", "revision is for hf:// sources only", "revision")
     try:
         check_revision(revision)
     except ValueError as error:
@@ -138,13 +138,13 @@ def _with_revision(source: Source, revision: str) -> Source:
 
 @contextmanager
 def _translated(source: Source) -> Iterator[None]:
-    """What a store says, told to a client: of the source it named itself, and nothing of the server's."""
+    """Translate a store's errors for a client. The message names the client's source and nothing of the server."""
     try:
         yield
     except StoreFull:
-        raise  # the server's own disk
+        raise  # it is about the server's disk
     except NotFound as error:
-        raise _failed("source_not_found", f"{source.url} is not there", error) from None
+        raise _failed("source_not_found", f"{source.url} does not exist", error) from None
     except AccessDenied as error:
         raise _failed("source_access_denied", f"the server may not read {source.url}", error) from None
     except ObjectChanged as error:

@@ -18,7 +18,7 @@ ACCEPTED = "multipart/form-data, application/x-tar or application/vnd.safetensor
 def read_bundle(body: BodyReader, directory: Path) -> Bundle:
     """Read a body into `directory`, which the caller removes in any case. Blocks.
 
-    Raises RequestError: `unsupported_media_type`, `body_too_large`, or what is wrong with the container; InvalidAdapter
+    Raises RequestError: `unsupported_media_type`, `body_too_large`, or an error of the container format; InvalidAdapter
     for a safetensors body without a configuration; and as `BodyReader.read` does.
     """
     announced = body.headers.get("content-length", "")

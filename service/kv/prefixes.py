@@ -1,4 +1,4 @@
-"""Which prefixes are held, of which adapter version, until when, and why those that ended did."""
+"""Held prefixes: of which adapter version, until when, and why one is held no longer."""
 
 import asyncio
 import time
@@ -13,8 +13,8 @@ from service.engine.prefixes import EnginePrefixes, HeldPrefix
 from service.errors import RequestError
 from service.openai.invocation import Prompt
 
-MAX_PREFIXES = 4096  # held at once: prefixes that share their blocks would not reach the engine's bound on blocks
-MAX_ENDED = 1000  # ended prefixes whose reason is remembered
+MAX_PREFIXES = 4096  # held at once: the engine bounds blocks only, and prefixes may share theirs
+MAX_ENDED = 1000  # ended prefixes whose reason is kept
 
 REASONS = {
     "expired": "its time is over",
@@ -26,7 +26,7 @@ REASONS = {
 }
 
 
-class Wanted(NamedTuple):
+class PrefixSpec(NamedTuple):
     """A prefix to compute."""
 
     model: str  # as the client named it
@@ -37,18 +37,19 @@ class Wanted(NamedTuple):
 
 
 class Prefix:
-    """A prefix that is held, or that is being computed. Times are seconds since 1970."""
+    """A prefix that is held or is being computed. Times are seconds since 1970."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, spec: PrefixSpec) -> None:
         self.id = f"prefix-{uuid4().hex}"
-        self.wanted = wanted
+        self.spec = spec
         self.held: PrefixHeld | None = None  # None while it is computed
         self.created_at = self.expires_at = time.time()
         self.using = ExitStack()  # the use of the adapter version
         self.timer: asyncio.Task[None] | None = None
 
     def command(self) -> HoldPrefix:
-        prompt = self.wanted.prompt
+        """The message that makes the engine compute and hold the prefix."""
+        prompt = self.spec.prompt
         return HoldPrefix(
             request_id=self.id,
             prefix_id=self.id,
@@ -56,38 +57,38 @@ class Prefix:
             adapter=prompt.adapter,
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,
-            cache_salt=self.wanted.cache_salt,
+            cache_salt=self.spec.cache_salt,
         )
 
 
 class Prefixes:
-    """Owns the held prefixes, their time limits, and with each the use of the adapter version of its K/V."""
+    """Owns the held prefixes and their time limits. Each one uses the adapter version of its K/V, like a request."""
 
     def __init__(self, engine: EnginePrefixes, versions: Versions) -> None:
         self._engine, self._versions = engine, versions
         self._prefixes: dict[str, Prefix] = {}
-        self._ended: dict[str, str] = {}  # the reasons, the oldest first
+        self._ended: dict[str, str] = {}  # reason by prefix id, the oldest first
 
-    async def hold(self, wanted: Wanted) -> Prefix:
-        """Compute a prefix and hold it until its time is over. Raises RequestError."""
-        prefix, handle = await self._compute(wanted)
-        prefix.expires_at = time.time() + wanted.ttl_seconds
+    async def hold(self, spec: PrefixSpec) -> Prefix:
+        """Compute a prefix and hold it for its `ttl_seconds`. Raises RequestError."""
+        prefix, handle = await self._compute(spec)
+        prefix.expires_at = time.time() + spec.ttl_seconds
         prefix.timer = asyncio.create_task(self._watch(prefix, handle), name=prefix.id)
         return prefix
 
-    async def warm(self, wanted: Wanted) -> Prefix:
-        """Compute a prefix and hold nothing: it stays as long as the cache keeps it. Raises as `hold` does."""
-        prefix, _ = await self._compute(wanted)
+    async def warm(self, spec: PrefixSpec) -> Prefix:
+        """Compute a prefix and hold nothing: the cache may evict its blocks. Raises RequestError."""
+        prefix, _ = await self._compute(spec)
         self._engine.release(prefix.id)
         self._forget(prefix.id)
         return prefix
 
     def list(self) -> list[Prefix]:
-        """Every prefix that is held, the oldest first."""
+        """Every held prefix, the oldest first."""
         return [prefix for prefix in self._prefixes.values() if prefix.held is not None]
 
     def get(self, prefix_id: str) -> Prefix:
-        """A prefix that is held. Raises RequestError, with the reason if it was held once."""
+        """A held prefix. Raises RequestError, with the reason if it was held before."""
         prefix = self._prefixes.get(prefix_id)
         if prefix is not None and prefix.held is not None:
             return prefix
@@ -100,20 +101,20 @@ class Prefixes:
         self._end(self.get(prefix_id), "released")
 
     async def close(self) -> None:
-        """Release every adapter version."""
+        """Release every prefix."""
         timers = [prefix.timer for prefix in self._prefixes.values() if prefix.timer is not None]
         for prefix_id in list(self._prefixes):
             self._forget(prefix_id)
         await asyncio.gather(*timers, return_exceptions=True)
 
-    async def _compute(self, wanted: Wanted) -> tuple[Prefix, HeldPrefix]:
+    async def _compute(self, spec: PrefixSpec) -> tuple[Prefix, HeldPrefix]:
         if len(self._prefixes) >= MAX_PREFIXES:
             raise RequestError("prefixes_full", f"{MAX_PREFIXES} prefixes are held already: release one first")
-        prefix = Prefix(wanted)
+        prefix = Prefix(spec)
         self._prefixes[prefix.id] = prefix
         try:
-            if wanted.prompt.adapter is not None and wanted.version is not None:
-                prefix.using.enter_context(self._versions.using(wanted.version))
+            if spec.prompt.adapter is not None and spec.version is not None:
+                prefix.using.enter_context(self._versions.using(spec.version))
             prefix.held, handle = await self._engine.hold(prefix.command())
         except BaseException:
             self._forget(prefix.id)
@@ -121,9 +122,9 @@ class Prefixes:
         return prefix, handle
 
     async def _watch(self, prefix: Prefix, handle: HeldPrefix) -> None:
-        """Wait until a prefix's time is over, or until the engine ends it before that."""
+        """Wait until a prefix expires, or until the engine ends it before that."""
         try:
-            async with asyncio.timeout(prefix.wanted.ttl_seconds):
+            async with asyncio.timeout(prefix.spec.ttl_seconds):
                 reason = await handle.ended
         except TimeoutError:
             reason = "expired"

@@ -1,4 +1,4 @@
-"""The KV cache and held prefixes as clients see them."""
+"""The resources of the KV cache and of held prefixes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -16,93 +16,89 @@ TTL_SECONDS, MAX_TTL_SECONDS = 300.0, 86_400.0
 
 
 class KvBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """`total` are `used` (by running requests and held prefixes), `cached` (free, and can be hit) and `free` ones.
-
-    `held` are those of the used ones that are kept for prefixes.
-    """
+    """The blocks of the device: `total` is the sum of `used`, `cached` and `free`."""
 
     total: int
-    used: int
-    cached: int
+    used: Annotated[int, Meta(description="by running requests and held prefixes")]
+    cached: Annotated[int, Meta(description="not in use, with K/V that a prompt can hit")]
     free: int
-    held: int
+    held: Annotated[int, Meta(description="those of the used ones that are kept for held prefixes")]
 
 
 class KvLookups(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of prompts since the engine's start: looked for, and found; null before the first."""
+    """Lookups in the prefix cache since the engine's start."""
 
-    query_tokens: int
-    hit_tokens: int
-    hit_rate: float | None
+    query_tokens: Annotated[int, Meta(description="tokens of prompts that were looked up")]
+    hit_tokens: Annotated[int, Meta(description="those that were found")]
+    hit_rate: Annotated[float | None, Meta(description="null before the first lookup")]
 
 
 class KvHost(msgspec.Struct, frozen=True, kw_only=True):
-    """Host memory for evicted blocks; `stores`, `hits` and `evictions` are blocks since the engine's start."""
+    """Host memory for blocks that were evicted from the device. The counters begin at the engine's start."""
 
     bytes_total: int
     bytes_used: int
     blocks: int
-    stores: int
-    hits: int
-    evictions: int
+    stores: Annotated[int, Meta(description="blocks that were offloaded to host memory")]
+    hits: Annotated[int, Meta(description="blocks that were loaded back")]
+    evictions: Annotated[int, Meta(description="blocks that host memory dropped")]
 
 
 class KvShare(KvLookups, frozen=True, kw_only=True):
-    """What one namespace has: "base", or an adapter's digest; `names` are all that it goes by as a model.
+    """The share of one namespace: the K/V of the base, or of one adapter."""
 
-    `blocks_host` are evicted ones that host memory still has.
-    """
-
-    namespace: str
-    kind: Literal["base", "lora", "alora"] | None
-    names: list[str]
+    namespace: Annotated[str, Meta(description='"base", or the digest of an adapter')]
+    kind: Annotated[
+        Literal["base", "lora", "alora"] | None, Meta(description="null for an adapter that has lost its names")
+    ]
+    names: Annotated[list[str], Meta(description="all model names of it")]
     blocks_used: int
     blocks_cached: int
-    blocks_host: int
+    blocks_host: Annotated[int, Meta(description="evicted from the device, and still in host memory")]
 
 
 class KvCache(KvLookups, frozen=True, kw_only=True):
-    """What GET /kv shows, as it was `age_seconds` ago; `host` is null without a host tier."""
+    """The KV cache, as of the last snapshot of the engine."""
 
-    age_seconds: float
-    block_size: int
+    age_seconds: Annotated[float, Meta(description="since the snapshot")]
+    block_size: Annotated[int, Meta(description="tokens a block")]
     blocks: KvBlocks
-    host: KvHost | None
+    host: Annotated[KvHost | None, Meta(description="null if host memory keeps no K/V")]
     namespaces: list[KvShare]
 
 
 class PrefixRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A prefix to compute: `messages`, laid out without the assistant's header, or a `prompt`.
-
-    `pin` false computes it and holds nothing: it stays as long as the cache keeps it.
-    """
+    """A prefix to compute: either `messages` or a `prompt`."""
 
     model: Name
-    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    messages: Annotated[
+        Annotated[list[Message], Meta(min_length=1)] | None,
+        Meta(description="a chat, to which the template adds no header of the assistant"),
+    ] = None
     prompt: str | list[Count] | None = None
-    ttl_seconds: Annotated[float, Meta(gt=0, le=MAX_TTL_SECONDS)] = TTL_SECONDS
-    pin: bool = True
+    ttl_seconds: Annotated[float, Meta(gt=0, le=MAX_TTL_SECONDS, description="how long the prefix is held")] = (
+        TTL_SECONDS
+    )
+    pin: Annotated[
+        bool, Meta(description="false: compute the prefix and hold nothing; the cache may evict its blocks")
+    ] = True
     cache_salt: str | None = None
     alora: Alora | None = None
 
 
 class HeldPrefix(msgspec.Struct, frozen=True, kw_only=True):
-    """A prefix. `digest` is its adapter's, null for the base; times are seconds since 1970.
+    """A computed prefix."""
 
-    `cached_tokens` of its `tokens` had been computed before. `activation` is where the adapter begins, `invocation`
-    what became of an aLoRA's. One that is not held has neither `id` nor `expires_at`.
-    """
-
-    id: str | None
+    id: Annotated[str | None, Meta(description="null if it is not held")]
     model: str
-    digest: str | None
-    activation: int | None
-    invocation: Invocation | None
+    digest: Annotated[str | None, Meta(description="of the adapter; null for the base")]
+    activation: Annotated[int | None, Meta(description="index of the first token that the adapter applies to")]
+    invocation: Annotated[Invocation | None, Meta(description="what became of the invocation of an aLoRA")]
     tokens: int
     blocks: int
-    cached_tokens: int
-    created_at: float
-    expires_at: float | None
+    cached_tokens: Annotated[int, Meta(description="those of the tokens that the cache had")]
+    created_at: Annotated[float, Meta(description="seconds since 1970")]
+    expires_at: Annotated[float | None, Meta(description="seconds since 1970; null if it is not held")]
 
 
 class PrefixList(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,14 +106,14 @@ class PrefixList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def held_prefix(prefix: Prefix, *, pinned: bool = True) -> HeldPrefix:
-    held, wanted = prefix.held, prefix.wanted
+    held, spec = prefix.held, prefix.spec
     assert held is not None
     return HeldPrefix(
         id=prefix.id if pinned else None,
-        model=wanted.model,
-        digest=None if wanted.version is None else wanted.version.digest,
-        activation=None if wanted.prompt.adapter is None else wanted.prompt.invocation_start,
-        invocation=wanted.prompt.invocation,
+        model=spec.model,
+        digest=None if spec.version is None else spec.version.digest,
+        activation=None if spec.prompt.adapter is None else spec.prompt.invocation_start,
+        invocation=spec.prompt.invocation,
         tokens=held.tokens,
         blocks=held.blocks,
         cached_tokens=held.cached_tokens,
@@ -129,7 +125,7 @@ def held_prefix(prefix: Prefix, *, pinned: bool = True) -> HeldPrefix:
 def kv_cache(
     stats: Stats, age_seconds: float, block_size: int, served_name: str, versions: Sequence[AdapterVersion]
 ) -> KvCache:
-    """A snapshot; `versions` are the named adapters, `served_name` is the base's."""
+    """The resource of a snapshot. `served_name` is the name of the base, `versions` are the named adapters."""
     query_tokens = sum(namespace.query_tokens for namespace in stats.namespaces.values())
     hit_tokens = sum(namespace.hit_tokens for namespace in stats.namespaces.values())
     return KvCache(
@@ -164,7 +160,7 @@ def _host(host: HostKvStats) -> KvHost:
 def _shares(
     namespaces: Mapping[str, KvNamespace], served_name: str, versions: Sequence[AdapterVersion]
 ) -> list[KvShare]:
-    """The base first, then every adapter that has or had K/V."""
+    """The share of the base, then of every adapter that has or had K/V."""
     found = []
     for digest in sorted({"", *namespaces}):
         share = namespaces.get(digest) or KvNamespace(blocks_used=0, blocks_cached=0, query_tokens=0, hit_tokens=0)

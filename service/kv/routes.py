@@ -1,4 +1,4 @@
-"""The KV cache over HTTP: look at it, warm and hold prefixes, drop the K/V of a model."""
+"""The KV cache over HTTP: show it, warm and hold prefixes, drop the K/V of a model."""
 
 from contextlib import ExitStack
 
@@ -9,7 +9,7 @@ from starlette.routing import Route
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
-from service.kv.prefixes import Wanted
+from service.kv.prefixes import PrefixSpec
 from service.kv.resource import PrefixList, PrefixRequest, held_prefix, kv_cache
 from service.openai.invocation import Prompt, require_applicable
 from service.openai.models import find_version
@@ -24,7 +24,7 @@ async def get_kv(request: Request) -> Response:
     services = services_of(request)
     stats, engine = await services.engine.latest_stats(), services.engine.ready
     if stats is None or engine is None:
-        raise RequestError("engine_unavailable", "the engine is not running, or too busy to say")
+        raise RequestError("engine_unavailable", "the engine is not running, or too busy to answer: try again")
     name, versions = services.settings.served_name, services.catalog.versions.list()
     return json_response(kv_cache(stats, services.engine.stats_age, engine.block_size, name, versions))
 
@@ -77,15 +77,15 @@ async def _compute(services: Services, body: PrefixRequest) -> Response:
         if version is not None:
             using.enter_context(versions.using(version))
         prompt = await _prompt(services, body, version)
-        wanted = Wanted(body.model, version, prompt, body.ttl_seconds, body.cache_salt or "")
-        prefix = await (services.prefixes.hold(wanted) if body.pin else services.prefixes.warm(wanted))
+        spec = PrefixSpec(body.model, version, prompt, body.ttl_seconds, body.cache_salt or "")
+        prefix = await (services.prefixes.hold(spec) if body.pin else services.prefixes.warm(spec))
     if not body.pin:
         return json_response(held_prefix(prefix, pinned=False))
     return json_response(held_prefix(prefix), 201, {"location": f"/kv/prefixes/{prefix.id}"})
 
 
 async def _prompt(services: Services, body: PrefixRequest, version: AdapterVersion | None) -> Prompt:
-    """The one prefix that a request has. Raises RequestError naming the field."""
+    """The prefix that a request asks for, as tokens. Raises RequestError, whose param is the field."""
     if (body.messages is None) == (body.prompt is None):
         raise RequestError("invalid_field", "expected either messages, for a chat, or a prompt", "messages")
     if body.messages is not None:
@@ -99,7 +99,7 @@ async def _prompt(services: Services, body: PrefixRequest, version: AdapterVersi
 
 
 def _namespace(services: Services, name: str) -> str | None:
-    """The digest of a namespace, None for the base's. Raises RequestError."""
+    """The digest of a namespace, None for the base. Raises RequestError `namespace_not_found`."""
     base, catalog = services.settings.served_name, services.catalog
     if name in (BASE, base):
         return None

@@ -1,8 +1,9 @@
 """A scheduler with fakes of the pools that it uses, and requests for it."""
 
 import itertools
+from collections import Counter
 
-from runtime.adapters.unavailable import AdapterUnavailable
+from runtime.adapters.errors import AdapterUnavailable
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
 from runtime.messages import Generate, SamplingParams
@@ -13,33 +14,40 @@ B = 4
 
 
 class FakeAdapters:
-    """A pool whose adapters are resident, loading, short of room or broken as the test says."""
+    """A pool whose adapters are resident, loading or broken as the test says."""
 
     def __init__(self):
         self.resident = {"a", "b"}
         self.broken = set()
-        self.roomless = set()
-        self.enough = set()  # any of which makes room when it leaves
-        self.references = {}
+        self.references = Counter()
+        self.waiting = Counter()  # requests that have not acquired their adapter
         self.prefetched = []
 
     def prefetch(self, digest):
         self.prefetched.append(digest)
+        self.waiting[digest] += 1
 
-    def acquire(self, digest):
+    def cancel(self, digest):
+        self.waiting[digest] -= 1
+        assert self.waiting[digest] >= 0
+
+    def ready(self, digest):
         if digest in self.broken:
             raise AdapterUnavailable(f"adapter {digest} is broken")
-        if digest not in self.resident:
+        return digest in self.resident
+
+    def acquire(self, digest, steps=0):
+        assert steps >= 0
+        if not self.ready(digest):
             return False
-        self.references[digest] = self.references.get(digest, 0) + 1
+        self.cancel(digest)
+        self.references[digest] += 1
         return True
 
-    def release(self, digest):
+    def release(self, digest, *, waits=False):
         self.references[digest] -= 1
         assert self.references[digest] >= 0
-
-    def lacks_room(self, digest, leaving=()):
-        return digest in self.roomless and not self.enough & set(leaving)
+        self.waiting[digest] += waits
 
 
 class FakeOffload:

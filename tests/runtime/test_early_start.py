@@ -56,7 +56,7 @@ def test_rule_9_the_prompt_up_to_the_invocation_is_computed_before_the_file_is_t
     digest, path, content = canonical(engine)
     engine.add_request(request("early", digest))
     engine.add_request(request("plain", digest, invocation_start=0))
-    step_until(engine, lambda: engine.adapters.wanted and engine.steps and not engine.scheduler.running)
+    step_until(engine, lambda: engine.adapters.missing and engine.steps and not engine.scheduler.running)
     early = engine.requests["early"]
     assert (early.cached_tokens, early.num_generated) == (0, 0)
     assert engine.stats().namespaces[""].blocks_cached == 4, "50 tokens of 16 a block"
@@ -73,7 +73,7 @@ def test_others_are_served_meanwhile_however_few_places_there_are(start, canonic
     engine = start(max_running=1, blocks=9)
     digest, _, _ = canonical(engine)
     engine.add_request(request("early", digest))
-    step_until(engine, lambda: engine.adapters.wanted and not engine.scheduler.running)
+    step_until(engine, lambda: engine.adapters.missing and not engine.scheduler.running)
     for seed in range(3):
         name = f"base {seed}"
         engine.add_request(Generate(request_id=name, token_ids=prompt(100, seed), params=GREEDY))
@@ -85,7 +85,7 @@ def test_when_the_file_cannot_be_had_the_request_fails_with_the_reason(start, ca
     engine = start(max_batch_tokens=16, max_running=4)
     digest, _, _ = canonical(engine)
     engine.add_request(request("early", digest))
-    events = step_until(engine, lambda: engine.adapters.wanted)
+    events = step_until(engine, lambda: engine.adapters.missing)
     engine.adapters.fail(digest, "the bucket said 403")
     events += step_until(engine, lambda: not engine.busy)
     [failed] = [event for event in events if isinstance(event, Failed)]
@@ -109,7 +109,7 @@ def test_without_a_prefix_cache_a_request_waits_for_its_adapter_as_ever(start, c
     engine = start(prefix_cache=False)
     digest, path, content = canonical(engine)
     engine.add_request(request("late", digest))
-    step_until(engine, lambda: engine.adapters.wanted)
+    step_until(engine, lambda: engine.adapters.missing)
     assert engine.steps == 0
     path.write_bytes(content)
     engine.register_adapter(digest, path)

@@ -4,10 +4,12 @@ tests/service/engine/test_engine_contract.py has what it does on every command.
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
 
+import pytest
 import zmq
 
 from runtime.config import EngineConfig
@@ -49,7 +51,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):
     theirs.connect("inproc://stumbling")
     for command in (generate("a"), generate("b")):
         ours.send(encode(command))
-    thread = threading.Thread(target=EngineProcess(engine, theirs).run)
+    thread = threading.Thread(target=EngineProcess(engine, theirs, os.getppid()).run)
     thread.start()
     events = []
     while not any(isinstance(event, Failed) for event in events):
@@ -103,3 +105,17 @@ peer.next(Ready)
 print("ready", flush=True)
 signal.pause()
 """
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_an_engine_whose_parent_died_before_it_was_ready_ends_by_itself(tmp_path, configured):
+    """Its parent is another process than the one that it was started for: that one is gone."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.bind(f"ipc://{tmp_path}/socket")
+    command = [sys.executable, "-m", "runtime.process", f"--parent={os.getpid() + 1}", f"ipc://{tmp_path}/socket"]
+    with subprocess.Popen(command) as engine:
+        if configured:
+            socket.send(encode(EngineConfig(model=str(tmp_path), load_format="dummy", max_model_len=128)))
+        assert engine.wait(timeout=60) == 0
+    socket.close(linger=0)

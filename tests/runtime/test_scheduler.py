@@ -1,7 +1,7 @@
 import pytest
 
-from runtime.scheduler import ADAPTER_PATIENCE_SECONDS, QueueFull
-from tests.runtime.scheduler_fakes import Clock, FakeAdapters, FakeOffload, request, scheduler, step
+from runtime.scheduler import QueueFull
+from tests.runtime.scheduler_fakes import FakeAdapters, FakeOffload, request, scheduler, step
 
 
 def test_a_long_prompt_is_computed_in_chunks_under_the_budget_beside_decoding_ones():
@@ -96,39 +96,22 @@ def test_a_sequence_whose_kv_come_back_is_passed_over_without_its_adapter_and_ke
     assert [chunk.request for chunk in chunks] == [other, first, early], "early may still begin without its adapter"
 
 
-def test_one_that_waits_too_long_for_adapter_memory_holds_back_other_adapters_but_not_the_base():
-    adapters, clock = FakeAdapters(), Clock()
-    s = scheduler(adapters=adapters, clock=clock)
-    adapters.roomless.add("big")
-    s.add(request(4, adapter="big"))
-    s.add(early := request(4, adapter="a"))
-    assert set(step(s)) == {early}
-    clock.now = ADAPTER_PATIENCE_SECONDS + 1
-    late, base = request(4, adapter="b"), request(4)
-    s.add(late)
-    s.add(base)
-    assert set(step(s)) == {early, base}
-    adapters.roomless.clear()
-    adapters.resident.add("big")
-    assert late in step(s)
-
-
-def test_only_who_leaves_soonest_makes_room_and_the_others_in_use_go_on_being_used():
-    adapters, clock = FakeAdapters(), Clock()
-    s = scheduler(adapters=adapters, clock=clock)
-    s.add(request(4, adapter="a", max_tokens=6))
-    s.add(request([9] * 4, adapter="b", max_tokens=12))
-    step(s)
-    adapters.roomless.add("big")
-    adapters.enough = {"a", "b"}
-    s.add(request(4, adapter="big"))
-    clock.now = ADAPTER_PATIENCE_SECONDS + 1
-    a, b = request([5] * 4, adapter="a"), request([6] * 4, adapter="b")
-    s.add(a)
-    s.add(b)
-    chunks = step(s)
-    assert b in chunks
-    assert a not in chunks
+def test_every_request_keeps_a_place_in_line_for_its_adapter_until_it_acquires_it_or_ends():
+    adapters = FakeAdapters()
+    s = scheduler(blocks=3, adapters=adapters)
+    s.add(old := request([1] * 4, adapter="a", max_tokens=6))
+    s.add(young := request([2] * 4, adapter="b", max_tokens=6))
+    s.add(slow := request(4, adapter="slow"))
+    assert adapters.waiting == {"a": 1, "b": 1, "slow": 1}
+    assert set(step(s)) == {old, young}
+    assert adapters.waiting == {"a": 0, "b": 0, "slow": 1}
+    while not s.preemptions:
+        step(s)
+    assert list(s.waiting) == [young, slow]
+    assert (adapters.waiting["b"], adapters.references["b"]) == (1, 0), "the preempted one waits for its adapter again"
+    for each in (young, slow):
+        s.remove(each)
+    assert not adapters.waiting.total()
 
 
 def test_a_sequence_whose_adapter_failed_is_handed_back_with_the_reason():
@@ -141,6 +124,7 @@ def test_a_sequence_whose_adapter_failed_is_handed_back_with_the_reason():
     assert not chunks
     assert rejected is broken
     assert "c is broken" in str(error)
+    assert not adapters.waiting.total()
     s.check()
 
 

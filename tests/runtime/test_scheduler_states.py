@@ -1,3 +1,5 @@
+from collections import Counter
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -53,17 +55,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         if alive:
             self.s.remove(data.draw(st.sampled_from(alive)))
 
-    @rule(adapter=st.sampled_from(["a", "b", "c"]), state=st.sampled_from(["resident", "loading", "room", "broken"]))
+    @rule(adapter=st.sampled_from(["a", "b", "c"]), state=st.sampled_from(["resident", "loading", "broken"]))
     def adapter_changes(self, adapter, state):
         in_use = self.adapters.references.get(adapter, 0) > 0
-        for group in (self.adapters.broken, self.adapters.roomless):
-            group.discard(adapter)
+        self.adapters.broken.discard(adapter)
         if state == "resident" or in_use:
             self.adapters.resident.add(adapter)
             return
         self.adapters.resident.discard(adapter)
-        if state != "loading":
-            {"room": self.adapters.roomless, "broken": self.adapters.broken}[state].add(adapter)
+        if state == "broken":
+            self.adapters.broken.add(adapter)
 
     @rule(seconds=st.floats(0, 3))
     def time_passes(self, seconds):
@@ -72,7 +73,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def all_adapters_work_and_everything_drains(self):
         self.adapters.broken.clear()
-        self.adapters.roomless.clear()
         self.adapters.resident |= {"a", "b", "c"}
         for _ in range(2000):
             if not self.s.running and not self.s.waiting:
@@ -91,6 +91,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if running.holds_adapter:
                 held[running.adapter] = held.get(running.adapter, 0) + 1
         assert held == {adapter: count for adapter, count in self.adapters.references.items() if count}
+        lacking = [each for each in (*self.s.running, *self.s.waiting) if each.lacks_adapter]
+        assert +self.adapters.waiting == Counter(each.adapter for each in lacking)
 
 
 TestSchedulerUnderRandomOperations = SchedulerMachine.TestCase

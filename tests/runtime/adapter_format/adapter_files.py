@@ -7,7 +7,7 @@ import numpy as np
 
 from runtime.adapter_format.canonical import CanonicalFile, canonical_from_tensors, read_canonical
 from runtime.adapter_format.safetensors_header import write_header
-from runtime.messages import AdapterState
+from runtime.messages import AdapterState, Answer, PinsSet
 from runtime.models.config import ModelConfig, RopeConfig
 
 MODEL = ModelConfig(
@@ -100,6 +100,17 @@ class Clock:
 def settle(pool):
     """Poll until no job is under way; the states that were reported on the way, each with the tier reached."""
     return [(event.digest, event.state, event.tier) for event in settled(pool) if isinstance(event, AdapterState)]
+
+
+def answers(events):
+    """The answers among events: each request id, and the code of a refusal; of pins, the codes by digest."""
+    found = []
+    for event in events:
+        if isinstance(event, Answer):
+            found.append((event.request_id, event.code))
+        elif isinstance(event, PinsSet):
+            found.append((event.request_id, {digest: refusal.code for digest, refusal in event.refused.items()}))
+    return found
 
 
 def settled(pool):

@@ -5,7 +5,7 @@ import torch
 
 from runtime.adapters.pool import AdapterPool
 from runtime.messages import AdapterState, Answer
-from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, settle, settled
+from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, answers, settle, settled
 
 DIGEST, CONTENT = ONE
 
@@ -24,10 +24,6 @@ def make_pool():
         pool.close()
 
 
-def answers(events):
-    return [(event.request_id, event.code) for event in events if isinstance(event, Answer)]
-
-
 def load(pool, *adapters, tier="device"):
     for digest, content in adapters:
         pool.register(digest, content)
@@ -35,12 +31,12 @@ def load(pool, *adapters, tier="device"):
         settle(pool)
 
 
-def pin(pool, digest, tier="device"):
-    """Ask for a pin and wait for the answer's code."""
-    pool.pin("p", digest, tier)
-    [(request_id, code)] = answers(settled(pool))
+def set_pins(pool, **pins):
+    """Ask for pins, {tier: digests}, and wait for the answer: the codes of what is refused, by digest."""
+    pool.set_pins("p", {digest: tier for tier, digests in pins.items() for digest in digests})
+    [(request_id, refused)] = answers(settled(pool))
     assert request_id == "p"
-    return code
+    return refused
 
 
 def test_a_load_goes_to_the_tier_that_is_asked_for_and_no_further():
@@ -83,73 +79,108 @@ def test_a_load_under_way_that_is_unloaded_is_dropped_when_it_ends_unless_it_is_
 def test_a_pinned_adapter_is_loaded_and_outlasts_all_others(make_pool):
     pool = make_pool(device=2, host=2)
     pool.register(*ONE)
-    pool.pin("p", DIGEST, "device")
+    pool.set_pins("p", {DIGEST: "device"})
     events = settled(pool)
-    assert answers(events) == [("p", None)]
+    assert answers(events) == [("p", {})]
     assert [event.pinned for event in events if isinstance(event, AdapterState)][-1] == "device"
     for seed in range(1, 5):
         load(pool, adapter(seed))
     assert DIGEST in pool.device.adapters
     assert DIGEST not in pool.host.adapters, "only where it is pinned"
     assert pool.device.bytes_pinned == SIZE
-    assert pin(pool, DIGEST, None) is None
+    assert set_pins(pool) == {}
+    assert pool.device.bytes_pinned == 0
     for seed in range(1, 3):
         load(pool, adapter(seed))
     assert DIGEST not in pool.device.adapters
 
 
-def test_pins_take_at_most_half_of_a_tier(make_pool):
+def test_pins_take_at_most_half_of_a_tier_and_the_others_of_a_wish_are_pinned_all_the_same(make_pool):
     pool = make_pool(device=4, host=8)
-    adapters = [adapter(seed) for seed in range(3)]
-    for digest, content in adapters:
+    for digest, content in (adapters := [adapter(seed) for seed in range(3)]):
         pool.register(digest, content)
-    assert [pin(pool, digest) for digest, _ in adapters] == [None, None, "pins_full"]
-    assert pool.device.adapters == [digest for digest, _ in adapters[:2]], "what may not be pinned is not loaded either"
-    assert pin(pool, adapters[0][0]) is None, "it is pinned already"
-    assert pin(pool, adapters[0][0], "host") is None, "a pin moves to another tier"
-    assert (pool.device.bytes_pinned, pool.host.bytes_pinned) == (SIZE, SIZE)
-    assert pin(pool, adapters[2][0]) is None
-    pool.retire(adapters[1][0])
+    first, second, third = (digest for digest, _ in adapters)
+    assert set_pins(pool, device=[first, second]) == {}
+    assert set_pins(pool, device=[first, second, third]) == {third: "pins_full"}
+    assert pool.device.adapters == [first, second], "what may not be pinned is not loaded either"
+    assert set_pins(pool, device=[first, second]) == {}, "they are pinned already"
+    assert set_pins(pool, host=[first], device=[second, third]) == {}, "a pin moves to another tier"
+    assert (pool.device.bytes_pinned, pool.host.bytes_pinned) == (2 * SIZE, SIZE)
+    assert set(pool.device.adapters) >= {second, third}
+    pool.retire(second)
     assert pool.device.bytes_pinned == SIZE
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_pins_that_end_make_room_for_those_that_begin_whatever_their_order(make_pool, order):
+    pool = make_pool(device=2, host=2)
+    for digest, content in (adapters := [adapter(seed) for seed in range(3)]):
+        pool.register(digest, content)
+    first, second, third = (digest for digest, _ in adapters)
+    assert set_pins(pool, device=[first], host=[second]) == {}
+    moved = [(first, "host"), (third, "device")][::order]
+    pool.set_pins("p", dict(moved))
+    assert answers(settled(pool)) == [("p", {})]
+    assert (pool.device.bytes_pinned, pool.host.bytes_pinned) == (SIZE, SIZE)
+    assert third in pool.device.adapters
 
 
 def test_a_pin_is_decided_once_the_size_is_known_or_the_adapter_has_failed(make_pool, tmp_path):
     pool = make_pool()
     pool.register(DIGEST, tmp_path / "adapter")
-    pool.pin("p", DIGEST, "host")
+    pool.set_pins("p", {DIGEST: "host"})
     assert answers(settled(pool)) == []
     (tmp_path / "adapter").write_bytes(CONTENT)
     pool.register(DIGEST, tmp_path / "adapter")
-    assert answers(settled(pool)) == [("p", None)]
+    assert answers(settled(pool)) == [("p", {})]
     assert pool.host.adapters == [DIGEST]
     other, _ = adapter(1)
     pool.register(other, tmp_path / "other")
-    pool.pin("q", other, "device")
-    pool.pin("r", other, "host")
-    assert settle(pool)[-1] == (other, "wanted", None)
+    pool.set_pins("q", {DIGEST: "device", other: "device", "unknown": "host"})
+    events = settled(pool)
+    assert answers(events) == []
+    assert pool.device.adapters == [DIGEST], "what can be decided does not wait for the rest"
+    assert [event.state for event in events if event.digest == other][-1] == "missing"
     pool.fail(other, "gone")
-    assert answers(settled(pool)) == [("q", "adapter_failed"), ("r", "adapter_failed")]
-    assert pin(pool, other) == "adapter_failed"
+    assert answers(settled(pool)) == [("q", {other: "adapter_failed", "unknown": "unknown_adapter"})]
+    assert set_pins(pool, device=[other]) == {other: "adapter_failed"}
     assert pool.device.bytes_pinned == 0
-    assert pin(pool, "unknown") == "unknown_adapter"
 
 
-def test_a_pin_that_is_not_decided_is_answered_when_it_is_ended_or_its_adapter_retired(make_pool, tmp_path):
+def test_a_refusal_says_why(make_pool, tmp_path):
+    pool = make_pool(device=2)
+    digest, content = adapter(rank=8)
+    pool.register(digest, content)
+    pool.register(DIGEST, tmp_path / "adapter")
+    pool.set_pins("p", {digest: "device", DIGEST: "host"})
+    events = settled(pool)
+    pool.fail(DIGEST, "the bucket is gone")
+    [*_, answer] = events + pool.poll()
+    assert answer.refused[digest].message == (
+        f"it takes {2 * SIZE} bytes; 0 of the {SIZE} that pins may take in device memory are"
+    )
+    assert answer.refused[DIGEST].message == f"adapter {DIGEST} failed to load: the bucket is gone"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_pins_that_are_not_decided_are_answered_when_others_replace_them(make_pool, tmp_path, again):
     pool = make_pool()
     pool.register(DIGEST, tmp_path / "adapter")
-    pool.pin("p", DIGEST, "host")
+    pool.set_pins("p", {DIGEST: "host", "unknown": "host"})
     settle(pool)
-    pool.pin("q", DIGEST, None)
-    pool.pin("r", DIGEST, "device")
+    pool.set_pins("q", {DIGEST: "device"} if again else {})
+    superseded = ("p", {"unknown": "unknown_adapter", DIGEST: "superseded"})
+    assert answers(pool.poll()) == ([superseded] if again else [superseded, ("q", {})])
     pool.unload("s", DIGEST, "device")
+    assert answers(settled(pool)) == [("s", None)]
     pool.retire(DIGEST)
-    assert answers(settled(pool)) == [("p", "superseded"), ("q", None), ("s", None), ("r", "unknown_adapter")]
+    assert answers(settled(pool)) == ([("q", {DIGEST: "unknown_adapter"})] if again else [])
 
 
 def test_what_does_not_fit_beside_the_pins_fails_with_the_figures(make_pool):
     pool = make_pool(device=4)
     pool.register(*ONE)
-    assert pin(pool, DIGEST) is None
+    assert set_pins(pool, device=[DIGEST]) == {}
     big, content = adapter(1, rank=16)
     pool.register(big, content)
     pool.load(big, "device")
@@ -160,58 +191,68 @@ def test_what_does_not_fit_beside_the_pins_fails_with_the_figures(make_pool):
     assert state.tier is None
 
 
-def test_an_adapter_that_is_resident_when_it_is_pinned_moves_up_out_of_the_way_while_it_is_used(make_pool):
-    pool = make_pool(device=4)
-    load(pool, adapter(1), ONE)
-    pool.unload("u", adapter(1)[0], "host")
+def pinned_far_apart(make_pool):
+    """A device of eight places with pinned adapters in the second, the fifth and the eighth, in the worst case."""
+    pool = make_pool(device=8, host=32)
+    adapters = [adapter(seed) for seed in range(8)]
+    load(pool, *adapters)
+    digests = [digest for digest, _ in adapters]
+    assert set_pins(pool, device=[digests[index] for index in (1, 4, 7)]) == {}
+    return pool, digests
+
+
+@pytest.mark.parametrize("at_turn", [True, False])
+def test_pins_in_the_worst_places_leave_an_adapter_the_gap_between_them_however_others_come(make_pool, at_turn):
+    pool, digests = pinned_far_apart(make_pool)
+    fits, content = adapter(8, rank=8)
+    pool.register(fits, content)
+    unpinned = [digests[index] for index in (0, 2, 3, 5, 6)]
+    for digest in unpinned:
+        assert pool.acquire(digest, 3)
+    if at_turn:
+        assert not pool.acquire(fits)
+    else:
+        pool.load(fits, "device", "l")
     settle(pool)
-    assert pool.acquire(DIGEST)
-    before = pool.lookup(DIGEST)[0].a.clone()
-    low = pool.device.extent(DIGEST).data_ptr()
-    assert pin(pool, DIGEST) is None
-    assert pool.device.extent(DIGEST).data_ptr() == low + 2 * SIZE, "from the second place to the fourth"
-    assert torch.equal(pool.lookup(DIGEST)[0].a, before)
-    assert pool.lookup(DIGEST)[0].a.data_ptr() == pool.device.extent(DIGEST).data_ptr()
-    pool.release(DIGEST)
-    big = adapter(2, rank=12)
-    load(pool, big)
-    assert big[0] in pool.device.adapters
-    assert pool.device.bytes_used == 4 * SIZE
+    assert fits not in pool.device.adapters
+    for digest in unpinned:
+        pool.release(digest)
+    events = settled(pool)
+    assert fits in pool.device.adapters
+    assert answers(events) == ([] if at_turn else [("l", None)])
+    assert {digests[index] for index in (1, 4, 7)} < set(pool.device.adapters)
 
 
-def test_pinned_adapters_close_up_when_others_need_the_room_between_them(make_pool):
-    pool = make_pool(device=8, host=16)
-    first, second, third = (adapter(seed) for seed in range(3))
-    load(pool, first, second, third)
-    for digest, _ in (first, second, third):
-        assert pin(pool, digest) is None
-    assert pin(pool, first[0], None) is None  # the one at the top end
-    big = adapter(3, rank=24)
-    load(pool, big)
-    for _ in range(4):
-        settle(pool)
-    assert set(pool.device.adapters) == {second[0], third[0], big[0]}
+def test_an_adapter_that_no_gap_between_pinned_ones_holds_fails_with_sizes_and_the_next_step(make_pool):
+    pool, digests = pinned_far_apart(make_pool)
+    large, content = adapter(8, rank=12)
+    pool.register(large, content)
+    assert not pool.acquire(large)
+    pool.load(large, "device", "l")
+    events = settled(pool)
+    assert answers(events) == [("l", "adapter_failed")]
+    [failed] = [event for event in events if isinstance(event, AdapterState) and event.state == "failed"]
+    assert failed.reason == (
+        f"it takes {3 * SIZE} bytes, and the adapters pinned in device memory leave at most {2 * SIZE} of its "
+        f"{8 * SIZE} in one piece: unpin one of them, and pin it again once this one is loaded"
+    )
+    assert set_pins(pool, device=[digests[1], digests[7]]) == {}
+    pool.register(large, content)
+    load(pool, (large, content))
+    assert large in pool.device.adapters
 
 
-@pytest.mark.parametrize("in_host", [True, False])
-def test_a_pinned_adapter_closes_up_even_if_the_hole_is_smaller_than_itself(make_pool, in_host):
-    pool = make_pool(device=8, host=16)
-    top, pinned, big = adapter(0), adapter(1, rank=8), adapter(2, rank=24)
-    for digest, content in (top, pinned):
-        pool.register(digest, content)
-        assert pin(pool, digest) is None
-    low = pool.device.extent(pinned[0]).data_ptr()
-    before = pool.device.extent(pinned[0]).clone()
-    assert pin(pool, top[0], None) is None
-    pool.unload("u", top[0], "device")
-    if not in_host:
-        pool.host.drop(pinned[0])
-    pool.register(pinned[0], b"of no use any more")
-    settle(pool)
-    load(pool, big)
-    assert set(pool.device.adapters) == {pinned[0], big[0]}
-    assert pool.device.extent(pinned[0]).data_ptr() == low + SIZE
-    assert torch.equal(pool.device.extent(pinned[0]), before)
-    assert pool.acquire(pinned[0])
-    assert pool.lookup(pinned[0])[0].a.data_ptr() == low + SIZE
-    pool.release(pinned[0])
+def test_a_pin_that_no_gap_between_pinned_ones_holds_is_refused(make_pool):
+    pool = make_pool(device=10, host=32)
+    adapters = [adapter(seed) for seed in range(10)]
+    load(pool, *adapters)
+    apart = [adapters[index][0] for index in (2, 5)]
+    assert set_pins(pool, device=apart) == {}
+    load(pool, *adapters[8:])
+    wide, content = adapter(11, rank=12)
+    wider, other = adapter(12, rank=20)
+    pool.register(wide, content)
+    pool.register(wider, other)
+    assert set_pins(pool, device=[*apart, wide]) == {}
+    assert set_pins(pool, device=[*apart, wider]) == {wider: "pins_full"}
+    assert pool.device.bytes_pinned == 2 * SIZE

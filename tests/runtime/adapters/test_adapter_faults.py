@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from runtime.adapter_format.safetensors_header import write_header
+from runtime.adapters.errors import AdapterFailed
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterFailed
 from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, settle, settled
 
 DIGEST, CONTENT = ONE
@@ -35,24 +35,24 @@ def asked(pool, path):
 
 
 @pytest.mark.parametrize("content", [None, CONTENT[:-1], CONTENT[:-1] + b"\xff", b""])
-def test_a_file_that_is_missing_or_corrupt_is_wanted_once_and_loads_when_it_is_brought(pool, tmp_path, content):
+def test_a_file_that_is_missing_or_corrupt_is_asked_for_once_and_loads_when_it_is_there(pool, tmp_path, content):
     path = tmp_path / "adapter"
     if content is not None:
         path.write_bytes(content)
-    assert asked(pool, path) == (DIGEST, "wanted", None)
+    assert asked(pool, path) == (DIGEST, "missing", None)
     for _ in range(3):
         assert not pool.acquire(DIGEST), "it waits"
         assert settle(pool) == []
-    assert list(pool.wanted) == [DIGEST]
+    assert list(pool.missing) == [DIGEST]
     path.write_bytes(CONTENT)
     pool.register(DIGEST, path)
     assert settle(pool)[-1] == (DIGEST, "idle", "device")
     assert pool.acquire(DIGEST)
-    assert pool.wanted == {}
+    assert pool.missing == {}
 
 
 def test_a_file_brought_to_another_place_is_read_there(pool, tmp_path):
-    assert asked(pool, tmp_path / "nowhere" / "adapter") == (DIGEST, "wanted", None)
+    assert asked(pool, tmp_path / "nowhere" / "adapter") == (DIGEST, "missing", None)
     (tmp_path / "adapter").write_bytes(CONTENT)
     pool.register(DIGEST, tmp_path / "adapter")
     settle(pool)
@@ -71,7 +71,7 @@ def test_a_file_that_is_brought_while_it_is_looked_for_is_looked_for_again(pool,
 
 def test_a_file_that_is_wrong_again_after_it_was_brought_fails(pool, clock, tmp_path):
     path = tmp_path / "adapter"
-    assert asked(pool, path) == (DIGEST, "wanted", None)
+    assert asked(pool, path) == (DIGEST, "missing", None)
     path.write_bytes(CONTENT[:-1])
     pool.register(DIGEST, path)
     assert settle(pool)[-1] == (DIGEST, "failed", None)
@@ -79,12 +79,12 @@ def test_a_file_that_is_wrong_again_after_it_was_brought_fails(pool, clock, tmp_
         pool.acquire(DIGEST)
     clock.now += 1.1
     assert not pool.acquire(DIGEST)
-    assert settle(pool)[-1] == (DIGEST, "wanted", None), "it may be brought anew"
+    assert settle(pool)[-1] == (DIGEST, "missing", None), "it may be brought anew"
 
 
 def test_a_file_that_cannot_be_had_fails_with_the_reason_for_longer_each_time(pool, clock, tmp_path):
     path = tmp_path / "adapter"
-    assert asked(pool, path) == (DIGEST, "wanted", None)
+    assert asked(pool, path) == (DIGEST, "missing", None)
     pool.fail(DIGEST, "the bucket is gone")
     [state] = settled(pool)
     assert (state.state, state.reason) == ("failed", "the bucket is gone")
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_had_fails_with_the_reason_for_longer_each_time(po
         pool.prefetch(DIGEST)
     clock.now += 1.1
     pool.prefetch(DIGEST)
-    assert settle(pool)[-1] == (DIGEST, "wanted", None)
+    assert settle(pool)[-1] == (DIGEST, "missing", None)
     pool.fail(DIGEST, "the bucket is still gone")
     clock.now += 1.1
     with pytest.raises(AdapterFailed, match="still gone"):
@@ -106,14 +106,14 @@ def test_a_file_that_cannot_be_had_fails_with_the_reason_for_longer_each_time(po
 
 
 def test_registering_a_failed_adapter_again_gives_it_a_new_start(pool, tmp_path):
-    assert asked(pool, tmp_path / "adapter") == (DIGEST, "wanted", None)
+    assert asked(pool, tmp_path / "adapter") == (DIGEST, "missing", None)
     pool.fail(DIGEST, "gone")
     pool.register(DIGEST, CONTENT)
     pool.prefetch(DIGEST)
     assert settle(pool)[-1] == (DIGEST, "idle", "device")
 
 
-def test_only_an_adapter_that_is_wanted_can_be_said_to_fail(pool):
+def test_only_an_adapter_whose_file_is_missing_can_be_said_to_fail(pool):
     pool.fail("never heard of", "gone")
     pool.register(DIGEST, CONTENT)
     pool.fail(DIGEST, "gone")
@@ -135,13 +135,13 @@ def test_a_file_is_needed_only_while_no_tier_has_the_adapter(pool, tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"", CONTENT])
-def test_a_file_larger_than_what_could_be_read_is_wanted_anew_as_it_cannot_be_right(pool, tmp_path, start):
+def test_a_file_larger_than_what_could_be_read_is_asked_for_again_as_it_cannot_be_right(pool, tmp_path, start):
     path = tmp_path / "adapter"
     with path.open("wb") as file:
         file.write(start)
         file.truncate(10 << 30)
-    assert asked(pool, path) == (DIGEST, "wanted", None)
-    assert pool.wanted == {DIGEST: f"its file is corrupt: {10 << 30} bytes"}
+    assert asked(pool, path) == (DIGEST, "missing", None)
+    assert pool.missing == {DIGEST: f"its file is corrupt: {10 << 30} bytes"}
     path.write_bytes(CONTENT)
     pool.register(DIGEST, path)
     assert settle(pool)[-1] == (DIGEST, "idle", "device")
@@ -175,11 +175,11 @@ def a_loop(path):
         (os.mkfifo, "Not a regular file"),
     ],
 )
-def test_what_cannot_be_read_is_wanted_in_the_systems_words_and_without_the_path(pool, clock, tmp_path, make, reason):
+def test_what_cannot_be_read_is_reported_in_the_systems_words_and_without_the_path(pool, clock, tmp_path, make, reason):
     path = tmp_path / "adapter"
     make(path)
-    assert asked(pool, path) == (DIGEST, "wanted", None)
-    assert pool.wanted == {DIGEST: f"its file cannot be read: {reason}"}
+    assert asked(pool, path) == (DIGEST, "missing", None)
+    assert pool.missing == {DIGEST: f"its file cannot be read: {reason}"}
     pool.register(DIGEST, path)  # nothing better has been brought
     assert settle(pool)[-1] == (DIGEST, "failed", None)
     with pytest.raises(AdapterFailed, match=f"{DIGEST} failed to load: its file cannot be read: {reason}$"):
@@ -192,13 +192,13 @@ def test_what_cannot_be_read_is_wanted_in_the_systems_words_and_without_the_path
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_a_file_that_the_system_does_not_give_is_wanted_without_the_path(pool, monkeypatch, tmp_path, error):
+def test_a_file_that_the_system_does_not_give_is_reported_without_the_path(pool, monkeypatch, tmp_path, error):
     def refuse(path, flags):
         raise OSError(error, os.strerror(error), path)
 
-    monkeypatch.setattr("runtime.adapters.file.os.open", refuse)
-    assert asked(pool, tmp_path / "adapter") == (DIGEST, "wanted", None)
-    assert pool.wanted == {DIGEST: f"its file cannot be read: {os.strerror(error)}"}
+    monkeypatch.setattr("runtime.adapters.loader.os.open", refuse)
+    assert asked(pool, tmp_path / "adapter") == (DIGEST, "missing", None)
+    assert pool.missing == {DIGEST: f"its file cannot be read: {os.strerror(error)}"}
 
 
 def test_a_failing_load_gives_its_room_back_and_leaves_the_others_alone(pool, tmp_path):
@@ -222,5 +222,5 @@ def test_a_known_adapter_whose_file_has_gone_gives_back_what_it_reserved(pool, t
     settle(pool)
     path.unlink()
     assert not pool.acquire(DIGEST)
-    assert settle(pool)[-1] == (DIGEST, "wanted", None)
+    assert settle(pool)[-1] == (DIGEST, "missing", None)
     assert pool.device.bytes_used == pool.host.bytes_used == 0

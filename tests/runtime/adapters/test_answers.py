@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from runtime.adapters.pool import AdapterPool
-from runtime.messages import Answer
-from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, settle, settled
+from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, answers, settle, settled
 
 DIGEST, CONTENT = ONE
 
@@ -22,10 +21,6 @@ def make_pool():
     for pool in pools:
         pool.check()
         pool.close()
-
-
-def answers(events):
-    return [(event.request_id, event.code) for event in events if isinstance(event, Answer)]
 
 
 def load(pool, *adapters, tier="device"):
@@ -108,8 +103,8 @@ def test_a_load_that_waits_for_room_is_answered_when_pins_leave_none(make_pool):
     pool.prefetch(big[0])
     pool.load(big[0], "device", "waits")
     assert answers(settled(pool)) == []
-    pool.pin("p", small[0], "device")
-    assert answers(pool.poll()) == [("p", None), ("waits", "adapter_failed")]
+    pool.set_pins("p", {small[0]: "device"})
+    assert answers(pool.poll()) == [("p", {}), ("waits", "adapter_failed")]
     pool.release(used[0])
     assert answers(settled(pool)) == []
 
@@ -121,7 +116,7 @@ def test_whatever_ends_a_wait_each_request_is_answered_once(make_pool, tmp_path,
     pool = make_pool(device=1, host=2)
     pool.register(DIGEST, tmp_path / "adapter")
     pool.load(DIGEST, "device", "l1")
-    pool.pin("p1", DIGEST, "host")
+    pool.set_pins("p1", {DIGEST: "host"})
     pool.load(DIGEST, "host", "l2")
     events = []
     for _ in range(polled):
@@ -131,7 +126,7 @@ def test_whatever_ends_a_wait_each_request_is_answered_once(make_pool, tmp_path,
         "retire": lambda: pool.retire(DIGEST),
         "unload": lambda: pool.unload("u", DIGEST, "host"),
         "fail": lambda: pool.fail(DIGEST, "gone"),
-        "unpin": lambda: pool.pin("u", DIGEST, None),
+        "unpin": lambda: pool.set_pins("u", {}),
     }
     ends[end]()
     if again != "nothing":
@@ -154,13 +149,13 @@ def test_what_is_in_use_pinned_or_unknown_is_not_unloaded(make_pool):
     pool.unload("a", DIGEST, "device")
     pool.unload("b", "unknown", "device")
     pool.release(DIGEST)
-    pool.pin("c", DIGEST, "host")
+    pool.set_pins("c", {DIGEST: "host"})
     pool.unload("d", DIGEST, "host")
     pool.unload("e", DIGEST, "device")
     assert answers(settled(pool)) == [
         ("a", "adapter_in_use"),
         ("b", "unknown_adapter"),
-        ("c", None),
+        ("c", {}),
         ("d", "adapter_pinned"),
         ("e", None),
     ]

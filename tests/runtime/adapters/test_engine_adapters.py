@@ -1,11 +1,13 @@
 """The engine and its adapters: more of them than memory holds, files that do not come, training loops."""
 
+import threading
+
 import pytest
 import torch
 
+from runtime.adapters.loads import PATIENCE_SECONDS
 from runtime.messages import AdapterState, Failed, Generate, SamplingParams, Tokens
 from runtime.request import RequestRefused
-from runtime.scheduler import ADAPTER_PATIENCE_SECONDS
 from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
@@ -101,15 +103,16 @@ def test_an_adapter_that_comes_for_a_request_that_was_aborted_makes_way_at_once(
         engine.adapters.load(digest, "host")
     while engine.adapters.wait(timeout=30):
         engine.step()
-    woken = []
-    engine.adapters.on_change = lambda: woken.append(engine.adapters.device.adapters)
+    woken = threading.Event()
+    engine.adapters.watch(woken.set)
     engine.add_request(request("aborted", first))
     engine.abort("aborted")
     engine.adapters.wait(timeout=30)
     engine.add_request(request("waits", second, max_tokens=1))
+    woken.clear()
     engine.step()
-    assert engine.adapters.device.adapters == [first], "whoever waited for it might have"
-    assert woken[-1] == [first], "an engine that sleeps is told to come back"
+    assert engine.adapters.device.adapters == [], "no request waits for the first one any more"
+    assert woken.wait(timeout=30), "an engine that sleeps is told to come back"
     assert engine.adapters.wait(timeout=30)
     assert run(engine)["waits"][1] == "length"
     assert (engine.adapters.device.loads, engine.adapters.device.evictions) == (2, 1)
@@ -117,7 +120,7 @@ def test_an_adapter_that_comes_for_a_request_that_was_aborted_makes_way_at_once(
 
 def test_a_cold_adapter_gets_its_turn_among_requests_that_never_let_the_device_go(start):
     engine = start(blocks=400, adapter_bytes=2 * SIZE)
-    engine.scheduler.clock = lambda: engine.steps * 0.1  # ten steps a second
+    engine.adapters.loads.clock = lambda: engine.steps * 0.1  # ten steps a second
     hot = [engine.add_adapter(adapter_tensors(seed), ADAPTER_CONFIG) for seed in range(2)]
     cold = engine.add_adapter(adapter_tensors(2), ADAPTER_CONFIG)
     engine.generate([prompt(8)] * 2, GREEDY, hot)
@@ -125,17 +128,19 @@ def test_a_cold_adapter_gets_its_turn_among_requests_that_never_let_the_device_g
         engine.add_request(request(f"first {digest}", digest))
     engine.step()
     engine.add_request(request("cold", cold, max_tokens=1))
-    engine.requests["cold"].enqueued_at = began = engine.scheduler.clock()
+    began = engine.adapters.loads.clock()
     names = iter(range(1000))
     while "cold" in engine.requests:
         for digest in hot:
             if not any(other.adapter == digest and other.num_generated < 10 for other in engine.requests.values()):
                 engine.add_request(request(f"{next(names)}", digest))
+        engine.add_request(request(base := f"base {next(names)}", max_tokens=1))
         engine.adapters.wait(timeout=30)  # for a load that is under way: the clock goes by steps, and threads do not
         engine.step()
         engine.check()
-        waited = engine.scheduler.clock() - began
-        assert waited < ADAPTER_PATIENCE_SECONDS + 4, "its patience and the longest request that ran then"
+        assert base not in engine.requests, "requests to the base never wait for adapter memory"
+        waited = engine.adapters.loads.clock() - began
+        assert waited < PATIENCE_SECONDS + 4, "its patience and the longest request that ran then"
     engine.fail_all("test_over", "")
 
 
@@ -212,10 +217,10 @@ def test_a_request_waits_for_a_file_that_is_wanted_while_others_run(start, tmp_p
     engine.add_request(request("waits", digest))
     engine.add_request(request("runs"))
     events = []
-    while "runs" in engine.requests or not engine.adapters.wanted:
+    while "runs" in engine.requests or not engine.adapters.missing:
         events += engine.step()
         engine.check()
-    [wanted] = [event for event in events if isinstance(event, AdapterState) and event.state == "wanted"]
+    [wanted] = [event for event in events if isinstance(event, AdapterState) and event.state == "missing"]
     assert wanted.digest == digest
     ran = [token for event in events if isinstance(event, Tokens) for token in event.token_ids]
     assert ran == expected.token_ids
@@ -229,7 +234,7 @@ def test_the_reason_why_a_file_cannot_be_had_reaches_the_request_that_waits_and_
     digest, _ = canonical(engine)
     engine.register_adapter(digest, tmp_path / "adapter")
     engine.add_request(request("waits", digest))
-    while not engine.adapters.wanted:
+    while not engine.adapters.missing:
         engine.step()
         engine.adapters.wait(timeout=1.0)
     engine.add_request(request("runs"))

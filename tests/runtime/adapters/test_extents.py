@@ -11,7 +11,7 @@ import torch
 
 from runtime.adapter_format.canonical import canonical_from_tensors
 from runtime.adapter_format.weight_dtypes import HELD
-from runtime.adapters.extent_writer import PIECE_ELEMENTS, ExtentWriter
+from runtime.adapters.layout import PIECE_ELEMENTS, ExtentWriter
 from runtime.adapters.pool import AdapterPool
 from tests.runtime.adapter_format.adapter_files import DEADLINE_SECONDS, MODEL
 

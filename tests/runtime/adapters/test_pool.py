@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from runtime.adapter_format.errors import InvalidAdapter
-from runtime.adapters.loads import GRACE_POLLS
+from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterFailed, UnknownAdapter
 from tests.runtime.adapter_format.adapter_files import (
     CONFIG,
     DEADLINE_SECONDS,
@@ -46,8 +45,6 @@ def load(pool, *adapters):
         settle(pool)
         assert pool.acquire(digest)
         pool.release(digest)
-    for _ in range(GRACE_POLLS + 1):
-        pool.poll()
 
 
 def test_an_adapter_is_on_the_device_after_its_load_and_its_weights_are_scaled(make_pool):
@@ -173,11 +170,9 @@ def test_an_adapter_in_use_is_never_evicted_and_the_other_waits_in_host_memory_f
     assert pool.acquire(first[0])
     assert not pool.acquire(second[0])
     settle(pool)
-    assert pool.lacks_room(second[0])
     assert not pool.wait(), "nothing is under way"
     assert pool.host.holds(second[0]), "only a copy is left to do"
     pool.release(first[0])
-    assert not pool.lacks_room(second[0])
     assert not pool.acquire(second[0])
     assert set(settle(pool)) == {(first[0], "idle", "host"), (second[0], "idle", "device")}
     assert pool.acquire(second[0])
@@ -213,35 +208,6 @@ def test_who_waited_for_an_adapter_gets_to_use_it_before_another_evicts_it(make_
     settle(pool)
     assert not pool.acquire(second[0]), "the first has just come"
     assert pool.acquire(first[0])
-
-
-def test_what_is_prefetched_does_not_push_out_what_another_request_has_prefetched(make_pool):
-    pool = make_pool(2 * SIZE)
-    adapters = [adapter(seed) for seed in range(4)]
-    for digest, content in adapters:
-        pool.register(digest, content)
-        pool.prefetch(digest)
-    settle(pool)
-    for _ in range(GRACE_POLLS + 1):
-        pool.poll()
-    assert (len(pool.device.adapters), pool.device.evictions) == (2, 0)
-    assert len(pool.host.adapters) == 4, "the others have come as near as they could"
-    other = next(digest for digest in pool.host.adapters if not pool.device.holds(digest))
-    assert not pool.acquire(other), "a request at its turn comes before those that are only queued"
-    settle(pool)
-    assert pool.acquire(other)
-
-
-def test_a_newcomer_that_nobody_uses_does_not_keep_its_room_for_ever(make_pool):
-    pool = make_pool(SIZE)
-    first, second = adapter(1), adapter(2)
-    for digest, content in (first, second):
-        pool.register(digest, content)
-        settle(pool)
-    pool.prefetch(first[0])
-    settle(pool)
-    assert not pool.acquire(second[0])
-    assert settle(pool)[-1] == (second[0], "idle", "device")
 
 
 @pytest.mark.parametrize("small", ["device", "host"])
@@ -312,7 +278,7 @@ def test_a_wait_counts_as_one_miss_and_later_uses_as_hits(make_pool):
 def test_the_engine_is_woken_when_a_stage_has_finished(make_pool):
     pool = make_pool()
     woken = threading.Event()
-    pool.on_change = woken.set
+    pool.watch(woken.set)
     pool.register(*ONE)
     pool.prefetch(ONE[0])
     while ONE[0] not in pool.device.adapters:

@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.pool import AdapterPool
-from runtime.adapters.unavailable import AdapterFailed, UnknownAdapter
-from runtime.messages import Answer
+from runtime.messages import Answer, PinsSet
 from tests.runtime.adapter_format.adapter_files import (
     DEADLINE_SECONDS,
     MODEL,
@@ -43,6 +43,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.clock = Clock()
         self.pool = AdapterPool(MODEL, 4 * SIZE, 6 * SIZE, torch.float32, "cpu", clock=self.clock)
         self.directory = Path(tempfile.mkdtemp())
+        self.waiting = []  # the adapters of requests in the queue
         self.held = []
         self.known = set()
         self.asked = 0
@@ -65,9 +66,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     def take(self, events):
         for event in events:
-            if isinstance(event, Answer):
+            if isinstance(event, Answer | PinsSet):
                 assert event.request_id not in self.answered, "answered twice"
-                self.answered[event.request_id] = event.code
+                self.answered[event.request_id] = event
             else:
                 if event.digest in self.states and event.state not in ("failed", "retired"):
                     assert event != self.states[event.digest], "the same report twice"
@@ -101,15 +102,44 @@ class AnyOrder(RuleBasedStateMachine):
         self.pool.fail(digest, "gone for good")
 
     @rule(digest=digests)
-    def prefetch(self, digest):
-        self.use(self.pool.prefetch, digest)
+    def queue(self, digest):
+        if self.use(self.pool.prefetch, digest) is not False:
+            self.waiting.append(digest)
+
+    @rule(number=st.integers(0, 9))
+    def acquire(self, number):
+        if self.waiting:
+            digest = self.waiting.pop(number % len(self.waiting))
+            self.turn(digest)
+
+    def turn(self, digest):
+        """A request from the queue takes its adapter, goes back to the queue or is rejected; whether it took it."""
+        try:
+            acquired = self.pool.acquire(digest, 3)
+        except AdapterFailed:
+            assert digest in self.known
+            self.pool.cancel(digest)
+            return False
+        except UnknownAdapter:
+            assert digest not in self.known
+            self.pool.cancel(digest)
+            return False
+        (self.held if acquired else self.waiting).append(digest)
+        return acquired
 
     @rule(digest=digests)
-    def acquire(self, digest):
-        if self.use(self.pool.acquire, digest):
-            self.held.append(digest)
+    def queue_and_acquire(self, digest):
+        self.queue(digest)
+        if digest in self.waiting:
+            self.acquire(self.waiting.index(digest))
+
+    @rule(number=st.integers(0, 9))
+    def abort(self, number):
+        if self.waiting:
+            self.pool.cancel(self.waiting.pop(number % len(self.waiting)))
 
     def use(self, method, digest):
+        """What a method returns; False where it refuses, if that is right."""
         if digest not in self.known:
             with pytest.raises(UnknownAdapter):
                 method(digest)
@@ -119,10 +149,13 @@ class AnyOrder(RuleBasedStateMachine):
         except AdapterFailed:
             return False
 
-    @rule(number=st.integers(0, 9))
-    def release(self, number):
+    @rule(number=st.integers(0, 9), waits=st.booleans())
+    def release(self, number, waits):
         if self.held:
-            self.pool.release(self.held.pop(number % len(self.held)))
+            digest = self.held.pop(number % len(self.held))
+            self.pool.release(digest, waits=waits)
+            if waits:
+                self.waiting.insert(0, digest)
 
     @rule(digest=digests, tier=tiers, answered=st.booleans())
     def load(self, digest, tier, answered):
@@ -134,22 +167,24 @@ class AnyOrder(RuleBasedStateMachine):
     def unload(self, digest, tier):
         self.ask(self.pool.unload, digest, tier)
 
-    @rule(digest=digests, tier=st.sampled_from(["host", "device", None]))
-    def pin(self, digest, tier):
-        self.ask(self.pool.pin, digest, tier)
+    @rule(pins=st.dictionaries(digests, tiers, max_size=3))
+    def pin(self, pins):
+        self.ask(self.pool.set_pins, pins)
 
     @rule(seconds=st.floats(0, 2))
     def time_passes(self, seconds):
         self.clock.now += seconds
 
-    @rule(wanted=st.lists(digests, max_size=4), most=st.integers(0, 4))
-    def a_step(self, wanted, most):
+    @rule(most=st.integers(0, 4))
+    def a_step(self, most):
         """As the engine does: what waits is acquired after each poll, in turn, as long as there are slots."""
         self.poll(wait=True)
-        for digest in wanted:
-            if most and self.use(self.pool.acquire, digest):
-                self.held.append(digest)
-                most -= 1
+        waiting, self.waiting = self.waiting, []
+        for digest in waiting:
+            if not most:
+                self.waiting.append(digest)
+                continue
+            most -= self.turn(digest)
 
     @rule(wait=st.booleans())
     def poll(self, wait):
@@ -181,10 +216,11 @@ class AnyOrder(RuleBasedStateMachine):
         for digest in sorted(self.known):
             self.clock.now += 100
             size = SIZE // 4 * RANKS[DIGESTS.index(digest)]
-            if beside_pins and size > min(self.pool.device.limit(digest), self.pool.host.limit(digest)):
+            tiers = (self.pool.device, self.pool.host)
+            if beside_pins and size > min(min(tier.limit(digest), tier.gap()) for tier in tiers):
                 continue
             polls = 0
-            while not self.pool.acquire(digest):
+            while not self.pool.acquire(digest, 1):
                 assert self.pool.wait(DEADLINE_SECONDS) or polls < 50, "an adapter that fits never comes"
                 self.take(self.pool.poll())
                 self.pool.check()
@@ -213,21 +249,22 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self):
         for digest in self.held:
             self.pool.release(digest)
+        for digest in self.waiting:
+            self.pool.cancel(digest)
         for digest in sorted(self.known):
             self.clock.now += 100
             self.write(digest, "right")
             self.pool.register(digest, self.path(digest))
         self.take(settled(self.pool))  # pins are decided then
         self.serve(beside_pins=True)
-        for digest in DIGESTS:
-            self.pool.pin(f"unpin {digest}", digest, None)
+        self.pool.set_pins("unpin", {})
         self.serve(beside_pins=False)
         self.serve_together()
         for digest in DIGESTS:
             self.pool.retire(digest)
         self.take(settled(self.pool))
-        unpins = {f"unpin {digest}" for digest in DIGESTS}
-        assert self.answered.keys() == {f"{number + 1}" for number in range(self.asked)} | unpins, "somebody waits"
+        expected = {"unpin", *(f"{number + 1}" for number in range(self.asked))}
+        assert self.answered.keys() == expected, "somebody waits"
         for tier in (self.pool.device, self.pool.host):
             assert (tier.bytes_used, tier.bytes_pinned, tier.adapters) == (0, 0, [])
         self.pool.close()

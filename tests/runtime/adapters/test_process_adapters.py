@@ -11,10 +11,11 @@ from runtime.messages import (
     Failed,
     GetStats,
     LoadAdapter,
-    PinAdapter,
+    PinsSet,
     Ready,
     RegisterAdapter,
     RetireAdapter,
+    SetPins,
     Stats,
     Tokens,
     UnloadAdapter,
@@ -52,12 +53,12 @@ def until(engine, state, tier=None):
             return event
 
 
-def test_a_file_is_wanted_brought_and_served(engine, adapter):
+def test_a_file_is_missing_fetched_and_served(engine, adapter):
     digest, path, content = adapter
     engine.send(RegisterAdapter(digest=digest, path=str(path)))
     until(engine, "idle")
     engine.send(generate("a", adapter=digest))
-    assert "missing" in until(engine, "wanted").reason
+    assert "missing" in until(engine, "missing").reason
     engine.send(generate("b"))
     assert engine.next(Tokens).request_id == "b", "others run meanwhile"
     path.write_bytes(content)
@@ -73,7 +74,7 @@ def test_a_file_that_cannot_be_had_fails_its_requests_with_the_reason_and_nothin
     path.write_bytes(b"not an adapter")
     engine.send(RegisterAdapter(digest=digest, path=str(path)))
     engine.send(generate("a", adapter=digest))
-    assert "corrupt" in until(engine, "wanted").reason
+    assert "corrupt" in until(engine, "missing").reason
     engine.send(FailAdapter(digest=digest, reason="the bucket said 403"))
     failed = engine.next(Failed)
     assert (failed.request_id, failed.code) == ("a", "adapter_failed")
@@ -88,9 +89,9 @@ def test_an_adapter_is_loaded_pinned_unpinned_unloaded_and_retired(engine, adapt
     engine.send(RegisterAdapter(digest=digest, path=str(path)))
     engine.send(LoadAdapter(digest=digest, tier="host"))
     until(engine, "idle", "host")
-    engine.send(PinAdapter(request_id="pin", digest=digest, tier="device"))
-    answer, state = engine.next_of_each(Answer, AdapterState, until=lambda event: event.tier == "device")
-    assert answer == Answer(request_id="pin")
+    engine.send(SetPins(request_id="pin", pins={digest: "device"}))
+    answer, state = engine.next_of_each(PinsSet, AdapterState, until=lambda event: event.tier == "device")
+    assert answer == PinsSet(request_id="pin")
     assert (state.state, state.pinned) == ("idle", "device")
     engine.send(UnloadAdapter(request_id="unload", digest=digest, tier="device"))
     refused = engine.next(Answer)
@@ -100,8 +101,8 @@ def test_an_adapter_is_loaded_pinned_unpinned_unloaded_and_retired(engine, adapt
     assert stats.device.adapters == stats.host.adapters == [digest]
     assert (stats.device.bytes_total, stats.host.bytes_total) == (2**16, 2**17)
     assert (stats.device.bytes_pinned, stats.device.loads, stats.host.bytes_pinned) == (stats.device.bytes_used, 1, 0)
-    engine.send(PinAdapter(request_id="unpin", digest=digest, tier=None))
-    assert engine.next(Answer) == Answer(request_id="unpin")
+    engine.send(SetPins(request_id="unpin", pins={}))
+    assert engine.next(PinsSet) == PinsSet(request_id="unpin")
     engine.send(UnloadAdapter(request_id="unload", digest=digest, tier="host"))
     answer, state = engine.next_of_each(Answer, AdapterState, until=lambda event: event.tier is None)
     assert answer == Answer(request_id="unload")
@@ -114,12 +115,13 @@ def test_an_adapter_is_loaded_pinned_unpinned_unloaded_and_retired(engine, adapt
 
 def test_a_pin_waits_for_the_file_and_says_when_it_cannot_be(engine, adapter):
     digest, path, _ = adapter
-    engine.send(PinAdapter(request_id="a", digest="unknown", tier="host"))
-    assert engine.next(Answer).code == "unknown_adapter"
+    engine.send(SetPins(request_id="a", pins={"unknown": "host"}))
+    assert engine.next(PinsSet).refused["unknown"].code == "unknown_adapter"
     engine.send(RegisterAdapter(digest=digest, path=str(path)))
-    engine.send(PinAdapter(request_id="b", digest=digest, tier="host"))
-    until(engine, "wanted")
+    engine.send(SetPins(request_id="b", pins={digest: "host"}))
+    until(engine, "missing")
     engine.send(FailAdapter(digest=digest, reason="gone"))
-    answer, state = engine.next_of_each(Answer, AdapterState, until=lambda event: event.state == "failed")
-    assert (answer.request_id, answer.code, state.reason) == ("b", "adapter_failed", "gone")
-    assert "gone" in answer.message
+    answer, state = engine.next_of_each(PinsSet, AdapterState, until=lambda event: event.state == "failed")
+    refusal = answer.refused[digest]
+    assert (answer.request_id, refusal.code, state.reason) == ("b", "adapter_failed", "gone")
+    assert "gone" in refusal.message

@@ -20,6 +20,13 @@ def digest(service: Service) -> str:
     return service.put("poet", preload="false").json()["digest"]
 
 
+@pytest.mark.parametrize("call", ["load", "unload"])
+def test_another_tier_is_refused_and_the_tiers_are_named(service: Service, call: str) -> None:
+    response = service.post(f"/adapters/poet/{call}", tier="gpu")
+    assert error(response) == (400, "invalid_field", "tier")
+    assert response.json()["error"]["message"].endswith("Invalid enum value 'gpu', expected one of device, host")
+
+
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_an_adapter_is_loaded_where_it_is_asked_for(service: Service, digest: str, tier: str) -> None:
     response = service.post("/adapters/poet/load", tier=tier)

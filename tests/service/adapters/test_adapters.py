@@ -251,7 +251,7 @@ def test_the_state_is_what_the_engine_says_of_the_digest(service: Service) -> No
         return adapter["state"], adapter["tier"], adapter["reason"], adapter["progress"]
 
     assert shown(state="idle") == ("ready", "disk", None, None)
-    assert shown(state="wanted") == ("loading", "disk", None, {**loading, "stage": "download"})
+    assert shown(state="missing") == ("loading", "disk", None, {**loading, "stage": "download"})
     assert shown(state="loading") == ("loading", "disk", None, loading)
     assert shown(state="idle", tier="host") == ("ready", "host", None, None)
     assert shown(state="loading", tier="host") == ("loading", "host", None, loading)

@@ -1,14 +1,15 @@
 """What adapters need of the engine's client, without an engine: it remembers what it was told."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.messages import AdapterState, Tier
+from runtime.messages import AdapterState, Refusal, Tier
 from service.errors import EngineError
 
 
 class AdapterEngine:
-    """A test plays the engine's part with `want` and sets `refuse` to the code of what comes next."""
+    """A test plays the engine's part with `want`, and sets `refuse` to the code of what comes next."""
 
     def __init__(self) -> None:
         self.adapters = self  # a client's part for adapters, and the rest that adapters need of a client
@@ -22,6 +23,7 @@ class AdapterEngine:
         self.unloads: list[tuple[str, Tier]] = []
         self.ended: list[str | None] = []
         self.refuse: str | None = None
+        self.most_pins = 100
         self.running = 0  # requests
 
     def busy(self) -> bool:
@@ -31,7 +33,7 @@ class AdapterEngine:
         """Say that a registered adapter's file is not there, or not whole."""
         assert digest in self.registered
         del self.registered[digest]
-        self.changes.put_nowait(AdapterState(digest=digest, state="wanted"))
+        self.changes.put_nowait(AdapterState(digest=digest, state="missing"))
 
     def settle(self, digest: str) -> None:
         """Say that the file has been read, or is not needed any more."""
@@ -55,13 +57,16 @@ class AdapterEngine:
         self.loads.append((digest, tier))
         self._refuse()
 
-    async def pin(self, digest: str, tier: Tier | None) -> None:
-        if tier is None:
-            self.pins.pop(digest, None)
-            return
-        assert digest in self.registered, "an engine can only pin what it knows"
-        self._refuse()
-        self.pins[digest] = tier
+    async def set_pins(self, pins: Mapping[str, Tier]) -> dict[str, Refusal]:
+        refused = {}
+        self.pins = {digest: tier for digest, tier in self.pins.items() if pins.get(digest) == tier}
+        for digest in pins.keys() - self.pins.keys():
+            assert digest in self.registered, "an engine can only pin what it knows"
+            if self.refuse is not None or len(self.pins) >= self.most_pins:
+                refused[digest] = Refusal(self.refuse or "pins_full", "as the test has it")
+            else:
+                self.pins[digest] = pins[digest]
+        return refused
 
     async def unload(self, digest: str, tier: Tier) -> None:
         self._refuse()

@@ -1,12 +1,13 @@
 """Pins, loads and unloads of named adapters."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from runtime.messages import Tier
-from service.errors import EngineError, RequestError, answer_of
+from runtime.messages import Refusal, Tier
+from service.errors import RequestError, answer_of
 from tests.service.catalog.adapter_engine import AdapterEngine
 from tests.service.catalog.catalogs import FREE, opened, publish, run
 
@@ -75,9 +76,9 @@ def test_a_pin_that_the_engine_refuses_leaves_everything_as_it_was(tmp_path: Pat
 
 def test_names_with_one_content_that_pin_it_together_are_all_refused_or_none(tmp_path: Path) -> None:
     class SlowEngine(AdapterEngine):
-        async def pin(self, digest: str, tier: Tier | None) -> None:
+        async def set_pins(self, pins: Mapping[str, Tier]) -> dict[str, Refusal]:
             await asyncio.sleep(0)
-            await super().pin(digest, tier)
+            return await super().set_pins(pins)
 
     async def program() -> None:
         engine = SlowEngine()
@@ -99,19 +100,14 @@ def test_names_with_one_content_that_pin_it_together_are_all_refused_or_none(tmp
 
 
 def test_a_pinned_adapter_is_replaced_although_both_have_no_room_together(tmp_path: Path) -> None:
-    class EngineForOne(AdapterEngine):
-        async def pin(self, digest: str, tier: Tier | None) -> None:
-            if tier is not None and self.pins.keys() - {digest}:
-                raise EngineError("pins_full", "there is room for one")
-            await super().pin(digest, tier)
-
     async def program() -> None:
-        engine = EngineForOne()
+        engine = AdapterEngine()
+        engine.most_pins = 1
         async with opened(tmp_path, engine) as catalog:
             await publish(catalog, "poet", pin=True)
             new = await publish(catalog, "poet", seed=1)
             assert engine.pins == {new.digest: "device"}
-            with pytest.raises(RequestError, match="room for one"):
+            with pytest.raises(RequestError, match="as the test has it"):
                 await publish(catalog, "other", seed=2, pin=True)
             assert engine.pins == {new.digest: "device"}
 

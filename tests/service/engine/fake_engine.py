@@ -29,11 +29,11 @@ from runtime.messages import (
     HoldPrefix,
     HostKvStats,
     LoadAdapter,
-    PinAdapter,
     Ready,
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
+    SetPins,
     Shutdown,
     Stats,
     TokenLogprobs,
@@ -119,8 +119,8 @@ class FakeEngine:
                 return self.adapters.fail(digest, reason)
             case LoadAdapter():
                 return self.adapters.load(command)
-            case PinAdapter():
-                return self.adapters.pin(command)
+            case SetPins():
+                return self.adapters.set_pins(command)
             case UnloadAdapter():
                 return self.adapters.unload(command, in_use=command.digest in self.adapters_of(running=True))
             case RetireAdapter(digest=digest):

@@ -69,7 +69,7 @@ def test_a_file_that_the_engine_wants_is_brought_and_the_load_goes_on(config: En
             file = tmp_path / "file"
             client.adapters.register("d1", file)
             loading = asyncio.create_task(client.adapters.load("d1", "device"))
-            while (await client.adapters.changes.get()).state != "wanted":
+            while (await client.adapters.changes.get()).state != "missing":
                 pass
             file.write_bytes(b"x")
             client.adapters.register("d1", file)
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_had_fails_who_waits_with_the_reason(config: Engin
         async with started(config) as client:
             client.adapters.register("d1", tmp_path / "nowhere")
             loading = asyncio.create_task(client.adapters.load("d1", "device"))
-            while (await client.adapters.changes.get()).state != "wanted":
+            while (await client.adapters.changes.get()).state != "missing":
                 pass
             client.adapters.fail("d1", "the bucket is gone")
             with pytest.raises(EngineError, match="the bucket is gone"):
@@ -118,11 +118,15 @@ def test_the_engine_s_refusals_come_back_as_they_are(config: EngineConfig, tmp_p
             (file := tmp_path / "file").write_bytes(b"x")
             for digest in ("d1", "d2"):
                 client.adapters.register(digest, file)
-            assert await code_of(client.adapters.pin("d1", "device")) is None
-            assert await code_of(client.adapters.pin("d2", "device")) == "pins_full"
+            assert await client.adapters.set_pins({"d1": "device"}) == {}
+            refused = await client.adapters.set_pins({"d1": "device", "d2": "device", "d3": "host"})
+            assert {digest: refusal.code for digest, refusal in refused.items()} == {
+                "d2": "pins_full",
+                "d3": "unknown_adapter",
+            }
             assert await code_of(client.adapters.unload("d1", "device")) == "adapter_pinned"
-            assert await code_of(client.adapters.pin("d1", None)) is None
-            assert await code_of(client.adapters.pin("d2", "host")) is None
+            assert await client.adapters.set_pins({"d2": "host"}) == {}
+            assert await code_of(client.adapters.unload("d1", "device")) is None
 
     asyncio.run(run())
 
@@ -133,8 +137,7 @@ def test_a_new_engine_is_told_of_all_adapters_and_pins_again(config: EngineConfi
             (file := tmp_path / "file").write_bytes(b"x")
             client.adapters.register("d1", file)
             client.adapters.register("d2", file)
-            await client.adapters.pin("d1", "device")
-            assert await code_of(client.adapters.pin("d2", "device")) == "pins_full"
+            assert await client.adapters.set_pins({"d1": "device"}) == {}
             pid = client.pid
             os.kill(pid or 0, signal.SIGKILL)
             async with asyncio.timeout(30):
@@ -147,12 +150,35 @@ def test_a_new_engine_is_told_of_all_adapters_and_pins_again(config: EngineConfi
     asyncio.run(run())
 
 
+def test_pins_asked_for_while_no_engine_runs_are_refused_and_go_to_the_next_one(
+    config: EngineConfig, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with started(config) as client:
+            (file := tmp_path / "file").write_bytes(b"x")
+            client.adapters.register("d1", file)
+            pid = client.pid
+            os.kill(pid or 0, signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while client.ready is not None:
+                    await asyncio.to_thread(file.read_bytes)  # something that takes a while
+                with pytest.raises(EngineError) as failed:
+                    await client.adapters.set_pins({"d1": "host"})
+                assert failed.value.code == "engine_unavailable"
+                while client.ready is None:
+                    await asyncio.to_thread(file.read_bytes)
+            await client.stats()
+            assert client.adapters.states["d1"].pinned == "host"
+
+    asyncio.run(run())
+
+
 def test_a_pin_without_an_engine_is_made_when_one_starts(config: EngineConfig, tmp_path: Path) -> None:
     async def run() -> None:
         (file := tmp_path / "file").write_bytes(b"x")
         client = EngineClient(config, fake_engine.COMMAND, Metrics())
         client.adapters.register("d1", file)
-        await client.adapters.pin("d1", "host")
+        assert await client.adapters.set_pins({"d1": "host"}) == {}
         await client.start()
         await client.stats()
         assert client.adapters.states["d1"].pinned == "host"

@@ -29,13 +29,14 @@ from runtime.messages import (
     GetStats,
     HoldPrefix,
     LoadAdapter,
-    PinAdapter,
+    PinsSet,
     PrefixEnded,
     PrefixHeld,
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
     SamplingParams,
+    SetPins,
     Shutdown,
     Stats,
     Tier,
@@ -108,6 +109,13 @@ class Engine:
         request_id = self.new_id()
         self.send(kind(request_id=request_id, **fields))
         return self.next(Answer, request_id=request_id).code
+
+    def set_pins(self, pins: dict[str, Tier]) -> dict[str, str]:
+        """Ask for pins; the codes of those that are refused, by digest."""
+        request_id = self.new_id()
+        self.send(SetPins(request_id=request_id, pins=pins))
+        answer = self.next(PinsSet, request_id=request_id)
+        return {digest: refusal.code for digest, refusal in answer.refused.items()}
 
     def generate(self, token_ids: list[int] = PROMPT, **fields: Any) -> list[Tokens]:
         """All events of a request that runs to its end."""
@@ -484,7 +492,7 @@ def test_what_waits_for_a_missing_file_goes_on_when_it_is_registered_again(engin
     state(engine, adapter, "idle")
     load = LoadAdapter(request_id="load", digest=adapter.digest)
     engine.send(load, request("waiting", adapter=adapter.digest))
-    assert state(engine, adapter, "wanted").reason
+    assert state(engine, adapter, "missing").reason
     engine.generate(max_tokens=2)  # others run meanwhile
     stats = engine.stats()
     assert (stats.waiting, stats.waiting_adapters, stats.running_adapters) == (1, [adapter.digest], [])
@@ -497,7 +505,7 @@ def test_what_waits_for_a_missing_file_goes_on_when_it_is_registered_again(engin
 def test_a_file_that_cannot_be_had_fails_what_waits_for_it_with_the_reason(engine: Engine, adapter: Adapter) -> None:
     engine.send(adapter.register(), LoadAdapter(request_id="load", digest=adapter.digest))
     engine.send(request("waiting", adapter=adapter.digest))
-    state(engine, adapter, "wanted")
+    state(engine, adapter, "missing")
     engine.send(FailAdapter(digest=adapter.digest, reason="the bucket said 403"))
     assert state(engine, adapter, "failed").reason == "the bucket said 403"
     answer = engine.next(Answer, request_id="load")
@@ -514,7 +522,7 @@ def test_a_file_that_cannot_be_had_fails_what_waits_for_it_with_the_reason(engin
 def test_a_retired_adapter_is_unknown_and_what_waits_for_it_is_told(engine: Engine, adapter: Adapter) -> None:
     engine.send(adapter.register(), LoadAdapter(request_id="load", digest=adapter.digest))
     engine.send(request("waiting", adapter=adapter.digest))
-    state(engine, adapter, "wanted")
+    state(engine, adapter, "missing")
     engine.send(RetireAdapter(digest=adapter.digest), RetireAdapter(digest="unknown"))
     state(engine, adapter, "retired")
     assert engine.next(Answer, request_id="load").code == "unknown_adapter"
@@ -539,8 +547,9 @@ def test_an_adapter_is_retired_when_the_last_request_on_it_has_ended(engine: Eng
 
 
 def test_an_unknown_digest_is_refused(engine: Engine) -> None:
-    for kind in (LoadAdapter, UnloadAdapter, PinAdapter):
+    for kind in (LoadAdapter, UnloadAdapter):
         assert engine.ask(kind, digest="unknown", tier="host") == "unknown_adapter"
+    assert engine.set_pins({"unknown": "host"}) == {"unknown": "unknown_adapter"}
     engine.send(LoadAdapter(digest="unknown"), FailAdapter(digest="unknown", reason="no"))
     assert engine.ask(DropNamespace, namespace="unknown") is None
 
@@ -551,33 +560,50 @@ def test_a_pinned_adapter_is_not_unloaded_and_pins_can_be_full(
     for each in (adapter, other):
         each.write()
         engine.send(each.register())
-    assert engine.ask(PinAdapter, digest=adapter.digest, tier="device") is None
+    assert engine.set_pins({adapter.digest: "device"}) == {}
     assert load(engine, adapter, "device") is None
     stats = engine.stats()
     assert (stats.device.adapters, stats.device.bytes_pinned) == ([adapter.digest], stats.device.bytes_used)
     assert stats.host.bytes_pinned == 0
     assert engine.ask(UnloadAdapter, digest=adapter.digest, tier="device") == "adapter_pinned"
     assert engine.ask(UnloadAdapter, digest=adapter.digest, tier="host") == "adapter_pinned"
-    assert engine.ask(PinAdapter, digest=other.digest, tier="device") == "pins_full"
-    assert engine.ask(PinAdapter, digest=adapter.digest, tier="device") is None, "it is pinned already"
-    engine.send(PinAdapter(request_id="unpin", digest=adapter.digest, tier=None))
+    assert engine.set_pins({adapter.digest: "device", other.digest: "device"}) == {other.digest: "pins_full"}
+    assert engine.ask(UnloadAdapter, digest=adapter.digest, tier="device") == "adapter_pinned", "the others stay pinned"
+    engine.send(SetPins(request_id="unpin", pins={}))
     assert engine.next(AdapterState, digest=adapter.digest, pinned=None).tier == "device"
-    assert engine.next(Answer) == Answer(request_id="unpin")
-    assert engine.ask(PinAdapter, digest=other.digest, tier="device") is None
+    assert engine.next(PinsSet) == PinsSet(request_id="unpin")
+    assert engine.set_pins({adapter.digest: "device"}) == {}
+    assert engine.set_pins({other.digest: "device"}) == {}, "one takes the place of the other"
+    assert load(engine, other, "device") is None
 
 
 def test_a_pin_waits_for_the_file_and_fails_with_it(engine: Engine, adapter: Adapter) -> None:
-    engine.send(adapter.register(), PinAdapter(request_id="pin", digest=adapter.digest, tier="host"))
-    state(engine, adapter, "wanted")
+    engine.send(adapter.register(), SetPins(request_id="pin", pins={adapter.digest: "host"}))
+    state(engine, adapter, "missing")
     engine.send(FailAdapter(digest=adapter.digest, reason="gone"))
     assert state(engine, adapter, "failed").reason == "gone"
-    answer = engine.next(Answer, request_id="pin")
-    assert (answer.code, "gone" in answer.message) == ("adapter_failed", True)
+    refusal = engine.next(PinsSet, request_id="pin").refused[adapter.digest]
+    assert (refusal.code, "gone" in refusal.message) == ("adapter_failed", True)
     adapter.write()
     engine.send(adapter.register())
-    assert engine.ask(PinAdapter, digest=adapter.digest, tier="host") is None
+    assert engine.set_pins({adapter.digest: "host"}) == {}
     assert load(engine, adapter, "host") is None
     assert engine.stats().host.bytes_pinned > 0
+
+
+def test_pins_that_wait_for_a_file_are_answered_when_others_replace_them(
+    engine: Engine, adapter: Adapter, other: Adapter
+) -> None:
+    other.write()
+    engine.send(adapter.register(), other.register(), SetPins(request_id="pin", pins={adapter.digest: "host"}))
+    state(engine, adapter, "missing")
+    assert engine.set_pins({other.digest: "host"}) == {}
+    engine.send(SetPins(request_id="again", pins={adapter.digest: "device", other.digest: "host"}))
+    engine.send(SetPins(request_id="none", pins={}))
+    refused = engine.next(PinsSet, request_id="again").refused
+    assert {digest: refusal.code for digest, refusal in refused.items()} == {adapter.digest: "superseded"}
+    assert engine.next(PinsSet) == PinsSet(request_id="none")
+    assert load(engine, other, "host") is None
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -1,0 +1,17 @@
+"""Why an adapter cannot be used, or not yet."""
+
+
+class AdapterUnavailable(Exception):
+    """A request cannot use the adapter; the message says why."""
+
+
+class UnknownAdapter(AdapterUnavailable):
+    """The digest is not registered, or has been retired."""
+
+
+class AdapterFailed(AdapterUnavailable):
+    """The adapter could not be loaded."""
+
+
+class FileUnusable(Exception):
+    """An adapter's file is missing, or its content does not match the digest; fetching it again may help."""
