@@ -1,6 +1,7 @@
 # Needs python3, 3.11 or later, and a package registry; everything is made in .venv.
 #   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
 #   make test    run the tests               make check   format, lint and types, changing nothing
+#   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
@@ -11,14 +12,18 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check bench bench-kv fmt openapi
+.PHONY: serve test test-quick check bench bench-kv fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-# Two workers of one thread each (tests/conftest.py sets it); a file's tests share its worker and so its servers.
+# Two workers of one thread each (tests/conftest.py sets it). Each has one half of the tests in order, so that the tests
+# of a file share its servers; a worker that has no test left takes half of those that the other one has left.
 test: .venv/dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-quick: .venv/dev
+	.venv/bin/python -m pytest -n 2 --dist worksteal --quick $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff format --check .

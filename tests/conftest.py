@@ -1,5 +1,5 @@
 """What every test starts from: no network, one thread a process, Triton's interpreter where there is no GPU,
-reproducible hypothesis runs, the default model."""
+reproducible hypothesis runs, the default model; and what `--quick` leaves out."""
 
 import os
 from pathlib import Path
@@ -11,16 +11,57 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest
-import torch
 
 from service.default_model import ensure_default_model
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default, said aloud: 3.9 warns that it will change
 
 hypothesis.settings.register_profile("rootstock", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("rootstock")
+
+# What `make test-quick` leaves out to take less than a minute: files and folders, which it never imports, and fixtures.
+SLOW = {
+    Path(__file__).parent / path
+    for path in (
+        "kernels",  # Triton's interpreter
+        "runtime/gpu",
+        "tools",
+        "loadtests",  # servers as processes of their own
+        "runtime/models",  # oracles: transformers and PEFT
+        "runtime/adapters/test_adapter_maths.py",
+        "runtime/test_alora_smollm2.py",
+        "runtime/test_engine_smollm2.py",
+        "service/test_default_model.py",
+        "service/test_end_to_end.py",
+        "service/test_end_to_end_alora.py",
+    )
+}
+SLOW_FIXTURES = {"default_model_path", "s3_server"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out the tests that tests/conftest.py calls slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose Triton's interpreter where there is no GPU: Triton asks when it decorates a kernel."""
+    if config.option.quick:
+        return  # no kernel runs, and torch takes seconds to import
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.option.quick and collection_path in SLOW else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.quick:
+        slow = [item for item in items if SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
 
 
 @pytest.fixture(scope="session")

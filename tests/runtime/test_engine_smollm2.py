@@ -42,6 +42,7 @@ SUBJECTS = (
     "already has an established, healthy root system, onto which a cutting or a bud from another plant is grafted.",
 )
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+BRIEF = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)  # more than a block
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # PEFT confuses an adapter with a module of the same name ("mlp"), so none is called like one.
@@ -117,6 +118,12 @@ def forget_cached_blocks(engine, digests):
         engine.blocks.drop_namespace(namespace)
 
 
+@pytest.fixture(scope="module")
+def base_output(engine, prompts):
+    """What the base alone makes of the last prompt."""
+    return engine.generate([prompts[-1]], GREEDY)[0].token_ids
+
+
 def assert_greedy(oracle, adapter, prompt, output):
     assert len(output) == 64
     if adapter is None:
@@ -129,24 +136,23 @@ def assert_greedy(oracle, adapter, prompt, output):
 
 
 def test_greedy_output_of_the_base_equals_transformers_alone_and_batched_together(engine, oracle, prompts):
-    alone = [engine.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
-    for prompt, output in zip(prompts, alone, strict=True):
+    together = [completion.token_ids for completion in engine.generate(prompts, GREEDY)]
+    for prompt, output in zip(prompts, together, strict=True):
         assert_greedy(oracle, None, prompt, output)
     forget_cached_blocks(engine, {})
-    together = [completion.token_ids for completion in engine.generate(prompts, GREEDY)]
-    assert together == alone
+    alone = [engine.generate([prompt], BRIEF)[0].token_ids for prompt in prompts]
+    assert alone == [output[: BRIEF.max_tokens] for output in together]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_greedy_output_with_an_adapter_equals_pefts(engine, oracle, digests, prompts, adapter):
+def test_greedy_output_with_an_adapter_equals_pefts(engine, oracle, digests, prompts, base_output, adapter):
     prompt = prompts[-1]  # two chunks long
     [cold] = engine.generate([prompt], GREEDY, digests[adapter])
     assert_greedy(oracle, adapter, prompt, cold.token_ids)
     [warm] = engine.generate([prompt], GREEDY, digests[adapter])
     assert warm.token_ids == cold.token_ids
     assert (cold.cached_tokens, warm.cached_tokens) == (0, len(prompt) - 1)
-    [base] = engine.generate([prompt], GREEDY)
-    assert base.token_ids != cold.token_ids, "an adapter that changes nothing proves nothing"
+    assert base_output != cold.token_ids, "an adapter that changes nothing proves nothing"
 
 
 def test_one_mixed_batch_of_all_adapters_and_base_rows_equals_peft_cold_and_warm(engine, oracle, digests, prompts):

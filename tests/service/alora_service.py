@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from tests.service.adapters.adapter_service import config, multipart, tensors
+from tests.service.adapters.adapter_bundles import config, multipart, tensors
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
 INVOCATION = "<|start|>check\n"

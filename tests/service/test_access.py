@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.live_server import LiveServer, wait_until
 
 REQUEST = {"model": "tiny", "prompt": "hello world", "max_tokens": 3}

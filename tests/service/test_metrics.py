@@ -13,7 +13,7 @@ from runtime.messages import Ready, Stats, TierStats
 from service.catalog.record import AdapterRecord, AdapterVersion
 from service.engine_metrics import MAX_LOADED, EngineMetrics
 from service.metrics import Metrics
-from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]

@@ -1,8 +1,7 @@
-"""The adapter routes over a fake engine on a real server, and small adapters to send there."""
+"""The adapter routes over a fake engine on a real server."""
 
 import asyncio
 import contextlib
-import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import uvicorn
-from safetensors.numpy import save
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from runtime.config import EngineConfig
-from runtime.models.config import ModelConfig, RopeConfig
 from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.app import errors
@@ -33,51 +29,11 @@ from service.metrics import Metrics
 from service.services import Services
 from service.settings import Settings
 from tests.openapi.contract_hook import hold_to_contract
+from tests.service.adapters.adapter_bundles import TINY, bundle, multipart
 from tests.service.catalog.adapter_engine import AdapterEngine
 
-TINY = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=128,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(theta=10000.0),
-    tie_embeddings=True,
-)
 MAX_UPLOAD_BYTES = 200_000
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-Files = dict[str, tuple[str, bytes]]
 TEST_ROUTES = ("/use/", "/release", "/collect")  # of `Service`; the contract does not have them
-
-
-def tensors(seed: int = 0, rank: int = 2, module: str = "q_proj", out: int = 16) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    prefix = f"base_model.model.model.layers.0.self_attn.{module}"
-    return {
-        f"{prefix}.lora_A.weight": random.standard_normal((rank, 16)).astype(np.float32),
-        f"{prefix}.lora_B.weight": random.standard_normal((out, rank)).astype(np.float32),
-    }
-
-
-def config(rank: int = 2, **fields: Any) -> bytes:
-    written = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
-    return json.dumps(
-        written | {"use_dora": False, "loftq_config": {}, "alora_invocation_tokens": None} | fields
-    ).encode()
-
-
-def bundle(seed: int = 0) -> tuple[bytes, bytes]:
-    """An adapter's two files: the configuration and the weights."""
-    return config(), save(tensors(seed))
-
-
-def multipart(config_file: bytes, weights: bytes) -> Files:
-    return {CONFIG: (CONFIG, config_file), WEIGHTS: (WEIGHTS, weights)}
 
 
 class Service:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from safetensors.numpy import save
 
 from runtime.messages import AdapterState
-from tests.service.adapters.adapter_service import Service, bundle, config, error, multipart, save, serving, tensors
+from tests.service.adapters.adapter_bundles import bundle, config, multipart, tensors
+from tests.service.adapters.adapter_service import Service, error, serving
 
 
 @pytest.fixture

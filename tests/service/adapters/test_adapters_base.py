@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from tests.service.adapters.adapter_service import Service, config, error, multipart, serving
+from tests.service.adapters.adapter_bundles import config, multipart
+from tests.service.adapters.adapter_service import Service, error, serving
 
 EMBEDDING = np.random.default_rng(7).standard_normal((64, 16)).astype(np.float32)
 COPY = "base_model.model.lm_head.base_layer.weight"

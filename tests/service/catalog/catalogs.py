@@ -12,7 +12,7 @@ from service.catalog.catalog import Catalog
 from service.catalog.files import AdapterStorage, local_storage
 from service.catalog.record import AdapterVersion, Condition, Upload
 from service.metrics import Metrics
-from tests.service.adapters.adapter_service import TINY, bundle
+from tests.service.adapters.adapter_bundles import TINY, bundle
 from tests.service.catalog.adapter_engine import AdapterEngine
 
 FREE = Condition()

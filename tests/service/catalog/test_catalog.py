@@ -16,7 +16,7 @@ from service.errors import RequestError, answer_of
 from service.metrics import Metrics
 from storage.local import LocalStore
 from storage.store import StoreFull
-from tests.service.adapters.adapter_service import TINY
+from tests.service.adapters.adapter_bundles import TINY
 from tests.service.catalog.adapter_engine import AdapterEngine
 from tests.service.catalog.catalogs import FREE, blob, files, opened, prepared, publish, run, stored
 

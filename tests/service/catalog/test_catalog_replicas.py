@@ -14,7 +14,7 @@ from service.errors import RequestError, answer_of
 from service.metrics import Metrics
 from storage.local import LocalStore
 from storage.store import StoreUnavailable
-from tests.service.adapters.adapter_service import TINY
+from tests.service.adapters.adapter_bundles import TINY
 from tests.service.catalog.adapter_engine import AdapterEngine
 from tests.service.catalog.catalogs import FREE, NEVER, blob, files, opened, publish, run
 

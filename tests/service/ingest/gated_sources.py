@@ -9,7 +9,7 @@ from service.ingest.sources import Fetched, Sources
 from service.settings import Settings
 from service.source_urls import Source
 from storage.store import OnProgress
-from tests.service.adapters.adapter_service import bundle
+from tests.service.adapters.adapter_bundles import bundle
 
 TOTAL = 1000
 

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.adapters.adapter_service import CONFIG, MAX_UPLOAD_BYTES, WEIGHTS, Service, bundle, error, serving
+from tests.service.adapters.adapter_bundles import CONFIG, WEIGHTS, bundle
+from tests.service.adapters.adapter_service import MAX_UPLOAD_BYTES, Service, error, serving
 
 
 @pytest.fixture

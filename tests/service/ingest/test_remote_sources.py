@@ -15,7 +15,8 @@ from service.ingest.sources import Sources
 from service.settings import Settings
 from storage.huggingface import HubRepository
 from storage.s3 import S3Store
-from tests.service.adapters.adapter_service import CONFIG, MAX_UPLOAD_BYTES, WEIGHTS, Service, bundle, error, serving
+from tests.service.adapters.adapter_bundles import CONFIG, WEIGHTS, bundle
+from tests.service.adapters.adapter_service import MAX_UPLOAD_BYTES, Service, error, serving
 from tests.storage import loopback
 from tests.storage.fake_hub import REPOSITORY, FakeHub
 

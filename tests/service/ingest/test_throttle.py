@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import save
 
 from service.ingest.throttle import MAX_PAUSES, PAUSE_SECONDS, PIECE_BYTES, Throttle
-from tests.service.adapters.adapter_service import TINY, multipart, serving
-from tests.service.adapters.adapter_service import config as adapter_config
+from tests.service.adapters.adapter_bundles import TINY, multipart
+from tests.service.adapters.adapter_bundles import config as adapter_config
+from tests.service.adapters.adapter_service import serving
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 RANK = 40_000  # whose A and B have 2.5 MB each

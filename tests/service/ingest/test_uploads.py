@@ -13,18 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from tests.service.adapters.adapter_service import (
-    CONFIG,
-    MAX_UPLOAD_BYTES,
-    WEIGHTS,
-    Service,
-    bundle,
-    config,
-    error,
-    multipart,
-    serving,
-    tensors,
-)
+from tests.service.adapters.adapter_bundles import CONFIG, WEIGHTS, bundle, config, multipart, tensors
+from tests.service.adapters.adapter_service import MAX_UPLOAD_BYTES, Service, error, serving
 
 TAR = {"Content-Type": "application/x-tar"}
 SAFETENSORS = {"Content-Type": "application/vnd.safetensors"}

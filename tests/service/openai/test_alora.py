@@ -9,8 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.numpy import save
 
-from tests.service.adapters.adapter_service import CONFIG, WEIGHTS, config, save, tensors
+from tests.service.adapters.adapter_bundles import CONFIG, WEIGHTS, config, tensors
 from tests.service.alora_service import INVOCATION, alora_server, encode, put_adapter
 from tests.service.live_server import LiveServer
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.openapi.contract_hook import HOOKS
-from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.engine.fake_adapters import ADAPTER_BYTES
 from tests.service.live_server import LiveServer, fake_settings, live_server
 

@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.adapters.adapter_service import bundle, error, multipart
+from tests.service.adapters.adapter_bundles import bundle, multipart
+from tests.service.adapters.adapter_service import error
 from tests.service.live_server import LiveServer, fake_settings, live_server
 
 HEADER = "X-Amzn-SageMaker-Adapter-Identifier"

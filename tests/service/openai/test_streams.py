@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.openapi.contract_hook import ASYNC_HOOKS
-from tests.service.adapters.adapter_service import bundle, multipart
+from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.live_server import LiveServer, fake_settings, live_server, wait_until
 
 
