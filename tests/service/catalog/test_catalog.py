@@ -200,6 +200,30 @@ def test_a_file_that_is_wanted_again_before_it_went_stays(tmp_path: Path) -> Non
     run(program())
 
 
+@pytest.mark.parametrize("steps", range(6))
+def test_a_digest_that_is_used_for_a_moment_while_it_is_discarded_leaves_the_engine(tmp_path: Path, steps: int) -> None:
+    async def program() -> None:
+        storage, engine = local_storage(tmp_path), AdapterEngine()
+        blobs = Blobs(storage, engine, Metrics())
+        summary, file = prepared(storage.files.scratch, seed=0)
+        await blobs.keep(summary.digest, summary.bytes, file, ephemeral=False)
+        blobs.serve(summary.digest)
+        blobs.release(summary.digest)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        blobs.adopt(summary.digest, summary.bytes)
+        blobs.serve(summary.digest)
+        assert summary.digest in engine.registered
+        blobs.release(summary.digest)
+        await blobs.settle()
+        blobs.check({})
+        assert engine.registered == {}
+        await blobs.close()
+        storage.close()
+
+    run(program())
+
+
 def test_an_ephemeral_adapter_touches_no_disk_and_goes_with_its_name(tmp_path: Path) -> None:
     async def program() -> None:
         engine = AdapterEngine()
