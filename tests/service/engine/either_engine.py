@@ -28,8 +28,8 @@ from runtime.messages import (
 )
 from runtime.models.config import ModelConfig
 from service.engine.process import EngineProcess
-from tests.service.adapters.adapter_service import config as adapter_config
-from tests.service.adapters.adapter_service import tensors
+from tests.service.adapters.adapter_bundles import config as adapter_config
+from tests.service.adapters.adapter_bundles import tensors
 from tests.service.engine import fake_engine
 
 COMMANDS = {"fake": fake_engine.COMMAND, "real": (sys.executable, "-m", "runtime.process")}
