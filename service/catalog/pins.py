@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Pins:
         self._files, self._disk, self._engine = storage.files, storage.disk, engine
         self._pins: dict[str, Pin] = {}  # by name, as granted
         self._later: dict[str, Pin | None] = {}  # by name, for the next change in the background
+        self._changing: Counter[str] = Counter()  # the names of changes under way
         self._lock = asyncio.Lock()  # held from a change of the wish until it is decided
         self._background: asyncio.Task[None] | None = None
 
@@ -39,6 +41,8 @@ class Pins:
         Raises EngineError if it cannot be pinned, and leaves everything as it was.
         """
         self._later.pop(name, None)  # this change is newer
+        if tier is None and name not in self._pins and not self._changing[name]:
+            return  # most uploads pin nothing: they do not wait for the pins of others
         refused = await self._change({name: None if tier is None else Pin(digest, tier, size)})
         if name in refused:
             raise refused[name]
@@ -68,25 +72,33 @@ class Pins:
 
     async def _change(self, changes: Mapping[str, Pin | None]) -> dict[str, EngineError]:
         """Make names pin something else, and return what is refused, by name: those names keep what they pinned."""
-        async with self._lock:
-            wish, refused = dict(self._pins), {}
-            for name, pin in changes.items():
-                if pin is None:
-                    wish.pop(name, None)
-                elif (full := self._disk_full({**wish, name: pin}, pin)) is not None:
-                    refused[name] = full
-                else:
-                    wish[name] = pin
-            if _tiers(wish) != _tiers(self._pins):
-                by_digest = await self._ask(wish)
-                changed = [name for name, pin in changes.items() if pin is not None and wish.get(name) == pin]
-                by_name = {name: by_digest[wish[name].digest] for name in changed if wish[name].digest in by_digest}
-                if by_name:
-                    await self._go_back(wish, by_name)
-                    refused |= by_name
-            self._hold_files(wish)
-            self._pins = wish
-            return refused
+        self._changing.update(changes.keys())
+        try:
+            async with self._lock:
+                return await self._change_locked(changes)
+        finally:
+            self._changing.subtract(changes.keys())
+
+    async def _change_locked(self, changes: Mapping[str, Pin | None]) -> dict[str, EngineError]:
+        wish = dict(self._pins)
+        refused: dict[str, EngineError] = {}
+        for name, pin in changes.items():
+            if pin is None:
+                wish.pop(name, None)
+            elif (full := self._disk_full({**wish, name: pin}, pin)) is not None:
+                refused[name] = full
+            else:
+                wish[name] = pin
+        if _tiers(wish) != _tiers(self._pins):
+            by_digest = await self._ask(wish)
+            changed = [name for name, pin in changes.items() if pin is not None and name not in refused]
+            by_name = {name: by_digest[wish[name].digest] for name in changed if wish[name].digest in by_digest}
+            if by_name:
+                await self._go_back(wish, by_name)
+                refused |= by_name
+        self._hold_files(wish)
+        self._pins = wish
+        return refused
 
     async def _ask(self, wish: Mapping[str, Pin]) -> dict[str, EngineError]:
         """Tell the engine the whole wish; returns what it refuses, by digest: everything if there is no engine."""

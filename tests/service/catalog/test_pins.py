@@ -114,6 +114,32 @@ def test_a_pinned_adapter_is_replaced_although_both_have_no_room_together(tmp_pa
     run(program())
 
 
+def test_an_upload_that_pins_nothing_does_not_wait_for_a_pin_that_is_not_decided(tmp_path: Path) -> None:
+    class UndecidedEngine(AdapterEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decided = asyncio.Event()
+
+        async def set_pins(self, pins: Mapping[str, Tier]) -> dict[str, Refusal]:
+            await self.decided.wait()
+            return await super().set_pins(pins)
+
+    async def program() -> None:
+        engine = UndecidedEngine()
+        async with opened(tmp_path, engine) as catalog:
+            pinned = await publish(catalog, "poet")
+            pinning = asyncio.create_task(catalog.set_pin("poet", "device", FREE))
+            await publish(catalog, "other", seed=1)
+            await publish(catalog, "other", seed=2)
+            await catalog.delete("other", FREE)
+            assert not pinning.done()
+            engine.decided.set()
+            await pinning
+            assert engine.pins == {pinned.digest: "device"}
+
+    run(program())
+
+
 def test_a_replaced_adapter_passes_its_pin_on(tmp_path: Path) -> None:
     async def program() -> None:
         engine = AdapterEngine()
