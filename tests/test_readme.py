@@ -31,6 +31,7 @@ NOT_RUN = {
     "docker compose up --build": "builds an image from the network; tests/test_compose.py checks compose.yaml",
     ".venv/bin/pip install --editable '.[gpu]' && .venv/bin/python -m tools.gpu_report": "needs a GPU",
     "make test": "runs the tests, this one among them",
+    "make test-quick": "runs some of these tests",
     "make check": "runs beside the tests",
     "make bench": "takes many minutes",
 }
