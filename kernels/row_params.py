@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.uploads import host_buffer, upload
+from kernels.host_to_device import host_buffer, upload
 
 LEAST_TEMPERATURE = 1e-6  # a lower temperature above 0 samples as this one does
 

@@ -15,10 +15,10 @@ from starlette.routing import Route
 from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
 from service import errors
 from service.adapters import dialects
-from service.adapters import resource as adapter_resource
 from service.adapters import routes as adapters
+from service.adapters import schemas as adapter_schemas
 from service.app import routes
-from service.kv import resource as kv_resource
+from service.kv import schemas as kv_schemas
 from service.openai import schemas
 
 CONTRACT = Path(__file__).with_name("openapi.json")
@@ -28,7 +28,7 @@ def structs() -> list[type]:
     """Return every Struct of HTTP bodies. The Structs of query strings become parameters instead."""
     found = [
         member
-        for module in (schemas, adapters, adapter_resource, dialects, kv_resource, errors)
+        for module in (schemas, adapters, adapter_schemas, dialects, kv_schemas, errors)
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from service.adapters.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
 from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
-from service.adapters.resource import Adapter, AdapterList
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
-from service.kv.resource import HeldPrefix, KvCache, PrefixList, PrefixRequest
+from service.adapters.schemas import Adapter, AdapterList
+from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.openai.sagemaker import ADAPTER_HEADER
 from service.openai.schemas import (
     ChatChunk,

@@ -53,7 +53,7 @@ SWITCH_SECONDS = 0.0005
 PARENT_CHECK_MILLISECONDS = 1000
 
 
-class EngineProcess:
+class EngineServer:
     """Runs an engine by the commands from a socket: steps while there is work, and sleeps otherwise."""
 
     def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]", parent: int):
@@ -171,7 +171,7 @@ def main(endpoint: str, parent: int) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # these objects stay for ever; collecting among them took 150 ms while requests ran
-    EngineProcess(engine, socket, parent).run()
+    EngineServer(engine, socket, parent).run()
     engine.close()
     socket.close()
 

@@ -20,7 +20,7 @@ from service.default_model import DefaultModelMissing, ensure_default_model
 from service.engine.process import EngineStartFailed
 from service.logs import say, set_up
 from service.openai.tokenizer import TokenizerMissing
-from service.options import BAD_VALUE
+from service.option_parser import BAD_VALUE
 from service.settings import Arguments, Settings, read
 from storage.store import StoreError
 

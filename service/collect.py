@@ -4,9 +4,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
-from service.catalog.collect import collect
 from service.catalog.files import open_remote
-from service.options import Parser, argument, declared
+from service.catalog.garbage import collect
+from service.option_parser import Parser, argument, declared
 from service.settings import Settings, read_with
 from storage.local import LocalStore
 from storage.store import StoreError

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
-from service.options import AbsentOption, Parser, declared
+from service.option_parser import AbsentOption, Parser, declared
 from service.source_urls import AllowedSources, store_of
 
 ABSENT_OPTIONS = {

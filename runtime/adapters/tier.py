@@ -1,6 +1,7 @@
 """One tier of adapter memory: a buffer of bytes, the extents in it, and which of them may be evicted."""
 
 import itertools
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from runtime.adapters.arena import Arena, aligned
 from runtime.adapters.layout import AdapterLayout, Sites
 from runtime.adapters.prefault import AHEAD_BYTES
 from runtime.messages import Tier, TierStats
+
+_log = logging.getLogger(__name__)
 
 PINNED_SHARE = 2  # pins may take 1/2 of a tier: the rest stays for the other adapters
 
@@ -135,7 +138,7 @@ class AdapterTier:
             if window is None:
                 self._refused.append((place, size))
                 return False
-            self._evict(window.victims)
+            self._evict(window.victims, adapter.digest)
             offset = self._arena.allocate(size, high=high)
             assert offset is not None
         if not high:
@@ -144,9 +147,10 @@ class AdapterTier:
         self._entries[adapter.digest] = Entry(adapter, offset, size)
         return True
 
-    def _evict(self, offsets: Collection[int]) -> None:
+    def _evict(self, offsets: Collection[int], newcomer: str) -> None:
         at = {entry.offset: digest for digest, entry in self._entries.items()}
         for offset in offsets:
+            _log.debug("evicted adapter %s from %s memory, for adapter %s", at[offset], self.name, newcomer)
             self.drop(at[offset])
             self.evictions += 1
             self._evicted.append(at[offset])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.uploads import host_buffer, upload
+from kernels.host_to_device import host_buffer, upload
 from runtime.messages import SamplingParams
 from runtime.request import Request
 from runtime.sampler import FORBIDDEN, LARGEST_LOGIT, LEAST_DIVISOR, adjusts

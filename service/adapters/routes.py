@@ -11,7 +11,7 @@ from starlette.routing import Route
 from runtime.messages import Tier
 from service.adapters.publish import UploadOptions, remove, start_import, upload
 from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
-from service.adapters.resource import AdapterList, adapter_resource, find_adapter, list_adapters
+from service.adapters.schemas import AdapterList, adapter_resource, find_adapter, list_adapters
 from service.catalog.record import AdapterVersion, Condition
 from service.catalog.versions import no_adapter
 from service.http import NoQuery, json_response, read_json, read_query, until_disconnect

@@ -11,8 +11,8 @@ import msgspec
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
 from service.catalog.blobs import Blobs
-from service.catalog.collect import Collected, collect
 from service.catalog.files import AdapterStorage
+from service.catalog.garbage import Collected, collect
 from service.catalog.names import AdapterNames, UnreadableName
 from service.catalog.pins import Pins
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of

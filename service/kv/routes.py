@@ -10,10 +10,10 @@ from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
 from service.kv.prefixes import PrefixSpec
-from service.kv.resource import PrefixList, PrefixRequest, held_prefix, kv_cache
+from service.kv.schemas import PrefixList, PrefixRequest, held_prefix, kv_cache
 from service.openai.invocation import Prompt, require_applicable
 from service.openai.models import find_version
-from service.openai.sampling import answer_length
+from service.openai.sampling_params import answer_length
 from service.services import Services, services_of
 
 BASE = "base"

@@ -13,7 +13,7 @@ from service.errors import RequestError
 from service.http import read_json
 from service.openai.detokenizer import UNKNOWN
 from service.openai.generation import Delta
-from service.openai.sampling import answer_length, sampling_params
+from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import (
     ChatChoice,
     ChatChunk,

@@ -13,7 +13,7 @@ from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import read_json
 from service.openai.generation import Delta
-from service.openai.sampling import answer_length, sampling_params
+from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from service.openai.streaming import Inputs, answer
 from service.services import Services, services_of

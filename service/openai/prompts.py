@@ -7,7 +7,7 @@ from typing import Any
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
-from service.openai.sampling import answer_length, check_token_ids, refuse_unbuilt
+from service.openai.sampling_params import answer_length, check_token_ids, refuse_unbuilt
 from service.openai.schemas import Alora, Message
 from service.openai.tokenizer import InvalidChat, Tokenizer
 

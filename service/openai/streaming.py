@@ -17,7 +17,7 @@ from service.http import encode_json, json_response, until_disconnect
 from service.openai.generation import Delta, Generation, Plan
 from service.openai.invocation import Prompt, alora_headers, require_applicable
 from service.openai.models import resolve
-from service.openai.sampling import refuse_unbuilt, stop_strings
+from service.openai.sampling_params import refuse_unbuilt, stop_strings
 from service.openai.schemas import GenerationRequest, Usage
 from service.services import Services
 

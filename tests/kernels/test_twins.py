@@ -70,6 +70,6 @@ def test_a_twin_has_the_public_functions_of_its_triton_file_with_the_same_parame
 def test_the_twins_the_cpu_path_and_what_the_host_prepares_need_no_triton() -> None:
     needed = [f"kernels.reference.{name}" for name in TWINS]
     needed += [f"kernels.cpu.{module.name}" for module in pkgutil.iter_modules([str(ROOT / "kernels" / "cpu")])]
-    needed += ["kernels.lora_tiles", "kernels.offset_table", "kernels.row_params", "kernels.uploads"]
+    needed += ["kernels.lora_tiles", "kernels.offset_table", "kernels.row_params", "kernels.host_to_device"]
     program = f"import sys; sys.modules['triton'] = None; import {', '.join(needed)}"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

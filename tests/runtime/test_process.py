@@ -21,7 +21,7 @@ from runtime.messages import (
     decode_events,
     encode,
 )
-from runtime.process import EngineProcess
+from runtime.process import EngineServer
 from tests.runtime.engine_peer import DEADLINE_MS, Peer, generate
 from tests.runtime.tiny_model import TINY
 
@@ -51,7 +51,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):
     theirs.connect("inproc://stumbling")
     for command in (generate("a"), generate("b")):
         ours.send(encode(command))
-    thread = threading.Thread(target=EngineProcess(engine, theirs, os.getppid()).run)
+    thread = threading.Thread(target=EngineServer(engine, theirs, os.getppid()).run)
     thread.start()
     events = []
     while not any(isinstance(event, Failed) for event in events):

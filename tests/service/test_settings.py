@@ -11,7 +11,7 @@ import pytest
 
 from runtime.config import MIB, EngineConfig
 from service.__main__ import main
-from service.options import Declared, declared, size, size_text
+from service.option_parser import Declared, declared, size, size_text
 from service.settings import Settings, read
 from tests.service.tiny_model import CONFIG
 

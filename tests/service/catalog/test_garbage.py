@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from service.catalog.collect import collect
 from service.catalog.files import blob_key
+from service.catalog.garbage import collect
 from service.catalog.names import AdapterNames
 from service.catalog.record import AdapterRecord
 from service.collect import main
