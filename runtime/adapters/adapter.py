@@ -10,13 +10,13 @@ from runtime.messages import AdapterState, Tier
 
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
-LAST = 1 << 62  # the place in line of a load that nobody waits for any more
+LAST = 1 << 62  # the place in line of a load without a waiting request, command or pin
 
 
 class State(enum.Enum):
     """What happens to an adapter now. Which tiers hold it is a separate question, which the tiers answer."""
 
-    IDLE = "idle"  # nothing: it is resident or not, and nobody has asked for more
+    IDLE = "idle"  # nothing is asked for; it may be resident
     QUEUED = "queued"  # its load waits for memory or for a reader thread
     WORKING = "working"  # its load has a task under way: reading, packing or copying
     ABANDONED = "abandoned"  # its load was cancelled, but the task of the load still runs
@@ -49,7 +49,7 @@ class Load:
     content: Content | None = None  # the file, between the task that read it and the one that packs it
     waiters: list[tuple[str, Tier]] = field(default_factory=list)  # commands to answer: request id and tier
     refetched: bool = False  # the file was unusable and has been registered again since
-    problem: str = ""  # in MISSING: what is wrong with the file
+    problem: str = ""  # in MISSING: why the file cannot be used
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages so far
 
 
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an adapter cannot be loaded, and how long nobody tries again."""
+    """Why an adapter cannot be loaded, and when it may be tried again."""
 
     reason: str
     retry_at: float  # seconds of the pool's clock
@@ -92,13 +92,13 @@ class Adapter:
 
     @property
     def place(self) -> int:
-        """The place in line of its load: that of whoever asked first and still waits."""
+        """The place in line of its load: the first place of the requests, commands and pins that wait for it."""
         asked = LAST if self.load is None else self.load.place
         return min(asked, self.waiting[0]) if self.waiting else asked
 
     @property
     def problem(self) -> str:
-        """The reason of its failure, or what is wrong with its file."""
+        """The reason of its failure, or why its file cannot be used."""
         if self.failure is not None:
             return self.failure.reason
         return "" if self.load is None else self.load.problem

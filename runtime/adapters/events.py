@@ -10,7 +10,7 @@ from runtime.messages import AdapterState, Answer, EngineCode, PinsSet
 class AdapterEvents:
     """Collects events between two polls. A state is reported once, however often an adapter was touched.
 
-    Reports come before answers, so that whoever receives an answer knows the state it led to.
+    Reports come before answers, so that the service knows the new state when the answer arrives.
     """
 
     def __init__(self, device: AdapterTier, host: AdapterTier) -> None:

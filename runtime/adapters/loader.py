@@ -147,7 +147,7 @@ class AdapterLoader(Generic[Key]):
         self._in_flight -= 1
 
     def _finish(self, key: Key, seconds: dict[str, float], future: "Future[Content | None]") -> None:
-        """Queue a result, whatever the error: a task without a result would leave its adapter loading for ever."""
+        """Queue a result, also for an unexpected error: without a result the adapter would load for ever."""
         if future.cancelled():
             return
         error = future.exception()

@@ -21,11 +21,13 @@ PATIENCE_SECONDS = 1.0
 class AdapterLoads:
     """Owns the loads and decides who gets memory: in the order of their places in line, the first come first.
 
-    A load goes from the file to host memory and from there to the device. One that finds no room keeps its place; it
-    may evict whatever later loads or nobody wait for, and leaves free memory to the others meanwhile. Once a request
-    has waited for `PATIENCE_SECONDS` like that, its load is `starving`: no other load may take device memory, and
-    requests that come after it may not use the adapters that have to leave for it. So it gets its memory as soon as
-    the requests that use those adapters now have ended.
+    A load goes from the file to host memory and from there to the device. A load that finds no room keeps its place in
+    line; meanwhile later loads may use free memory. It can evict every adapter that is neither referenced nor pinned,
+    unless a request or load with an earlier place waits for that adapter.
+
+    When a request has waited for `PATIENCE_SECONDS` at its turn, its load is `starving`. No other load may then take
+    device memory, and requests behind it in line may not acquire the adapters that have to leave for it. So it gets its
+    memory once the requests that use those adapters have ended.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class AdapterLoads:
         return [(result.key, self._finish(result.key, result)) for result in finished]
 
     def advance(self) -> None:
-        """Start whatever can start, in the order of the places in line."""
+        """Start every stage for which there is room, in the order of the places in line."""
         self._starving, self._draining = None, set()
         for tier in self.tiers.values():
             tier.look_again()
@@ -155,7 +157,7 @@ class AdapterLoads:
             self._fill_host(adapter, load)
 
     def _cannot_fit(self, adapter: Adapter, size: int, goal: Tier) -> bool:
-        """Fail a load for which a tier on its way has no room, whatever is evicted there."""
+        """Fail a load that needs a tier which cannot hold the adapter beside the pinned ones."""
         on_its_way = [self._device] if goal == "device" else []
         if not self._host.holds(adapter.digest):
             on_its_way.append(self._host)

@@ -64,7 +64,7 @@ class AdapterPool:
 
     @property
     def missing(self) -> dict[str, str]:
-        """The adapters that wait for their file, and what is wrong with it, by digest."""
+        """The adapters that wait for their file, and why it cannot be used, by digest."""
         return {digest: adapter.problem for digest, adapter in self._adapters.items() if adapter.state is State.MISSING}
 
     @property

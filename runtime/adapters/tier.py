@@ -165,7 +165,7 @@ class AdapterTier:
             if entry.references:
                 values[entry.offset] = entry.in_use_until
             elif entry.layout is None or (held_for is not None and held_for <= place):
-                values[entry.offset] = LAST  # it will be used first, nobody knows for how long
+                values[entry.offset] = LAST  # it is used before the load, for an unknown time
             else:
                 values[entry.offset] = 0
         window = self._arena.window(size, values)

@@ -71,7 +71,7 @@ class Pins:
                 _log.error("adapter %s is not pinned: %s", name, error)
 
     async def _change(self, changes: Mapping[str, Pin | None]) -> dict[str, EngineError]:
-        """Make names pin something else, and return what is refused, by name: those names keep what they pinned."""
+        """Change the pins of some names. Returns the refusals by name; a refused name keeps its old pin."""
         self._changing.update(changes.keys())
         try:
             async with self._lock:
