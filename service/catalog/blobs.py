@@ -156,7 +156,7 @@ class Blobs:
         if not blob.references:
             self._start(self._discard(blob))
 
-    async def settle(self) -> None:
+    async def until_idle(self) -> None:
         """Wait until every digest without references is discarded and every download has ended."""
         await self._engine.changes.join()
         while self._tasks:

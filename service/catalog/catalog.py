@@ -94,11 +94,11 @@ class Catalog:
         await asyncio.to_thread(self._storage.close)
         await self.blobs.close()
 
-    async def settle(self) -> None:
+    async def until_idle(self) -> None:
         """Wait until no change is under way and every digest without references is discarded."""
         await asyncio.gather(*self._changes, return_exceptions=True)
-        await self._pins.settle()
-        await self.blobs.settle()
+        await self._pins.until_idle()
+        await self.blobs.until_idle()
 
     async def load(self, name: str, tier: Tier, *, wait: bool) -> AdapterVersion:
         """Start to load a name's version into a tier; with `wait`, return when it is there.

@@ -59,7 +59,7 @@ class Pins:
             self._background.cancel()
             await asyncio.gather(self._background, return_exceptions=True)
 
-    async def settle(self) -> None:
+    async def until_idle(self) -> None:
         """Wait until no change is under way."""
         if self._background is not None:
             await self._background

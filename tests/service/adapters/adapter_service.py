@@ -124,7 +124,7 @@ class Service:
         yield
         self._release.set()
         await self.imports.close()
-        await self.catalog.settle()
+        await self.catalog.until_idle()
         self.catalog.versions.check()
         await self.catalog.close()
 
@@ -139,7 +139,7 @@ class Service:
             return json_response({"digest": version.digest, "generation": version.generation})
 
     async def _on_collect(self, request: Request) -> Response:
-        await self.catalog.settle()
+        await self.catalog.until_idle()
         await self.catalog.collect(0)
         return Response()
 

@@ -40,7 +40,7 @@ async def opened(
     )
     try:
         yield catalog
-        await catalog.settle()
+        await catalog.until_idle()
         catalog.versions.check()
     finally:
         await catalog.close()

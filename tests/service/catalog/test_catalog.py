@@ -67,7 +67,7 @@ def test_a_file_that_does_not_match_its_digest_fails_with_the_reason_until_it_is
         engine = AdapterEngine()
         async with opened(tmp_path, engine) as catalog:
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert ("missing" if damage == "missing" else "corrupt") in engine.failed[digest]
             assert digest not in engine.registered
 
@@ -86,7 +86,7 @@ def test_a_whole_file_that_the_engine_did_not_find_is_told_to_it_again(tmp_path:
         engine = AdapterEngine()
         async with opened(tmp_path, engine) as catalog:
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.registered == {digest: tmp_path / blob(digest)}
             assert engine.failed == {}
 
@@ -130,7 +130,7 @@ def test_a_full_disk_is_said_so_and_changes_nothing(tmp_path: Path) -> None:
                     await publish(catalog, "poet", seed=1, pin=True)
                 with pytest.raises(StoreFull):
                     await publish(catalog, "other", seed=2)
-                await catalog.settle()
+                await catalog.until_idle()
                 await catalog.collect(-1)
                 assert files(tmp_path) == before
                 assert catalog.versions.list() == [old]
@@ -155,7 +155,7 @@ def test_a_version_that_is_used_outlives_its_name_and_no_longer(tmp_path: Path) 
                 assert files(tmp_path) == [blob(version.digest)]
                 assert engine.retired == []
             assert catalog.versions.draining("poet") is None
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.retired == [version.digest]
             await catalog.collect(-1)
             assert files(tmp_path) == []
@@ -174,7 +174,7 @@ def test_the_same_bytes_coming_back_while_they_go_are_served(tmp_path: Path) -> 
                 version = await publish(catalog, "poet")
                 await catalog.delete("poet", FREE)
             version = await publish(catalog, "poet")
-            await catalog.settle()
+            await catalog.until_idle()
             catalog.versions.check()
             assert engine.registered == {version.digest: tmp_path / blob(version.digest)}
             assert files(tmp_path) == [blob(version.digest), "names/poet.json"]
@@ -191,7 +191,7 @@ def test_a_file_that_is_wanted_again_before_it_went_stays(tmp_path: Path) -> Non
         blobs.serve(summary.digest)
         blobs.release(summary.digest)
         await blobs.keep(summary.digest, summary.bytes, file, ephemeral=False)
-        await blobs.settle()
+        await blobs.until_idle()
         blobs.check({summary.digest: 1})
         assert engine.retired == []
         await blobs.close()
@@ -215,7 +215,7 @@ def test_a_digest_that_is_used_for_a_moment_while_it_is_discarded_leaves_the_eng
         blobs.serve(summary.digest)
         assert summary.digest in engine.registered
         blobs.release(summary.digest)
-        await blobs.settle()
+        await blobs.until_idle()
         blobs.check({})
         assert engine.registered == {}
         await blobs.close()
@@ -233,10 +233,10 @@ def test_an_ephemeral_adapter_touches_no_disk_and_goes_with_its_name(tmp_path: P
             assert file.is_relative_to(catalog.blobs._memory.path)
             assert files(tmp_path) == []
             engine.want(version.digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.registered[version.digest] == file
             await catalog.delete("step", FREE)
-            await catalog.settle()
+            await catalog.until_idle()
             assert not file.exists()
 
     run(program())
@@ -251,7 +251,7 @@ def test_an_ephemeral_adapter_outlives_a_stored_one_of_the_same_bytes(tmp_path: 
             await catalog.delete("stored", FREE)
             local_storage(tmp_path).store.delete(blob(digest))  # as another process' collector may do
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.registered[digest].exists()
 
     run(program())
@@ -304,7 +304,7 @@ def test_a_cancelled_upload_whose_name_is_being_written_is_finished(tmp_path: Pa
             await asyncio.gather(upload, return_exceptions=True)
             assert upload.cancelled()
             go_on.set()
-            await catalog.settle()
+            await catalog.until_idle()
             version = catalog.versions.resolve("poet")
             assert version is not None
             assert files(tmp_path) == [blob(version.digest), "names/poet.json"]

@@ -45,13 +45,13 @@ def test_a_file_is_fetched_when_it_is_wanted_and_once(tmp_path: Path) -> None:
             engine.want(digest)
             await engine.changes.join()
             assert catalog.blobs.download(version.digest) is not None
-            await catalog.settle()
+            await catalog.until_idle()
             assert catalog.blobs.download(version.digest) is None
             assert catalog.blobs.here(version.digest)
             assert engine.registered == {digest: path}
             assert path.read_bytes() == (tmp_path / "remote" / blob(digest)).read_bytes()
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert store.fetches == 1
             assert b'rootstock_adapter_load_seconds_count{stage="download"} 2.0' in metrics.render(None)
 
@@ -95,12 +95,12 @@ def test_a_store_out_of_reach_fails_what_waits_and_the_next_try_succeeds(tmp_pat
         async with opened(cached_storage(store, DiskCache(tmp_path / "cache", 1 << 20)), engine) as catalog:
             store.reachable = False
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.failed == {digest: "the adapter store does not answer"}
             engine.registered[digest] = tmp_path  # the engine asks again once its patience allows
             store.reachable = True
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.registered[digest].exists()
 
     run(program())
@@ -132,7 +132,7 @@ def test_a_remote_file_with_other_bytes_is_refused_and_can_be_sent_again(tmp_pat
         engine, store = AdapterEngine(), RemoteStore(tmp_path / "remote")
         async with opened(cached_storage(store, DiskCache(tmp_path / "cache", 1 << 20)), engine) as catalog:
             engine.want(digest)
-            await catalog.settle()
+            await catalog.until_idle()
             assert digest in engine.failed
             await publish(catalog, "poet")
             assert file.read_bytes() == content
@@ -150,17 +150,17 @@ def test_a_file_that_was_brought_is_not_evicted_before_the_engine_has_read_it(tm
         storage = cached_storage(RemoteStore(tmp_path / "remote"), disk, room_seconds=0.1)
         async with opened(storage, engine) as catalog:
             engine.want(digests["one"])
-            await catalog.settle()
+            await catalog.until_idle()
             engine.want(digests["two"])
-            await catalog.settle()
+            await catalog.until_idle()
             assert "no room" in engine.failed[digests["two"]]
             engine.settle(digests["one"])
             engine.registered[digests["two"]] = disk.path(digests["two"])
             engine.want(digests["two"])
-            await catalog.settle()
+            await catalog.until_idle()
             assert disk.has(digests["two"])
             await catalog.delete("two", FREE)
-            await catalog.settle()
+            await catalog.until_idle()
             assert disk.held_bytes == 0
 
     run(program())
@@ -180,7 +180,7 @@ def test_pinned_files_stay_in_the_cache_and_may_fill_half_of_it(tmp_path: Path) 
             assert (answer_of(refused.value).status, refused.value.code) == (409, "pins_full")
             for name in ("one", "two", "three"):
                 engine.want(digests[name])
-                await catalog.settle()
+                await catalog.until_idle()
                 engine.settle(digests[name])
             here = [name for name in digests if disk.has(digests[name])]
             assert here == ["one", "three"]

@@ -25,7 +25,7 @@ def test_names_that_another_process_writes_replaces_and_deletes_are_followed(tmp
         async with opened(tmp_path) as theirs, opened(tmp_path, engine) as mine:
             first = await publish(theirs, "poet", pin=True)
             await mine.refresh()
-            await mine.settle()
+            await mine.until_idle()
             seen = mine.versions.resolve("poet")
             assert seen is not None
             assert (seen.digest, seen.generation) == (first.digest, 1)
@@ -39,13 +39,13 @@ def test_names_that_another_process_writes_replaces_and_deletes_are_followed(tmp
                 assert (replaced.digest, replaced.generation) == (second.digest, 2)
                 assert mine.versions.draining("poet") is seen
                 assert first.digest in engine.registered, "a request runs on it"
-            await mine.settle()
+            await mine.until_idle()
             assert list(engine.registered) == [second.digest]
             assert engine.pins == {}
 
             await theirs.delete("poet", FREE)
             await mine.refresh()
-            await mine.settle()
+            await mine.until_idle()
             assert mine.versions.list() == []
             assert engine.registered == {}
 
@@ -129,7 +129,7 @@ def test_many_writers_of_one_name_lose_nothing_and_agree_in_the_end(tmp_path: Pa
                 await catalog.refresh()
             assert len({catalog.versions.list()[0].record.digest for catalog in catalogs}) == 1
             for catalog in catalogs:
-                await catalog.settle()
+                await catalog.until_idle()
             await one.collect(-1)
             assert files(tmp_path) == [blob(one.versions.list()[0].digest), "names/poet.json"]
 

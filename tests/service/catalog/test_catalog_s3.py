@@ -61,13 +61,13 @@ def test_what_one_server_uploads_another_serves_after_a_look_at_the_bucket(tmp_p
             version = await publish(theirs, "poet", pin=True)
             await mine.refresh()
             engine.want(version.digest)
-            await mine.settle()
+            await mine.until_idle()
             assert blake3(engine.registered[version.digest].read_bytes()).hexdigest() == version.digest
             assert engine.pins == {version.digest: "device"}
             await theirs.delete("poet", FREE)
             await mine.refresh()
             assert mine.versions.list() == []
-            await mine.settle()
+            await mine.until_idle()
             assert await theirs.collect(-1) == (1, version.record.bytes)
 
     run(program())

@@ -20,13 +20,13 @@ def test_a_pin_is_durable_and_comes_back_with_the_next_start(tmp_path: Path) -> 
             assert (version.record.pinned, version.record.pin_tier, version.generation) == (True, "host", 1)
         engine = AdapterEngine()
         async with opened(tmp_path, engine) as catalog:
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.pins == {version.digest: "host"}
             await catalog.set_pin("poet", None, FREE)
             assert engine.pins == {}
         engine = AdapterEngine()
         async with opened(tmp_path, engine) as catalog:
-            await catalog.settle()
+            await catalog.until_idle()
             assert engine.pins == {}
 
     run(program())
@@ -66,7 +66,7 @@ def test_a_pin_that_the_engine_refuses_leaves_everything_as_it_was(tmp_path: Pat
                     "pins_full",
                     "pin",
                 )
-            await catalog.settle()
+            await catalog.until_idle()
             assert [version.name for version in catalog.versions.list()] == ["other", "poet"]
             assert engine.pins == {old.digest: "device"}
             assert not catalog.versions.list()[0].record.pinned
