@@ -23,17 +23,39 @@ hypothesis.settings.load_profile("rootstock")
 SLOW = {
     Path(__file__).parent / path
     for path in (
-        "kernels",  # Triton's interpreter
+        # Triton's interpreter
+        "kernels",
         "runtime/gpu",
         "tools",
-        "loadtests",  # servers as processes of their own
-        "runtime/models",  # oracles: transformers and PEFT
+        # PEFT and transformers as oracles
+        "runtime/models",
         "runtime/adapters/test_adapter_maths.py",
+        "runtime/adapters/test_storms.py",
+        "runtime/kv/test_eviction.py",
+        "runtime/kv/test_kv_interleavings.py",
+        "runtime/kv/test_kv_logprobs.py",
+        "runtime/kv/test_kv_reuse.py",
+        "runtime/kv/test_offload_engine.py",
+        "runtime/test_alora.py",
         "runtime/test_alora_smollm2.py",
         "runtime/test_engine_smollm2.py",
-        "service/test_default_model.py",
+        # servers and engines as processes of their own, and programs that are killed at each step
+        "loadtests",
+        "runtime/kv/test_process_kv.py",
+        "runtime/test_process.py",
+        "service/catalog/test_catalog_kills.py",
         "service/test_end_to_end.py",
         "service/test_end_to_end_alora.py",
+        "service/test_serve.py",
+        "test_readme.py",
+        # S3 servers
+        "service/catalog/test_catalog_s3.py",
+        "service/ingest/test_remote_sources.py",
+        "storage/test_s3.py",
+        "storage/test_s3_faults.py",
+        # others that take more than 10 s
+        "runtime/adapters/test_engine_adapters.py",
+        "service/test_default_model.py",
     )
 }
 SLOW_FIXTURES = {"default_model_path", "s3_server"}

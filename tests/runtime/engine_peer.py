@@ -45,15 +45,6 @@ class Peer:
             assert self.socket.poll(DEADLINE_MS), f"no {kind} within the deadline"
             self.events += decode_events(self.socket.recv())
 
-    def next_of_each(self, *kinds, until=lambda event: True):
-        """The next event of each kind, in any order; of the last kind, the first for which `until` is true."""
-        found = {}
-        while len(found) < len(kinds):
-            event = self.next(kinds)
-            if not isinstance(event, kinds[-1]) or until(event):
-                found.setdefault(type(event), event)
-        return [found[kind] for kind in kinds]
-
     def close(self):
         self.process.kill()
         self.process.communicate()

@@ -60,10 +60,11 @@ def test_a_file_is_fetched_when_it_is_wanted_and_once(tmp_path: Path) -> None:
 
 def test_progress_counts_the_bytes_of_a_fetch(tmp_path: Path) -> None:
     digest = stored(tmp_path / "remote", "poet")["poet"]
-    half_way, go_on = threading.Event(), threading.Event()
+    begin, half_way, go_on = threading.Event(), threading.Event(), threading.Event()
 
     class SlowStore(RemoteStore):
         def fetch(self, key: str, destination: Path, **options: Any) -> str:
+            assert begin.wait(20)
             options["on_progress"](1, 10)
             half_way.set()
             assert go_on.wait(20)
@@ -80,6 +81,7 @@ def test_progress_counts_the_bytes_of_a_fetch(tmp_path: Path) -> None:
             download = catalog.blobs.download(version.digest)
             assert download is not None
             assert (download.bytes_done, download.bytes_total) == (0, version.record.bytes)
+            begin.set()
             await asyncio.to_thread(half_way.wait, 20)
             assert (download.bytes_done, download.bytes_total) == (1, 10)
             go_on.set()

@@ -17,13 +17,15 @@ def chunks(text: str) -> list[dict]:
 
 def test_a_chat_goes_through_the_models_own_template(server: LiveServer) -> None:
     expected = server.services.tokenizer.encode(PROMPT)
-    body = server.chat("hello", max_tokens=len(expected) - 5, stop_token_ids=[], ignore_eos=True).json()
+    body = server.chat("hello", max_tokens=len(expected) - 5, stop_token_ids=[], ignore_eos=False).json()
     assert body["usage"]["prompt_tokens"] == len(expected)
     assert body["object"] == "chat.completion"
     assert body["id"].startswith("chatcmpl-")
     message = body["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "user\nhello", "refusal": None}
     assert body["choices"][0]["finish_reason"] == "stop"
+    [endless] = server.chat("hello", max_tokens=len(expected) - 5, ignore_eos=True).json()["choices"]
+    assert (endless["message"]["content"], endless["finish_reason"]) == ("user\nhello\nassis", "length")
 
 
 def test_the_answer_may_fill_the_rest_of_the_context_by_default(server: LiveServer) -> None:
