@@ -17,13 +17,12 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-# Two workers of one thread each (tests/conftest.py sets it). Each has one half of the tests in order, so that the tests
-# of a file share its servers; a worker that has no test left takes half of those that the other one has left.
+# Two workers of one thread each (tests/conftest.py sets it); a file's tests share its worker and so its servers.
 test: .venv/dev
-	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-quick: .venv/dev
-	.venv/bin/python -m pytest -n 2 --dist worksteal --quick $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --quick $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff format --check .
