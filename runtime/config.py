@@ -70,6 +70,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float32"],
         Option("dtype of the weights; auto: the one in the model's configuration", "model"),
     ] = "auto"
+    quantization: Annotated[
+        Literal["int8"] | None,
+        Option("weights of the base in int8, with a scale for each 128; adapters stay exact (compiled)", "model"),
+    ] = None
     load_format: Annotated[
         Literal["safetensors", "dummy"], Option("dummy: random weights, for measurements", "model")
     ] = "safetensors"
@@ -104,8 +108,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: a CUDA device if there is one", "device")] = "auto"
     kernels: Annotated[
-        Literal["auto", "reference", "triton"],
-        Option("auto: triton on a CUDA device, else reference", "device"),
+        Literal["auto", "compiled", "torch", "triton"],
+        Option("auto: triton on a CUDA device, else compiled; without a C++ compiler torch", "device"),
     ] = "auto"
     cuda_graphs: Annotated[bool, Option("replay decode steps as CUDA graphs", "device")] = True
     overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True

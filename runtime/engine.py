@@ -63,6 +63,7 @@ class Engine:
             runner.adapter_dtype,
             runner.device,
             config.max_lora_rank,
+            runner.adapter_layout,
         )
         runner.start(self.adapters)
         self.blocks = BlockPool(runner.num_blocks, config.prefix_cache)
@@ -381,3 +382,4 @@ class Engine:
     def close(self) -> None:
         self.offload.close()
         self.adapters.close()
+        self.runner.close()

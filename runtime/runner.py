@@ -1,11 +1,16 @@
 """The model on its device: chunks of a step in, sampled tokens out."""
 
+import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from kernels.cpu.compiled.build import CannotBuild
+from kernels.cpu.compiled.library import load
+from runtime.adapters.layout import LayOut, layout_adapter
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
 from runtime.kv.cache import KvCache, bytes_per_block
@@ -13,6 +18,8 @@ from runtime.models.config import ModelConfig
 from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
+
+_log = logging.getLogger(__name__)
 
 Results = Callable[[], list[Sampled]]  # blocks until a step is computed; one entry for each chunk that samples
 
@@ -23,7 +30,9 @@ class Runner(ABC):
     Raises ValueError that names the option, if model, memory and options do not fit together.
     """
 
-    adapter_dtype: torch.dtype  # of the adapters' weights in both tiers
+    adapter_dtype: torch.dtype  # of both tiers of adapter memory
+    adapter_layout: LayOut = staticmethod(layout_adapter)  # of an adapter in its extent
+    packs_linears = True  # for oneDNN on a CPU
 
     def __init__(self, config: EngineConfig, device: torch.device):
         directory = Path(config.model)
@@ -38,7 +47,9 @@ class Runner(ABC):
             given = config.host_kv_bytes
             raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
-        self.weights: Weights = load_weights(self.model, directory, self.dtype, config.load_format, device)
+        self.weights: Weights = load_weights(
+            self.model, directory, self.dtype, config.load_format, device, pack=self.packs_linears
+        )
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
     def _max_model_len(self, config: EngineConfig) -> int:
@@ -69,20 +80,56 @@ class Runner(ABC):
         The second value says whether the next step may be prepared and launched before the results are read.
         """
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """End threads of the runner's own, if it has any."""
+
+
+def default_threads() -> int:
+    """One thread for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def make_runner(config: EngineConfig) -> Runner:
     """Load the model on the device that `config` asks for. Raises ValueError that names the option to change."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
-    kernels = ("triton" if on_cuda else "reference") if config.kernels == "auto" else config.kernels
-    if kernels == "triton":
-        from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
-
-        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        return TritonRunner(config, device)
+    if config.kernels == "triton" or (config.kernels == "auto" and on_cuda):
+        return _triton_runner(config, on_cuda)
     if on_cuda:
-        raise ValueError("kernels (--kernels) reference run on the CPU only: set device (--device) to cpu as well")
-    from runtime.cpu_runner import CpuRunner  # its module imports this one
+        raise ValueError(
+            f"kernels (--kernels) {config.kernels} run on the CPU only: set device (--device) to cpu as well"
+        )
+    return _cpu_runner(config)
 
-    return CpuRunner(config)
+
+def _triton_runner(config: EngineConfig, on_cuda: bool) -> Runner:
+    from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
+
+    _refuse_quantization(config, "triton")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    return TritonRunner(config, device)
+
+
+def _cpu_runner(config: EngineConfig) -> Runner:
+    from runtime.cpu.compiled_runner import CompiledRunner  # these modules import this one
+    from runtime.cpu.torch_runner import TorchRunner
+
+    if config.kernels != "torch":
+        try:
+            load()
+        except CannotBuild as error:
+            if config.kernels == "compiled":
+                raise ValueError(f"kernels (--kernels) compiled cannot be built: {error}") from None
+            _log.warning("the compiled CPU kernels cannot be built, so the slower ones of PyTorch run: %s", error)
+        else:
+            return CompiledRunner(config)
+    _refuse_quantization(config, "torch")
+    return TorchRunner(config)
+
+
+def _refuse_quantization(config: EngineConfig, kernels: str) -> None:
+    if config.quantization is not None:
+        raise ValueError(
+            f"quantization (--quantization) {config.quantization} needs kernels (--kernels) compiled, not {kernels}"
+        )

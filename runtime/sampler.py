@@ -1,5 +1,7 @@
 """The choice of each request's next token from its logits."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,24 +27,37 @@ class Sampled(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class Best(NamedTuple):
+    """What is known of a row of logits before a choice."""
+
+    highest: float  # NaN if any logit is
+    token_id: int  # of the highest
+    log_total: float | None  # log Σ exp(logit); None: not computed
+
+
 def sample(logits: Tensor, requests: list[Request]) -> list[Sampled]:
     """Choose one token for each row of `logits`, float32 (n, vocab), by the parameters of its request.
 
     A row's token depends on its own logits, parameters, seed and position alone, never on other rows.
     """
-    best, greedy = logits.max(dim=-1)
-    finite = torch.isfinite(best).tolist()
+    highest, greedy = logits.max(dim=-1)
+    best = [Best(*each, None) for each in zip(highest.tolist(), greedy.tolist(), strict=True)]
+    return choose(logits, requests, best)
+
+
+def choose(logits: Tensor, requests: list[Request], best: Sequence[Best]) -> list[Sampled]:
+    """`sample` with the best token of each row known."""
     sampled = []
-    for row, (request, token_id) in enumerate(zip(requests, greedy.tolist(), strict=True)):
+    for row, (request, (highest, token_id, log_total)) in enumerate(zip(requests, best, strict=True)):
         params = request.params
-        if not finite[row]:
+        if not math.isfinite(highest):
             sampled.append(Sampled(None))
             continue
         if params.temperature > 0:
             token_id = _draw(adjust(logits[row], request), request)
         elif adjusts(request):
             token_id = int(adjust(logits[row], request).argmax())
-        sampled.append(Sampled(token_id, logprobs_of(logits[row], token_id, params.logprobs)))
+        sampled.append(Sampled(token_id, logprobs_of(logits[row], token_id, params.logprobs, log_total)))
     return sampled
 
 
@@ -106,10 +121,13 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def logprobs_of(logits: Tensor, token_id: int, alternatives: int | None) -> TokenLogprobs | None:
+def logprobs_of(
+    logits: Tensor, token_id: int, alternatives: int | None, log_total: float | None = None
+) -> TokenLogprobs | None:
     """The token's log-probability and the likeliest `alternatives`, before penalties; None if none are asked for."""
     if alternatives is None:
         return None
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(alternatives)
-    return TokenLogprobs(float(logprobs[token_id]), ids.tolist(), values.tolist())
+    if log_total is None:
+        log_total = float(logits.logsumexp(-1))
+    values, ids = logits.topk(alternatives)
+    return TokenLogprobs(float(logits[token_id]) - log_total, ids.tolist(), (values - log_total).tolist())

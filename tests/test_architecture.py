@@ -95,6 +95,15 @@ INNER = {
     "runtime.adapter_format": {"runtime.models", "runtime.config"},
     "runtime.adapters": {"runtime.adapter_format", "runtime.models", "runtime.background", "runtime.messages"},
     "runtime.kv": {"runtime.models.config", "runtime.background", "runtime.messages", "runtime.request"},
+    "runtime.cpu": {
+        "runtime.adapters",
+        "runtime.models",
+        "runtime.config",
+        "runtime.request",
+        "runtime.runner",
+        "runtime.sampler",
+        "runtime.scheduler",
+    },
     "runtime.gpu": {
         "runtime.adapters",
         "runtime.models",
@@ -106,12 +115,14 @@ INNER = {
         "runtime.scheduler",
     },
     "kernels.cpu": set(),
+    "kernels.cpu.compiled": set(),
     "kernels.reference": {"kernels"},
     "kernels.tune": {"kernels"},
 }
 # Inner rooms that only programs import, and one place that says why.
 ONLY_THEMSELVES = {"kernels.tune"}
-ENVIRONMENT_READERS = {"service/settings.py"}
+# The second one looks for the user's compiler and cache, also where the engine is used as a library.
+ENVIRONMENT_READERS = {"service/settings.py", "kernels/cpu/compiled/build.py"}
 
 
 def sources(*rooms: str) -> list[Path]:

@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Literal
 
-from runtime.adapters.layout import AdapterLayout
+from runtime.adapters.layout import Layout
 from runtime.adapters.loader import Content, Source
 from runtime.messages import AdapterState, Tier
 
@@ -59,7 +59,7 @@ class Job:
 
     filling: tuple[Tier, ...]  # the tiers it writes to
     source: Tier | None = None  # the tier it copies from
-    layout: AdapterLayout | None = None  # of the copy in that tier
+    layout: Layout | None = None  # of the copy in that tier
     reads_file: bool = False
     outdated: bool = False  # the file has been registered again since the task began
     unload: Tier | None = None  # the tier to give back when the task ends: the adapter was unloaded meanwhile

@@ -7,7 +7,7 @@ not adapt take no space.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,32 @@ from runtime.models.config import ModelConfig, Site
 ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line and one vector
 Sites = list[SiteWeights | None]  # the weights of an adapter, by site index
 PIECE_ELEMENTS = (1 << 15) - 1  # of one torch operation: for more elements torch uses several threads
+
+
+class Layout(Protocol):
+    """Where the matrices of one adapter lie in an extent, in the order that a runner's kernels read."""
+
+    @property
+    def elements(self) -> int:
+        """The size of the extent, in elements of the tier's dtype."""
+        ...
+
+    def check_ranks(self, most: int) -> None:
+        """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
+        ...
+
+    def pack(
+        self, config: AdapterConfig, header: Header, data: np.ndarray, extent: Tensor, pause: Callable[[], None]
+    ) -> None:
+        """Write a canonical file, `data` (bytes), into an extent; call `pause` before each matrix."""
+        ...
+
+    def views(self, extent: Tensor) -> Any:
+        """The weights of every site, as the runner's kernels take them."""
+        ...
+
+
+LayOut = Callable[[ModelConfig, AdapterConfig, Header], Layout]
 
 
 class PartLayout(NamedTuple):
@@ -53,7 +79,7 @@ class SiteLayout(NamedTuple):
 
 
 class AdapterLayout(NamedTuple):
-    """The layout of one adapter."""
+    """The layout of one adapter for PyTorch and Triton."""
 
     sites: tuple[SiteLayout | None, ...]  # by site index; None where the adapter does not adapt the site
     elements: int
@@ -82,15 +108,15 @@ class AdapterLayout(NamedTuple):
         for site in filter(None, self.sites):
             for part in site.parts:
                 scale = config.scales[part.module]
-                names = _tensor_names(part.module, site.embedding)
+                names = tensor_names(part.module, site.embedding)
                 pause()
-                a, dtype = _stored(header, data, names.a)
+                a, dtype = stored(header, data, names.a)
                 writer.write(site.rows(part), a.T if site.embedding else a, dtype)
                 pause()
-                b, dtype = _stored(header, data, names.b)
+                b, dtype = stored(header, data, names.b)
                 writer.write(part.b, b.T, dtype, scale)
                 if part.bias is not None:
-                    writer.write(part.bias, *_stored(header, data, names.bias), scale)
+                    writer.write(part.bias, *stored(header, data, names.bias), scale)
 
     def views(self, extent: Tensor) -> Sites:
         """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
@@ -98,7 +124,9 @@ class AdapterLayout(NamedTuple):
             return [None if site is None else _site_views(site, extent) for site in self.sites]
 
 
-class _TensorNames(NamedTuple):
+class TensorNames(NamedTuple):
+    """The tensors of one module in a canonical file."""
+
     a: str
     b: str
     bias: str
@@ -138,7 +166,7 @@ def _lay_out_site(site: Site, embedding: bool, header: Header, offsets: _Offsets
     for module, columns, part_rank in adapted:
         out_features = columns.stop - columns.start
         b = offsets.take(part_rank * out_features)
-        biased = _tensor_names(module, embedding).bias in header.tensors
+        biased = tensor_names(module, embedding).bias in header.tensors
         bias = offsets.take(out_features) if biased else None
         parts.append(PartLayout(module, columns, slice(first, first + part_rank), b, bias))
         first += part_rank
@@ -151,7 +179,7 @@ def _adapted_parts(site: Site, embedding: bool, header: Header) -> Iterator[tupl
     for module, out_features in site.parts:
         columns = slice(column, column + out_features)
         column += out_features
-        names = _tensor_names(module, embedding)
+        names = tensor_names(module, embedding)
         if names.a not in header.tensors or names.b not in header.tensors:
             continue
         a, b = header.tensors[names.a].shape, header.tensors[names.b].shape
@@ -160,13 +188,14 @@ def _adapted_parts(site: Site, embedding: bool, header: Header) -> Iterator[tupl
         yield module, columns, a[0]
 
 
-def _tensor_names(module: str, embedding: bool) -> _TensorNames:
+def tensor_names(module: str, embedding: bool) -> TensorNames:
+    """Return the names of a module's tensors; an embedding's A and B have names of their own."""
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return _TensorNames(f"{module}.{a}", f"{module}.{b}", f"{module}.lora_B.bias")
+    return TensorNames(f"{module}.{a}", f"{module}.{b}", f"{module}.lora_B.bias")
 
 
-def _stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """A tensor as the file holds it, and its dtype there."""
+def stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Return a tensor as the file holds it, and its dtype there."""
     dtype, shape, start, stop = header.tensors[name]
     held = data[header.data_offset + start : header.data_offset + stop].view(HELD[dtype])
     return held.reshape(shape), dtype

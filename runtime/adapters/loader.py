@@ -20,7 +20,7 @@ from runtime.adapter_format.canonical import AdapterConfig, CanonicalFile, read_
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header, read_header
 from runtime.adapters.errors import FileUnusable
-from runtime.adapters.layout import AdapterLayout, layout_adapter
+from runtime.adapters.layout import LayOut, Layout
 from runtime.adapters.prefault import SpareMemory, prefault
 from runtime.background import Pacer, yield_to_others
 from runtime.models.config import ModelConfig
@@ -38,7 +38,7 @@ class Content(NamedTuple):
 
     config: AdapterConfig
     header: Header
-    layout: AdapterLayout
+    layout: Layout
     data: np.ndarray  # the whole file, in bytes; empty once it has been packed
 
 
@@ -75,11 +75,12 @@ class AdapterLoader(Generic[Key]):
     Copies between the tiers have their own thread, so that they never wait for a file.
     """
 
-    def __init__(self, model: ModelConfig, max_file_bytes: int, max_rank: int) -> None:
+    def __init__(self, model: ModelConfig, max_file_bytes: int, max_rank: int, lay_out: LayOut) -> None:
         self.pacer = Pacer()
         self.on_change: Callable[[], None] | None = None  # called from a thread after each result
         self._model = model
         self._max_file_bytes = max_file_bytes  # larger files are not read
+        self._lay_out = lay_out
         self._max_rank = max_rank  # of one module; a shared store may hold files from servers that allow more
         self._readers = ThreadPoolExecutor(READER_THREADS, "adapter-loader", yield_to_others)
         self._copier = ThreadPoolExecutor(1, "adapter-copier", yield_to_others)
@@ -107,7 +108,7 @@ class AdapterLoader(Generic[Key]):
 
     def content_of(self, file: CanonicalFile) -> Content:
         """Lay out a canonical file. Raises InvalidAdapter for a file of another model or with too high a rank."""
-        layout = layout_adapter(self._model, file.config, file.header)
+        layout = self._lay_out(self._model, file.config, file.header)
         layout.check_ranks(self._max_rank)
         return Content(file.config, file.header, layout, file.data)
 

@@ -7,6 +7,7 @@ from runtime.adapter_format.safetensors_header import MAX_HEADER_BYTES
 from runtime.adapters.adapter import FIRST_RETRY_SECONDS, LAST, Adapter, Job, Load, State
 from runtime.adapters.errors import FileUnusable
 from runtime.adapters.events import AdapterEvents
+from runtime.adapters.layout import LayOut
 from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Finished, Task
 from runtime.adapters.tier import AdapterTier
 from runtime.messages import EngineCode, Tier
@@ -36,13 +37,14 @@ class AdapterLoads:
         host: AdapterTier,
         device: AdapterTier,
         max_rank: int,
+        lay_out: LayOut,
         events: AdapterEvents,
         clock: Callable[[], float],
     ) -> None:
         self.tiers: dict[Tier, AdapterTier] = {"host": host, "device": device}
         # The largest a file can be that fits: float32 weights for an arena of half their width.
         max_file_bytes = 2 * host.capacity_bytes + MAX_HEADER_BYTES
-        self.loader: AdapterLoader[Adapter] = AdapterLoader(model, max_file_bytes, max_rank)
+        self.loader: AdapterLoader[Adapter] = AdapterLoader(model, max_file_bytes, max_rank, lay_out)
         self.clock = clock  # seconds
         self.polls = 0
         self._host, self._device = host, device

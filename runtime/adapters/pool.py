@@ -5,6 +5,7 @@ import sys
 import time
 from bisect import insort
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from runtime.adapter_format.canonical import CanonicalFile
 from runtime.adapters.adapter import FIRST_RETRY_SECONDS, Adapter, State
 from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.events import AdapterEvents
-from runtime.adapters.layout import AdapterLayout, Sites
+from runtime.adapters.layout import LayOut, Layout, layout_adapter
 from runtime.adapters.loader import Content, Source
 from runtime.adapters.loads import AdapterLoads
 from runtime.adapters.pins import AdapterPins
@@ -36,10 +37,11 @@ class AdapterPool:
         model: ModelConfig,
         device_bytes: int,
         host_bytes: int,
-        # Of both tiers: float32 on a CPU even under a bfloat16 model, because its small products take half the time.
+        # Of both tiers: the weights', or uint8 for extents of bytes in which each adapter keeps its own.
         dtype: torch.dtype,
         device: torch.device | str,
         max_rank: int = sys.maxsize,  # of a module; an adapter with a higher one fails to load
+        lay_out: LayOut = layout_adapter,  # as the runner's kernels read adapters
         clock: Callable[[], float] = time.monotonic,  # seconds
     ) -> None:
         page_locked = torch.device(device).type == "cuda"
@@ -49,7 +51,7 @@ class AdapterPool:
         # Places in line: of those who come, from 1 on; of preempted requests, before all others.
         self._places, self._front_places = itertools.count(1), itertools.count(-1, -1)
         self._events = AdapterEvents(self.device, self.host)
-        self.loads = AdapterLoads(model, self.host, self.device, max_rank, self._events, clock)
+        self.loads = AdapterLoads(model, self.host, self.device, max_rank, lay_out, self._events, clock)
         self._pins = AdapterPins(self._adapters, self.loads, self._events, self._next_place)
         self.pacer = self.loads.loader.pacer  # keeps the loads out of the way of the steps
 
@@ -183,12 +185,12 @@ class AdapterPool:
         if adapter.state is State.RETIRED:
             self._drop_if_unused(adapter)
 
-    def lookup(self, digest: str) -> Sites:
-        """The weights of a referenced adapter, by site index; valid until the next `poll`."""
+    def lookup(self, digest: str) -> Any:
+        """The weights of a referenced adapter by site index, as its layout has them; valid until the next `poll`."""
         assert self.device.references(digest), f"{digest} is not referenced"
         return self.device.sites(digest)
 
-    def placement(self, digest: str) -> tuple[AdapterLayout, int]:
+    def placement(self, digest: str) -> tuple[Layout, int]:
         """A referenced adapter's layout, and the element of `arena` at which its extent begins."""
         assert self.device.references(digest), f"{digest} is not referenced"
         return self.device.layout(digest), self.device.first_element(digest)

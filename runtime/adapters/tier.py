@@ -4,13 +4,14 @@ import itertools
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.adapters.adapter import LAST, Adapter
 from runtime.adapters.arena import Arena, aligned
-from runtime.adapters.layout import AdapterLayout, Sites
+from runtime.adapters.layout import Layout
 from runtime.adapters.prefault import AHEAD_BYTES
 from runtime.messages import Tier, TierStats
 
@@ -26,8 +27,8 @@ class Entry:
     adapter: Adapter
     offset: int  # bytes
     size: int  # bytes
-    layout: AdapterLayout | None = None  # None while the extent is being filled
-    sites: Sites | None = None  # views of the extent, made when they are first used
+    layout: Layout | None = None  # None while the extent is being filled
+    sites: Any = None  # views of the extent, made when they are first used
     references: int = 0
     last_use: int = 0  # in the order of uses
     in_use_until: int = 0  # the poll after which its references are given back, at the latest
@@ -211,7 +212,7 @@ class AdapterTier:
         start = entry.offset // self.memory.itemsize
         return self.memory[start : start + entry.size // self.memory.itemsize]
 
-    def layout(self, digest: str) -> AdapterLayout:
+    def layout(self, digest: str) -> Layout:
         """The layout of a resident adapter."""
         layout = self._entries[digest].layout
         assert layout is not None, f"{digest} is not in {self.name} memory"
@@ -221,14 +222,14 @@ class AdapterTier:
         """Where an adapter's extent begins in `memory`."""
         return self._entries[digest].offset // self.memory.itemsize
 
-    def sites(self, digest: str) -> Sites:
-        """The weights of a resident adapter, by site index: views of its extent."""
+    def sites(self, digest: str) -> Any:
+        """The weights of a resident adapter by site index, as its layout has them: views of its extent."""
         entry = self._entries[digest]
         if entry.sites is None:
             entry.sites = self.layout(digest).views(self.extent(digest))
         return entry.sites
 
-    def publish(self, digest: str, layout: AdapterLayout) -> None:
+    def publish(self, digest: str, layout: Layout) -> None:
         """An adapter's extent has been filled."""
         entry = self._entries[digest]
         assert entry.layout is None, f"{digest} is in {self.name} memory already"

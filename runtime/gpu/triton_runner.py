@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
+from runtime.adapters.layout import AdapterLayout
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
 from runtime.gpu.adapter_table import AdapterTable, widest
@@ -127,6 +128,7 @@ class TritonRunner(Runner):
                 slots.append(BASE)
                 continue
             layout, first = self._adapters.placement(request.adapter)
+            assert isinstance(layout, AdapterLayout)
             slots.append(self._table.slot_of(request.adapter, layout, first))
             width = max(width, widest(layout))
             of_head = of_head or layout.sites[self.model.lm_head_site] is not None

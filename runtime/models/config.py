@@ -47,6 +47,7 @@ class Site(NamedTuple):
     parts: tuple[Part, ...]  # stacked along the output
 
 
+MOST_PARTS = 3  # of a site: q, k and v
 SITES_PER_LAYER = 4  # qkv, o, gate_up, down
 QKV, OUT, GATE_UP, DOWN = range(SITES_PER_LAYER)
 

@@ -55,17 +55,20 @@ def load_weights(
     dtype: torch.dtype,
     load_format: Literal["safetensors", "dummy"],
     device: torch.device | str = "cpu",
+    *,
+    pack: bool = True,
 ) -> Weights:
     """Load the model's weights in `dtype` to `device`, tensor by tensor.
 
-    `load_format` "dummy" reads no file and makes random weights, the same at every start. Raises InvalidCheckpoint,
-    naming tensors that are missing, unused, of a different shape or not floating point.
+    `load_format` "dummy" reads no file and makes random weights, the same at every start. Without `pack`, the weights
+    of projections stay (out, in), for kernels with a layout of their own. Raises InvalidCheckpoint, naming tensors that
+    are missing, unused, of a different shape or not floating point.
     """
     shapes = tensor_shapes(config)
     if load_format == "dummy":
-        return _Assembly(config, shapes, dtype, device, _dummy(shapes, device)).weights()
+        return _Assembly(config, shapes, dtype, device, pack, _dummy(shapes, device)).weights()
     with ExitStack() as stack:
-        return _Assembly(config, shapes, dtype, device, _open(config, directory, shapes, stack)).weights()
+        return _Assembly(config, shapes, dtype, device, pack, _open(config, directory, shapes, stack)).weights()
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -99,8 +102,17 @@ def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
 class _Assembly:
     """Builds the decoder's weights from a checkpoint's tensors; keeps no reference to a tensor that it has returned."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dtype: torch.dtype, device: torch.device | str, read: Read):
+    def __init__(
+        self,
+        config: ModelConfig,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        pack: bool,
+        read: Read,
+    ):
         self.config, self.shapes, self.dtype, self.device, self.read = config, shapes, dtype, device, read
+        self.pack = pack
         self.sites = config.sites()
 
     def weights(self) -> Weights:
@@ -109,7 +121,7 @@ class _Assembly:
             embedding=embedding,
             layers=[self._layer(index) for index in range(self.config.num_layers)],
             norm=self._norm("model.norm.weight"),
-            lm_head=Linear(embedding if self.config.tie_embeddings else self._stacked([HEAD])),
+            lm_head=Linear(embedding if self.config.tie_embeddings else self._stacked([HEAD]), pack=self.pack),
         )
 
     def _layer(self, index: int) -> LayerWeights:
@@ -128,7 +140,7 @@ class _Assembly:
     def _linear(self, site: Site) -> Linear:
         biases = [f"{part.module}.bias" for part in site.parts]
         bias = self._stacked(biases) if biases[0] in self.shapes else None
-        return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias)
+        return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias, pack=self.pack)
 
     def _norm(self, name: str) -> RmsNorm:
         return RmsNorm(self._stacked([name]), self.config.rms_norm_eps)

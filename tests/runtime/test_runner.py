@@ -7,8 +7,10 @@ import torch
 import triton
 
 from kernels import interpreter
+from kernels.cpu.compiled.build import CannotBuild
 from runtime.config import EngineConfig
-from runtime.cpu_runner import CpuRunner
+from runtime.cpu.compiled_runner import CompiledRunner
+from runtime.cpu.torch_runner import TorchRunner
 from runtime.gpu.triton_runner import TritonRunner
 from runtime.runner import make_runner
 from tests.runtime.tiny_engine import BLOCK_BYTES
@@ -38,7 +40,7 @@ def with_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "compiled", "torch", "triton"])
 def test_a_cuda_device_that_is_not_there_is_refused_by_the_options_name(config, without_cuda, kernels):
     with pytest.raises(ValueError, match=r"device \(--device\) is cuda, and torch finds no CUDA device"):
         make_runner(config(device="cuda", kernels=kernels))
@@ -64,22 +66,43 @@ def test_what_triton_lacks_on_a_cuda_device_is_told_by_triton(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_reference_kernels_on_a_cuda_device_are_refused(config, with_cuda, device):
-    with pytest.raises(ValueError, match=r"kernels \(--kernels\) reference .* set device \(--device\) to cpu"):
-        make_runner(config(device=device, kernels="reference"))
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_kernels_for_a_cpu_are_refused_on_a_cuda_device(config, with_cuda, device, kernels):
+    with pytest.raises(ValueError, match=rf"kernels \(--kernels\) {kernels} .* set device \(--device\) to cpu"):
+        make_runner(config(device=device, kernels=kernels))
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_a_cpu_gets_the_reference_kernels(config, without_cuda, device, kernels):
-    assert type(make_runner(config(device=device, kernels=kernels))) is CpuRunner
+@pytest.mark.parametrize(
+    ("kernels", "expected"), [("auto", CompiledRunner), ("compiled", CompiledRunner), ("torch", TorchRunner)]
+)
+def test_a_cpu_gets_the_compiled_kernels_unless_others_are_asked_for(config, without_cuda, device, kernels, expected):
+    assert type(make_runner(config(device=device, kernels=kernels))) is expected
 
 
 def test_asked_for_the_cpu_a_machine_with_a_gpu_uses_it(config, with_cuda):
-    for kernels in ("auto", "reference"):
-        runner = make_runner(config(device="cpu", kernels=kernels))
-        assert type(runner) is CpuRunner
-        assert runner.device.type == "cpu"
+    for kernels in ("auto", "torch"):
+        assert make_runner(config(device="cpu", kernels=kernels)).device.type == "cpu"
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    def load():
+        raise CannotBuild("there is no C++ compiler")
+
+    monkeypatch.setattr("runtime.runner.load", load)
+
+
+def test_without_a_compiler_pytorch_computes_and_the_log_says_so(config, without_cuda, without_compiler, caplog):
+    assert type(make_runner(config())) is TorchRunner
+    assert "slower ones of PyTorch run: there is no C++ compiler" in caplog.text
+
+
+def test_what_only_the_compiled_kernels_do_is_refused_without_them(config, without_cuda, without_compiler):
+    with pytest.raises(ValueError, match=r"kernels \(--kernels\) compiled cannot be built: there is no C\+\+ compiler"):
+        make_runner(config(kernels="compiled"))
+    with pytest.raises(ValueError, match=r"quantization \(--quantization\) int8 needs kernels .* compiled, not torch"):
+        make_runner(config(quantization="int8"))
 
 
 def test_interpreted_triton_kernels_run_on_a_cpu_with_adapters_in_the_models_dtype(config, without_cuda, monkeypatch):

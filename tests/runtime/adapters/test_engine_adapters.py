@@ -5,13 +5,16 @@ import threading
 import pytest
 import torch
 
+from runtime.adapters.arena import aligned
 from runtime.adapters.loads import PATIENCE_SECONDS
 from runtime.messages import AdapterState, Failed, Generate, SamplingParams, Tokens
 from runtime.request import RequestRefused
 from tests.runtime.adapter_format.adapter_files import canonical_bytes
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
-SIZE = 4 * 2 * 4 * (32 + 32 + 32 + 16)  # bytes of an adapter: two layers, rank 4, A and B of q and v
+# Bytes of an adapter: two layers, A of q and v together in a panel of 16 ranks, a scale for each of these, B of q and v
+# of rank 4; the first 64 are not used.
+SIZE = aligned(64 + 2 * 4 * (16 * 32 + 16 + 4 * (32 + 16)))
 
 
 @pytest.fixture

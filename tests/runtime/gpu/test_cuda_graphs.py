@@ -30,7 +30,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(start):
-    return start(kernels="reference", device="cpu", **OPTIONS)
+    return start(kernels="torch", device="cpu", **OPTIONS)
 
 
 @pytest.fixture(scope="module")

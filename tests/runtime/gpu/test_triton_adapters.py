@@ -23,7 +23,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(start):
-    return start(kernels="reference", device="cpu", prefix_cache=False)
+    return start(kernels="torch", device="cpu", prefix_cache=False)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def engine(roomy):
 
 @pytest.fixture(scope="module")
 def reference(start):
-    return start(kernels="reference", device="cpu", prefix_cache=False)
+    return start(kernels="torch", device="cpu", prefix_cache=False)
 
 
 def invoked(name, before, after, seed=0):

@@ -12,7 +12,7 @@ def engines_of_both(tmp_path_factory):
     """An engine on the Triton kernels, and one on the reference kernels."""
     options = {"max_running": len(SAMPLING), "max_batch_tokens": 128, "max_lora_rank": 16}
     with engines(PeftOracle(tmp_path_factory.mktemp("model"))) as start:
-        yield start(kernels="triton", **options), start(kernels="reference", device="cpu", **options)
+        yield start(kernels="triton", **options), start(kernels="torch", device="cpu", **options)
 
 
 SAMPLING = {

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from runtime.adapters.pool import AdapterPool
-from runtime.batch import Batch, build_batch
 from runtime.config import EngineConfig
+from runtime.cpu.batch import Batch, build_batch
 from runtime.models.decoder import Decoder
 from runtime.runner import Results, Runner
 from runtime.sampler import sample
 from runtime.scheduler import Chunk
 
 
-class CpuRunner(Runner):
+class TorchRunner(Runner):
     """Computes each step in `launch`, before it returns.
 
     Adapters are float32 even if the model is bfloat16: the small products take half the time in float32.

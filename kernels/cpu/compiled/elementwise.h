@@ -1,0 +1,119 @@
+// What lies between the projections, a task a row: embedding, RMSNorm, rotation and the write to the K/V cache.
+#pragma once
+
+#include "pool.h"
+#include "step.h"
+
+// x[row] = scale · (W[token] + Σ A[token] Bᵀ)
+struct Embed {
+  Rows out;
+  const void* panels;  // (vocabulary, hidden): a token is a column
+  int32_t hidden, type, site;
+  float scale;
+
+  void run(Pool& pool, const Step& step) const {
+    for (int row; (row = pool.claim()) < step.rows;) {
+      float* x = out.at + row * out.stride;
+      copy(step.token_ids[row], x);
+      for (int r = 0; r < step.runs; ++r)
+        if (step.run[r].first <= row && row < step.run[r].last) adapt(step.run[r].sites[site], step.token_ids[row], x);
+      if (scale != 1.0f)
+        for (int i = 0; i < hidden; ++i) x[i] *= scale;
+    }
+  }
+
+ private:
+  void copy(int token, float* x) const {
+    const char* panel = (const char*)panels + token / PANEL * panel_bytes((Type)type, hidden);
+    const float* scales = (const float*)(panel + (size_t)hidden * PANEL);  // of int8
+    for (int i = 0; i < hidden; ++i) {
+      x[i] = widen((Type)type, panel, item_in_panel((Type)type, token % PANEL, i));
+      if ((Type)type == Type::int8) x[i] *= scales[i / GROUP * PANEL + token % PANEL];
+    }
+  }
+
+  void adapt(const LoraSite& lora, int token, float* x) const {
+    if (!lora.a) return;
+    const Type held = (Type)lora.type;
+    const LoraPart& part = lora.parts[0];
+    alignas(64) float t[MOST_RANKS], y[PANEL];
+    for (int rank = 0; rank < lora.ranks; ++rank)
+      t[rank] = widen(held, lora.a, (size_t)token * lora.ranks + rank) * lora.scales[rank];
+    for (int first = 0; first < hidden; first += PANEL) {
+      const char* panel = (const char*)part.b + first / PANEL * panel_bytes(held, lora.ranks);
+      multiply_rows(held, 1, 1, panel, lora.ranks, t, 0, y, 0, false);
+      for (int i = first; i < first + PANEL && i < hidden; ++i)
+        x[i] += y[i - first] + (part.bias ? part.bias[i] : 0.0f);
+    }
+  }
+
+  static constexpr int MOST_RANKS = 4096;  // of the embedding's adapter; more are refused when it loads
+};
+
+// out = x / sqrt(mean(x²) + eps) · weight
+inline void normalize(const float* x, const float* weight, int size, float eps, float* out) {
+  Vec squares = splat(0.0f);
+  float rest = 0.0f;
+  int i = 0;
+  for (; i + LANES <= size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+  for (int j = i; j < size; ++j) rest += x[j] * x[j];
+  const float factor = 1.0f / std::sqrt((sum(squares) + rest) / (float)size + eps);
+  for (i = 0; i + LANES <= size; i += LANES) store(out + i, load(x + i) * splat(factor) * load(weight + i));
+  for (; i < size; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+struct RmsNorm {
+  Rows x, out;
+  const float* weight;  // (size,)
+  int32_t size;
+  int32_t logits;  // out[i] = norm of x[logit_rows[i]]
+  float eps;
+
+  void run(Pool& pool, const Step& step) const {
+    const int rows = logits ? step.logits : step.rows;
+    for (int row; (row = pool.claim()) < rows;)
+      normalize(x.at + (logits ? step.logit_rows[row] : row) * x.stride, weight, size, eps, out.at + row * out.stride);
+  }
+};
+
+// Rotates queries in place; rotates keys and writes them and the values to the cache.
+struct RotateWrite {
+  Rows qkv;
+  void* kv;                    // (slots, 2, kv_heads, head_dim), keys first
+  const float* query_norm;     // (head_dim,) or null: RMSNorm of each head before the rotation
+  const float* key_norm;
+  int32_t heads, kv_heads, head_dim;
+  int32_t type;  // of the cache: float32 or bfloat16
+  float eps;
+
+  void run(Pool& pool, const Step& step) const {
+    for (int row; (row = pool.claim()) < step.rows;) {
+      float* x = qkv.at + row * qkv.stride;
+      for (int head = 0; head < heads + kv_heads; ++head) {
+        float* at = x + head * head_dim;
+        const float* weight = head < heads ? query_norm : key_norm;
+        if (weight) normalize(at, weight, head_dim, eps, at);
+        rotate(at, step.cosines + row * head_dim, step.sines + row * head_dim);
+      }
+      keep(x + heads * head_dim, (size_t)step.slots[row] * 2 * kv_heads * head_dim);
+    }
+  }
+
+ private:
+  void rotate(float* x, const float* cosines, const float* sines) const {
+    const int half = head_dim / 2;
+    for (int i = 0; i < half; ++i) {
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cosines[i] + b * sines[i];
+      x[half + i] = b * cosines[half + i] + a * sines[half + i];
+    }
+  }
+
+  void keep(const float* keys_values, size_t at) const {
+    const int size = 2 * kv_heads * head_dim;
+    if ((Type)type == Type::float32)
+      memcpy((float*)kv + at, keys_values, size * sizeof(float));
+    else
+      for (int i = 0; i < size; ++i) ((uint16_t*)kv)[at + i] = round_bfloat16(keys_values[i]);
+  }
+};

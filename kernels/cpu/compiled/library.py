@@ -1,0 +1,25 @@
+"""The compiled kernels as a ctypes library. Its calls release the interpreter's lock."""
+
+import ctypes
+from ctypes import c_int, c_int64, c_size_t, c_void_p
+from functools import cache
+
+from kernels.cpu.compiled.build import library
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Load the library, built first if need be. Raises build.CannotBuild."""
+    functions = ctypes.CDLL(str(library()))
+    signatures = {
+        "pool_new": ([c_int], c_void_p),
+        "pool_delete": ([c_void_p], None),
+        "program_run": ([c_void_p, c_void_p, c_int, c_void_p], None),
+        "panels_bytes": ([c_int, c_int, c_int], c_size_t),
+        "panels_write": ([c_int, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p], None),
+        "panels_quantize": ([c_void_p, c_int64, c_int, c_int, c_void_p], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(functions, name)
+        function.argtypes, function.restype = arguments, result
+    return functions

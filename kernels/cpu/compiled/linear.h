@@ -1,0 +1,145 @@
+// A projection with the adapters of all its rows: out = x Wᵀ + bias + Σ scale · (x Aᵀ) Bᵀ, in one operation.
+//
+// First come the shrinks, x Aᵀ, a task for each run of rows and each panel of ranks; then the panels of W. A task of
+// panels computes W's part, waits until all shrinks are done, which were claimed before it, adds each run's expand to
+// the sums that it has at hand, and writes them. So an adapter costs its own weights and no meeting of the threads.
+#pragma once
+
+#include "pool.h"
+#include "step.h"
+
+enum class Form : int32_t {
+  store,  // out = scale · y
+  add,    // out += scale · y
+  gated,  // out = silu(y of part 0) · y of part 1
+};
+
+struct LinearPart {
+  const void* panels;  // (columns, k)
+  const float* bias;   // (columns,) or null
+  int32_t columns;
+  int32_t first;  // its first column in `out`; a gated projection has one output for both
+};
+
+struct Linear {
+  Rows x, out;
+  LinearPart part[MOST_PARTS];
+  int32_t parts, k, type;
+  int32_t site;    // of the adapters' weights
+  int32_t logits;  // whether the rows are those of the logits
+  int32_t form;
+  float scale;
+
+  void run(Pool& pool, const Step& step) const;
+
+ private:
+  void shrink(const Step& step, const Run& run, int panel) const;
+  void compute(Pool& pool, const Step& step, int shrinks, int part, int panel, int panels, int first, int rows,
+               float* tile) const;
+  void write(int first, int rows, int panel, int part, int columns, const float* y, const float* up, int width) const;
+};
+
+constexpr int TILE_ROWS = 128;   // the sums of so many rows and of `TILE_PANELS` panels stay in the first cache
+constexpr int TILE_PANELS = 4;
+constexpr int FEW_ROWS = 2 * MOST_ROWS;  // so many rows take two panels at a time, for more even shares
+
+inline Vec silu(Vec x) {
+  Vec negated = splat(0.0f) - x;
+  return x / (splat(1.0f) + exponential(negated > splat(88.0f) ? splat(88.0f) : negated));
+}
+
+// t[row][rank] = scale · Σ x[row] · A[rank] for the rows of a run and one panel of ranks.
+inline void Linear::shrink(const Step& step, const Run& run, int panel) const {
+  const LoraSite& lora = run.sites[site];
+  const Type type = (Type)lora.type;
+  float* t = step.shrunk.at + run.first * step.shrunk.stride + panel * PANEL;
+  multiply_rows(type, run.last - run.first, 1, (const char*)lora.a + panel * panel_bytes(type, k), k,
+                x.at + run.first * x.stride, x.stride, t, step.shrunk.stride, false);
+  for (int row = 0; row < run.last - run.first; ++row)
+    for (int v = 0; v < PANEL; v += LANES) {
+      float* at = t + row * step.shrunk.stride + v;
+      store(at, load(at) * load(lora.scales + panel * PANEL + v));
+    }
+}
+
+// The sums of some rows and panels of one part, into a tile as wide as the panels.
+inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index, int panel, int panels, int first,
+                            int rows, float* tile) const {
+  const LinearPart& base = part[index];
+  const int width = panels * PANEL;
+  multiply_rows((Type)type, rows, panels, (const char*)base.panels + panel * panel_bytes((Type)type, k), k,
+                x.at + first * x.stride, x.stride, tile, width, false);
+  const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
+  if (base.bias)
+    for (int row = 0; row < rows; ++row)
+      for (int c = 0; c < columns; ++c) tile[row * width + c] += base.bias[panel * PANEL + c];
+  if (shrinks) pool.await_finished(shrinks);
+  const Run* runs = logits ? step.logit_run : step.run;
+  for (int r = 0; r < (logits ? step.logit_runs : step.runs); ++r) {
+    const int from = runs[r].first > first ? runs[r].first : first;
+    const int to = runs[r].last < first + rows ? runs[r].last : first + rows;
+    const LoraSite& lora = runs[r].sites[site];
+    const LoraPart& adapted = lora.parts[index];
+    if (from >= to || !adapted.b) continue;
+    float* y = tile + (from - first) * width;
+    multiply_rows((Type)lora.type, to - from, panels,
+                  (const char*)adapted.b + panel * panel_bytes((Type)lora.type, adapted.ranks), adapted.ranks,
+                  step.shrunk.at + from * step.shrunk.stride + adapted.first_rank, step.shrunk.stride, y, width, true);
+    if (adapted.bias)
+      for (int row = 0; row < to - from; ++row)
+        for (int c = 0; c < columns; ++c) y[row * width + c] += adapted.bias[panel * PANEL + c];
+  }
+}
+
+inline void Linear::write(
+    int first, int rows, int panel, int index, int columns, const float* y, const float* up, int width) const {
+  for (int row = 0; row < rows; ++row) {
+    float* to = out.at + (first + row) * out.stride + part[index].first + panel * PANEL;
+    const float* from = y + row * width;
+    const float* other = up + row * width;
+    float last[LANES];
+    for (int c = 0; c < columns; c += LANES) {
+      Vec value = load(from + c);
+      if ((Form)form == Form::gated) value = silu(value) * load(other + c);
+      if (scale != 1.0f) value = value * splat(scale);
+      if (c + LANES <= columns) {
+        store(to + c, (Form)form == Form::add ? load(to + c) + value : value);
+        continue;
+      }
+      store(last, value);
+      for (int i = c; i < columns; ++i) to[i] = (Form)form == Form::add ? to[i] + last[i - c] : last[i - c];
+    }
+  }
+}
+
+inline void Linear::run(Pool& pool, const Step& step) const {
+  alignas(64) static thread_local float tile[2][TILE_ROWS * TILE_PANELS * PANEL];
+  const int rows = logits ? step.logits : step.rows, runs = logits ? step.logit_runs : step.runs;
+  const Run* adapted = logits ? step.logit_run : step.run;
+  int shrinks = 0;
+  for (int r = 0; r < runs; ++r) shrinks += (adapted[r].sites[site].ranks + PANEL - 1) / PANEL;
+  const bool gated = (Form)form == Form::gated;
+  const int most = rows <= FEW_ROWS ? 2 : TILE_PANELS;
+  int tasks = 0;
+  for (int i = 0; i < (gated ? 1 : parts); ++i) tasks += ((part[i].columns + PANEL - 1) / PANEL + most - 1) / most;
+  for (int task; (task = pool.claim()) < shrinks + tasks;) {
+    if (task < shrinks) {
+      int r = 0;
+      for (int panels; task >= (panels = (adapted[r].sites[site].ranks + PANEL - 1) / PANEL); ++r) task -= panels;
+      shrink(step, adapted[r], task);
+      pool.finish();
+      continue;
+    }
+    int index = 0, group = task - shrinks;
+    for (int groups; group >= (groups = ((part[index].columns + PANEL - 1) / PANEL + most - 1) / most); ++index)
+      group -= groups;
+    const int panel = group * most, left = part[index].columns - panel * PANEL;
+    const int columns = left < most * PANEL ? left : most * PANEL, panels = (columns + PANEL - 1) / PANEL;
+    for (int first = 0; first < rows; first += TILE_ROWS) {
+      const int count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+      compute(pool, step, shrinks, index, panel, panels, first, count, tile[0]);
+      if (gated) compute(pool, step, shrinks, 1, panel, panels, first, count, tile[1]);
+      write(first, count, panel, index, columns, tile[0], tile[1], panels * PANEL);
+    }
+  }
+}

@@ -1,0 +1,108 @@
+// A model's forward pass as a program: operations in order, recorded once, run by all threads with one call a step.
+// The functions at the end are all that Python calls (kernels/cpu/compiled/library.py).
+
+#include <memory>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "logits.h"
+
+enum class Kind : int32_t { embed, rms_norm, linear, rotate_write, attention, find_best };
+
+struct Operation {
+  int64_t kind;
+  const void* arguments;
+};
+
+struct Program {
+  const Operation* operations;
+  int count;
+  Pool* pool;
+  const Step* step;
+};
+
+static void run_all(int, void* context) {
+  // A copy: after the last meeting the caller may change the program.
+  const Program program = *(const Program*)context;
+  Pool& pool = *program.pool;
+  for (int i = 0; i < program.count; ++i) {
+    const void* arguments = program.operations[i].arguments;
+    switch ((Kind)program.operations[i].kind) {
+      case Kind::embed:
+        ((const Embed*)arguments)->run(pool, *program.step);
+        break;
+      case Kind::rms_norm:
+        ((const RmsNorm*)arguments)->run(pool, *program.step);
+        break;
+      case Kind::linear:
+        ((const Linear*)arguments)->run(pool, *program.step);
+        break;
+      case Kind::rotate_write:
+        ((const RotateWrite*)arguments)->run(pool, *program.step);
+        break;
+      case Kind::attention:
+        ((const Attention*)arguments)->run(pool, *program.step);
+        break;
+      case Kind::find_best:
+        ((const FindBest*)arguments)->run(pool, *program.step);
+        break;
+    }
+    pool.meet();
+  }
+}
+
+extern "C" {
+
+void* pool_new(int threads) { return new Pool(threads); }
+
+void pool_delete(void* pool) { delete (Pool*)pool; }
+
+void program_run(void* pool, const Operation* operations, int count, const Step* step) {
+  Program program{operations, count, (Pool*)pool, step};
+  program.pool->run(run_all, &program);
+}
+
+size_t panels_bytes(int type, int columns, int k) {
+  return (size_t)((columns + PANEL - 1) / PANEL) * panel_bytes((Type)type, k);
+}
+
+// Writes `columns` columns of a matrix, from column `first` of the panels on. The weight of column c and k lies at
+// c · column_stride + k · k_stride items of `source`, which has the panels' type. Panels must be zero where nothing is
+// written.
+void panels_write(int type, const void* source, int64_t column_stride, int64_t k_stride, int columns, int k, int first,
+                  void* panels) {
+  const size_t bytes = panel_bytes((Type)type, k);
+  for (int c = 0; c < columns; ++c) {
+    char* panel = (char*)panels + (first + c) / PANEL * bytes;
+    for (int i = 0; i < k; ++i) {
+      const size_t to = item_in_panel((Type)type, (first + c) % PANEL, i);
+      const int64_t from = c * column_stride + i * k_stride;
+      if ((Type)type == Type::float32)
+        ((float*)panel)[to] = ((const float*)source)[from];
+      else
+        ((uint16_t*)panel)[to] = ((const uint16_t*)source)[from];
+    }
+  }
+}
+
+// As `panels_write` for all columns of a float32 matrix, quantised to int8: the scale of each column and 128 k makes its
+// largest weight 127.
+void panels_quantize(const float* source, int64_t column_stride, int columns, int k, void* panels) {
+  const size_t bytes = panel_bytes(Type::int8, k);
+  for (int c = 0; c < columns; ++c) {
+    int8_t* panel = (int8_t*)panels + c / PANEL * bytes;
+    float* scales = (float*)(panel + (size_t)k * PANEL) + c % PANEL;
+    const float* row = source + c * column_stride;
+    for (int first = 0; first < k; first += GROUP, scales += PANEL) {
+      const int last = first + GROUP < k ? first + GROUP : k;
+      float largest = 0.0f;
+      for (int i = first; i < last; ++i) largest = std::fabs(row[i]) > largest ? std::fabs(row[i]) : largest;
+      *scales = largest / 127.0f;
+      const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+      for (int i = first; i < last; ++i) panel[item_in_panel(Type::int8, c % PANEL, i)] = (int8_t)std::lrint(row[i] * inverse);
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,138 @@
+"""A forward pass as a program: operations recorded once, and run by one call a step.
+
+The call releases the interpreter's lock for the whole step, so that threads which load adapters neither wait for a step
+nor hold one up between two of its operations.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.compiled import structs
+from kernels.cpu.compiled.library import load
+from kernels.cpu.compiled.panels import TYPES, Panels
+
+Form = Literal["store", "add", "gated"]
+FORMS: tuple[Form, ...] = ("store", "add", "gated")
+NO_SITE = -1
+
+
+class Part(NamedTuple):
+    """One projection of a stacked site."""
+
+    weight: Panels
+    bias: Tensor | None  # (columns,) float32
+
+
+class Pool:
+    """The threads that run programs, one program at a time."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.handle: int = load().pool_new(threads)
+
+    def close(self) -> None:
+        """End the threads."""
+        handle, self.handle = self.handle, 0
+        if handle:
+            load().pool_delete(handle)
+
+
+class Program:
+    """Operations on buffers of rows. A buffer is a float32 tensor (most rows, width) that lasts as long as the program.
+
+    What an operation computes is written in the C++ header of its name. `site` is the index into an adapter's sites.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._arguments: list[ctypes.Structure] = []
+        self._kept: list[Any] = []  # memory that the arguments point to
+        self._operations: ctypes.Array[structs.Operation] | None = None
+
+    def embed(self, weight: Panels, out: Tensor, site: int, scale: float = 1.0) -> None:
+        """out = scale · (the tokens' rows of `weight` (vocabulary, hidden) and of their adapters)."""
+        self._keep(weight)
+        self._add(structs.Embed(_rows(out), weight.address, weight.k, weight.type, site, scale))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False) -> None:
+        """out = RMSNorm(x) for all rows, or for those whose logits are computed. `weight` is float32."""
+        self._add(structs.RmsNorm(_rows(x), _rows(out), self._keep(weight), weight.shape[-1], of_logits, eps))
+
+    def linear(
+        self,
+        x: Tensor,
+        parts: Sequence[Part],
+        out: Tensor,
+        site: int,
+        form: Form = "store",
+        scale: float = 1.0,
+        *,
+        of_logits: bool = False,
+    ) -> None:
+        """Project `x` by the parts of a site, which lie side by side in `out`, and by the adapters of its rows."""
+        described, first = [], 0
+        for weight, bias in parts:
+            self._keep(weight)
+            described.append(structs.LinearPart(weight.address, self._keep(bias), weight.columns, first))
+            first += 0 if form == "gated" else weight.columns
+        weight = parts[0].weight
+        operation = structs.Linear(_rows(x), _rows(out), (structs.LinearPart * structs.MOST_PARTS)(*described))
+        operation.parts, operation.k, operation.type = len(parts), weight.k, weight.type
+        operation.site, operation.logits, operation.form, operation.scale = site, of_logits, FORMS.index(form), scale
+        self._add(operation)
+
+    def rotate_write(
+        self, qkv: Tensor, kv: Tensor, heads: int, norms: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+    ) -> None:
+        """Rotate queries and keys of `qkv` in place, and write keys and values to `kv` (slots, 2, kv_heads, d).
+
+        `norms` are the weights of an RMSNorm of each query head and each key head, before the rotation.
+        """
+        query, key = (None, None) if norms is None else (self._keep(norms[0]), self._keep(norms[1]))
+        kv_heads, head_dim = kv.shape[2:]
+        self._add(
+            structs.RotateWrite(_rows(qkv), self._keep(kv), query, key, heads, kv_heads, head_dim, TYPES[kv.dtype], eps)
+        )
+
+    def attention(self, q: Tensor, kv: Tensor, out: Tensor, heads: int, block_size: int, scale: float) -> None:
+        """Attend from the first `heads` heads of `q` over each row's context in `kv`."""
+        kv_heads, head_dim = kv.shape[2:]
+        kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype]
+        self._add(structs.Attention(_rows(q), _rows(out), self._keep(kv), *kinds, scale))
+
+    def find_best(self, logits: Tensor, best: "ctypes.Array[structs.Best]") -> None:
+        """Find each row's highest logit, and the logarithm of the sum of all exponentials."""
+        self._kept.append(best)
+        self._add(structs.FindBest(_rows(logits), ctypes.addressof(best), logits.shape[1]))
+
+    def run(self, step: structs.Step) -> None:
+        """Run all operations on the rows of a step."""
+        operations = self._operations
+        if operations is None:
+            kinds = [structs.KINDS.index(type(arguments)) for arguments in self._arguments]
+            each = zip(kinds, self._arguments, strict=True)
+            described = [structs.Operation(kind, ctypes.addressof(one)) for kind, one in each]
+            operations = (structs.Operation * len(kinds))(*described)
+            self._operations = operations
+        load().program_run(self.pool.handle, ctypes.addressof(operations), len(operations), ctypes.addressof(step))
+
+    def _add(self, operation: ctypes.Structure) -> None:
+        self._arguments.append(operation)
+        self._operations = None
+
+    def _keep(self, memory: Any) -> int | None:
+        """The address of a tensor, which the program keeps alive; None for None."""
+        if memory is None:
+            return None
+        self._kept.append(memory)
+        return memory.data_ptr() if isinstance(memory, Tensor) else None
+
+
+def _rows(buffer: Tensor) -> structs.Rows:
+    assert buffer.dtype is torch.float32
+    assert buffer.stride(1) == 1
+    return structs.Rows(buffer.data_ptr(), buffer.stride(0))

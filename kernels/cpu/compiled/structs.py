@@ -1,0 +1,149 @@
+"""The structures of the C++ kernels, field by field; their meaning is documented in the header that each names."""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+MOST_PARTS = 3
+
+Fields = list[tuple[str, type]]
+
+
+class Rows(ctypes.Structure):
+    """step.h"""
+
+    _fields_ = [("at", c_void_p), ("stride", c_int64)]
+
+
+class LoraPart(ctypes.Structure):
+    """step.h"""
+
+    _fields_ = [("b", c_void_p), ("bias", c_void_p), ("first_rank", c_int32), ("ranks", c_int32)]
+
+
+class LoraSite(ctypes.Structure):
+    """step.h"""
+
+    _fields_ = [
+        ("a", c_void_p),
+        ("scales", c_void_p),
+        ("ranks", c_int32),
+        ("type", c_int32),
+        ("parts", LoraPart * MOST_PARTS),
+    ]
+
+
+class Run(ctypes.Structure):
+    """step.h"""
+
+    _fields_ = [("first", c_int32), ("last", c_int32), ("sites", c_void_p)]
+
+
+class Queries(ctypes.Structure):
+    """step.h"""
+
+    _fields_ = [
+        ("row", c_int32),
+        ("count", c_int32),
+        ("position", c_int32),
+        ("visible", c_int32),
+        ("blocks", c_void_p),
+        ("partials", c_void_p),
+        ("arrived", c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    """step.h"""
+
+    _fields_ = [
+        *[(name, c_int32) for name in ("rows", "logits", "runs", "logit_runs", "queries")],
+        *[(name, c_void_p) for name in ("token_ids", "slots", "cosines", "sines", "logit_rows")],
+        *[(name, c_void_p) for name in ("run", "logit_run", "query")],
+        ("shrunk", Rows),
+    ]
+
+
+class LinearPart(ctypes.Structure):
+    """linear.h"""
+
+    _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("columns", c_int32), ("first", c_int32)]
+
+
+class Linear(ctypes.Structure):
+    """linear.h"""
+
+    _fields_ = [
+        ("x", Rows),
+        ("out", Rows),
+        ("part", LinearPart * MOST_PARTS),
+        *[(name, c_int32) for name in ("parts", "k", "type", "site", "logits", "form")],
+        ("scale", c_float),
+    ]
+
+
+class Embed(ctypes.Structure):
+    """elementwise.h"""
+
+    _fields_ = [
+        ("out", Rows),
+        ("panels", c_void_p),
+        *[(name, c_int32) for name in ("hidden", "type", "site")],
+        ("scale", c_float),
+    ]
+
+
+class RmsNorm(ctypes.Structure):
+    """elementwise.h"""
+
+    _fields_ = [
+        ("x", Rows),
+        ("out", Rows),
+        ("weight", c_void_p),
+        ("size", c_int32),
+        ("logits", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class RotateWrite(ctypes.Structure):
+    """elementwise.h"""
+
+    _fields_ = [
+        ("qkv", Rows),
+        *[(name, c_void_p) for name in ("kv", "query_norm", "key_norm")],
+        *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "type")],
+        ("eps", c_float),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """attention.h"""
+
+    _fields_ = [
+        ("q", Rows),
+        ("out", Rows),
+        ("kv", c_void_p),
+        *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "block_size", "type")],
+        ("scale", c_float),
+    ]
+
+
+class Best(ctypes.Structure):
+    """logits.h"""
+
+    _fields_ = [("highest", c_float), ("index", c_int32), ("log_total", c_float)]
+
+
+class FindBest(ctypes.Structure):
+    """logits.h"""
+
+    _fields_ = [("logits", Rows), ("best", c_void_p), ("size", c_int32)]
+
+
+class Operation(ctypes.Structure):
+    """program.cpp"""
+
+    _fields_ = [("kind", c_int64), ("arguments", c_void_p)]
+
+
+KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest)  # an operation's kind is its place here

@@ -1,0 +1,64 @@
+"""The model on a CPU, by the compiled kernels."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.cpu.compiled.panels import PANEL, pack, quantize
+from kernels.cpu.compiled.program import Pool
+from runtime.adapters.panel_layout import layout_in_panels
+from runtime.adapters.pool import AdapterPool
+from runtime.config import EngineConfig
+from runtime.cpu.compiled_decoder import PADDING, CompiledDecoder
+from runtime.cpu.compiled_step import CompiledStep, StepLayout
+from runtime.models.config import MOST_PARTS
+from runtime.runner import Results, Runner, default_threads
+from runtime.sampler import Best, choose
+from runtime.scheduler import Chunk
+
+
+class CompiledRunner(Runner):
+    """Computes each step in `launch`, by one call into the kernels, before it returns.
+
+    Sums and activations are float32; weights, K/V and adapters keep their own dtypes.
+    """
+
+    adapter_dtype = torch.uint8  # extents of bytes: each adapter has its own dtype
+    adapter_layout = staticmethod(layout_in_panels)
+    packs_linears = False  # the kernels have a layout of their own
+
+    def __init__(self, config: EngineConfig):
+        super().__init__(config, torch.device("cpu"))
+        self.threads = default_threads() if config.threads is None else config.threads
+        torch.set_num_threads(1)  # what is left to torch is small, and its threads would take cores from ours
+        self._pool = Pool(self.threads)
+        rows, logits = config.max_batch_tokens, config.max_running
+        weight = quantize if config.quantization == "int8" else pack
+        self.decoder = CompiledDecoder(
+            self.model, self.weights, self.kv.layers, config.block_size, self._pool, rows, logits, weight
+        )
+        del self.weights
+        ranks = MOST_PARTS * config.max_lora_rank
+        self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
+
+    def start(self, adapters: AdapterPool) -> None:
+        self._layout = StepLayout(self.model, self.block_size, self.threads, self._shrunk, adapters.lookup)
+
+    def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        self._step = self._layout.lay_out(chunks)
+        return self._step.chunks
+
+    def launch(self) -> tuple[Results, bool]:
+        self.forward(self._step)
+        sampling = self._step.sampling
+        best = self.decoder.best_of(len(sampling))
+        sampled = choose(self.decoder.logits, sampling, [Best(one.highest, one.index, one.log_total) for one in best])
+        return lambda: sampled, False
+
+    def forward(self, step: CompiledStep) -> torch.Tensor:
+        """Float32 logits (n, vocab) of a step's rows of logits; they last until the next step."""
+        self.decoder.forward(step.struct)
+        return self.decoder.logits[: len(step.sampling)]
+
+    def close(self) -> None:
+        self._pool.close()

@@ -1,0 +1,155 @@
+"""The inputs of one step of the compiled kernels: integers side by side, and where the K/V and adapters of rows lie."""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.compiled import structs
+from runtime.models.config import ModelConfig
+from runtime.models.layers import Rotary
+from runtime.request import Request
+from runtime.scheduler import Chunk
+
+PARTITION = 128  # tokens of a context, as in attention.h
+QUERY_ROWS = 96  # query heads that one task computes together
+TASKS_A_THREAD = 4  # with fewer, the partitions of a context become tasks of their own
+
+
+Kind = TypeVar("Kind", bound=ctypes.Structure)
+
+
+class CompiledStep(NamedTuple):
+    """One step, with the memory that its structure points to."""
+
+    chunks: list[Chunk]  # in row order
+    sampling: list[Request]  # one for each row of logits
+    struct: structs.Step
+    kept: tuple[object, ...]
+
+
+class StepLayout:
+    """Lays out steps for one model on a number of threads."""
+
+    def __init__(
+        self, model: ModelConfig, block_size: int, threads: int, shrunk: Tensor, lookup: Callable[[str], np.ndarray]
+    ) -> None:
+        self._model, self._block_size, self._threads, self._shrunk, self._lookup = (
+            model,
+            block_size,
+            threads,
+            shrunk,
+            lookup,
+        )
+        self._rotary = Rotary(model.rope, model.head_dim)
+        self._group = model.num_heads // model.num_kv_heads
+
+    def lay_out(self, chunks: Sequence[Chunk]) -> CompiledStep:
+        """Lay out the chunks of a step; rows under one adapter lie side by side."""
+        ordered = sorted(chunks, key=lambda chunk: (chunk.request.adapter or "", chunk.length > 1))
+        tokens: list[int] = []
+        places: list[int] = []
+        blocks: list[int] = []
+        firsts: list[int] = []  # of each chunk's block table in `blocks`
+        logit_rows: list[int] = []
+        for request, start, length, samples in ordered:
+            tokens += request.token_ids[start : start + length]
+            places += range(start, start + length)
+            firsts.append(len(blocks))
+            blocks += request.blocks
+            if samples:
+                logit_rows.append(len(tokens) - 1)
+        positions, tables = np.array(places, np.int64), np.array(blocks, np.int32)
+        first_block = np.repeat(np.array(firsts), [chunk.length for chunk in ordered])
+        slots = tables[first_block + positions // self._block_size] * self._block_size + positions % self._block_size
+        cosines, sines = self._rotary(torch.from_numpy(positions), torch.float32)
+        runs, logit_runs = self._runs(ordered, logit_rows)
+        queries = list(self._queries(ordered, [tables.ctypes.data + 4 * first for first in firsts]))
+        scratch = self._split(queries)
+        arrays = np.array(tokens, np.int32), slots.astype(np.int32), np.array(logit_rows, np.int32)
+        each = _array(structs.Run, runs), _array(structs.Run, logit_runs), _array(structs.Queries, queries)
+        struct = structs.Step(
+            rows=len(tokens),
+            logits=len(logit_rows),
+            runs=len(runs),
+            logit_runs=len(logit_runs),
+            queries=len(queries),
+            token_ids=arrays[0].ctypes.data,
+            slots=arrays[1].ctypes.data,
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            logit_rows=arrays[2].ctypes.data,
+            run=ctypes.addressof(each[0]),
+            logit_run=ctypes.addressof(each[1]),
+            query=ctypes.addressof(each[2]),
+            shrunk=structs.Rows(self._shrunk.data_ptr(), self._shrunk.stride(0)),
+        )
+        sampling = [chunk.request for chunk in ordered if chunk.samples]
+        return CompiledStep(ordered, sampling, struct, (arrays, each, tables, cosines, sines, scratch))
+
+    def _runs(self, chunks: list[Chunk], logit_rows: list[int]) -> tuple[list[structs.Run], list[structs.Run]]:
+        """Consecutive rows under one adapter, and the same of the rows of logits."""
+        runs: list[tuple[int, int, str]] = []
+        row = 0
+        for request, start, length, _ in chunks:
+            first = row + min(max(request.invocation_start - start, 0), length)
+            row += length
+            if request.adapter is None or first == row:
+                continue
+            if runs and runs[-1][1] == first and runs[-1][2] == request.adapter:
+                runs[-1] = (runs[-1][0], row, request.adapter)
+            else:
+                runs.append((first, row, request.adapter))
+        all_rows, of_logits = [], []
+        for first, last, adapter in runs:
+            sites = self._lookup(adapter).ctypes.data
+            all_rows.append(structs.Run(first, last, sites))
+            covered = [index for index, row in enumerate(logit_rows) if first <= row < last]
+            if covered:
+                of_logits.append(structs.Run(covered[0], covered[-1] + 1, sites))
+        return all_rows, of_logits
+
+    def _queries(self, chunks: list[Chunk], tables: list[int]) -> Iterator[structs.Queries]:
+        """Consecutive queries of each chunk, few enough for one task.
+
+        The base's tokens of a chunk and the adapted ones are apart: what the base's read must not depend on adapted
+        ones, not even on an infinity that is masked, since their K and V are shared with other requests.
+        """
+        most = max(QUERY_ROWS // self._group, 1)
+        row = 0
+        for (request, start, length, _), table in zip(chunks, tables, strict=True):
+            stop, bounds = start + length, [start, start + length]
+            if request.adapter is not None and start < request.invocation_start < stop:
+                bounds.insert(1, request.invocation_start)
+            for first, last in pairwise(bounds):
+                for position in range(first, last, most):
+                    count = min(most, last - position)
+                    yield structs.Queries(row, count, position, position + count, table, None, None)
+                    row += count
+
+    def _split(self, queries: list[structs.Queries]) -> object:
+        """Where there are fewer tasks than threads want, make the partitions of single queries tasks of their own.
+
+        Returns the memory of their results.
+        """
+        kv_heads = self._model.num_kv_heads
+        if len(queries) * kv_heads >= TASKS_A_THREAD * self._threads:
+            return None
+        kept = []
+        padded = -(-self._model.head_dim // 16) * 16
+        for one in queries:
+            partitions = -(-one.visible // PARTITION)
+            if one.count == 1 and partitions > 1:
+                partials = np.empty(kv_heads * partitions * self._group * (padded + 2), np.float32)
+                arrived = np.zeros(kv_heads, np.int32)
+                one.partials, one.arrived = partials.ctypes.data, arrived.ctypes.data
+                kept.append((partials, arrived))
+        return kept
+
+
+def _array(kind: type[Kind], items: Sequence[Kind]) -> "ctypes.Array[Kind]":
+    return (kind * len(items))(*items)
