@@ -7,6 +7,7 @@ from service.adapters.dialects import SglangAnswer, SglangLoad, SglangUnload, Vl
 from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.adapters.schemas import Adapter, AdapterList
+from service.health import Version
 from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.openai.sagemaker import ADAPTER_HEADER
 from service.openai.schemas import (
@@ -160,7 +161,9 @@ OPERATIONS = {
     ("GET", "/health"): Operation("Report that the service is alive.", {200: word("status")}),
     ("GET", "/health/ready"): Operation("Report whether requests can be served; 503 if not.", {200: word("status")}),
     ("GET", "/ping"): Operation("The same, for SageMaker.", {200: word("status")}),
-    ("GET", "/version"): Operation("The server's version.", {200: word("version")}),
+    ("GET", "/version"): Operation(
+        "What runs: the server's version, and the kernels that the engine chose.", {200: Version}
+    ),
     ("GET", "/metrics"): Operation("Metrics in Prometheus' format.", {200: {"type": "string"}}, media=TEXT),
     ("GET", "/openapi.json"): Operation("This contract.", {200: {"type": "object"}}),
 }

@@ -67,8 +67,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ]
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"],
-        Option("dtype of the weights; auto: the one in the model's configuration", "model"),
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Option(
+            "dtype of the weights; auto: the one in the model's configuration, but float16 only with compiled kernels",
+            "model",
+        ),
     ] = "auto"
     quantization: Annotated[
         Literal["int8"] | None,

@@ -346,6 +346,8 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
             dtype=str(self.runner.dtype).removeprefix("torch."),
             adapter_bytes=self.adapters.device.capacity_bytes,
+            kernels=self.runner.kernels,
+            timings=dict(self.runner.timings),
         )
 
     def stats(self) -> Stats:

@@ -184,6 +184,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_batch_tokens: int
     dtype: str
     adapter_bytes: int
+    kernels: str  # triton, compiled or torch; of the compiled ones with their instructions
+    timings: dict[str, float] = {}  # milliseconds of what was measured to choose the kernels
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -1,15 +1,11 @@
 """The model on its device: chunks of a step in, sampled tokens out."""
 
-import logging
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from kernels.cpu.compiled.build import CannotBuild
-from kernels.cpu.compiled.library import load
 from runtime.adapters.layout import LayOut, layout_adapter
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
@@ -18,8 +14,6 @@ from runtime.models.config import ModelConfig
 from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
-
-_log = logging.getLogger(__name__)
 
 Results = Callable[[], list[Sampled]]  # blocks until a step is computed; one entry for each chunk that samples
 
@@ -33,11 +27,20 @@ class Runner(ABC):
     adapter_dtype: torch.dtype  # of both tiers of adapter memory
     adapter_layout: LayOut = staticmethod(layout_adapter)  # of an adapter in its extent
     packs_linears = True  # for oneDNN on a CPU
+    reads_float16 = False  # weights of a float16 checkpoint as they are
+    kernels: str  # as `--kernels` names them
+    timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
 
     def __init__(self, config: EngineConfig, device: torch.device):
         directory = Path(config.model)
         self.model = ModelConfig.from_directory(directory)
-        self.dtype: torch.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
+        self.weight_dtype: torch.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
+        if self.weight_dtype == torch.float16 and not self.reads_float16:
+            if config.dtype != "auto":
+                raise ValueError("dtype (--dtype) float16 needs kernels (--kernels) compiled")
+            self.weight_dtype = torch.bfloat16
+        # Of K/V, and of activations where the kernels round them; float16 would overflow
+        self.dtype = torch.float32 if self.weight_dtype == torch.float32 else torch.bfloat16
         self.device = device
         self.block_size = config.block_size
         block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
@@ -48,7 +51,7 @@ class Runner(ABC):
             raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
         self.weights: Weights = load_weights(
-            self.model, directory, self.dtype, config.load_format, device, pack=self.packs_linears
+            self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
         )
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
@@ -84,11 +87,6 @@ class Runner(ABC):
         """End threads of the runner's own, if it has any."""
 
 
-def default_threads() -> int:
-    """One thread for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def make_runner(config: EngineConfig) -> Runner:
     """Load the model on the device that `config` asks for. Raises ValueError that names the option to change."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -112,20 +110,16 @@ def _triton_runner(config: EngineConfig, on_cuda: bool) -> Runner:
 
 
 def _cpu_runner(config: EngineConfig) -> Runner:
-    from runtime.cpu.compiled_runner import CompiledRunner  # these modules import this one
+    from runtime.cpu.choice import choose_kernels  # these modules import this one
+    from runtime.cpu.compiled_runner import CompiledRunner
     from runtime.cpu.torch_runner import TorchRunner
 
-    if config.kernels != "torch":
-        try:
-            load()
-        except CannotBuild as error:
-            if config.kernels == "compiled":
-                raise ValueError(f"kernels (--kernels) compiled cannot be built: {error}") from None
-            _log.warning("the compiled CPU kernels cannot be built, so the slower ones of PyTorch run: %s", error)
-        else:
-            return CompiledRunner(config)
-    _refuse_quantization(config, "torch")
-    return TorchRunner(config)
+    kernels, timings = choose_kernels(config)
+    if kernels == "torch":
+        _refuse_quantization(config, kernels)
+    runner = CompiledRunner(config) if kernels == "compiled" else TorchRunner(config)
+    runner.timings = timings
+    return runner
 
 
 def _refuse_quantization(config: EngineConfig, kernels: str) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -11,6 +12,16 @@ from service.errors import RequestError
 from service.http import json_response
 from service.metrics import CONTENT_TYPE
 from service.services import services_of
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs. While the engine is not running, only the server's version is known."""
+
+    version: str
+    dtype: str | None = None
+    kernels: str | None = None
+    timings_ms: dict[str, float] = {}  # of one projection of the model, by the kernels that were candidates
+
 
 CONTRACT = Path(__file__).parents[1] / "openapi" / "openapi.json"
 
@@ -28,10 +39,15 @@ async def ready(request: Request) -> Response:
 
 
 async def version(request: Request) -> Response:
+    """What runs: the server's version, and what the engine computes with."""
     try:
-        return json_response({"version": importlib.metadata.version("rootstock")})
+        number = importlib.metadata.version("rootstock")
     except importlib.metadata.PackageNotFoundError:
-        return json_response({"version": "unknown"})  # run from a checkout that is not installed
+        number = "unknown"  # run from a checkout that is not installed
+    engine = services_of(request).engine.ready
+    if engine is None:
+        return json_response(Version(version=number))
+    return json_response(Version(version=number, dtype=engine.dtype, kernels=engine.kernels, timings_ms=engine.timings))
 
 
 async def openapi(request: Request) -> Response:

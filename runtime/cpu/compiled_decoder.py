@@ -1,6 +1,5 @@
 """The decoder as a program of the compiled kernels."""
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -106,6 +105,3 @@ class CompiledDecoder:
 
 def _buffer(rows: int, width: int) -> Tensor:
     return torch.zeros(rows, width + PADDING)[:, :width]
-
-
-assert ctypes.sizeof(structs.Best) == 12

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.cpu.compiled.library import instructions
 from kernels.cpu.compiled.panels import PANEL, pack, quantize
 from kernels.cpu.compiled.program import Pool
 from runtime.adapters.panel_layout import layout_in_panels
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
+from runtime.cpu.choice import threads_of
 from runtime.cpu.compiled_decoder import PADDING, CompiledDecoder
 from runtime.cpu.compiled_step import CompiledStep, StepLayout
 from runtime.models.config import MOST_PARTS
-from runtime.runner import Results, Runner, default_threads
+from runtime.runner import Results, Runner
 from runtime.sampler import Best, choose
 from runtime.scheduler import Chunk
 
@@ -26,10 +28,12 @@ class CompiledRunner(Runner):
     adapter_dtype = torch.uint8  # extents of bytes: each adapter has its own dtype
     adapter_layout = staticmethod(layout_in_panels)
     packs_linears = False  # the kernels have a layout of their own
+    reads_float16 = True
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
-        self.threads = default_threads() if config.threads is None else config.threads
+        self.threads = threads_of(config)
+        self.kernels = f"compiled ({instructions()})"
         torch.set_num_threads(1)  # what is left to torch is small, and its threads would take cores from ours
         self._pool = Pool(self.threads)
         rows, logits = config.max_batch_tokens, config.max_running

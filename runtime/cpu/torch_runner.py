@@ -20,6 +20,7 @@ class TorchRunner(Runner):
     Adapters are float32 even if the model is bfloat16: the small products take half the time in float32.
     """
 
+    kernels = "torch"
     adapter_dtype = torch.float32
 
     def __init__(self, config: EngineConfig):

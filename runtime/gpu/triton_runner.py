@@ -38,6 +38,8 @@ class PreparedStep(NamedTuple):
 class TritonRunner(Runner):
     """Runs the model with the Triton kernels; decode steps replay CUDA graphs if any fit."""
 
+    kernels = "triton"
+
     def __init__(self, config: EngineConfig, device: torch.device):
         if not can_run_on(device):
             raise ValueError(

@@ -90,7 +90,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_multiplier: float | None = None  # None: 1/sqrt(head_dim)
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
-    dtype: str = "bfloat16"  # the default of the engine's dtype; a float16 checkpoint runs in bfloat16
+    dtype: str = "bfloat16"  # of the checkpoint's weights; bfloat16 if its configuration does not say
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -124,7 +124,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             attention_multiplier=file.attention_multiplier if granite else None,
             residual_multiplier=file.residual_multiplier if granite else 1.0,
             logits_scaling=file.logits_scaling if granite else 1.0,
-            dtype="float32" if file.stored_dtype == "float32" else "bfloat16",
+            dtype=file.stored_dtype or "bfloat16",
             eos_token_ids=read_eos_token_ids(directory, file),
         )
 

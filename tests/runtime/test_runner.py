@@ -90,7 +90,7 @@ def without_compiler(monkeypatch):
     def load():
         raise CannotBuild("there is no C++ compiler")
 
-    monkeypatch.setattr("runtime.runner.load", load)
+    monkeypatch.setattr("runtime.cpu.choice.load", load)
 
 
 def test_without_a_compiler_pytorch_computes_and_the_log_says_so(config, without_cuda, without_compiler, caplog):

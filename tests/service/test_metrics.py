@@ -127,9 +127,10 @@ def test_adapters_with_a_series_of_their_own_are_bounded() -> None:
     numbers = ("running", "waiting", "blocks_total", "blocks_used", "blocks_cached", "prompt_tokens", "cached_tokens")
     numbers += ("generated_tokens", "preemptions", "steps")
     stats = Stats(**dict.fromkeys(numbers, 0), device=tier, host=tier, running_adapters=[], waiting_adapters=[])
-    ready = Ready(
-        max_model_len=1, vocab_size=1, block_size=1, num_blocks=1, max_batch_tokens=1, dtype="float32", adapter_bytes=1
+    sizes = dict.fromkeys(
+        ("max_model_len", "vocab_size", "block_size", "num_blocks", "max_batch_tokens", "adapter_bytes"), 1
     )
+    ready = Ready(**sizes, dtype="float32", kernels="fake")
     found = samples(Metrics().render(EngineMetrics(stats, ready, "base", versions, None)).decode())
     assert len(found["vllm:lora_adapter_loaded"]) == MAX_LOADED
     assert len(found["vllm:lora_requests_info"]) == 1

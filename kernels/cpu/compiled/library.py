@@ -12,6 +12,7 @@ def load() -> ctypes.CDLL:
     """Load the library, built first if need be. Raises build.CannotBuild."""
     functions = ctypes.CDLL(str(library()))
     signatures = {
+        "lanes": ([], c_int),
         "pool_new": ([c_int], c_void_p),
         "pool_delete": ([c_void_p], None),
         "program_run": ([c_void_p, c_void_p, c_int, c_void_p], None),
@@ -23,3 +24,9 @@ def load() -> ctypes.CDLL:
         function = getattr(functions, name)
         function.argtypes, function.restype = arguments, result
     return functions
+
+
+def instructions() -> str:
+    """The widest instructions that the library was compiled for."""
+    lanes: int = load().lanes()
+    return {16: "AVX-512", 8: "AVX2"}.get(lanes, f"{lanes} lanes")

@@ -5,6 +5,8 @@
 // the sums that it has at hand, and writes them. So an adapter costs its own weights and no meeting of the threads.
 #pragma once
 
+#include <vector>
+
 #include "pool.h"
 #include "step.h"
 
@@ -35,13 +37,33 @@ struct Linear {
  private:
   void shrink(const Step& step, const Run& run, int panel) const;
   void compute(Pool& pool, const Step& step, int shrinks, int part, int panel, int panels, int first, int rows,
-               float* tile) const;
+               const float* wide, const void* ahead, float* tile) const;
+  // The panels of one task.
+  struct Place {
+    int part, panel, panels, columns;
+  };
+
+  int groups_of(int index, int most) const { return ((part[index].columns + PANEL - 1) / PANEL + most - 1) / most; }
+
+  Place place_of(int group, int most) const {
+    int index = 0;
+    for (int groups; group >= (groups = groups_of(index, most)); ++index) group -= groups;
+    const int panel = group * most, left = part[index].columns - panel * PANEL;
+    const int columns = left < most * PANEL ? left : most * PANEL;
+    return {index, panel, (columns + PANEL - 1) / PANEL, columns};
+  }
+
+  const char* panels_of(int index, int panel) const {
+    return (const char*)part[index].panels + panel * panel_bytes((Type)type, k);
+  }
+
   void write(int first, int rows, int panel, int part, int columns, const float* y, const float* up, int width) const;
 };
 
 constexpr int TILE_ROWS = 128;   // the sums of so many rows and of `TILE_PANELS` panels stay in the first cache
 constexpr int TILE_PANELS = 4;
-constexpr int FEW_ROWS = 2 * MOST_ROWS;  // so many rows take two panels at a time, for more even shares
+constexpr int FEW_ROWS = 16;               // more rows multiply panels that are widened once
+constexpr int WIDE_FLOATS = 1 << 16;       // of widened panels, so that they stay in the second cache
 
 inline Vec silu(Vec x) {
   Vec negated = splat(0.0f) - x;
@@ -64,11 +86,11 @@ inline void Linear::shrink(const Step& step, const Run& run, int panel) const {
 
 // The sums of some rows and panels of one part, into a tile as wide as the panels.
 inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index, int panel, int panels, int first,
-                            int rows, float* tile) const {
+                            int rows, const float* wide, const void* ahead, float* tile) const {
   const LinearPart& base = part[index];
   const int width = panels * PANEL;
-  multiply_rows((Type)type, rows, panels, (const char*)base.panels + panel * panel_bytes((Type)type, k), k,
-                x.at + first * x.stride, x.stride, tile, width, false);
+  multiply_rows(wide ? Type::float32 : (Type)type, rows, panels, wide ? (const char*)wide : panels_of(index, panel), k,
+                x.at + first * x.stride, x.stride, tile, width, false, ahead);
   const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
   if (base.bias)
     for (int row = 0; row < rows; ++row)
@@ -114,15 +136,19 @@ inline void Linear::write(
 
 inline void Linear::run(Pool& pool, const Step& step) const {
   alignas(64) static thread_local float tile[2][TILE_ROWS * TILE_PANELS * PANEL];
+  static thread_local std::vector<float> widened[2];
   const int rows = logits ? step.logits : step.rows, runs = logits ? step.logit_runs : step.runs;
   const Run* adapted = logits ? step.logit_run : step.run;
   int shrinks = 0;
   for (int r = 0; r < runs; ++r) shrinks += (adapted[r].sites[site].ranks + PANEL - 1) / PANEL;
-  const bool gated = (Form)form == Form::gated;
-  const int most = rows <= FEW_ROWS ? 2 : TILE_PANELS;
-  int tasks = 0;
-  for (int i = 0; i < (gated ? 1 : parts); ++i) tasks += ((part[i].columns + PANEL - 1) / PANEL + most - 1) / most;
-  for (int task; (task = pool.claim()) < shrinks + tasks;) {
+  const int outputs = (Form)form == Form::gated ? 1 : parts;
+  const bool many = rows > FEW_ROWS;
+  const int fit = WIDE_FLOATS / (k * PANEL), most = !many ? 2 : fit < 1 ? 1 : fit > TILE_PANELS ? TILE_PANELS : fit;
+  int tasks = shrinks;
+  for (int i = 0; i < outputs; ++i) tasks += groups_of(i, most);
+  // The next task is claimed before this one is computed, so that its weights can be asked for meanwhile.
+  for (int task = pool.claim(), next; task < tasks; task = next) {
+    next = pool.claim();
     if (task < shrinks) {
       int r = 0;
       for (int panels; task >= (panels = (adapted[r].sites[site].ranks + PANEL - 1) / PANEL); ++r) task -= panels;
@@ -130,16 +156,20 @@ inline void Linear::run(Pool& pool, const Step& step) const {
       pool.finish();
       continue;
     }
-    int index = 0, group = task - shrinks;
-    for (int groups; group >= (groups = ((part[index].columns + PANEL - 1) / PANEL + most - 1) / most); ++index)
-      group -= groups;
-    const int panel = group * most, left = part[index].columns - panel * PANEL;
-    const int columns = left < most * PANEL ? left : most * PANEL, panels = (columns + PANEL - 1) / PANEL;
+    const Place place = place_of(task - shrinks, most);
+    const bool wide = many && (Type)type != Type::float32, follows = !many && next >= shrinks && next < tasks;
+    const Place after = follows ? place_of(next - shrinks, most) : place;
+    const int products = parts / outputs;
+    for (int i = 0; wide && i < products; ++i) {
+      widened[i].resize((size_t)most * k * PANEL);
+      widen_panels((Type)type, place.panels, panels_of(place.part + i, place.panel), k, widened[i].data());
+    }
     for (int first = 0; first < rows; first += TILE_ROWS) {
       const int count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
-      compute(pool, step, shrinks, index, panel, panels, first, count, tile[0]);
-      if (gated) compute(pool, step, shrinks, 1, panel, panels, first, count, tile[1]);
-      write(first, count, panel, index, columns, tile[0], tile[1], panels * PANEL);
+      for (int i = 0; i < products; ++i)
+        compute(pool, step, shrinks, place.part + i, place.panel, place.panels, first, count,
+                wide ? widened[i].data() : nullptr, follows ? panels_of(after.part + i, after.panel) : nullptr, tile[i]);
+      write(first, count, place.panel, place.part, place.columns, tile[0], tile[1], place.panels * PANEL);
     }
   }
 }

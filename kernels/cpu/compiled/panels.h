@@ -26,77 +26,111 @@ inline size_t item_in_panel(Type type, int column, int k) {
   return type == Type::bfloat16 ? (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2 : (size_t)k * PANEL + column;
 }
 
-// How each type reads the weights of the k from `first` on: `step` of them at a time, one vector for each.
+// How each type reads a vector of the weights of one k. `step` k are read together; the k of `at` is a multiple of it.
 struct Float32 {
+  static constexpr Type type = Type::float32;
   static constexpr int step = 1;
-  static void widen(const char* panel, int k, int vector, Vec out[step]) {
-    out[0] = load((const float*)panel + (size_t)k * PANEL + vector * LANES);
+  static Vec widen(const char* panel, int at, int, int vector, int) {
+    return load((const float*)panel + (size_t)at * PANEL + vector * LANES);
   }
 };
 
 struct BFloat16 {
+  static constexpr Type type = Type::bfloat16;
   static constexpr int step = 2;
-  static void widen(const char* panel, int k, int vector, Vec out[step]) {
-    Bits pairs = *(const BitsAt*)((const uint16_t*)panel + (size_t)k * PANEL + vector * LANES * 2);
-    out[0] = (Vec)(pairs << 16);
-    out[1] = (Vec)(pairs & 0xffff0000u);
+  static Vec widen(const char* panel, int at, int odd, int vector, int) {
+    const Bits pairs = *(const BitsAt*)((const uint16_t*)panel + (size_t)at * PANEL + vector * LANES * 2);
+    return odd ? (Vec)(pairs & 0xffff0000u) : (Vec)(pairs << 16);
   }
 };
 
 struct Float16 {
+  static constexpr Type type = Type::float16;
   static constexpr int step = 1;
-  static void widen(const char* panel, int k, int vector, Vec out[step]) {
-    const uint16_t* halves = (const uint16_t*)panel + (size_t)k * PANEL + vector * LANES;
+  static Vec widen(const char* panel, int at, int, int vector, int) {
+    const uint16_t* halves = (const uint16_t*)panel + (size_t)at * PANEL + vector * LANES;
 #if defined(__AVX512F__)
-    out[0] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)halves));
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)halves));
 #elif defined(__AVX2__) && defined(__F16C__)
-    out[0] = (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)halves));
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)halves));
 #else
-    for (int lane = 0; lane < LANES; ++lane) out[0][lane] = widen_float16(halves[lane]);
+    Vec wide;
+    for (int lane = 0; lane < LANES; ++lane) wide[lane] = widen_float16(halves[lane]);
+    return wide;
 #endif
   }
 };
 
 struct Int8 {
+  static constexpr Type type = Type::int8;
   static constexpr int step = 1;
-  static void widen(const char* panel, int k, int vector, Vec out[step]) {
-    const int8_t* bytes = (const int8_t*)panel + (size_t)k * PANEL + vector * LANES;
+  static Vec widen(const char* panel, int at, int, int vector, int k) {
+    const int8_t* bytes = (const int8_t*)panel + (size_t)at * PANEL + vector * LANES;
 #if defined(__AVX512F__)
-    out[0] = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+    const Vec wide = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
 #elif defined(__AVX2__)
-    out[0] = (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
+    const Vec wide = (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
 #else
-    for (int lane = 0; lane < LANES; ++lane) out[0][lane] = bytes[lane];
+    Vec wide;
+    for (int lane = 0; lane < LANES; ++lane) wide[lane] = bytes[lane];
 #endif
+    return wide * load((const float*)(panel + (size_t)k * PANEL) + at / GROUP * PANEL + vector * LANES);
   }
 };
 
-// The sums of ROWS rows with PANELS panels over the k from `first` to `last`. Each sum has one order, by k, whatever
-// the number of rows and panels: a row's bits depend on no other row.
+// Memory that a product asks for while it computes, a line at a time, because it is read next.
+struct Ahead {
+  const char* at;  // null: none
+  int share;       // of 1 / share of the lines, because other products of the same panels ask for the others
+};
+
+// The sums of ROWS rows with PANELS panels. Each has one order, by k, whatever the number of rows and panels: a row's
+// bits depend on no other row. All is unrolled, or the sums would not be kept in registers.
 template <class Weight, int ROWS, int PANELS>
 struct Sums {
   Vec at[PANELS][ROWS][VECTORS] = {};
 
   inline __attribute__((always_inline)) void add(
-      const char* panel, size_t stride, int first, int last, const float* x, size_t x_stride) {
+      const char* panel, size_t stride, int k, const float* x, size_t x_stride, Ahead ahead) {
     constexpr int step = Weight::step;
-    int k = first;
-    for (; k + step <= last; k += step) add_one<step>(panel, stride, k, x, x_stride);
-    if (step > 1 && k < last) add_one<1>(panel, stride, k, x, x_stride);
+    int i = 0;
+    if (ahead.at) {
+      const size_t bytes = item_bytes(Weight::type) * PANEL * step;
+      const int wait = 64 / bytes > 1 ? 64 / bytes * ahead.share : ahead.share;  // steps to the next line
+      for (int next = 0; i + step <= k; i += step, --next) {
+        if (next <= 0) {
+          __builtin_prefetch(ahead.at + i / step * bytes, 0, 2);
+          next = wait;
+        }
+        add_step(panel, stride, i, k, x, x_stride);
+      }
+    }
+    for (; i + step <= k; i += step) add_step(panel, stride, i, k, x, x_stride);
+    if (step > 1 && i < k) add_one(panel, stride, i, 0, k, x, x_stride);
   }
 
  private:
-  template <int TAKE>
+  inline __attribute__((always_inline)) void add_step(
+      const char* panel, size_t stride, int at_k, int k, const float* x, size_t x_stride) {
+#pragma GCC unroll 2
+    for (int i = 0; i < Weight::step; ++i) add_one(panel, stride, at_k, i, k, x, x_stride);
+  }
+
   inline __attribute__((always_inline)) void add_one(
-      const char* panel, size_t stride, int k, const float* x, size_t x_stride) {
+      const char* panel, size_t stride, int at_k, int i, int k, const float* x, size_t x_stride) {
+    Vec weights[PANELS][VECTORS];
+#pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
-      for (int v = 0; v < VECTORS; ++v) {
-        Vec weights[Weight::step];
-        Weight::widen(panel + p * stride, k, v, weights);
-        for (int i = 0; i < TAKE; ++i)
-          for (int row = 0; row < ROWS; ++row)
-            at[p][row][v] = fma(weights[i], splat(x[row * x_stride + k + i]), at[p][row][v]);
-      }
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) weights[p][v] = Weight::widen(panel + p * stride, at_k, i, v, k);
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row) {
+      const Vec value = splat(x[row * x_stride + at_k + i]);
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) at[p][row][v] = fma(weights[p][v], value, at[p][row][v]);
+    }
   }
 };
 
@@ -104,82 +138,102 @@ struct Sums {
 // `add` says whether the sum continues what is in `out`.
 template <class Weight, int ROWS, int PANELS>
 void multiply(const char* panel, size_t stride, int k, const float* x, size_t x_stride, float* out, size_t out_stride,
-              bool add) {
+              bool add, Ahead ahead) {
   Sums<Weight, ROWS, PANELS> sums;
   if (add)
+#pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sums.at[p][row][v] = load(out + row * out_stride + p * PANEL + v * LANES);
-  if constexpr (std::is_same_v<Weight, Int8>) {
-    const size_t scales = (size_t)k * PANEL;
-    for (int first = 0; first < k; first += GROUP) {
-      Sums<Weight, ROWS, PANELS> group;
-      group.add(panel, stride, first, first + GROUP < k ? first + GROUP : k, x, x_stride);
-      for (int p = 0; p < PANELS; ++p)
-        for (int v = 0; v < VECTORS; ++v) {
-          const float* scale = (const float*)(panel + p * stride + scales) + first / GROUP * PANEL + v * LANES;
-          for (int row = 0; row < ROWS; ++row)
-            sums.at[p][row][v] = fma(group.at[p][row][v], load(scale), sums.at[p][row][v]);
-        }
-    }
-  } else {
-    sums.add(panel, stride, 0, k, x, x_stride);
-  }
+  sums.add(panel, stride, k, x, x_stride, ahead);
+#pragma GCC unroll 4
   for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) store(out + row * out_stride + p * PANEL + v * LANES, sums.at[p][row][v]);
 }
 
-// The most rows that keep all sums of one panel in registers: 16 of them with AVX2, 32 elsewhere.
-constexpr int MOST_ROWS = LANES == 8 ? 6 : LANES == 16 ? 12 : 6;
+// The most rows that keep all sums of one panel in registers: there are 16 with AVX2, 32 elsewhere.
+constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;
+// Up to so many rows take two panels at a time, because the sums of one would wait for one another.
+constexpr int PAIRED_ROWS = LANES == 16 ? 4 : 2;
 
 template <class Weight, int ROWS>
 void multiply_panels(int panels, const char* panel, size_t stride, int k, const float* x, size_t x_stride, float* out,
-                     size_t out_stride, bool add) {
+                     size_t out_stride, bool add, Ahead ahead) {
   int p = 0;
-  // Few rows: two panels at a time, because the sums of one would wait for one another.
-  if constexpr (ROWS * 2 <= MOST_ROWS)
+  auto next = [&](int i) { return Ahead{ahead.at ? ahead.at + i * stride : nullptr, ahead.share}; };
+  if constexpr (ROWS <= PAIRED_ROWS)
     for (; p + 2 <= panels; p += 2)
-      multiply<Weight, ROWS, 2>(panel + p * stride, stride, k, x, x_stride, out + p * PANEL, out_stride, add);
+      multiply<Weight, ROWS, 2>(panel + p * stride, stride, k, x, x_stride, out + p * PANEL, out_stride, add,
+                                {nullptr, 1});
   for (; p < panels; ++p)
-    multiply<Weight, ROWS, 1>(panel + p * stride, stride, k, x, x_stride, out + p * PANEL, out_stride, add);
+    multiply<Weight, ROWS, 1>(panel + p * stride, stride, k, x, x_stride, out + p * PANEL, out_stride, add, next(p));
 }
 
 template <class Weight, int ROWS = MOST_ROWS>
 void multiply_block(int rows, int panels, const char* panel, size_t stride, int k, const float* x, size_t x_stride,
-                    float* out, size_t out_stride, bool add) {
+                    float* out, size_t out_stride, bool add, Ahead ahead) {
   if (rows == ROWS)
-    multiply_panels<Weight, ROWS>(panels, panel, stride, k, x, x_stride, out, out_stride, add);
+    multiply_panels<Weight, ROWS>(panels, panel, stride, k, x, x_stride, out, out_stride, add, ahead);
   else if constexpr (ROWS > 1)
-    multiply_block<Weight, ROWS - 1>(rows, panels, panel, stride, k, x, x_stride, out, out_stride, add);
+    multiply_block<Weight, ROWS - 1>(rows, panels, panel, stride, k, x, x_stride, out, out_stride, add, ahead);
 }
 
 // `multiply` for any number of rows and panels. `out` has 16 columns for every panel, the last one included.
 template <class Weight>
 void multiply_rows(int rows, int panels, const char* panel, size_t stride, int k, const float* x, size_t x_stride,
-                   float* out, size_t out_stride, bool add) {
-  int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+                   float* out, size_t out_stride, bool add, const char* ahead) {
+  const int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
   for (int block = 0, row = 0; block < blocks; ++block) {
-    int take = (rows - row + blocks - block - 1) / (blocks - block);
+    const int take = (rows - row + blocks - block - 1) / (blocks - block);
+    // Each block of rows asks for other lines
+    const Ahead own{ahead ? ahead + block * 64 : nullptr, blocks};
     multiply_block<Weight>(take, panels, panel, stride, k, x + row * x_stride, x_stride, out + row * out_stride,
-                           out_stride, add);
+                           out_stride, add, own);
     row += take;
   }
 }
 
+// `ahead` is the panels that are multiplied next, for which the memory is asked meanwhile; null for none.
 inline void multiply_rows(Type type, int rows, int panels, const void* panel, int k, const float* x, size_t x_stride,
-                          float* out, size_t out_stride, bool add) {
-  size_t stride = panel_bytes(type, k);
-  const char* first = (const char*)panel;
+                          float* out, size_t out_stride, bool add, const void* ahead = nullptr) {
+  const size_t stride = panel_bytes(type, k);
+  const char *first = (const char*)panel, *next = (const char*)ahead;
   switch (type) {
     case Type::float32:
-      return multiply_rows<Float32>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add);
+      return multiply_rows<Float32>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
     case Type::bfloat16:
-      return multiply_rows<BFloat16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add);
+      return multiply_rows<BFloat16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
     case Type::float16:
-      return multiply_rows<Float16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add);
+      return multiply_rows<Float16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
     case Type::int8:
-      return multiply_rows<Int8>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add);
+      return multiply_rows<Int8>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
+  }
+}
+
+// Writes panels in float32, for products with many rows: each weight is then widened once, to the same value.
+template <class Weight>
+void widen_panels(int panels, const char* panel, int k, float* out) {
+  for (; panels > 0; --panels, panel += panel_bytes(Weight::type, k))
+    for (int i = 0; i < k; ++i)
+      for (int v = 0; v < VECTORS; ++v, out += LANES)
+        store(out, Weight::widen(panel, i / Weight::step * Weight::step, i % Weight::step, v, k));
+}
+
+inline void widen_panels(Type type, int panels, const void* panel, int k, float* out) {
+  switch (type) {
+    case Type::float32:
+      return widen_panels<Float32>(panels, (const char*)panel, k, out);
+    case Type::bfloat16:
+      return widen_panels<BFloat16>(panels, (const char*)panel, k, out);
+    case Type::float16:
+      return widen_panels<Float16>(panels, (const char*)panel, k, out);
+    case Type::int8:
+      return widen_panels<Int8>(panels, (const char*)panel, k, out);
   }
 }
 

@@ -54,6 +54,8 @@ static void run_all(int, void* context) {
 
 extern "C" {
 
+int lanes() { return LANES; }
+
 void* pool_new(int threads) { return new Pool(threads); }
 
 void pool_delete(void* pool) { delete (Pool*)pool; }

@@ -34,6 +34,9 @@ class Pool:
         self.threads = threads
         self.handle: int = load().pool_new(threads)
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the threads."""
         handle, self.handle = self.handle, 0
@@ -56,11 +59,11 @@ class Program:
     def embed(self, weight: Panels, out: Tensor, site: int, scale: float = 1.0) -> None:
         """out = scale · (the tokens' rows of `weight` (vocabulary, hidden) and of their adapters)."""
         self._keep(weight)
-        self._add(structs.Embed(_rows(out), weight.address, weight.k, weight.type, site, scale))
+        self._add(structs.Embed(self._rows(out), weight.address, weight.k, weight.type, site, scale))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False) -> None:
         """out = RMSNorm(x) for all rows, or for those whose logits are computed. `weight` is float32."""
-        self._add(structs.RmsNorm(_rows(x), _rows(out), self._keep(weight), weight.shape[-1], of_logits, eps))
+        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), weight.shape[-1], of_logits, eps))
 
     def linear(
         self,
@@ -80,7 +83,9 @@ class Program:
             described.append(structs.LinearPart(weight.address, self._keep(bias), weight.columns, first))
             first += 0 if form == "gated" else weight.columns
         weight = parts[0].weight
-        operation = structs.Linear(_rows(x), _rows(out), (structs.LinearPart * structs.MOST_PARTS)(*described))
+        operation = structs.Linear(
+            self._rows(x), self._rows(out), (structs.LinearPart * structs.MOST_PARTS)(*described)
+        )
         operation.parts, operation.k, operation.type = len(parts), weight.k, weight.type
         operation.site, operation.logits, operation.form, operation.scale = site, of_logits, FORMS.index(form), scale
         self._add(operation)
@@ -95,19 +100,21 @@ class Program:
         query, key = (None, None) if norms is None else (self._keep(norms[0]), self._keep(norms[1]))
         kv_heads, head_dim = kv.shape[2:]
         self._add(
-            structs.RotateWrite(_rows(qkv), self._keep(kv), query, key, heads, kv_heads, head_dim, TYPES[kv.dtype], eps)
+            structs.RotateWrite(
+                self._rows(qkv), self._keep(kv), query, key, heads, kv_heads, head_dim, TYPES[kv.dtype], eps
+            )
         )
 
     def attention(self, q: Tensor, kv: Tensor, out: Tensor, heads: int, block_size: int, scale: float) -> None:
         """Attend from the first `heads` heads of `q` over each row's context in `kv`."""
         kv_heads, head_dim = kv.shape[2:]
         kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype]
-        self._add(structs.Attention(_rows(q), _rows(out), self._keep(kv), *kinds, scale))
+        self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale))
 
     def find_best(self, logits: Tensor, best: "ctypes.Array[structs.Best]") -> None:
         """Find each row's highest logit, and the logarithm of the sum of all exponentials."""
         self._kept.append(best)
-        self._add(structs.FindBest(_rows(logits), ctypes.addressof(best), logits.shape[1]))
+        self._add(structs.FindBest(self._rows(logits), ctypes.addressof(best), logits.shape[1]))
 
     def run(self, step: structs.Step) -> None:
         """Run all operations on the rows of a step."""
@@ -124,15 +131,15 @@ class Program:
         self._arguments.append(operation)
         self._operations = None
 
+    def _rows(self, buffer: Tensor) -> structs.Rows:
+        assert buffer.dtype is torch.float32
+        assert buffer.stride(1) == 1
+        self._kept.append(buffer)
+        return structs.Rows(buffer.data_ptr(), buffer.stride(0))
+
     def _keep(self, memory: Any) -> int | None:
         """The address of a tensor, which the program keeps alive; None for None."""
         if memory is None:
             return None
         self._kept.append(memory)
         return memory.data_ptr() if isinstance(memory, Tensor) else None
-
-
-def _rows(buffer: Tensor) -> structs.Rows:
-    assert buffer.dtype is torch.float32
-    assert buffer.stride(1) == 1
-    return structs.Rows(buffer.data_ptr(), buffer.stride(0))

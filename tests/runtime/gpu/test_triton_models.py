@@ -35,7 +35,7 @@ def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=5)
     prompts = [[token % 131 for token in prompt(length, length)] for length in (34, 5)]
     completions = []
-    for kernels, device in (("triton", "auto"), ("reference", "cpu")):
+    for kernels, device in (("triton", "auto"), ("torch", "cpu")):
         engine = Engine(
             EngineConfig(
                 model=str(tmp_path),

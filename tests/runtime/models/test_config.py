@@ -66,7 +66,7 @@ def test_yarn_takes_its_reach_from_the_model_where_it_has_no_factor(tmp_path: Pa
 def test_the_older_dtype_field_and_a_missing_one_are_understood(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA, torch_dtype="float32").dtype == "float32"
     assert read(tmp_path, LLAMA, dtype="float32").dtype == "float32"
-    assert read(tmp_path, LLAMA, torch_dtype="float16").dtype == "bfloat16"
+    assert read(tmp_path, LLAMA, torch_dtype="float16").dtype == "float16"
     assert read(tmp_path, LLAMA, torch_dtype=None).dtype == "bfloat16"
 
 

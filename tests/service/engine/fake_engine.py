@@ -103,6 +103,7 @@ class FakeEngine:
             max_batch_tokens=self.config.max_batch_tokens,
             dtype="float32",
             adapter_bytes=self.config.adapter_bytes,
+            kernels="fake",
         )
 
     def obey(self, command: object) -> list[Event]:
