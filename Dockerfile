@@ -1,9 +1,15 @@
 # The server on a CPU. Weights of the default model come with a package; the first start converts them into /cache.
+FROM python:3.11 AS kernels
+# This image has a compiler and the next one has none: libraries for each kind of CPU are built here.
+WORKDIR /app
+COPY kernels kernels
+RUN python -m kernels.cpu.compiled.build kernels/cpu/compiled/prebuilt
+
 FROM python:3.11-slim
 
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY kernels kernels
+COPY --from=kernels /app/kernels kernels
 COPY openapi openapi
 COPY runtime runtime
 COPY service service

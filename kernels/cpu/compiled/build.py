@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,17 +65,25 @@ def library() -> Path:
 def build(target: Target, path: Path) -> None:
     """Compile the library for a kind of CPU. Raises CannotBuild."""
     compiler = _compiler()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        output = Path(scratch) / path.name
-        command = [compiler, *FLAGS, *_native_flags(target), str(HERE / MAIN), "-o", str(output)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CannotBuild(f"{compiler} failed: {error}") from None
-        if done.returncode:
-            raise CannotBuild(f"{compiler} failed: {done.stderr.strip()[:2000]}")
-        os.replace(output, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            output = Path(scratch) / path.name
+            _run([compiler, *FLAGS, *_native_flags(target), str(HERE / MAIN), "-o", str(output)])
+            os.replace(output, path)
+    except OSError as error:
+        raise CannotBuild(f"{path.parent} takes no files: {error.strerror}; set XDG_CACHE_HOME") from None
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a compiler prints. Raises CannotBuild with its errors."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(f"{command[0]} failed: {error}") from None
+    if done.returncode:
+        raise CannotBuild(f"{command[0]} failed: {done.stderr.strip()[:2000]}")
+    return done.stdout
 
 
 def _native_flags(target: Target) -> tuple[str, ...]:
@@ -95,7 +103,7 @@ def _prebuilt(directory: Path) -> Iterator[Path]:
 
 def _cached() -> Path:
     """The library in the user's cache. Several processes that start at once build it once."""
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rootstock" / "kernels"
+    directory = _cache() / "rootstock" / "kernels"
     path = directory / _file_name(NATIVE, _compiler_version(), platform.machine(), *sorted(_cpu_features()))
     if path.exists():
         return path
@@ -112,6 +120,14 @@ def _cached() -> Path:
             build(NATIVE, path)
             _log.info("compiled the CPU kernels in %.1f s", time.monotonic() - started)
     return path
+
+
+def _cache() -> Path:
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(named) if named else Path.home() / ".cache"
+    except RuntimeError:
+        raise CannotBuild("this user has no home directory to keep the library in: set XDG_CACHE_HOME") from None
 
 
 def _file_name(target: Target, *more: str) -> str:
@@ -135,11 +151,7 @@ def _compiler() -> str:
 
 def _compiler_version() -> str:
     compiler = _compiler()
-    try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CannotBuild(f"{compiler} failed: {error}") from None
-    return compiler + done.stdout
+    return compiler + _run([compiler, "--version"])
 
 
 def _cpu_features() -> frozenset[str]:

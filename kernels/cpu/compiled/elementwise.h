@@ -1,6 +1,8 @@
 // What lies between the projections, a task a row: embedding, RMSNorm, rotation and the write to the K/V cache.
 #pragma once
 
+#include <vector>
+
 #include "pool.h"
 #include "step.h"
 
@@ -36,7 +38,10 @@ struct Embed {
     if (!lora.a) return;
     const Type held = (Type)lora.type;
     const LoraPart& part = lora.parts[0];
-    alignas(64) float t[MOST_RANKS], y[PANEL];
+    static thread_local std::vector<float> shrunk;
+    shrunk.resize(lora.ranks);
+    float* t = shrunk.data();
+    alignas(64) float y[PANEL];
     for (int rank = 0; rank < lora.ranks; ++rank)
       t[rank] = widen(held, lora.a, (size_t)token * lora.ranks + rank) * lora.scales[rank];
     for (int first = 0; first < hidden; first += PANEL) {
@@ -46,8 +51,6 @@ struct Embed {
         x[i] += y[i - first] + (part.bias ? part.bias[i] : 0.0f);
     }
   }
-
-  static constexpr int MOST_RANKS = 4096;  // of the embedding's adapter; more are refused when it loads
 };
 
 // out = x / sqrt(mean(x²) + eps) · weight

@@ -4,13 +4,17 @@ import ctypes
 from ctypes import c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 
-from kernels.cpu.compiled.build import library
+from kernels.cpu.compiled.build import CannotBuild, library
 
 
 @cache
 def load() -> ctypes.CDLL:
     """Load the library, built first if need be. Raises build.CannotBuild."""
-    functions = ctypes.CDLL(str(library()))
+    path = library()
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:  # a directory whose files may not be executed, a file of another system
+        raise CannotBuild(f"{path} cannot be loaded: {error}; set XDG_CACHE_HOME to another directory") from None
     signatures = {
         "lanes": ([], c_int),
         "pool_new": ([c_int], c_void_p),

@@ -16,6 +16,8 @@ enum class Form : int32_t {
   gated,  // out = silu(y of part 0) · y of part 1
 };
 
+constexpr size_t AHEAD_BYTES = 64 << 10;
+
 struct LinearPart {
   const void* panels;  // (columns, k)
   const float* bias;   // (columns,) or null
@@ -33,6 +35,13 @@ struct Linear {
   float scale;
 
   void run(Pool& pool, const Step& step) const;
+
+  // Asks for a thread's share of the first weights.
+  void ask_for(int thread) const {
+    const size_t size = part[0].columns / PANEL * panel_bytes((Type)type, k), start = (size_t)thread * AHEAD_BYTES;
+    for (size_t byte = start; byte < start + AHEAD_BYTES && byte < size; byte += 64)
+      __builtin_prefetch((const char*)part[0].panels + byte, 0, 2);
+  }
 
  private:
   void shrink(const Step& step, const Run& run, int panel) const;
@@ -66,8 +75,9 @@ constexpr int FEW_ROWS = 16;               // more rows multiply panels that are
 constexpr int WIDE_FLOATS = 1 << 16;       // of widened panels, so that they stay in the second cache
 
 inline Vec silu(Vec x) {
-  Vec negated = splat(0.0f) - x;
-  return x / (splat(1.0f) + exponential(negated > splat(88.0f) ? splat(88.0f) : negated));
+  const Vec negated = splat(0.0f) - x;
+  const Vec open = x / (splat(1.0f) + exponential(negated > splat(88.0f) ? splat(88.0f) : negated));
+  return negated > splat(88.0f) ? x * splat(0.0f) : open;
 }
 
 // t[row][rank] = scale · Σ x[row] · A[rank] for the rows of a run and one panel of ranks.

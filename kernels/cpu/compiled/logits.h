@@ -34,7 +34,7 @@ struct FindBest {
     if (bad != bad && has_nan(x)) return {std::numeric_limits<float>::quiet_NaN(), 0, most};
     int index = 0;
     while (index < size - 1 && x[index] != most) ++index;
-    return {most, index, most + std::log(total(x, most))};
+    return {most, index, std::isinf(most) ? most : most + std::log(total(x, most))};
   }
 
   bool has_nan(const float* x) const {

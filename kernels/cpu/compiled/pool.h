@@ -3,6 +3,10 @@
 // An operation is a number of tasks; each thread claims the next one until none is left, so that a thread that the
 // system holds up delays one task and not its share. After an operation all threads meet. Who waits spins for a short
 // time and then sleeps: on a core that other processes want, spinning would take it from the very thread waited for.
+//
+// Still, all wait for a thread that has to share its core, for a time slice at each turn. So when that has happened
+// several times, programs run with one thread fewer for a while: two threads of which one has half a core are slower
+// than one that has a whole core. Which threads compute changes no bit of any result.
 #pragma once
 
 #include <atomic>
@@ -18,43 +22,47 @@ inline void relax() {
 #endif
 }
 
+using Clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
 // Returns once `value` is no longer `old`.
-inline void await_change(const std::atomic<uint32_t>& value, uint32_t old, std::chrono::microseconds spin) {
+inline void await_change(const std::atomic<uint32_t>& value, uint32_t old, Clock::duration spin) {
   for (int i = 0; i < 64; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
     relax();
   }
-  const auto end = std::chrono::steady_clock::now() + spin;
+  const auto end = Clock::now() + spin;
   do {
     for (int i = 0; i < 32; ++i) {
       if (value.load(std::memory_order_acquire) != old) return;
       relax();
     }
-  } while (std::chrono::steady_clock::now() < end);
+    std::this_thread::yield();
+  } while (Clock::now() < end);
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads) {
+  explicit Pool(int threads) : threads_(threads), active_(threads) {
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
   }
 
   ~Pool() {
     stopping_ = true;
-    started_.fetch_add(1, std::memory_order_release);
-    started_.notify_all();
+    start();
     for (std::thread& worker : workers_) worker.join();
   }
 
-  int threads() const { return threads_; }
+  int threads() const { return active_; }
 
-  // Runs `body(thread, context)` on all threads, this one included; returns when all have returned.
+  // Runs `body(thread, context)` on the active threads, this one included; returns when all have returned.
   void run(void (*body)(int thread, void* context), void* context) {
+    choose_threads();
     body_ = body;
     context_ = context;
-    started_.fetch_add(1, std::memory_order_release);
-    if (threads_ > 1) started_.notify_all();
+    first_ = true;
+    start();
     body(0, context);
   }
 
@@ -64,50 +72,100 @@ class Pool {
   // A claimed task has been done. Only operations whose later tasks await earlier ones count.
   void finish() {
     finished_.fetch_add(1, std::memory_order_release);
-    if (threads_ > 1) finished_.notify_all();
+    if (active_ > 1) finished_.notify_all();
   }
 
   // Returns once so many tasks of the operation have finished; they must have been claimed before.
   void await_finished(uint32_t tasks) {
     for (uint32_t done; (done = finished_.load(std::memory_order_acquire)) < tasks;)
-      await_change(finished_, done, std::chrono::microseconds(SPIN));
+      await_change(finished_, done, SPIN);
   }
 
   // Every thread calls it after its last task of an operation; returns when all have, and the tasks begin at 0 again.
   void meet() {
     const uint32_t meeting = met_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads_) {
-      await_change(met_, meeting, std::chrono::microseconds(SPIN));
-      return;
+    if (active_ > 1) {
+      if (!arrived_.load(std::memory_order_relaxed)) waiting_since_.store(Clock::now().time_since_epoch());
+      if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < active_) {
+        await_change(met_, meeting, SPIN);
+        return;
+      }
+      note_wait();
     }
     arrived_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     met_.store(meeting + 1, std::memory_order_release);
-    if (threads_ > 1) met_.notify_all();
+    if (active_ > 1) met_.notify_all();
   }
 
  private:
-  static constexpr int SPIN = 100;  // microseconds; a wake-up takes about half of that on a virtual machine
+  static constexpr Clock::duration SPIN = 100us;  // a wake-up takes about half of that on a virtual machine
+  // Between two steps: a core that fell asleep takes up to 3 ms to come back where a hypervisor gave it away.
+  static constexpr Clock::duration BETWEEN = 3ms;
+  static constexpr Clock::duration LONG = 1ms;    // no task of a decode step takes so long
+  static constexpr int MANY = 2;                  // long waits within `CALM` that cost a thread its place
+  static constexpr Clock::duration CALM = 500ms, MOST_CALM = 4s;
+
+  // The last thread came. If the first one waited for most of the operation, the last one had been held up.
+  void note_wait() {
+    const Clock::time_point now = Clock::now();
+    const auto waited = now.time_since_epoch() - waiting_since_.load(std::memory_order_relaxed);
+    // Not the first operation of a run: to wake up for it takes its time
+    if (!first_ && waited > LONG && 2 * waited > now - begun_) {
+      waits_ = now - last_wait_ < CALM ? waits_ + 1 : 1;
+      last_wait_ = now;
+    }
+    begun_ = now;
+    first_ = false;
+  }
+
+  // One thread fewer after `MANY` long waits; after a calm time, at first a short one, one more.
+  void choose_threads() {
+    const Clock::time_point now = Clock::now();
+    if (waits_ >= MANY && active_ > 1) {
+      calm_ = now - joined_ < 2 * calm_ ? (2 * calm_ < MOST_CALM ? 2 * calm_ : MOST_CALM) : CALM;
+      --active_;
+      waits_ = 0;
+      left_ = now;
+    } else if (active_ < threads_ && now - left_ > calm_) {
+      ++active_;
+      waits_ = 0;
+      joined_ = left_ = now;
+    }
+  }
+
+  // The number of the run and how many threads it has are one value, or a thread that comes late might mix up two runs.
+  void start() {
+    const uint32_t run = (started_.load(std::memory_order_relaxed) >> 16) + 1;
+    started_.store(run << 16 | (uint32_t)active_, std::memory_order_release);
+    if (threads_ > 1) started_.notify_all();
+  }
 
   void work(int thread) {
-    uint32_t seen = 0;
-    for (;;) {
-      await_change(started_, seen, std::chrono::microseconds(SPIN));
-      ++seen;
+    for (uint32_t seen = 0;;) {
+      await_change(started_, seen, BETWEEN);
+      seen = started_.load(std::memory_order_acquire);
       if (stopping_) return;
-      body_(thread, context_);
+      if (thread < (int)(seen & 0xffff)) body_(thread, context_);
     }
   }
 
   const int threads_;
+  int active_;  // changes between runs
   std::vector<std::thread> workers_;
   std::atomic<bool> stopping_{false};
   void (*body_)(int, void*) = nullptr;
   void* context_ = nullptr;
+  // Of the waits: written by the last thread of a meeting, and read between runs.
+  Clock::time_point begun_, last_wait_, left_, joined_;
+  Clock::duration calm_ = CALM;
+  int waits_ = 0;
+  bool first_ = true;
   alignas(64) std::atomic<uint32_t> started_{0};
   alignas(64) std::atomic<uint32_t> met_{0};
   alignas(64) std::atomic<int> arrived_{0};
+  std::atomic<Clock::duration> waiting_since_{};
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<uint32_t> finished_{0};
 };

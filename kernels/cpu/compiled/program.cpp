@@ -22,7 +22,7 @@ struct Program {
   const Step* step;
 };
 
-static void run_all(int, void* context) {
+static void run_all(int thread, void* context) {
   // A copy: after the last meeting the caller may change the program.
   const Program program = *(const Program*)context;
   Pool& pool = *program.pool;
@@ -48,6 +48,9 @@ static void run_all(int, void* context) {
         ((const FindBest*)arguments)->run(pool, *program.step);
         break;
     }
+    // While others finish: the weights that come next
+    if (i + 1 < program.count && (Kind)program.operations[i + 1].kind == Kind::linear)
+      ((const Linear*)program.operations[i + 1].arguments)->ask_for(thread);
     pool.meet();
   }
 }
@@ -61,6 +64,7 @@ void* pool_new(int threads) { return new Pool(threads); }
 void pool_delete(void* pool) { delete (Pool*)pool; }
 
 void program_run(void* pool, const Operation* operations, int count, const Step* step) {
+  if (!count) return;  // there would be no meeting, and `program` would end before all threads have read it
   Program program{operations, count, (Pool*)pool, step};
   program.pool->run(run_all, &program);
 }
@@ -98,10 +102,13 @@ void panels_quantize(const float* source, int64_t column_stride, int columns, in
     const float* row = source + c * column_stride;
     for (int first = 0; first < k; first += GROUP, scales += PANEL) {
       const int last = first + GROUP < k ? first + GROUP : k;
-      float largest = 0.0f;
-      for (int i = first; i < last; ++i) largest = std::fabs(row[i]) > largest ? std::fabs(row[i]) : largest;
-      *scales = largest / 127.0f;
-      const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+      float largest = 0.0f, wrong = 0.0f;
+      for (int i = first; i < last; ++i) {
+        largest = std::fabs(row[i]) > largest ? std::fabs(row[i]) : largest;
+        wrong += row[i] - row[i];  // NaN for NaN and for infinities
+      }
+      *scales = largest / 127.0f + wrong;
+      const float inverse = wrong == 0.0f && largest > 1e-36f ? 127.0f / largest : 0.0f;
       for (int i = first; i < last; ++i) panel[item_in_panel(Type::int8, c % PANEL, i)] = (int8_t)std::lrint(row[i] * inverse);
     }
   }

@@ -46,9 +46,9 @@ def test_a_seed_repeats_in_any_batch_to_the_last_bit(start, dtype):
 
 def test_preempted_requests_go_on_with_the_same_bits(start):
     roomy = start(dtype="bfloat16", prefix_cache=False)
-    prompts = [prompt(40, seed) for seed in range(6)]
+    prompts = [prompt(30, seed) for seed in range(6)]
     wanted = [drawn(roomy, [tokens])[0] for tokens in prompts]
-    tight = start(dtype="bfloat16", blocks=5)
+    tight = start(dtype="bfloat16", blocks=6, max_model_len=60)
     assert drawn(tight, prompts) == wanted
     assert tight.scheduler.preemptions > 0
 
