@@ -4,8 +4,8 @@
 // system holds up delays one task and not its share. After an operation all threads meet. Who waits spins for a short
 // time and then sleeps: on a core that other processes want, spinning would take it from the very thread waited for.
 //
-// Still, all wait for a thread that has to share its core, for a time slice at each turn. So when that has happened
-// several times, programs run with one thread fewer for a while: two threads of which one has half a core are slower
+// Still, all wait for a thread that has to share its core, for a time slice at each turn. So while that
+// takes more time than the thread saves, programs run without one: two threads of which one has half a core are slower
 // than one that has a whole core. Which threads compute changes no bit of any result.
 #pragma once
 
@@ -103,35 +103,38 @@ class Pool {
   static constexpr Clock::duration SPIN = 100us;  // a wake-up takes about half of that on a virtual machine
   // Between two steps: a core that fell asleep takes up to 3 ms to come back where a hypervisor gave it away.
   static constexpr Clock::duration BETWEEN = 3ms;
-  static constexpr Clock::duration LONG = 1ms;    // no task of a decode step takes so long
-  static constexpr int MANY = 2;                  // long waits within `CALM` that cost a thread its place
-  static constexpr Clock::duration CALM = 500ms, MOST_CALM = 4s;
+  static constexpr Clock::duration LONG = 1ms;      // no task of a decode step takes so long
+  static constexpr Clock::duration WINDOW = 300ms;  // of computing, after which the long waits in it are judged
+  static constexpr Clock::duration CALM = 300ms, MOST_CALM = 2s;
 
   // The last thread came. If the first one waited for most of the operation, the last one had been held up.
   void note_wait() {
     const Clock::time_point now = Clock::now();
     const auto waited = now.time_since_epoch() - waiting_since_.load(std::memory_order_relaxed);
-    // Not the first operation of a run: to wake up for it takes its time
-    if (!first_ && waited > LONG && 2 * waited > now - begun_) {
-      waits_ = now - last_wait_ < CALM ? waits_ + 1 : 1;
-      last_wait_ = now;
+    if (!first_) {  // to wake up for the first one takes its time
+      if (waited > LONG && 2 * waited > now - begun_) waited_ += waited;
+      computed_ += now - begun_;
     }
     begun_ = now;
     first_ = false;
   }
 
-  // One thread fewer after `MANY` long waits; after a calm time, at first a short one, one more.
+  // One thread fewer if the others have clearly waited for longer than its work takes them; after a calm time, at first a short
+  // one, one more.
   void choose_threads() {
     const Clock::time_point now = Clock::now();
-    if (waits_ >= MANY && active_ > 1) {
-      calm_ = now - joined_ < 2 * calm_ ? (2 * calm_ < MOST_CALM ? 2 * calm_ : MOST_CALM) : CALM;
-      --active_;
-      waits_ = 0;
-      left_ = now;
-    } else if (active_ < threads_ && now - left_ > calm_) {
+    if (computed_ > WINDOW) {
+      if (5 * active_ * waited_ > 6 * computed_) {
+        calm_ = now - changed_ < 2 * calm_ ? (2 * calm_ < MOST_CALM ? 2 * calm_ : MOST_CALM) : CALM;
+        --active_;
+        changed_ = now;
+      }
+      waited_ = computed_ = Clock::duration::zero();
+    }
+    if (active_ < threads_ && now - changed_ > calm_) {
       ++active_;
-      waits_ = 0;
-      joined_ = left_ = now;
+      changed_ = now;
+      waited_ = computed_ = Clock::duration::zero();
     }
   }
 
@@ -158,9 +161,8 @@ class Pool {
   void (*body_)(int, void*) = nullptr;
   void* context_ = nullptr;
   // Of the waits: written by the last thread of a meeting, and read between runs.
-  Clock::time_point begun_, last_wait_, left_, joined_;
-  Clock::duration calm_ = CALM;
-  int waits_ = 0;
+  Clock::time_point begun_, changed_;
+  Clock::duration calm_ = CALM, waited_{}, computed_{};
   bool first_ = true;
   alignas(64) std::atomic<uint32_t> started_{0};
   alignas(64) std::atomic<uint32_t> met_{0};
