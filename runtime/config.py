@@ -75,7 +75,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     quantization: Annotated[
         Literal["int8"] | None,
-        Option("weights of the base in int8, with a scale for each 128; adapters stay exact (compiled)", "model"),
+        Option(
+            "int8: the base's weights in int8, with a scale for each 128; adapters stay exact (compiled)",
+            "model",
+            unset="none",
+        ),
     ] = None
     load_format: Annotated[
         Literal["safetensors", "dummy"], Option("dummy: random weights, for measurements", "model")

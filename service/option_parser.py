@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import msgspec
 from msgspec.structs import FieldInfo
@@ -24,7 +24,8 @@ class Declared:
     def __init__(self, field: FieldInfo, option: Option) -> None:
         self.field, self.default, self.option = field.name, field.default, option
         kind = field.type.__origin__
-        self.kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # without "| None"
+        # Without "| None"; a Literal with it is a Union, other types with it are a UnionType
+        self.kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind
         self.name = option.name or field.name.replace("_", "-")
         self.variables = (f"ROOTSTOCK_{self.name.replace('-', '_').upper()}", *option.variables)
 

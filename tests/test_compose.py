@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kernels.cpu.compiled.build import PREBUILT
 from service.settings import read
 
 ROOT = Path(__file__).parent.parent
@@ -118,9 +119,20 @@ def test_every_bucket_that_the_service_uses_is_made_before_it_starts(compose: di
     assert job["image"] == store["image"], "it has the client, too"
 
 
+def test_the_image_takes_the_kernels_of_a_stage_that_built_them_where_they_are_looked_for(
+    dockerfile: list[tuple[str, str]],
+) -> None:
+    stage = next(rest for name, rest in dockerfile if name == "FROM")
+    built = next(rest for name, rest in dockerfile if name == "RUN")
+    assert stage.endswith(" AS kernels")
+    assert built == f"python -m kernels.cpu.compiled.build {PREBUILT.relative_to(ROOT).as_posix()}"
+    assert ("COPY", "--from=kernels /app/kernels kernels") in dockerfile
+
+
 def test_what_the_image_copies_exists_and_is_not_ignored(dockerfile: list[tuple[str, str]]) -> None:
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    sources = [source for name, rest in dockerfile if name == "COPY" for source in shlex.split(rest)[:-1]]
+    copies = [rest for name, rest in dockerfile if name == "COPY" and not rest.startswith("--from=")]
+    sources = [source for rest in copies for source in shlex.split(rest)[:-1]]
     assert {source for source in sources if not (ROOT / source).exists()} == set()
     for source in sources:
         ignored = False
