@@ -49,12 +49,12 @@ class CompiledRunner(Runner):
         self._layout = StepLayout(self.model, self.block_size, self.threads, self._shrunk, adapters.lookup)
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        self._step = self._layout.lay_out(chunks)
-        return self._step.chunks
+        self.prepared = self._layout.lay_out(chunks)
+        return self.prepared.chunks
 
     def launch(self) -> tuple[Results, bool]:
-        self.forward(self._step)
-        sampling = self._step.sampling
+        self.forward(self.prepared)
+        sampling = self.prepared.sampling
         best = self.decoder.best_of(len(sampling))
         sampled = choose(self.decoder.logits, sampling, [Best(one.highest, one.index, one.log_total) for one in best])
         return lambda: sampled, False
