@@ -13,7 +13,7 @@ import msgspec
 from starlette.routing import Route
 
 from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
-from service import errors
+from service import errors, health
 from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.adapters import schemas as adapter_schemas
@@ -28,7 +28,7 @@ def structs() -> list[type]:
     """Return every Struct of HTTP bodies. The Structs of query strings become parameters instead."""
     found = [
         member
-        for module in (schemas, adapters, adapter_schemas, dialects, kv_schemas, errors)
+        for module in (schemas, adapters, adapter_schemas, dialects, kv_schemas, errors, health)
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]

@@ -34,7 +34,7 @@ from tests.service.engine import fake_engine
 
 COMMANDS = {"fake": fake_engine.COMMAND, "real": (sys.executable, "-m", "runtime.process")}
 DEADLINE_SECONDS = 20
-ADAPTER_BYTES = 256  # of one in device memory: A and B of rank 2 on 16 features, float32
+ADAPTER_BYTES = 1280  # of one in device memory: A and B of rank 2 on 16 features, in panels of 16, and scales
 BLOCK_BYTES = 2048  # layers, tokens, K and V, features of a head, float32
 MAX_MODEL_LEN, MAX_RUNNING, MAX_WAITING = 4096, 4, 2
 PROMPT = list(range(20, 69))  # three whole blocks and a token
