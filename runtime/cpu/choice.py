@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 PROMPT_ROWS = 256
 # A request to compare by: a prompt, and then so many tokens one by one.
 TOKENS = 64
+LEAST_WEIGHTS = 1 << 18  # of a projection whose time says something; a toy model's is that of the call
 REPEATS = 8  # the fastest counts: a core may be busy or asleep
 MARGIN = 0.7  # PyTorch has to be clearly faster: the clock covers one projection and none of what lies between them
 
@@ -64,7 +65,8 @@ def choose_kernels(config: EngineConfig) -> tuple[Literal["compiled", "torch"], 
         return "compiled", {}
     model = ModelConfig.from_directory(config.model)
     dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
-    if dtype == torch.float16:
+    site = model.sites()[GATE_UP]
+    if dtype == torch.float16 or site.in_features * site.parts[0].out_features < LEAST_WEIGHTS:
         return "compiled", {}
     timed = _timings(model, dtype, threads_of(config))
     found: dict[str, float] = {}
