@@ -6,7 +6,7 @@ folded into both. The embedding's A is transposed too, so that a token reads one
 not adapt take no space.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -86,11 +86,8 @@ class AdapterLayout(NamedTuple):
 
     def check_ranks(self, most: int) -> None:
         """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
-        for site in filter(None, self.sites):
-            for module, _, ranks, _, _ in site.parts:
-                rank = ranks.stop - ranks.start
-                if rank > most:
-                    raise InvalidAdapter(module, f"has rank {rank}, and max_lora_rank (--max-lora-rank) is {most}")
+        parts = (part for site in filter(None, self.sites) for part in site.parts)
+        check_ranks(((part.module, part.ranks.stop - part.ranks.start) for part in parts), most)
 
     def pack(
         self,
@@ -122,6 +119,13 @@ class AdapterLayout(NamedTuple):
         """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
         with torch.inference_mode():  # makes a view in a third of the time
             return [None if site is None else _site_views(site, extent) for site in self.sites]
+
+
+def check_ranks(ranks: Iterable[tuple[str, int]], most: int) -> None:
+    """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
+    for module, rank in ranks:
+        if rank > most:
+            raise InvalidAdapter(module, f"has rank {rank}, and max_lora_rank (--max-lora-rank) is {most}")
 
 
 class TensorNames(NamedTuple):

@@ -19,7 +19,7 @@ from runtime.adapter_format.canonical import AdapterConfig
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header
 from runtime.adapter_format.weight_dtypes import HELD, widened
-from runtime.adapters.layout import stored, tensor_names
+from runtime.adapters.layout import check_ranks, stored, tensor_names
 from runtime.models.config import ModelConfig, Site
 
 TYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as panels.h numbers them
@@ -61,12 +61,8 @@ class PanelLayout(NamedTuple):
 
     def check_ranks(self, most: int) -> None:
         """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
-        for site in filter(None, self.sites):
-            for part in site.parts:
-                if part.ranks > most:
-                    raise InvalidAdapter(
-                        part.module, f"has rank {part.ranks}, and max_lora_rank (--max-lora-rank) is {most}"
-                    )
+        parts = (part for site in filter(None, self.sites) for part in site.parts)
+        check_ranks(((part.module, part.ranks) for part in parts), most)
 
     def pack(
         self,

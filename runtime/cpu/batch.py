@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
 from kernels.cpu.paged_attention import AttentionGroup
+from runtime.cpu.adapted_rows import adapted_logits, adapted_rows, base_and_adapted
 from runtime.models.config import ModelConfig
 from runtime.request import Request
 from runtime.scheduler import Chunk
@@ -105,24 +106,12 @@ def _attention(
     for chunk in prefills:
         slots = _slots([chunk], block_size)
         written.append(slots[0, chunk.start :])
-        for first, last in pairwise(_base_and_adapted(chunk)):
+        for first, last in pairwise(base_and_adapted(chunk)):
             keys = torch.arange(last)
             mask = _additive(keys <= keys[first:, None], dtype)[None, None]
             groups.append(AttentionGroup(slice(row, row + last - first), 1, last - first, slots[:, :last], mask))
             row += last - first
     return groups, torch.cat(written)
-
-
-def _base_and_adapted(chunk: Chunk) -> list[int]:
-    """The bounds of the parts of a chunk that attend separately: the base's tokens, and the adapted ones.
-
-    Under one mask the base's part would read the adapted one: an infinity there, though masked, would become NaN in K/V
-    that other requests share.
-    """
-    stop, invocation_start = chunk.start + chunk.length, chunk.request.invocation_start
-    if chunk.request.adapter is not None and chunk.start < invocation_start < stop:
-        return [chunk.start, invocation_start, stop]
-    return [chunk.start, stop]
 
 
 def _group_bounds(lengths: list[int]) -> list[int]:
@@ -157,22 +146,11 @@ def _lora_rows(
     chunks: list[Chunk], logit_rows: list[int], model: ModelConfig, lookup: Callable[[str], AdapterSites]
 ) -> LoraRows | None:
     """Runs of rows under one adapter; None if no row has an adapter, and then no LoRA code runs at all."""
-    runs: list[tuple[int, int, str]] = []
-    row = 0
-    for request, start, length, _ in chunks:
-        first = row + min(max(request.invocation_start - start, 0), length)
-        row += length
-        if request.adapter is None or first == row:
-            continue
-        if runs and runs[-1][1] == first and runs[-1][2] == request.adapter:
-            runs[-1] = (runs[-1][0], row, request.adapter)
-        else:
-            runs.append((first, row, request.adapter))
+    runs = adapted_rows(chunks)
     if not runs:
         return None
-    logit_runs = []
-    for first, stop, adapter in runs:
-        covered = [index for index, row in enumerate(logit_rows) if first <= row < stop]
-        if covered:
-            logit_runs.append(Run(covered[0], covered[-1] + 1, lookup(adapter)))
-    return LoraRows(model, [Run(first, stop, lookup(adapter)) for first, stop, adapter in runs], logit_runs)
+    rows, logits = (
+        [Run(first, last, lookup(adapter)) for first, last, adapter in each]
+        for each in (runs, adapted_logits(runs, logit_rows))
+    )
+    return LoraRows(model, rows, logits)

@@ -84,7 +84,13 @@ def _timings(model: ModelConfig, dtype: torch.dtype, threads: int) -> dict[str, 
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(columns, site.in_features, generator=generator) * site.in_features**-0.5).to(dtype)
     x = torch.randn(PROMPT_ROWS, site.in_features, generator=generator)
-    return {"compiled": _time(_compiled(weight, x, threads)), "torch": _time(_torch(weight, x, threads))}
+    compiled = _time(_compiled(weight, x, threads))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return {"compiled": compiled, "torch": _time(_torch(weight, x))}
+    finally:
+        torch.set_num_threads(before)
 
 
 def _compiled(weight: Tensor, x: Tensor, threads: int) -> Callable[[int], None]:
@@ -98,8 +104,7 @@ def _compiled(weight: Tensor, x: Tensor, threads: int) -> Callable[[int], None]:
     return run
 
 
-def _torch(weight: Tensor, x: Tensor, threads: int) -> Callable[[int], None]:
-    torch.set_num_threads(threads)
+def _torch(weight: Tensor, x: Tensor) -> Callable[[int], None]:
     linear, inputs = Linear(weight), x.to(weight.dtype)
 
     def run(rows: int) -> None:

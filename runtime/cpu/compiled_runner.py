@@ -29,12 +29,12 @@ class CompiledRunner(Runner):
     adapter_layout = staticmethod(layout_in_panels)
     packs_linears = False  # the kernels have a layout of their own
     reads_float16 = True
+    has_threads = True
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
         self.threads = threads_of(config)
         self.kernels = f"compiled ({instructions()})"
-        torch.set_num_threads(1)  # what is left to torch is small, and its threads would take cores from ours
         self._pool = Pool(self.threads)
         rows, logits = config.max_batch_tokens, config.max_running
         weight = quantize if config.quantization == "int8" else pack

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
+from runtime.cpu.adapted_rows import AdaptedRows, adapted_logits, adapted_rows, base_and_adapted
 from runtime.models.config import ModelConfig
 from runtime.models.layers import Rotary
 from runtime.request import Request
@@ -38,13 +39,8 @@ class StepLayout:
     def __init__(
         self, model: ModelConfig, block_size: int, threads: int, shrunk: Tensor, lookup: Callable[[str], np.ndarray]
     ) -> None:
-        self._model, self._block_size, self._threads, self._shrunk, self._lookup = (
-            model,
-            block_size,
-            threads,
-            shrunk,
-            lookup,
-        )
+        self._model, self._block_size, self._threads = model, block_size, threads
+        self._shrunk, self._lookup = shrunk, lookup
         self._rotary = Rotary(model.rope, model.head_dim)
         self._group = model.num_heads // model.num_kv_heads
 
@@ -67,7 +63,8 @@ class StepLayout:
         first_block = np.repeat(np.array(firsts), [chunk.length for chunk in ordered])
         slots = tables[first_block + positions // self._block_size] * self._block_size + positions % self._block_size
         cosines, sines = self._rotary(torch.from_numpy(positions), torch.float32)
-        runs, logit_runs = self._runs(ordered, logit_rows)
+        adapted = adapted_rows(ordered)
+        runs, logit_runs = (list(map(self._run, each)) for each in (adapted, adapted_logits(adapted, logit_rows)))
         queries = list(self._queries(ordered, [tables.ctypes.data + 4 * first for first in firsts]))
         scratch = self._split(queries)
         arrays = np.array(tokens, np.int32), slots.astype(np.int32), np.array(logit_rows, np.int32)
@@ -91,41 +88,15 @@ class StepLayout:
         sampling = [chunk.request for chunk in ordered if chunk.samples]
         return CompiledStep(ordered, sampling, struct, (arrays, each, tables, cosines, sines, scratch))
 
-    def _runs(self, chunks: list[Chunk], logit_rows: list[int]) -> tuple[list[structs.Run], list[structs.Run]]:
-        """Consecutive rows under one adapter, and the same of the rows of logits."""
-        runs: list[tuple[int, int, str]] = []
-        row = 0
-        for request, start, length, _ in chunks:
-            first = row + min(max(request.invocation_start - start, 0), length)
-            row += length
-            if request.adapter is None or first == row:
-                continue
-            if runs and runs[-1][1] == first and runs[-1][2] == request.adapter:
-                runs[-1] = (runs[-1][0], row, request.adapter)
-            else:
-                runs.append((first, row, request.adapter))
-        all_rows, of_logits = [], []
-        for first, last, adapter in runs:
-            sites = self._lookup(adapter).ctypes.data
-            all_rows.append(structs.Run(first, last, sites))
-            covered = [index for index, row in enumerate(logit_rows) if first <= row < last]
-            if covered:
-                of_logits.append(structs.Run(covered[0], covered[-1] + 1, sites))
-        return all_rows, of_logits
+    def _run(self, rows: AdaptedRows) -> structs.Run:
+        return structs.Run(rows.first, rows.last, self._lookup(rows.adapter).ctypes.data)
 
     def _queries(self, chunks: list[Chunk], tables: list[int]) -> Iterator[structs.Queries]:
-        """Consecutive queries of each chunk, few enough for one task.
-
-        The base's tokens of a chunk and the adapted ones are apart: what the base's read must not depend on adapted
-        ones, not even on an infinity that is masked, since their K and V are shared with other requests.
-        """
+        """Consecutive queries of each chunk, few enough for one task."""
         most = max(QUERY_ROWS // self._group, 1)
         row = 0
-        for (request, start, length, _), table in zip(chunks, tables, strict=True):
-            stop, bounds = start + length, [start, start + length]
-            if request.adapter is not None and start < request.invocation_start < stop:
-                bounds.insert(1, request.invocation_start)
-            for first, last in pairwise(bounds):
+        for chunk, table in zip(chunks, tables, strict=True):
+            for first, last in pairwise(base_and_adapted(chunk)):
                 for position in range(first, last, most):
                     count = min(most, last - position)
                     yield structs.Queries(row, count, position, position + count, table, None, None)

@@ -85,6 +85,12 @@ def test_asked_for_the_cpu_a_machine_with_a_gpu_uses_it(config, with_cuda):
         assert make_runner(config(device="cpu", kernels=kernels)).device.type == "cpu"
 
 
+def test_torch_keeps_its_threads_in_a_program_that_starts_an_engine(config, without_cuda):
+    before = torch.get_num_threads()
+    make_runner(config(threads=3))
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture
 def without_compiler(monkeypatch):
     def load():
