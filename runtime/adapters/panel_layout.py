@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import load
-from kernels.cpu.compiled.panels import PANEL
+from kernels.cpu.compiled.structs import PANEL
 from runtime.adapter_format.canonical import AdapterConfig
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header

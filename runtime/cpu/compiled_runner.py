@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from kernels.cpu.compiled.library import instructions
-from kernels.cpu.compiled.panels import PANEL, pack, quantize
+from kernels.cpu.compiled.panels import pack, quantize
 from kernels.cpu.compiled.program import Pool
+from kernels.cpu.compiled.structs import PANEL
 from runtime.adapters.panel_layout import layout_in_panels
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
+from kernels.cpu.compiled.library import load
 from runtime.cpu.adapted_rows import AdaptedRows, adapted_logits, adapted_rows, base_and_adapted
 from runtime.models.config import ModelConfig
 from runtime.models.layers import Rotary
 from runtime.request import Request
 from runtime.scheduler import Chunk
 
-PARTITION = 128  # tokens of a context, as in attention.h
 QUERY_ROWS = 96  # query heads that one task computes together
 TASKS_A_THREAD = 4  # with fewer, the partitions of a context become tasks of their own
 
@@ -111,11 +111,11 @@ class StepLayout:
         if len(queries) * kv_heads >= TASKS_A_THREAD * self._threads:
             return None
         kept = []
-        padded = -(-self._model.head_dim // 16) * 16
+        floats = kv_heads * self._group * load().partial_floats(self._model.head_dim)
         for one in queries:
-            partitions = -(-one.visible // PARTITION)
+            partitions = -(-one.visible // structs.PARTITION)
             if one.count == 1 and partitions > 1:
-                partials = np.empty(kv_heads * partitions * self._group * (padded + 2), np.float32)
+                partials = np.empty(partitions * floats, np.float32)
                 arrived = np.zeros(kv_heads, np.int32)
                 one.partials, one.arrived = partials.ctypes.data, arrived.ctypes.data
                 kept.append((partials, arrived))

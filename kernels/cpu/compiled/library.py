@@ -17,6 +17,8 @@ def load() -> ctypes.CDLL:
         raise CannotBuild(f"{path} cannot be loaded: {error}; set XDG_CACHE_HOME to another directory") from None
     signatures = {
         "lanes": ([], c_int),
+        "shared": ([c_void_p], None),
+        "partial_floats": ([c_int], c_size_t),
         "pool_new": ([c_int], c_void_p),
         "pool_delete": ([c_void_p], None),
         "program_run": ([c_void_p, c_void_p, c_int, c_void_p], None),

@@ -9,7 +9,6 @@ from torch import Tensor
 from kernels.cpu.compiled.library import load
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as panels.h numbers them
-PANEL = 16
 
 
 class Panels(NamedTuple):

@@ -119,8 +119,8 @@ class Pool {
     first_ = false;
   }
 
-  // One thread fewer if the others have clearly waited for longer than its work takes them; after a calm time, at first a short
-  // one, one more.
+  // One thread fewer if the others have clearly waited for longer than its work takes them; after a calm time, at first
+  // a short one, one more.
   void choose_threads() {
     const Clock::time_point now = Clock::now();
     if (computed_ > WINDOW) {

@@ -59,6 +59,18 @@ extern "C" {
 
 int lanes() { return LANES; }
 
+// What Python has to know as well, in the order of structs.py's `shared`.
+void shared(int64_t* out) {
+  const int64_t values[] = {PANEL,           PARTITION,      MOST_PARTS,   sizeof(Rows),        sizeof(LoraPart),
+                            sizeof(LoraSite), sizeof(Run),    sizeof(Queries), sizeof(Step),     sizeof(LinearPart),
+                            sizeof(Linear),  sizeof(Embed),  sizeof(RmsNorm), sizeof(RotateWrite), sizeof(Attention),
+                            sizeof(Best),    sizeof(FindBest), sizeof(Operation)};
+  memcpy(out, values, sizeof values);
+}
+
+// Floats of one row's part of a softmax.
+size_t partial_floats(int head_dim) { return Partial::size((head_dim + PANEL - 1) / PANEL * PANEL); }
+
 void* pool_new(int threads) { return new Pool(threads); }
 
 void pool_delete(void* pool) { delete (Pool*)pool; }

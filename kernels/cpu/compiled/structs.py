@@ -3,9 +3,9 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-MOST_PARTS = 3
-
-Fields = list[tuple[str, type]]
+PANEL = 16  # panels.h
+PARTITION = 128  # attention.h
+MOST_PARTS = 3  # step.h
 
 
 class Rows(ctypes.Structure):
@@ -147,3 +147,9 @@ class Operation(ctypes.Structure):
 
 
 KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest)  # an operation's kind is its place here
+
+
+def shared() -> list[int]:
+    """What the library has to agree to: constants, and the size of each structure."""
+    sizes = [Rows, LoraPart, LoraSite, Run, Queries, Step, LinearPart, Linear, Embed, RmsNorm, RotateWrite, Attention]
+    return [PANEL, PARTITION, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Operation])]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
-from kernels.cpu.compiled.panels import PANEL, Panels, pack, quantize
+from kernels.cpu.compiled.panels import Panels, pack, quantize
+from kernels.cpu.compiled.structs import PANEL
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = (*FLOATS, torch.int8)
