@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import torch
 import zmq
 
 from runtime.config import LOG_FORMAT, EngineConfig
@@ -168,8 +167,6 @@ def main(endpoint: str, parent: int) -> None:
     except (ValueError, OSError) as error:
         print(f"engine: {error}", file=sys.stderr)
         sys.exit(CANNOT_START)
-    if engine.runner.has_threads:
-        torch.set_num_threads(1)  # here and not in the runner: a program that uses the engine has work of its own
     _log.info("started with %s in %.1f s", config.model, time.monotonic() - start)
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()

@@ -27,7 +27,6 @@ class Runner(ABC):
     adapter_dtype: torch.dtype  # of both tiers of adapter memory
     adapter_layout: LayOut = staticmethod(layout_adapter)  # of an adapter in its extent
     packs_linears = True  # for oneDNN on a CPU
-    has_threads = False  # of its own: torch's would take their cores
     reads_float16 = False  # weights of a float16 checkpoint as they are
     kernels: str  # as `--kernels` names them
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured

@@ -1,6 +1,7 @@
 """The model on a CPU, by the compiled kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +21,17 @@ from runtime.sampler import Best, choose
 from runtime.scheduler import Chunk
 
 
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """For small operations beside the kernels: after each, torch's other threads would spin on the kernels' cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class CompiledRunner(Runner):
     """Computes each step in `launch`, by one call into the kernels, before it returns.
 
@@ -30,7 +42,6 @@ class CompiledRunner(Runner):
     adapter_layout = staticmethod(layout_in_panels)
     packs_linears = False  # the kernels have a layout of their own
     reads_float16 = True
-    has_threads = True
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
@@ -50,14 +61,18 @@ class CompiledRunner(Runner):
         self._layout = StepLayout(self.model, self.block_size, self.threads, self._shrunk, adapters.lookup)
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        self.prepared = self._layout.lay_out(chunks)
+        with torch_on_one_thread():
+            self.prepared = self._layout.lay_out(chunks)
         return self.prepared.chunks
 
     def launch(self) -> tuple[Results, bool]:
         self.forward(self.prepared)
         sampling = self.prepared.sampling
         best = self.decoder.best_of(len(sampling))
-        sampled = choose(self.decoder.logits, sampling, [Best(one.highest, one.index, one.log_total) for one in best])
+        with torch_on_one_thread():
+            sampled = choose(
+                self.decoder.logits, sampling, [Best(one.highest, one.index, one.log_total) for one in best]
+            )
         return lambda: sampled, False
 
     def forward(self, step: CompiledStep) -> torch.Tensor:

@@ -16,8 +16,6 @@ enum class Form : int32_t {
   gated,  // out = silu(y of part 0) · y of part 1
 };
 
-constexpr size_t AHEAD_BYTES = 64 << 10;
-
 struct LinearPart {
   const void* panels;  // (columns, k)
   const float* bias;   // (columns,) or null
@@ -35,13 +33,6 @@ struct Linear {
   float scale;
 
   void run(Pool& pool, const Step& step) const;
-
-  // Asks for a thread's share of the first weights.
-  void ask_for(int thread) const {
-    const size_t size = part[0].columns / PANEL * panel_bytes((Type)type, k), start = (size_t)thread * AHEAD_BYTES;
-    for (size_t byte = start; byte < start + AHEAD_BYTES && byte < size; byte += 64)
-      __builtin_prefetch((const char*)part[0].panels + byte, 0, 2);
-  }
 
  private:
   void shrink(const Step& step, const Run& run, int panel) const;
@@ -69,10 +60,10 @@ struct Linear {
   void write(int first, int rows, int panel, int part, int columns, const float* y, const float* up, int width) const;
 };
 
-constexpr int TILE_ROWS = 128;   // the sums of so many rows and of `TILE_PANELS` panels stay in the first cache
+constexpr int TILE_ROWS = 128;  // the sums of so many rows and of `TILE_PANELS` panels stay in the first cache
 constexpr int TILE_PANELS = 4;
-constexpr int FEW_ROWS = 16;               // more rows multiply panels that are widened once
-constexpr int WIDE_FLOATS = 1 << 16;       // of widened panels, so that they stay in the second cache
+constexpr int FEW_ROWS = 16;          // more rows multiply panels that are widened once
+constexpr int WIDE_FLOATS = 1 << 16;  // of widened panels, so that they stay in the second cache
 
 inline Vec silu(Vec x) {
   const Vec negated = splat(0.0f) - x;

@@ -22,7 +22,7 @@ struct Program {
   const Step* step;
 };
 
-static void run_all(int thread, void* context) {
+static void run_all(int, void* context) {
   // A copy: after the last meeting the caller may change the program.
   const Program program = *(const Program*)context;
   Pool& pool = *program.pool;
@@ -48,9 +48,6 @@ static void run_all(int thread, void* context) {
         ((const FindBest*)arguments)->run(pool, *program.step);
         break;
     }
-    // While others finish: the weights that come next
-    if (i + 1 < program.count && (Kind)program.operations[i + 1].kind == Kind::linear)
-      ((const Linear*)program.operations[i + 1].arguments)->ask_for(thread);
     pool.meet();
   }
 }
