@@ -78,10 +78,11 @@ def test_int8_gives_the_tokens_of_the_dequantised_weights(tmp_path):
 
 def test_a_closed_pool_has_ended_its_threads():
     def threads():
-        return len(list(Path("/proc/self/task").iterdir()))
+        return {task.name for task in Path("/proc/self/task").iterdir()}
 
     before = threads()
     pool = Pool(4)
-    assert threads() == before + 3
+    started = threads() - before
+    assert len(started) >= 3, "a pool of four threads starts three; other tests' threads may begin and end meanwhile"
     pool.close()
-    assert threads() == before
+    assert not started & threads()
