@@ -54,6 +54,18 @@ def choose_kernels(config: EngineConfig) -> tuple[Literal["compiled", "torch"], 
     """
     if config.kernels == "torch":
         return "torch", {}
+    if config.block_size % structs.TILE:
+        if config.kernels == "compiled":
+            raise ValueError(
+                f"block_size must be a multiple of {structs.TILE} for kernels (--kernels) compiled, not "
+                f"{config.block_size}"
+            )
+        _log.warning(
+            "block_size %d is no multiple of %d, so the slower CPU kernels of PyTorch run",
+            config.block_size,
+            structs.TILE,
+        )
+        return "torch", {}
     try:
         load()
     except CannotBuild as error:

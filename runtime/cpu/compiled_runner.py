@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from kernels.cpu.compiled.library import instructions
-from kernels.cpu.compiled.panels import pack, quantize
+from kernels.cpu.compiled.panels import PanelMemory, pack, quantize
 from kernels.cpu.compiled.program import Pool
 from kernels.cpu.compiled.structs import PANEL
 from runtime.adapters.panel_layout import layout_in_panels
@@ -49,7 +50,7 @@ class CompiledRunner(Runner):
         self.kernels = f"compiled ({instructions()})"
         self._pool = Pool(self.threads)
         rows, logits = config.max_batch_tokens, config.max_running
-        weight = quantize if config.quantization == "int8" else pack
+        weight = partial(quantize if config.quantization == "int8" else pack, memory=PanelMemory())
         self.decoder = CompiledDecoder(
             self.model, self.weights, self.kv.layers, config.block_size, self._pool, rows, logits, weight
         )

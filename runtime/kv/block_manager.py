@@ -71,7 +71,7 @@ class BlockManager:
         allocated = self.pool.allocate(missing)
         assert allocated is not None
         if match.tokens:
-            self._copies[request] = KvCopy(match.source, allocated[0], match.tokens)
+            self._copies[request] = KvCopy(match.source, allocated[0])
         request.blocks = match.blocks + allocated
         request.computed = self.known_tokens(match)
         return True

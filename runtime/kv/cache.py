@@ -10,11 +10,10 @@ from runtime.models.config import ModelConfig
 
 
 class KvCopy(NamedTuple):
-    """A copy of the first `tokens` slots of block `source` to block `target`, due before `target` is written to."""
+    """A copy of block `source` to block `target`, due before `target` is written to."""
 
     source: int
     target: int
-    tokens: int
 
 
 def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -24,8 +23,9 @@ def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> 
 class KvCache:
     """`layers` has (num_blocks * block_size, 2, kv_heads, head_dim) for each layer; K is index 0, V is 1.
 
-    Block b has the `block_size` slots from b * block_size on. Block 0 stays zero: padding reads it, so that no mask has
-    to hide what another request left behind, least of all a NaN.
+    Block b has the `block_size` slots from b * block_size on. The compiled CPU kernels order the numbers within a block
+    in another way (kernels/cpu/compiled/kv.h), so all others treat a block as a whole. Block 0 stays zero: padding
+    reads it, so that no mask has to hide what another request left behind, least of all a NaN.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class KvCache:
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[KvCopy]) -> None:
-        """Copy the first slots of blocks to others, on all layers. No block may be both a source and a target."""
-        for source, target, tokens in copies:
-            first, second = source * self.block_size, target * self.block_size
-            self._whole[:, second : second + tokens] = self._whole[:, first : first + tokens]
+        """Copy blocks to others, on all layers. No block may be both a source and a target."""
+        for source, target in copies:
+            self.block(target).copy_(self.block(source))

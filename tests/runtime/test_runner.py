@@ -111,6 +111,14 @@ def test_what_only_the_compiled_kernels_do_is_refused_without_them(config, witho
         make_runner(config(quantization="int8"))
 
 
+def test_blocks_that_are_no_whole_tiles_are_for_pytorch(config, without_cuda, caplog):
+    assert type(make_runner(config(block_size=8))) is TorchRunner
+    assert "block_size 8 is no multiple of 16" in caplog.text
+    with pytest.raises(ValueError, match=r"block_size must be a multiple of 16 for kernels .* compiled, not 8"):
+        make_runner(config(block_size=8, kernels="compiled"))
+    assert make_runner(config(block_size=32)).block_size == 32
+
+
 def test_interpreted_triton_kernels_run_on_a_cpu_with_adapters_in_the_models_dtype(config, without_cuda, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     runner = make_runner(config(kernels="triton", dtype="bfloat16"))

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "kv.h"
 #include "pool.h"
 #include "step.h"
 
@@ -26,8 +27,8 @@ struct Partial {
 
 struct Attention {
   Rows q, out;     // (rows, heads · head_dim); q is rotated
-  const void* kv;  // (slots, 2, kv_heads, head_dim), keys first
-  int32_t heads, kv_heads, head_dim, block_size;
+  const void* kv;  // in tiles
+  int32_t heads, kv_heads, head_dim, block_size;  // tokens in a block: whole tiles
   int32_t type;  // of the cache: float32 or bfloat16
   float scale;
 
@@ -122,30 +123,55 @@ struct Attention {
     return scratch().rows.data();
   }
 
+  // The softmax of some queries over one partition.
   void compute(const Queries& queries, int kv_head, int index, const float* scaled, Partial partial) const {
-    if ((Type)type == Type::float32)
-      compute_of<float>(queries, kv_head, index, scaled, partial);
-    else
-      compute_of<uint16_t>(queries, kv_head, index, scaled, partial);
-  }
-
-  template <class Item>
-  void compute_of(const Queries& queries, int kv_head, int index, const float* scaled, Partial partial) const {
     const int rows = queries.count * group(), start = index * PARTITION;
     const int tokens = queries.visible - start < PARTITION ? queries.visible - start : PARTITION;
+    const char* keys[PARTITION / TILE];
+    locate(queries, kv_head, start, tokens, keys);
     float* scores = room(scratch().scores, (size_t)rows * PARTITION);
-    const Item* at[PARTITION];
-    locate(queries, kv_head, start, tokens, at);
-    const float* keys = gather_keys(at, tokens);
-    multiply_rows(Type::float32, rows, (tokens + PANEL - 1) / PANEL, keys, head_dim, scaled, head_dim, scores,
-                  PARTITION, false);
+    score(rows, tokens, keys, scaled, scores);
     for (int row = 0; row < rows; ++row) {
       const int seen = queries.position + row / group() + 1 - start;
       softmax(scores + row * PARTITION, seen < tokens ? seen : tokens, tokens, partial.maximum(row), partial.total(row));
     }
-    const float* values = gather_values(at, tokens);
-    multiply_rows(Type::float32, rows, padded() / PANEL, values, tokens, scores, PARTITION, partial.at,
-                  Partial::size(padded()), false);
+    sum_values(rows, tokens, keys, scores, partial);
+  }
+
+  // Few rows read the cache's panels as they are; for more, each is widened once. The sums have the same order.
+  bool as_they_are(int rows) const { return rows <= MOST_ROWS || (Type)type == Type::float32; }
+
+  void score(int rows, int tokens, const char* const* keys, const float* scaled, float* scores) const {
+    const int tiles = (tokens + TILE - 1) / TILE;
+    if (as_they_are(rows)) {
+      for (int i = 0; i < tiles; ++i)
+        multiply_rows((Type)type, rows, 1, keys[i], 0, head_dim, scaled, head_dim, scores + i * TILE, PARTITION, false);
+      return;
+    }
+    float* wide = room(scratch().keys, (size_t)PARTITION * head_dim);
+    for (int i = 0; i < tiles; ++i) widen_panels((Type)type, 1, keys[i], head_dim, wide + (size_t)i * TILE * head_dim);
+    multiply_rows(Type::float32, rows, tiles, wide, panel_bytes(Type::float32, head_dim), head_dim, scaled, head_dim,
+                  scores, PARTITION, false);
+  }
+
+  void sum_values(int rows, int tokens, const char* const* keys, const float* weights, Partial partial) const {
+    const Kv cache = tiles();
+    const size_t stride = Kv::values_stride((Type)type), width = Partial::size(padded());
+    const bool few = as_they_are(rows);
+    const int widened = few ? 0 : cache.panels(), rest = cache.last_columns() ? 1 : 0;
+    float* wide = room(scratch().values, (size_t)PARTITION * padded());
+    for (int first = 0; first < tokens; first += TILE) {
+      const int count = tokens - first < TILE ? tokens - first : TILE;
+      const char* values = cache.values(keys[first / TILE]);
+      if (few)
+        multiply_rows((Type)type, rows, cache.panels(), values, stride, count, weights + first, PARTITION, partial.at,
+                      width, first > 0);
+      for (int panel = 0; panel < widened; ++panel)
+        widen_panels((Type)type, 1, values + panel * stride, count, wide + ((size_t)panel * tokens + first) * PANEL);
+      if (rest) cache.widen_last_columns(values, count, wide + ((size_t)widened * tokens + first) * PANEL);
+    }
+    multiply_rows(Type::float32, rows, widened + rest, wide, panel_bytes(Type::float32, tokens), tokens, weights,
+                  PARTITION, partial.at + (cache.panels() - widened) * PANEL, width, false);
   }
 
   // weights[i] = exp(scores[i] - maximum) for the tokens that are seen, in place, and 0 for the others.
@@ -189,117 +215,25 @@ struct Attention {
     }
   }
 
+  Kv tiles() const { return {(char*)kv, kv_heads, head_dim, (Type)type}; }
+
   // Asks for the K and V of a task's partition.
   void ask_for(const Task& task) const {
     if (!task.queries) return;
-    const Queries& queries = *task.queries;
-    const int start = task.partition * PARTITION, end = start + PARTITION < queries.visible ? start + PARTITION : queries.visible;
-    const size_t item = item_bytes((Type)type), head = head_dim * item, values = kv_heads * head;
-    int block = start / block_size, offset = start % block_size;
-    for (int token = start; token < end; ++token) {
-      const size_t slot = (size_t)queries.blocks[block] * block_size + offset;
-      const char* keys = (const char*)kv + slot * 2 * values + task.kv_head * head;
-      for (size_t byte = 0; byte < task.heads * head; byte += 64) {
-        __builtin_prefetch(keys + byte, 0, 2);
-        __builtin_prefetch(keys + values + byte, 0, 2);
-      }
-      if (++offset == block_size) offset = 0, ++block;
+    const int start = task.partition * PARTITION, left = task.queries->visible - start;
+    const int tokens = left < PARTITION ? left : PARTITION;
+    const char* keys[PARTITION / TILE];
+    locate(*task.queries, task.kv_head, start, tokens, keys);
+    for (int i = 0; i < (tokens + TILE - 1) / TILE; ++i)
+      for (size_t byte = 0; byte < task.heads * tiles().head_bytes(); byte += 64)
+        __builtin_prefetch(keys[i] + byte, 0, 2);
+  }
+
+  // The keys of a head, by tiles.
+  void locate(const Queries& queries, int kv_head, int start, int tokens, const char** keys) const {
+    for (int token = start; token < start + tokens; token += TILE) {
+      const size_t slot = (size_t)queries.blocks[token / block_size] * block_size + token % block_size;
+      *keys++ = tiles().keys(slot / TILE, kv_head);
     }
   }
-
-  // Each token's keys of a head; its values lie `kv_heads` heads further.
-  template <class Item>
-  void locate(const Queries& queries, int kv_head, int start, int tokens, const Item** rows) const {
-    const size_t of_token = (size_t)2 * kv_heads * head_dim;
-    int block = start / block_size, offset = start % block_size;
-    for (int token = 0; token < tokens; ++token) {
-      const size_t slot = (size_t)queries.blocks[block] * block_size + offset;
-      rows[token] = (const Item*)kv + slot * of_token + kv_head * head_dim;
-      if (++offset == block_size) offset = 0, ++block;
-    }
-  }
-
-  // Keys as panels of tokens, (tokens, head_dim).
-  template <class Item>
-  const float* gather_keys(const Item* const* rows, int tokens) const {
-    float* panels = room(scratch().keys, (size_t)PARTITION * head_dim);
-    for (int first = 0; first < tokens; first += PANEL, panels += PANEL * head_dim) {
-      int token = 0;
-#if defined(__AVX2__)
-      for (; token < PANEL && first + token + 8 <= tokens; token += 8) {
-        for (int i = 0; i + 8 <= head_dim; i += 8) transpose(rows + first + token, i, panels + i * PANEL + token);
-        for (int i = head_dim / 8 * 8; i < head_dim; ++i)
-          for (int j = 0; j < 8; ++j) panels[i * PANEL + token + j] = widened_item(rows[first + token + j][i]);
-      }
-#endif
-      for (; token < PANEL; ++token)
-        for (int i = 0; i < head_dim; ++i)
-          panels[i * PANEL + token] = first + token < tokens ? widened_item(rows[first + token][i]) : 0.0f;
-    }
-    return scratch().keys.data();
-  }
-
-  // Values as panels of dimensions, (head_dim, tokens).
-  template <class Item>
-  const float* gather_values(const Item* const* rows, int tokens) const {
-    float* panels = room(scratch().values, (size_t)PARTITION * padded());
-    const size_t values = (size_t)kv_heads * head_dim;
-    for (int first = 0; first < head_dim; first += PANEL)
-      for (int token = 0; token < tokens; ++token, panels += PANEL) {
-        const Item* row = rows[token] + values + first;
-        if (first + PANEL <= head_dim)
-          for (int i = 0; i < PANEL; i += LANES) store(panels + i, widened(row + i));
-        else
-          for (int i = 0; i < PANEL; ++i) panels[i] = first + i < head_dim ? widened_item(row[i]) : 0.0f;
-      }
-    return scratch().values.data();
-  }
-
-  static float widened_item(float item) { return item; }
-  static float widened_item(uint16_t item) { return widen_bfloat16(item); }
-
-  static Vec widened(const float* items) { return load(items); }
-  static Vec widened(const uint16_t* items) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)items)), 16);
-#elif defined(__AVX2__)
-    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)items)), 16);
-#else
-    Vec wide;
-    for (int lane = 0; lane < LANES; ++lane) wide[lane] = widen_bfloat16(items[lane]);
-    return wide;
-#endif
-  }
-
-#if defined(__AVX2__)
-  static __m256 eight(const float* items) { return _mm256_loadu_ps(items); }
-  static __m256 eight(const uint16_t* items) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)items)), 16));
-  }
-
-  // Eight dimensions of eight tokens, to eight tokens of eight dimensions.
-  template <class Item>
-  static void transpose(const Item* const rows[8], int first, float* out) {
-    __m256 in[8], pairs[8], quads[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) in[i] = eight(rows[i] + first);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-      pairs[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
-      pairs[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-      quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-      quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-      quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-      quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps(out + i * PANEL, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
-      _mm256_storeu_ps(out + (i + 4) * PANEL, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
-    }
-  }
-#endif
 };

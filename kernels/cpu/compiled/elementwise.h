@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "kv.h"
 #include "pool.h"
 #include "step.h"
 
@@ -46,7 +47,7 @@ struct Embed {
       t[rank] = widen(held, lora.a, (size_t)token * lora.ranks + rank) * lora.scales[rank];
     for (int first = 0; first < hidden; first += PANEL) {
       const char* panel = (const char*)part.b + first / PANEL * panel_bytes(held, lora.ranks);
-      multiply_rows(held, 1, 1, panel, lora.ranks, t, 0, y, 0, false);
+      multiply_rows(held, 1, 1, panel, 0, lora.ranks, t, 0, y, 0, false);
       for (int i = first; i < first + PANEL && i < hidden; ++i)
         x[i] += y[i - first] + (part.bias ? part.bias[i] : 0.0f);
     }
@@ -82,7 +83,7 @@ struct RmsNorm {
 // Rotates queries in place; rotates keys and writes them and the values to the cache.
 struct RotateWrite {
   Rows qkv;
-  void* kv;                    // (slots, 2, kv_heads, head_dim), keys first
+  void* kv;                    // in tiles
   const float* query_norm;     // (head_dim,) or null: RMSNorm of each head before the rotation
   const float* key_norm;
   int32_t heads, kv_heads, head_dim;
@@ -98,7 +99,8 @@ struct RotateWrite {
         if (weight) normalize(at, weight, head_dim, eps, at);
         rotate(at, step.cosines + row * head_dim, step.sines + row * head_dim);
       }
-      keep(x + heads * head_dim, (size_t)step.slots[row] * 2 * kv_heads * head_dim);
+      const float* k = x + heads * head_dim;
+      Kv{(char*)kv, kv_heads, head_dim, (Type)type}.write(step.slots[row], k, k + kv_heads * head_dim);
     }
   }
 
@@ -110,13 +112,5 @@ struct RotateWrite {
       x[i] = a * cosines[i] + b * sines[i];
       x[half + i] = b * cosines[half + i] + a * sines[half + i];
     }
-  }
-
-  void keep(const float* keys_values, size_t at) const {
-    const int size = 2 * kv_heads * head_dim;
-    if ((Type)type == Type::float32)
-      memcpy((float*)kv + at, keys_values, size * sizeof(float));
-    else
-      for (int i = 0; i < size; ++i) ((uint16_t*)kv)[at + i] = round_bfloat16(keys_values[i]);
   }
 };

@@ -76,7 +76,8 @@ inline void Linear::shrink(const Step& step, const Run& run, int panel) const {
   const LoraSite& lora = run.sites[site];
   const Type type = (Type)lora.type;
   float* t = step.shrunk.at + run.first * step.shrunk.stride + panel * PANEL;
-  multiply_rows(type, run.last - run.first, 1, (const char*)lora.a + panel * panel_bytes(type, k), k,
+  const size_t bytes = panel_bytes(type, k);
+  multiply_rows(type, run.last - run.first, 1, (const char*)lora.a + panel * bytes, bytes, k,
                 x.at + run.first * x.stride, x.stride, t, step.shrunk.stride, false);
   for (int row = 0; row < run.last - run.first; ++row)
     for (int v = 0; v < PANEL; v += LANES) {
@@ -90,7 +91,8 @@ inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index
                             int rows, const float* wide, const void* ahead, float* tile) const {
   const LinearPart& base = part[index];
   const int width = panels * PANEL;
-  multiply_rows(wide ? Type::float32 : (Type)type, rows, panels, wide ? (const char*)wide : panels_of(index, panel), k,
+  const Type held = wide ? widened((Type)type) : (Type)type;
+  multiply_rows(held, rows, panels, wide ? (const char*)wide : panels_of(index, panel), panel_bytes(held, k), k,
                 x.at + first * x.stride, x.stride, tile, width, false, ahead);
   const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
   if (base.bias)
@@ -105,8 +107,8 @@ inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index
     const LoraPart& adapted = lora.parts[index];
     if (from >= to || !adapted.b) continue;
     float* y = tile + (from - first) * width;
-    multiply_rows((Type)lora.type, to - from, panels,
-                  (const char*)adapted.b + panel * panel_bytes((Type)lora.type, adapted.ranks), adapted.ranks,
+    const size_t bytes = panel_bytes((Type)lora.type, adapted.ranks);
+    multiply_rows((Type)lora.type, to - from, panels, (const char*)adapted.b + panel * bytes, bytes, adapted.ranks,
                   step.shrunk.at + from * step.shrunk.stride + adapted.first_rank, step.shrunk.stride, y, width, true);
     if (adapted.bias)
       for (int row = 0; row < to - from; ++row)
@@ -137,7 +139,7 @@ inline void Linear::write(
 
 inline void Linear::run(Pool& pool, const Step& step) const {
   alignas(64) static thread_local float tile[2][TILE_ROWS * TILE_PANELS * PANEL];
-  static thread_local std::vector<float> widened[2];
+  static thread_local std::vector<float> wides[2];
   const int rows = logits ? step.logits : step.rows, runs = logits ? step.logit_runs : step.runs;
   const Run* adapted = logits ? step.logit_run : step.run;
   int shrinks = 0;
@@ -162,14 +164,14 @@ inline void Linear::run(Pool& pool, const Step& step) const {
     const Place after = follows ? place_of(next - shrinks, most) : place;
     const int products = parts / outputs;
     for (int i = 0; wide && i < products; ++i) {
-      widened[i].resize((size_t)most * k * PANEL);
-      widen_panels((Type)type, place.panels, panels_of(place.part + i, place.panel), k, widened[i].data());
+      wides[i].resize(most * panel_bytes(widened((Type)type), k) / 4);
+      widen_panels((Type)type, place.panels, panels_of(place.part + i, place.panel), k, wides[i].data());
     }
     for (int first = 0; first < rows; first += TILE_ROWS) {
       const int count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
       for (int i = 0; i < products; ++i)
         compute(pool, step, shrinks, place.part + i, place.panel, place.panels, first, count,
-                wide ? widened[i].data() : nullptr, follows ? panels_of(after.part + i, after.panel) : nullptr, tile[i]);
+                wide ? wides[i].data() : nullptr, follows ? panels_of(after.part + i, after.panel) : nullptr, tile[i]);
       write(first, count, place.panel, place.part, place.columns, tile[0], tile[1], place.panels * PANEL);
     }
   }

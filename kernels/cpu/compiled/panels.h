@@ -2,7 +2,8 @@
 //
 // A matrix W (columns, k) lies in panels of 16 columns; a panel holds one vector of 16 weights for each k, so that a
 // product reads it from end to end and needs no sum across lanes. bfloat16 holds two neighbouring k of a column side by
-// side: a shift and a mask widen them. int8 has a float scale for each column and each 128 k.
+// side: a shift and a mask widen them. int8 has a float scale for each column and each
+// 128 k, behind the weights.
 #pragma once
 
 #include "vec.h"
@@ -11,14 +12,19 @@ constexpr int PANEL = 16;
 constexpr int VECTORS = PANEL / LANES;  // of one k of a panel
 constexpr int GROUP = 128;              // k with one scale, in int8
 
-enum class Type : int32_t { float32, bfloat16, float16, int8 };
+// The last is what `widen_panels` makes of int8: float32 of the same values, with the same scales.
+enum class Type : int32_t { float32, bfloat16, float16, int8, wide_int8 };
 
-inline size_t item_bytes(Type type) { return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2; }
+constexpr size_t item_bytes(Type type) {
+  return type == Type::float32 || type == Type::wide_int8 ? 4 : type == Type::int8 ? 1 : 2;
+}
+
+constexpr bool scaled(Type type) { return type == Type::int8 || type == Type::wide_int8; }
 
 // The bytes of a panel; bfloat16 has a whole pair for the last k.
 inline size_t panel_bytes(Type type, int k) {
-  if (type == Type::int8) return (size_t)k * PANEL + (size_t)((k + GROUP - 1) / GROUP) * PANEL * 4;
-  return (size_t)(type == Type::bfloat16 ? k + (k & 1) : k) * PANEL * item_bytes(type);
+  const size_t scales = scaled(type) ? (size_t)((k + GROUP - 1) / GROUP) * PANEL * 4 : 0;
+  return (size_t)(type == Type::bfloat16 ? k + (k & 1) : k) * PANEL * item_bytes(type) + scales;
 }
 
 // Where the weight of a column of the panel and a k lies, in items from the panel's start.
@@ -30,15 +36,19 @@ inline size_t item_in_panel(Type type, int column, int k) {
 struct Float32 {
   static constexpr Type type = Type::float32;
   static constexpr int step = 1;
-  static Vec widen(const char* panel, int at, int, int vector, int) {
+  static Vec widen(const char* panel, int at, int, int vector) {
     return load((const float*)panel + (size_t)at * PANEL + vector * LANES);
   }
+};
+
+struct WideInt8 : Float32 {
+  static constexpr Type type = Type::wide_int8;
 };
 
 struct BFloat16 {
   static constexpr Type type = Type::bfloat16;
   static constexpr int step = 2;
-  static Vec widen(const char* panel, int at, int odd, int vector, int) {
+  static Vec widen(const char* panel, int at, int odd, int vector) {
     const Bits pairs = *(const BitsAt*)((const uint16_t*)panel + (size_t)at * PANEL + vector * LANES * 2);
     return odd ? (Vec)(pairs & 0xffff0000u) : (Vec)(pairs << 16);
   }
@@ -47,7 +57,7 @@ struct BFloat16 {
 struct Float16 {
   static constexpr Type type = Type::float16;
   static constexpr int step = 1;
-  static Vec widen(const char* panel, int at, int, int vector, int) {
+  static Vec widen(const char* panel, int at, int, int vector) {
     const uint16_t* halves = (const uint16_t*)panel + (size_t)at * PANEL + vector * LANES;
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)halves));
@@ -64,17 +74,17 @@ struct Float16 {
 struct Int8 {
   static constexpr Type type = Type::int8;
   static constexpr int step = 1;
-  static Vec widen(const char* panel, int at, int, int vector, int k) {
+  static Vec widen(const char* panel, int at, int, int vector) {
     const int8_t* bytes = (const int8_t*)panel + (size_t)at * PANEL + vector * LANES;
 #if defined(__AVX512F__)
-    const Vec wide = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
 #elif defined(__AVX2__)
-    const Vec wide = (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
 #else
     Vec wide;
     for (int lane = 0; lane < LANES; ++lane) wide[lane] = bytes[lane];
+    return wide;
 #endif
-    return wide * load((const float*)(panel + (size_t)k * PANEL) + at / GROUP * PANEL + vector * LANES);
   }
 };
 
@@ -102,27 +112,27 @@ struct Sums {
           __builtin_prefetch(ahead.at + i / step * bytes, 0, 2);
           next = wait;
         }
-        add_step(panel, stride, i, k, x, x_stride);
+        add_step(panel, stride, i, x, x_stride);
       }
     }
-    for (; i + step <= k; i += step) add_step(panel, stride, i, k, x, x_stride);
-    if (step > 1 && i < k) add_one(panel, stride, i, 0, k, x, x_stride);
+    for (; i + step <= k; i += step) add_step(panel, stride, i, x, x_stride);
+    if (step > 1 && i < k) add_one(panel, stride, i, 0, x, x_stride);
   }
 
  private:
   inline __attribute__((always_inline)) void add_step(
-      const char* panel, size_t stride, int at_k, int k, const float* x, size_t x_stride) {
+      const char* panel, size_t stride, int at_k, const float* x, size_t x_stride) {
 #pragma GCC unroll 2
-    for (int i = 0; i < Weight::step; ++i) add_one(panel, stride, at_k, i, k, x, x_stride);
+    for (int i = 0; i < Weight::step; ++i) add_one(panel, stride, at_k, i, x, x_stride);
   }
 
   inline __attribute__((always_inline)) void add_one(
-      const char* panel, size_t stride, int at_k, int i, int k, const float* x, size_t x_stride) {
+      const char* panel, size_t stride, int at_k, int i, const float* x, size_t x_stride) {
     Vec weights[PANELS][VECTORS];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) weights[p][v] = Weight::widen(panel + p * stride, at_k, i, v, k);
+      for (int v = 0; v < VECTORS; ++v) weights[p][v] = Weight::widen(panel + p * stride, at_k, i, v);
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row) {
       const Vec value = splat(x[row * x_stride + at_k + i]);
@@ -134,11 +144,36 @@ struct Sums {
   }
 };
 
+// `multiply` for weights with scales: the weights of one scale are summed as they are, and the scale multiplies the sum.
+template <class Weight, int ROWS, int PANELS>
+void multiply_scaled(const char* panel, size_t stride, int k, const float* x, size_t x_stride, float* out,
+                     size_t out_stride, bool add, Ahead ahead) {
+  const size_t bytes = item_bytes(Weight::type) * PANEL;  // of one k
+  for (int first = 0; first < k; first += GROUP) {
+    Sums<Weight, ROWS, PANELS> sums;
+    const Ahead next{ahead.at ? ahead.at + first * bytes : nullptr, ahead.share};
+    sums.add(panel + first * bytes, stride, k - first < GROUP ? k - first : GROUP, x + first, x_stride, next);
+    const char* scales = panel + k * bytes + first / GROUP * PANEL * 4;
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+          float* to = out + row * out_stride + p * PANEL + v * LANES;
+          const Vec scale = load((const float*)(scales + p * stride) + v * LANES);
+          store(to, fma(sums.at[p][row][v], scale, add || first ? load(to) : splat(0.0f)));
+        }
+  }
+}
+
 // out[row][column] (+)= Σ x[row][k] · W[column][k] for ROWS rows and PANELS panels that lie `stride` bytes apart;
 // `add` says whether the sum continues what is in `out`.
 template <class Weight, int ROWS, int PANELS>
 void multiply(const char* panel, size_t stride, int k, const float* x, size_t x_stride, float* out, size_t out_stride,
               bool add, Ahead ahead) {
+  if constexpr (scaled(Weight::type))
+    return multiply_scaled<Weight, ROWS, PANELS>(panel, stride, k, x, x_stride, out, out_stride, add, ahead);
   Sums<Weight, ROWS, PANELS> sums;
   if (add)
 #pragma GCC unroll 4
@@ -198,10 +233,10 @@ void multiply_rows(int rows, int panels, const char* panel, size_t stride, int k
   }
 }
 
-// `ahead` is the panels that are multiplied next, for which the memory is asked meanwhile; null for none.
-inline void multiply_rows(Type type, int rows, int panels, const void* panel, int k, const float* x, size_t x_stride,
-                          float* out, size_t out_stride, bool add, const void* ahead = nullptr) {
-  const size_t stride = panel_bytes(type, k);
+// `ahead` is the panels that are multiplied next, for which the memory is asked meanwhile; null for none. `stride` is the
+// bytes from one panel to the next.
+inline void multiply_rows(Type type, int rows, int panels, const void* panel, size_t stride, int k, const float* x,
+                          size_t x_stride, float* out, size_t out_stride, bool add, const void* ahead = nullptr) {
   const char *first = (const char*)panel, *next = (const char*)ahead;
   switch (type) {
     case Type::float32:
@@ -212,17 +247,26 @@ inline void multiply_rows(Type type, int rows, int panels, const void* panel, in
       return multiply_rows<Float16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
     case Type::int8:
       return multiply_rows<Int8>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
+    case Type::wide_int8:
+      return multiply_rows<WideInt8>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
   }
 }
 
 // Writes panels in float32, for products with many rows: each weight is then widened once, to the same value.
 template <class Weight>
 void widen_panels(int panels, const char* panel, int k, float* out) {
-  for (; panels > 0; --panels, panel += panel_bytes(Weight::type, k))
+  const size_t bytes = panel_bytes(Weight::type, k), scales = (size_t)k * PANEL * item_bytes(Weight::type);
+  for (; panels > 0; --panels, panel += bytes) {
     for (int i = 0; i < k; ++i)
       for (int v = 0; v < VECTORS; ++v, out += LANES)
-        store(out, Weight::widen(panel, i / Weight::step * Weight::step, i % Weight::step, v, k));
+        store(out, Weight::widen(panel, i / Weight::step * Weight::step, i % Weight::step, v));
+    if (!scaled(Weight::type)) continue;
+    memcpy(out, panel + scales, bytes - scales);
+    out += (bytes - scales) / 4;
+  }
 }
+
+inline Type widened(Type type) { return scaled(type) ? Type::wide_int8 : Type::float32; }
 
 inline void widen_panels(Type type, int panels, const void* panel, int k, float* out) {
   switch (type) {
@@ -234,12 +278,15 @@ inline void widen_panels(Type type, int panels, const void* panel, int k, float*
       return widen_panels<Float16>(panels, (const char*)panel, k, out);
     case Type::int8:
       return widen_panels<Int8>(panels, (const char*)panel, k, out);
+    case Type::wide_int8:
+      return widen_panels<WideInt8>(panels, (const char*)panel, k, out);
   }
 }
 
 inline float widen(Type type, const void* items, size_t index) {
   switch (type) {
     case Type::float32:
+    case Type::wide_int8:
       return ((const float*)items)[index];
     case Type::bfloat16:
       return widen_bfloat16(((const uint16_t*)items)[index]);

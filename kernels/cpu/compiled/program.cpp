@@ -58,10 +58,11 @@ int lanes() { return LANES; }
 
 // What Python has to know as well, in the order of structs.py's `shared`.
 void shared(int64_t* out) {
-  const int64_t values[] = {PANEL,           PARTITION,      MOST_PARTS,   sizeof(Rows),        sizeof(LoraPart),
-                            sizeof(LoraSite), sizeof(Run),    sizeof(Queries), sizeof(Step),     sizeof(LinearPart),
-                            sizeof(Linear),  sizeof(Embed),  sizeof(RmsNorm), sizeof(RotateWrite), sizeof(Attention),
-                            sizeof(Best),    sizeof(FindBest), sizeof(Operation)};
+  const int64_t values[] = {
+      PANEL,           PARTITION,       TILE,          MOST_PARTS,    sizeof(Rows),        sizeof(LoraPart),
+      sizeof(LoraSite), sizeof(Run),    sizeof(Queries), sizeof(Step), sizeof(LinearPart), sizeof(Linear),
+      sizeof(Embed),   sizeof(RmsNorm), sizeof(RotateWrite), sizeof(Attention), sizeof(Best), sizeof(FindBest),
+      sizeof(Operation)};
   memcpy(out, values, sizeof values);
 }
 

@@ -95,6 +95,8 @@ class Program:
     ) -> None:
         """Rotate queries and keys of `qkv` in place, and write keys and values to `kv` (slots, 2, kv_heads, d).
 
+        `kv` has that many items, in the order that kv.h describes.
+
         `norms` are the weights of an RMSNorm of each query head and each key head, before the rotation.
         """
         query, key = (None, None) if norms is None else (self._keep(norms[0]), self._keep(norms[1]))
@@ -106,7 +108,7 @@ class Program:
         )
 
     def attention(self, q: Tensor, kv: Tensor, out: Tensor, heads: int, block_size: int, scale: float) -> None:
-        """Attend from the first `heads` heads of `q` over each row's context in `kv`."""
+        """Attend from the first `heads` heads of `q` over each row's context in `kv`, as `rotate_write` writes it."""
         kv_heads, head_dim = kv.shape[2:]
         kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype]
         self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale))

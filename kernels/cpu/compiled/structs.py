@@ -5,6 +5,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 
 PANEL = 16  # panels.h
 PARTITION = 128  # attention.h
+TILE = 16  # kv.h
 MOST_PARTS = 3  # step.h
 
 
@@ -152,4 +153,4 @@ KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest)  # an operati
 def shared() -> list[int]:
     """What the library has to agree to: constants, and the size of each structure."""
     sizes = [Rows, LoraPart, LoraSite, Run, Queries, Step, LinearPart, Linear, Embed, RmsNorm, RotateWrite, Attention]
-    return [PANEL, PARTITION, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Operation])]
+    return [PANEL, PARTITION, TILE, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Operation])]

@@ -102,11 +102,8 @@ class Moves:
         self.running.append(request)
         first = request.computed
         self.offload.before_writing([*request.blocks[first // B :], *(copy.target for copy in self.manager.copies)])
-        for source, target, count in self.manager.copies:
-            self.transfer.device[target] = (
-                *self.transfer.device[source][:count],
-                *self.transfer.device[target][count:],
-            )
+        for source, target in self.manager.copies:
+            self.transfer.device[target] = self.transfer.device[source]
         self.manager.copied()
         for position in range(first, len(request)):
             self.write(request, position)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.program import Pool, Program
-from tests.kernels.cpu.compiled.steps import empty_rows, gaps_are_kept, random, rows_of, step_of
+from tests.kernels.cpu.compiled.steps import empty_rows, gaps_are_kept, in_tiles, random, rows_of, step_of
 
 PARTITION = 128
 
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 class Cache:
-    """K/V of random tokens, NaN in all other slots; a context has blocks in no order."""
+    """K/V of random tokens, NaN in all other slots; a context has blocks in no order. `attend` lays it out in tiles."""
 
     def __init__(
         self, kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int, lengths: Sequence[int], seed: int = 0
@@ -62,9 +62,9 @@ def attend(
     kv_heads, head_dim = cache.kv.shape[2:]
     heads = heads or q.shape[1] // head_dim
     outs = [empty_rows(len(q), heads * head_dim) for _ in range(times)]
-    program, rows = Program(pool), rows_of(q)
+    program, rows, tiles = Program(pool), rows_of(q), in_tiles(cache.kv)
     for out in outs:
-        program.attention(rows, cache.kv, out, heads, cache.block_size, scale)
+        program.attention(rows, tiles, out, heads, cache.block_size, scale)
     firsts = [0, *itertools.accumulate(piece.count for piece in pieces)]
     assert firsts.pop() == len(q)
     queries, kept = [], []

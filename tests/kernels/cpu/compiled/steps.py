@@ -17,6 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = (*FLOATS, torch.int8)
 GROUP = 128  # weights of a column with one scale, in int8
 GAP = 16  # floats between rows
+TILE = 16  # tokens
 SHRUNK = 336
 UNIT = 2.0**-24  # the relative error of one rounding to float32
 
@@ -44,6 +45,36 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     assert left.dtype == right.dtype
     bits = torch.int32 if left.dtype == torch.float32 else torch.int16
     return torch.equal(left.contiguous().view(bits), right.contiguous().view(bits))
+
+
+def in_tiles(kv: Tensor) -> Tensor:
+    """A cache (slots, 2, kv_heads, head_dim) in the order that kv.h describes, in its shape."""
+    return _in_tiles(kv, pairs=kv.dtype == torch.bfloat16)
+
+
+def from_tiles(tiles: Tensor) -> Tensor:
+    """The inverse of `in_tiles`."""
+    places = torch.arange(tiles.numel()).view(tiles.shape)
+    kv = torch.empty_like(tiles)
+    kv.view(-1)[_in_tiles(places, pairs=tiles.dtype == torch.bfloat16).flatten()] = tiles.flatten()
+    return kv
+
+
+def _in_tiles(kv: Tensor, *, pairs: bool) -> Tensor:
+    """With `pairs`, two neighbours of each sum lie together."""
+    tokens, full = kv.unflatten(0, (-1, TILE)), kv.shape[3] // PANEL * PANEL
+    keys, values, rest = (
+        tokens[:, :, 0],
+        tokens[:, :, 1, :, :full].unflatten(-1, (-1, PANEL)),
+        tokens[:, :, 1, :, full:],
+    )
+    if pairs:
+        keys = keys.unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4)
+        values = values.unflatten(1, (-1, 2)).permute(0, 3, 4, 1, 5, 2)
+    else:
+        keys, values = keys.permute(0, 2, 3, 1), values.permute(0, 2, 3, 1, 4)
+    parts = keys.flatten(2), values.flatten(2), rest.permute(0, 2, 1, 3).flatten(2)
+    return torch.cat(parts, 2).reshape(kv.shape)
 
 
 def in_panels(weight: Tensor, type: torch.dtype) -> Panels:

@@ -12,7 +12,7 @@ from tests.kernels.cpu.compiled.steps import random
 
 LENGTHS = (1, 15, 16, 17, 127, 128, 129, 300)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-BLOCK_SIZES = (1, 4, 16)
+BLOCK_SIZES = (16, 32, 48)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 8])
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [8, 20, 64, 128])
 KV_HEADS = 2
@@ -59,7 +59,7 @@ def test_each_token_of_a_prompt_sees_itself_and_those_before_it(
 @pytest.mark.parametrize("favourite", [0, 126, 127, 128, 250, 299])
 def test_a_token_that_outweighs_all_others_decides(pool: Pool, favourite: int, split: bool, dtype: torch.dtype) -> None:
     """Its score is far above the maxima of the other partitions, whose weights become 0."""
-    cache = Cache(1, 16, dtype, 4, (300,))
+    cache = Cache(1, 16, dtype, 16, (300,))
     (context,) = cache.contexts
     q = cache.kv[context.slots[favourite], 0].float() * 50
     got = attend(pool, cache, q, [Piece(context, 299, split=split)], 1.0)
@@ -68,7 +68,7 @@ def test_a_token_that_outweighs_all_others_decides(pool: Pool, favourite: int, s
 
 @DTYPES
 def test_scores_of_any_size_neither_overflow_nor_vanish(pool: Pool, dtype: torch.dtype) -> None:
-    cache = Cache(1, 16, dtype, 4, (200,))
+    cache = Cache(1, 16, dtype, 16, (200,))
     (context,) = cache.contexts
     for size in (1e-30, 1e-3, 1e3, 1e18, 1e30):
         q = random(1, 16, seed=9) * size
@@ -81,7 +81,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(pool: Pool, dtype: torch
 
 
 def test_only_the_query_heads_of_a_stacked_projection_are_read(pool: Pool) -> None:
-    cache = Cache(2, 16, torch.float32, 4, (40,))
+    cache = Cache(2, 16, torch.float32, 16, (40,))
     (context,) = cache.contexts
     qkv = random(1, (6 + 2 * 2) * 16)
     qkv[:, 6 * 16 :] = torch.nan

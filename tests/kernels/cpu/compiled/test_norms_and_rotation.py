@@ -6,7 +6,17 @@ from torch import Tensor
 
 from kernels.cpu.compiled.program import Pool, Program
 from kernels.cpu.elementwise import kv_write, rotary
-from tests.kernels.cpu.compiled.steps import empty_rows, gaps_are_kept, random, rows_of, same_bits, step_of
+from tests.kernels.cpu.compiled.steps import (
+    TILE,
+    empty_rows,
+    from_tiles,
+    gaps_are_kept,
+    in_tiles,
+    random,
+    rows_of,
+    same_bits,
+    step_of,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 ROWS = pytest.mark.parametrize("rows", [1, 7, 130])
@@ -70,18 +80,19 @@ class Rotation:
         angles = random(rows, self.head_dim // 2, seed=1) * 40
         self.cosines = torch.cat((angles.cos(), angles.cos()), -1)
         self.sines = torch.cat((-angles.sin(), angles.sin()), -1)
-        self.kv = random(rows + 9, 2, self.kv_heads, self.head_dim, seed=2).to(dtype)
-        self.slots = torch.randperm(rows + 9, generator=torch.Generator().manual_seed(3))[:rows]
+        slots = -(-(rows + 9) // TILE) * TILE
+        self.kv = random(slots, 2, self.kv_heads, self.head_dim, seed=2).to(dtype)
+        self.slots = torch.randperm(slots, generator=torch.Generator().manual_seed(3))[:rows]
 
     def run(self, pool: Pool, norms: Norms = None) -> tuple[Tensor, Tensor]:
         """The rotated rows and the cache after the write."""
-        qkv, kv = rows_of(self.qkv), self.kv.clone()
+        qkv, tiles = rows_of(self.qkv), in_tiles(self.kv)
         program = Program(pool)
-        program.rotate_write(qkv, kv, self.heads, norms, EPS)
+        program.rotate_write(qkv, tiles, self.heads, norms, EPS)
         step = step_of(len(qkv), slots=self.slots.tolist(), angles=(self.cosines, self.sines))
         program.run(step)
         assert gaps_are_kept(qkv)
-        return qkv, kv
+        return qkv, from_tiles(tiles)
 
     def exact(self, norms: Norms) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys, and values, by the PyTorch kernel in float64."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.compiled.panels import pack, quantize
+from kernels.cpu.compiled.panels import LINE_BYTES, PIECE_BYTES, PanelMemory, pack, quantize
 from tests.kernels.cpu.compiled.steps import FLOATS, GROUP, exact_weight, random, same_bits, scales_of, unpacked
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -92,3 +92,19 @@ def test_a_matrix_is_quantised_alike_whatever_its_strides() -> None:
     wide = random(150, 35)
     for weight in (wide.t(), wide[1::2], wide[:, 1::2], wide[:, 1::2].bfloat16()):
         assert np.array_equal(quantize(weight).memory, quantize(weight.contiguous()).memory)
+
+
+def test_panels_side_by_side_in_large_pieces_are_those_that_have_memory_of_their_own() -> None:
+    memory, weights = PanelMemory(), [random(columns, 301, seed=columns) for columns in range(1, 40)]
+    for make in (pack, quantize):
+        lent = [make(weight, memory) for weight in weights]  # written after one another, so that overlaps show
+        assert all(np.array_equal(one.memory, make(weight).memory) for one, weight in zip(lent, weights, strict=True))
+        assert not any(one.address % LINE_BYTES for one in lent)
+
+
+def test_memory_larger_than_a_piece_is_a_piece_of_its_own() -> None:
+    memory = PanelMemory()
+    first, large, last = memory.take(100), memory.take(PIECE_BYTES + 1), memory.take(100)
+    assert [len(first), len(large), len(last)] == [100, PIECE_BYTES + 1, 100]
+    assert not any(np.shares_memory(one, other) for one, other in ((first, large), (large, last), (first, last)))
+    assert not large[-1000:].any()

@@ -164,7 +164,7 @@ def projections(pool: Pool) -> list[Tensor]:
 
 
 def attentions(pool: Pool) -> list[Tensor]:
-    caches = [Cache(2, 20, dtype, 4, (200,)) for dtype in (torch.float32, torch.bfloat16)]
+    caches = [Cache(2, 20, dtype, 16, (200,)) for dtype in (torch.float32, torch.bfloat16)]
     q = random(9, 2 * 3 * 20)
     return [attend(pool, cache, q, [Piece(cache.contexts[0], 150, 9)], 0.2) for cache in caches]
 
