@@ -11,6 +11,7 @@ from runtime.adapter_format.canonical import canonical_from_tensors
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
+from runtime.grammar.grammars import Grammars
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
 from runtime.kv.held_prefixes import HeldPrefixes, as_generate
@@ -66,6 +67,7 @@ class Engine:
             runner.adapter_layout,
         )
         runner.start(self.adapters)
+        self.grammars = Grammars(Path(config.model), runner.model.vocab_size, runner.model.eos_token_ids)
         self.blocks = BlockPool(runner.num_blocks, config.prefix_cache)
         block_manager = BlockManager(self.blocks, config.block_size)
         transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer)
@@ -108,7 +110,14 @@ class Engine:
     def _queue(self, command: Generate, prefix_id: str | None = None) -> None:
         self._check(command)
         eos = self.runner.model.eos_token_ids
-        request = Request(command, max_tokens=self.runner.max_model_len, eos_token_ids=eos, prefix_id=prefix_id)
+        grammar = command.params.grammar
+        request = Request(
+            command,
+            max_tokens=self.runner.max_model_len,
+            eos_token_ids=eos,
+            prefix_id=prefix_id,
+            constraint=None if grammar is None else self.grammars.constrain(grammar),
+        )
         try:
             self.scheduler.add(request)
         except QueueFull as error:
@@ -196,7 +205,7 @@ class Engine:
     def _fail_rejected(self, rejected: Rejected) -> None:
         for request, error in rejected:
             self._release_prefix_of(request)
-            self._events.append(Failed(request_id=request.request_id, code="adapter_failed", message=str(error)))
+            self._events.append(Failed(request_id=request.request_id, code=error.code, message=str(error)))
 
     def _launch(self, chunks: Sequence[Chunk]) -> Launched:
         """Start to compute a step, after the copies that have to precede it."""
@@ -227,6 +236,11 @@ class Engine:
                 continue  # it ended after the step was launched
             if choice is not None and choice.token_id is None:
                 events.append(self._fail_non_finite(request))
+                continue
+            if choice is not None and request.constraint is not None and request.constraint.failure is not None:
+                self.abort(request.request_id)
+                message = request.constraint.failure
+                events.append(Failed(request_id=request.request_id, code="grammar_failed", message=message))
                 continue
             end = chunk.start + chunk.length
             reason = self.scheduler.commit(chunk, None if choice is None else choice.token_id)
@@ -326,13 +340,14 @@ class Engine:
             self.wait(timeout=1.0)
 
     def wait(self, timeout: float) -> None:
-        """Block until an adapter or K/V that requests need are there, or `timeout` seconds pass."""
-        if not self.offload.wait(timeout):
+        """Block until an adapter, K/V or a grammar that requests need is there, or `timeout` seconds pass."""
+        if not self.grammars.wait(timeout) and not self.offload.wait(timeout):
             self.adapters.wait(timeout)
 
     def watch(self, on_arrival: Callable[[], None]) -> None:
-        """Call `on_arrival`, from a thread, whenever a load has ended that the next step has to take note of."""
+        """Call `on_arrival`, from a thread, whenever something has ended that the next step has to take note of."""
         self.adapters.watch(on_arrival)
+        self.grammars.watch(on_arrival)
         self.offload.watch(on_arrival)
 
     @property
@@ -382,6 +397,7 @@ class Engine:
         self.adapters.check()
 
     def close(self) -> None:
+        self.grammars.close()
         self.offload.close()
         self.adapters.close()
         self.runner.close()

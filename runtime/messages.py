@@ -21,6 +21,7 @@ EngineCode = Literal[
     "duplicate_request",
     "empty_prompt",
     "engine_error",
+    "grammar_failed",  # it cannot be compiled, or passed a limit while it was followed
     "invalid_invocation_start",
     "invalid_max_tokens",
     "invalid_token_id",
@@ -54,6 +55,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives to report with each token; None: no log-probabilities at all
+    logit_bias: dict[int, float] = {}  # added to the logits of tokens
+    allowed_token_ids: tuple[int, ...] = ()  # only these can be generated; empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
+    grammar: str | None = None  # of llguidance: only its texts are generated, and its end ends the request
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):

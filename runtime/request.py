@@ -1,11 +1,13 @@
 """A request inside the engine: its tokens, how far they are computed, and the blocks that it holds."""
 
+import itertools
 import secrets
 import time
 from array import array
 from collections.abc import Iterable
 from typing import Literal
 
+from runtime.grammar.constraint import Constraint
 from runtime.kv.block_keys import BlockChain
 from runtime.messages import EngineCode, Generate
 
@@ -35,8 +37,15 @@ def check_limits(command: Generate, max_model_len: int, vocab_size: int) -> None
         raise RequestRefused("invalid_invocation_start", message)
     if params.max_tokens < 1:
         raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 1, not {params.max_tokens}")
-    if any(not 0 <= token < vocab_size for token in params.stop_token_ids):
-        raise RequestRefused("invalid_token_id", f"stop_token_ids must be between 0 and {vocab_size - 1}")
+    given = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": params.logit_bias,
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": tuple(itertools.chain.from_iterable(params.bad_words)),
+    }
+    for name, token_ids in given.items():
+        if any(not 0 <= token < vocab_size for token in token_ids):
+            raise RequestRefused("invalid_token_id", f"{name} must be between 0 and {vocab_size - 1}")
 
 
 class TokenCounts:
@@ -73,6 +82,7 @@ class Request:
         max_tokens: int,
         eos_token_ids: Iterable[int] = (),
         prefix_id: str | None = None,
+        constraint: Constraint | None = None,
     ):
         params = command.params
         self.request_id = command.request_id
@@ -81,7 +91,9 @@ class Request:
         self.invocation_start = command.invocation_start  # first position that the adapter applies to; never changes
         self.prefix_id = prefix_id  # the prefix is computed to be held, and nothing is generated
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self.constraint = constraint  # of `params.grammar`
+        ends = () if params.ignore_eos and constraint is None else eos_token_ids
+        self.stop_ids = frozenset(params.stop_token_ids) | frozenset(ends)
         self.max_tokens = min(max_tokens, len(command.token_ids) + params.max_tokens)
         self.num_prompt = len(command.token_ids)
         self.token_ids = list(command.token_ids)  # all that are known: the prompt's and the generated ones
@@ -122,13 +134,22 @@ class Request:
         return len(self) - self.num_prompt
 
     @property
+    def generated(self) -> list[int]:
+        """The generated tokens that are known."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
     def is_whole(self) -> bool:
         """Whether the launched steps compute everything that is left."""
         return len(self) >= self.max_tokens or self.missing == 0
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether all tokens must be known before the next one is sampled: a penalty counts them."""
+        """Whether all tokens must be known before the next one is sampled: something depends on them."""
+        return self.has_penalty or bool(self.params.bad_words) or self.constraint is not None
+
+    @property
+    def has_penalty(self) -> bool:
         params = self.params
         return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
@@ -146,8 +167,21 @@ class Request:
 
     @property
     def forbidden_ids(self) -> frozenset[int]:
-        """Tokens that may not be sampled next: before `min_tokens`, those that would end the request."""
-        return self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
+        """Tokens that may not be sampled next.
+
+        Before `min_tokens`, those that would end the request; and the last token of a bad word whose others were the
+        last ones.
+        """
+        forbidden = self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
+        if not self.params.bad_words:
+            return forbidden
+        generated = self.generated
+        completed = {
+            word[-1]
+            for word in self.params.bad_words
+            if len(word) == 1 or tuple(generated[len(generated) - len(word) + 1 :]) == word[:-1]
+        }
+        return forbidden | completed
 
     def advance(self, tokens: int, *, samples: bool) -> None:
         """A step was launched that computes the next `tokens`, and samples one more if it `samples`."""

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu.sampling import invert
@@ -55,19 +57,54 @@ def choose(logits: Tensor, requests: list[Request], best: Sequence[Best]) -> lis
             continue
         if params.temperature > 0:
             token_id = _draw(adjust(logits[row], request), request)
-        elif adjusts(request):
+        elif changes_values(request) or not allows(request, token_id):
             token_id = int(adjust(logits[row], request).argmax())
         sampled.append(Sampled(token_id, logprobs_of(logits[row], token_id, params.logprobs, log_total)))
     return sampled
 
 
+def changes_values(request: Request) -> bool:
+    """Whether `adjust` changes more of the logits than to forbid tokens."""
+    return request.has_penalty or bool(request.params.logit_bias)
+
+
 def adjusts(request: Request) -> bool:
     """Whether `adjust` changes the logits of a request."""
-    return request.needs_tokens or bool(request.forbidden_ids)
+    params = request.params
+    forbids = request.forbidden_ids or params.allowed_token_ids or request.constraint
+    return changes_values(request) or bool(forbids)
+
+
+def allows(request: Request, token_id: int) -> bool:
+    """Whether a token may be generated next."""
+    only, constraint = request.params.allowed_token_ids, request.constraint
+    return (
+        token_id not in request.forbidden_ids
+        and (not only or token_id in only)
+        and (constraint is None or constraint.allows(request.generated, token_id))
+    )
+
+
+def allowed_tokens(request: Request, vocab: int) -> NDArray[np.bool_] | None:
+    """For each token whether it may be generated next, by the request's grammar and list; None if it has neither.
+
+    Forbidden tokens are taken away unless they are all that is left: a text that has come to its end ends.
+    """
+    only, constraint = request.params.allowed_token_ids, request.constraint
+    if not only and constraint is None:
+        return None
+    allowed = np.zeros(vocab, np.bool_)
+    if constraint is None:
+        allowed[list(only)] = True
+    else:
+        allowed |= constraint.allowed(request.generated)[:vocab]
+    rest = allowed.copy()
+    rest[list(request.forbidden_ids)] = False
+    return rest if rest.any() else allowed
 
 
 def adjust(logits: Tensor, request: Request) -> Tensor:
-    """Apply penalties and forbidden tokens to a copy of `logits`; the same tensor if there are none."""
+    """Apply penalties, biases and forbidden tokens to a copy of `logits`; the same tensor if there are none."""
     if not adjusts(request):
         return logits
     params, forbidden = request.params, request.forbidden_ids
@@ -76,12 +113,19 @@ def adjust(logits: Tensor, request: Request) -> Tensor:
         seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
         values, penalty = logits[seen], max(params.repetition_penalty, LEAST_DIVISOR)
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    generated = request.token_ids[request.num_prompt :]
+    generated = request.generated
     if generated and (params.presence_penalty or params.frequency_penalty):
         ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        logits[torch.tensor(list(params.logit_bias), device=logits.device)] += torch.tensor(
+            list(params.logit_bias.values()), device=logits.device
+        )
     logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
-    if forbidden:
+    allowed = allowed_tokens(request, len(logits))
+    if allowed is not None:
+        logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), FORBIDDEN)
+    elif forbidden:
         logits[torch.tensor(sorted(forbidden), device=logits.device)] = FORBIDDEN
     return logits
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
+from runtime.grammar.constraint import GrammarFailed
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.offload import Offload
 from runtime.request import FinishReason, Request
@@ -25,7 +26,7 @@ class QueueFull(Exception):
     """The waiting queue is full."""
 
 
-Rejected = list[tuple[Request, AdapterUnavailable]]
+Rejected = list[tuple[Request, AdapterUnavailable | GrammarFailed]]
 
 
 class Scheduler:
@@ -35,7 +36,7 @@ class Scheduler:
     the youngest request is preempted: its blocks are freed, its tokens kept, and its K/V found in the prefix cache or
     computed again. A request whose adapter is not resident is skipped, so that loading never delays a step; it may
     run once without the adapter up to `invocation_start`, and then waits with its K/V in the prefix cache. A request
-    whose K/V are reloaded from host memory is skipped as well.
+    whose K/V are reloaded from host memory is skipped as well, and one whose grammar is being compiled.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Scheduler:
     def schedule(self) -> tuple[list[Chunk], Rejected]:
         """Choose the next step's chunks: of running requests, oldest first, then of waiting ones.
 
-        Also returns the requests that ended because their adapter failed, with the reason.
+        Also returns the requests that ended because their adapter or grammar failed, with the reason.
         """
         chunks: list[Chunk] = []
         rejected: Rejected = []
@@ -166,13 +167,16 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> int:
-        """Start waiting requests, and end those whose adapter failed. Returns the rest of the budget."""
+        """Start waiting requests, and end those that cannot start. Returns the rest of the budget."""
         skipped: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             request = self.waiting.popleft()
             try:
+                if request.constraint is not None and not request.constraint.ready:
+                    skipped.append(request)
+                    continue
                 ready = request.adapter is None or self.adapters.ready(request.adapter)
-            except AdapterUnavailable as error:
+            except (AdapterUnavailable, GrammarFailed) as error:
                 del self.requests[request.request_id]
                 self._release_adapter(request)
                 rejected.append((request, error))

@@ -30,6 +30,7 @@ from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
 from service.openai.chat import chat_completions
 from service.openai.completions import completions
+from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
 from service.openai.sagemaker import invocations
@@ -129,6 +130,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             imports=imports,
             tokenizer=tokenizer,
             prompts=PromptEncoder(tokenizer, vocab_size, max_model_len),
+            grammars=Grammars(),
             prefixes=prefixes,
             max_model_len=max_model_len,
             vocab_size=vocab_size,

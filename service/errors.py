@@ -56,6 +56,8 @@ ANSWERS: dict[str, Answer] = {
     # prompts and models
     "empty_prompt": Answer(400),
     "invalid_chat": Answer(400),
+    "invalid_grammar": Answer(400),
+    "grammar_failed": Answer(400),
     "invalid_token_id": Answer(400),
     "too_many_sequences": Answer(400),
     "context_length_exceeded": Answer(400),

@@ -11,6 +11,7 @@ from service.ingest.imports import Imports
 from service.ingest.sources import Sources
 from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
+from service.openai.grammars import Grammars
 from service.openai.prompts import PromptEncoder
 from service.openai.tokenizer import Tokenizer
 from service.settings import Settings
@@ -30,6 +31,7 @@ class Services:
     imports: Imports
     tokenizer: Tokenizer
     prompts: PromptEncoder
+    grammars: Grammars
     prefixes: Prefixes
     max_model_len: int  # tokens of prompt and answer together
     vocab_size: int

@@ -25,7 +25,7 @@ OURS = {
 LIBRARIES = {
     "kernels": {"torch", "triton", "numpy"},
     "storage": {"msgspec", "boto3", "botocore", "s3transfer", "huggingface_hub", "blake3"},
-    "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq"},
+    "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq", "llguidance"},
     "service": {
         "starlette",
         "uvicorn",
@@ -38,6 +38,7 @@ LIBRARIES = {
         "zmq",
         "blake3",
         "prometheus_client",
+        "llguidance",
     },
     "openapi": {"msgspec", "starlette"},
     "loadtests": {
@@ -94,6 +95,7 @@ INNER = {
     "runtime.models": set(),
     "runtime.adapter_format": {"runtime.models", "runtime.config"},
     "runtime.adapters": {"runtime.adapter_format", "runtime.models", "runtime.background", "runtime.messages"},
+    "runtime.grammar": {"runtime.background", "runtime.messages"},
     "runtime.kv": {"runtime.models.config", "runtime.background", "runtime.messages", "runtime.request"},
     "runtime.cpu": {
         "runtime.adapters",

@@ -1,8 +1,12 @@
 """Why an adapter cannot be used, or not yet."""
 
+from runtime.messages import EngineCode
+
 
 class AdapterUnavailable(Exception):
     """A request cannot use the adapter; the message says why."""
+
+    code: EngineCode = "adapter_failed"
 
 
 class UnknownAdapter(AdapterUnavailable):

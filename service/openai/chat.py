@@ -59,7 +59,8 @@ class Chat:
         length = len(prompt.token_ids)
         max_tokens = answer_length(asked, None, length, services.max_model_len, "messages", length_param)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return Inputs([prompt], sampling_params(body, max_tokens, logprobs, services.vocab_size))
+        grammar = await services.grammars.of(body)
+        return Inputs([prompt], sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar))
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
         if not (delta.text or delta.logprobs or delta.finish_reason):

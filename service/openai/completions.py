@@ -45,7 +45,8 @@ class TextCompletion:
             raise RequestError("too_many_sequences", message, "prompt")
         longest = max(len(prompt.token_ids) for prompt in prompts)
         max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
-        return Inputs(prompts, sampling_params(body, max_tokens, body.logprobs, services.vocab_size))
+        grammar = await services.grammars.of(body)
+        return Inputs(prompts, sampling_params(body, max_tokens, body.logprobs, services.vocab_size, grammar))
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
         if not (delta.text or delta.logprobs or delta.finish_reason):

@@ -48,7 +48,9 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
         raise RequestError("invalid_token_id", message, param)
 
 
-def sampling_params(body: GenerationRequest, max_tokens: int, logprobs: int | None, vocab_size: int) -> SamplingParams:
+def sampling_params(
+    body: GenerationRequest, max_tokens: int, logprobs: int | None, vocab_size: int, grammar: str | None
+) -> SamplingParams:
     """The parameters of one request. Raises RequestError naming the field."""
     check_token_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
     if (body.min_tokens or 0) > max_tokens:
@@ -68,6 +70,7 @@ def sampling_params(body: GenerationRequest, max_tokens: int, logprobs: int | No
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 

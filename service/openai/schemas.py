@@ -45,6 +45,45 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool | None = None
 
 
+class TextFormat(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObject(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(msgspec.Struct, frozen=True, kw_only=True):
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None  # the answer follows the schema either way
+
+
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+ResponseFormat = TextFormat | JsonObject | JsonSchema
+AnySchema = dict[str, Any] | bool | str  # a string holds it as JSON
+Choice = Annotated[str, Meta(min_length=1)]
+ChoiceList = Annotated[list[Choice], Meta(min_length=1)]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's: one of these says what the answer must look like."""
+
+    json: AnySchema | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: ChoiceList | None = None
+    grammar: str | None = None  # GBNF or Lark
+    # vLLM's options for its own engines, without an effect here
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What both calls have in common: the model, the sampling, the adapter."""
 
@@ -69,19 +108,25 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     lora_path: Name | None = None
     adapter_id: Name | None = None
     alora: Alora | None = None
+    # What the answer must look like: OpenAI's field, vLLM's, its older ones, and SGLang's
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: AnySchema | None = None
+    guided_regex: str | None = None
+    guided_choice: ChoiceList | None = None
+    guided_grammar: str | None = None
+    json_schema: AnySchema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     # Known to others, and not built here: refused by name unless they ask for nothing
+    structural_tag: Any = None
+    guided_whitespace_pattern: Any = None
     logit_bias: Any = None
     bad_words: Any = None
     use_beam_search: Any = None
     prompt_logprobs: Any = None
     include_stop_str_in_output: Any = None
     skip_special_tokens: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    response_format: Any = None
     echo: Any = None
 
 
@@ -134,12 +179,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "response_format": ({"type": "text"},),
+    "structural_tag": (),
+    "guided_whitespace_pattern": (),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),

@@ -113,6 +113,29 @@ def test_forbidden_tokens_are_not_chosen_before_the_least_length():
     assert sample(row, [request(temperature=0.0, min_tokens=2, generated=(5, 5))])[0].token_id == 9
 
 
+def test_a_bias_is_added_and_only_allowed_tokens_are_chosen():
+    row = logits()[0]
+    second = int(row.topk(2).indices[1])
+    assert sample(row[None], [request(temperature=0.0, logit_bias={second: 100.0})])[0].token_id == second
+    assert sample(row[None], [request(temperature=0.0, allowed_token_ids=(17, 4))])[0].token_id == max(
+        (17, 4), key=lambda token_id: row[token_id]
+    )
+    assert set(draws(row, 200, allowed_token_ids=(5, 6, 7))) == {5, 6, 7}
+    assert set(draws(row, 50, allowed_token_ids=(9,), min_tokens=90)) == {9}, "the end, if nothing else is left"
+
+
+def test_a_bad_word_is_never_completed():
+    row = torch.zeros(VOCAB)
+    row[4], row[5] = 2.0, 1.0
+    words = ((4, 4), (7, 8, 4))
+    assert sample(row[None], [request(temperature=0.0, bad_words=words)])[0].token_id == 4
+    assert sample(row[None], [request(generated=(4,), temperature=0.0, bad_words=words)])[0].token_id == 5
+    assert sample(row[None], [request(generated=(8,), temperature=0.0, bad_words=words)])[0].token_id == 4
+    assert sample(row[None], [request(generated=(1, 7, 8), temperature=0.0, bad_words=words)])[0].token_id == 5
+    assert sample(row[None], [request(prompt=(7, 8), temperature=0.0, bad_words=words)])[0].token_id == 4
+    assert sample(row[None], [request(temperature=0.0, bad_words=((4,),))])[0].token_id == 5
+
+
 def test_repetition_penalty_counts_prompt_and_output_as_transformers_does():
     from transformers import RepetitionPenaltyLogitsProcessor
 

@@ -26,6 +26,9 @@ OPTIONS = {
     "frequency_penalty": (0.13, -0.71, 2.0),
     "min_tokens": (1, 4, 50),
     "stop_token_ids": ((3,), (59, 0), tuple(range(0, VOCAB, 3)), tuple(range(VOCAB))),
+    "logit_bias": ({5: 3.25}, {0: -100.0, 13: 1e35, 59: -0.0}),
+    "allowed_token_ids": ((4,), tuple(range(1, VOCAB, 2)), (59,)),
+    "bad_words": (((7,),), ((8,), (9, 10), (10, 11, 12))),
 }
 
 
@@ -94,20 +97,28 @@ def mixed(rows):
     """Requests of every kind, one of them penalised and cut for certain."""
     rng = random.Random(rows)
     kinds = [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.1}]
-    certain = request(rng, temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.1, top_p=0.9)
+    certain = request(
+        rng,
+        temperature=1.0,
+        repetition_penalty=1.5,
+        frequency_penalty=0.1,
+        top_p=0.9,
+        logit_bias={5: 1.0},
+        allowed_token_ids=(5, 6),
+    )
     return [certain] + [request(rng, **rng.choice(kinds)) for _ in range(rows - 1)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_operation_waits_and_there_are_two_uploads_whatever_the_rows(monkeypatch, rows, dtype):
+def test_no_operation_waits_and_the_uploads_are_four_whatever_the_rows(monkeypatch, rows, dtype):
     logits = torch.empty(rows, VOCAB, dtype=dtype, device=device_trace.DEVICE)
     trace = DeviceTrace(logits)
     monkeypatch.setattr(type(triton.jit(len)), "run", trace.launch)  # the class of every kernel
     with trace:
         chosen = choose_on_device(logits, mixed(rows), "cpu")
     assert (chosen.shape, chosen.device) == ((rows,), device_trace.DEVICE)
-    assert (trace.uploads, trace.launches) == (2, 4)
+    assert (trace.uploads, trace.launches) == (4, 4)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: whether the host waits for one shows nowhere else")

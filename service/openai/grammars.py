@@ -1,0 +1,131 @@
+"""What an answer must look like, in the dialects of OpenAI, vLLM and SGLang, as a grammar for the engine."""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from llguidance import LLMatcher, grammar_from
+
+from service.errors import RequestError
+from service.openai.schemas import GenerationRequest, JsonObject, JsonSchema, StructuredOutputs
+
+MAX_GRAMMAR_BYTES = 256 << 10
+CHECK_SECONDS = 10.0
+KEPT = 256  # grammars that were found good
+# Between the parts of a JSON text; without a bound a model may write spaces for ever.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+
+
+class Source(NamedTuple):
+    """Where a grammar comes from."""
+
+    field: str
+    kind: str  # as llguidance names it
+    content: Any  # a JSON schema, a list of choices, or text
+
+
+class Grammars:
+    """Translates and checks the grammars of requests, on threads, and remembers those that it found good."""
+
+    def __init__(self) -> None:
+        self._good: OrderedDict[bytes, str] = OrderedDict()  # the least recently used first
+
+    async def of(self, body: GenerationRequest) -> str | None:
+        """The grammar that a request asks for, if any. Raises RequestError naming the field."""
+        source = source_of(body)
+        return None if source is None else await self.translate(source)
+
+    async def translate(self, source: Source) -> str:
+        """A grammar that the engine can compile. Raises RequestError naming the field and what is wrong with it."""
+        key = msgspec.json.encode((source.kind, source.content))
+        if len(key) > MAX_GRAMMAR_BYTES:
+            message = f"{source.field} has {len(key)} bytes; at most {MAX_GRAMMAR_BYTES} are taken"
+            raise RequestError("invalid_grammar", message, source.field)
+        grammar = self._good.get(key)
+        if grammar is None:
+            try:
+                grammar = await asyncio.wait_for(asyncio.to_thread(_translate, source), CHECK_SECONDS)
+            except TimeoutError:
+                message = f"{source.field} takes longer than {CHECK_SECONDS:.0f} s to check: make it simpler"
+                raise RequestError("invalid_grammar", message, source.field) from None
+            self._good[key] = grammar
+            if len(self._good) > KEPT:
+                self._good.popitem(last=False)
+        self._good.move_to_end(key)
+        return grammar
+
+
+def source_of(body: GenerationRequest) -> Source | None:
+    """The one field of a request that says what the answer must look like. Raises RequestError if there are several."""
+    asked = [*_response_format(body), *_structured_outputs(body.structured_outputs), *_named(body)]
+    if len(asked) > 1:
+        names = " and ".join(source.field for source in asked)
+        message = f"{names} each say what the answer must look like: send one of them"
+        raise RequestError("invalid_field", message, asked[1].field)
+    return asked[0] if asked else None
+
+
+def _named(body: GenerationRequest) -> list[Source]:
+    """The fields of older vLLM and of SGLang."""
+    fields = {
+        "guided_json": ("json_schema", body.guided_json),
+        "guided_regex": ("regex", body.guided_regex),
+        "guided_choice": ("choice", body.guided_choice),
+        "guided_grammar": ("grammar", body.guided_grammar),
+        "json_schema": ("json_schema", body.json_schema),
+        "regex": ("regex", body.regex),
+        "ebnf": ("grammar", body.ebnf),
+    }
+    return [Source(field, kind, content) for field, (kind, content) in fields.items() if content is not None]
+
+
+def _structured_outputs(asked: StructuredOutputs | None) -> list[Source]:
+    if asked is None:
+        return []
+    fields = {
+        "json": ("json_schema", asked.json),
+        "json_object": ("json_schema", {"type": "object"} if asked.json_object else None),
+        "regex": ("regex", asked.regex),
+        "choice": ("choice", asked.choice),
+        "grammar": ("grammar", asked.grammar),
+    }
+    found = [Source(f"structured_outputs.{field}", *each) for field, each in fields.items() if each[1] is not None]
+    if not found:
+        message = f"structured_outputs needs one of {', '.join(fields)}"
+        raise RequestError("invalid_field", message, "structured_outputs")
+    return found
+
+
+def _response_format(body: GenerationRequest) -> list[Source]:
+    match body.response_format:
+        case JsonSchema(json_schema=described):
+            field = "response_format.json_schema.schema"
+            return [Source(field, "json_schema", {} if described.schema is None else described.schema)]
+        case JsonObject():
+            return [Source("response_format", "json_schema", {"type": "object"})]
+    return []
+
+
+def _translate(source: Source) -> str:
+    field, kind, content = source
+    try:
+        if kind == "json_schema":
+            schema = content if isinstance(content, str) else json.dumps(content)
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS)
+        elif kind == "choice":
+            grammar = LLMatcher.grammar_from_lark(f"start: {_alternatives(content)}")
+        else:
+            grammar = grammar_from("grammar" if kind == "grammar" else "regex", content)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("invalid_grammar", f"{field}: {error}", field) from None
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        raise RequestError("invalid_grammar", f"{field}: {messages[0].strip()}", field)
+    return grammar
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    return " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
