@@ -101,7 +101,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(engine.close)
         starting = asyncio.create_task(engine.start())
         stack.callback(starting.cancel)
-        tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        tokenizer = await asyncio.to_thread(Tokenizer, directory, settings.tool_call_parser)
         catalog = await Catalog.open(
             await asyncio.to_thread(opened_storage, settings),
             engine,

@@ -11,6 +11,7 @@ import msgspec
 from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
 from service.option_parser import AbsentOption, Parser, declared
 from service.source_urls import AllowedSources, store_of
+from service.tool_calls.syntax import Family
 
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",
@@ -54,6 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             unset="the model's own",
         ),
     ]
+    tool_call_parser: Annotated[
+        Family | None, Option("how the model writes tool calls", "model", unset="as its chat template does")
+    ] = None
     store: Annotated[
         str | None,
         Option("s3://bucket[/prefix] that keeps adapters", "adapters", unset="the data directory", parse=store_url),

@@ -67,6 +67,7 @@ INNER = {
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
     "service.openai": {
         "service.engine",
+        "service.tool_calls",
         "service.catalog.record",
         "service.catalog.versions",
         "service.access",
@@ -75,6 +76,7 @@ INNER = {
         "service.metrics",
         "service.services",
     },
+    "service.tool_calls": set(),
     "service.kv": {
         "service.engine",
         "service.catalog.record",

@@ -13,8 +13,10 @@ from service.errors import RequestError
 from service.http import read_json
 from service.openai.detokenizer import UNKNOWN
 from service.openai.generation import Delta
+from service.openai.grammars import Source, source_of
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -23,18 +25,84 @@ from service.openai.schemas import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    FinishReason,
+    FunctionDelta,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
     Usage,
 )
 from service.openai.streaming import Inputs, answer
+from service.openai.tool_choice import calls_schema, check_tools, forced_tools, usable_tools
 from service.services import Services, services_of
+from service.tool_calls.parser import Arguments, Begun, Text, ToolCallParser
 
 
 async def chat_completions(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
     body = await read_json(request, ChatRequest, services.settings.max_body_bytes)
     return await answer(request, services, Chat(services, body), arrived)
+
+
+class Turn:
+    """One choice's message: its text, and its calls as they come."""
+
+    def __init__(self, parser: ToolCallParser | None, *, several: bool, short_ids: bool) -> None:
+        self.content = ""
+        self.told = False  # whether the client has had a chunk of it
+        self._parser, self._several, self._short_ids = parser, several, short_ids
+        self._names: list[str] = []
+        self._arguments: list[str] = []
+        self._ids: list[str] = []
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        each = list(zip(self._ids, self._names, self._arguments, strict=True))[: None if self._several else 1]
+        return [ToolCall(id=id, function=CalledFunction(name=name, arguments=text)) for id, name, text in each]
+
+    def push(self, delta: Delta) -> tuple[str, list[ToolCallDelta]]:
+        """The content and the calls that the message gains."""
+        if self._parser is None:
+            self.content += delta.text
+            return delta.text, []
+        pieces = self._parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += self._parser.flush()
+        content, calls = "", []
+        for piece in pieces:
+            match piece:
+                case Text(text=text):
+                    content += text
+                case Begun(name=name):
+                    calls += self._begin(name)
+                case Arguments(text=text):
+                    calls += self._continue(text)
+        self.content += content
+        return content, calls
+
+    def finish_reason(self, delta: Delta) -> FinishReason | None:
+        return "tool_calls" if self._names and delta.finish_reason == "stop" else delta.finish_reason
+
+    def _begin(self, name: str) -> list[ToolCallDelta]:
+        self._names.append(name)
+        self._arguments.append("")
+        self._ids.append(uuid4().hex[:9] if self._short_ids else f"call_{uuid4().hex[:24]}")
+        if self._ignored:
+            return []
+        function = FunctionDelta(name=name, arguments="")
+        return [ToolCallDelta(index=len(self._ids) - 1, function=function, id=self._ids[-1], type="function")]
+
+    def _continue(self, text: str) -> list[ToolCallDelta]:
+        self._arguments[-1] += text
+        if self._ignored:
+            return []
+        return [ToolCallDelta(index=len(self._ids) - 1, function=FunctionDelta(arguments=text))]
+
+    @property
+    def _ignored(self) -> bool:
+        """Whether the last call is one too many."""
+        return not self._several and len(self._ids) > 1
 
 
 class Chat:
@@ -44,7 +112,7 @@ class Chat:
         self.id, self.body = f"chatcmpl-{uuid4().hex}", body
         self._services, self._tokenizer = services, services.tokenizer
         self._created = int(time.time())
-        self._begun: set[int] = set()  # the choices that have had a chunk
+        self._turns: dict[int, Turn] = {}  # by choice
 
     async def inputs(self, version: AdapterVersion | None) -> Inputs:
         body, services = self.body, self._services
@@ -53,27 +121,60 @@ class Chat:
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             message = f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ"
             raise RequestError("invalid_field", message, "max_completion_tokens")
-        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora)
+        check_tools(body)
+        tools = usable_tools(body)
+        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora, tools)
         asked = body.max_completion_tokens or body.max_tokens
         length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         length = len(prompt.token_ids)
         max_tokens = answer_length(asked, None, length, services.max_model_len, "messages", length_param)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        grammar = await services.grammars.of(body)
-        return Inputs([prompt], sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar))
+        grammar = await self._grammar()
+        params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
+        marked = bool(tools) and self._tokenizer.is_special(self._tokenizer.syntax.begin)
+        return Inputs([prompt], params, marked or body.skip_special_tokens is False)
+
+    async def _grammar(self) -> str | None:
+        """The grammar of the answer: of the calls that it must consist of, or of what a field asks for."""
+        body, grammars = self.body, self._services.grammars
+        forced = forced_tools(body)
+        if not forced:
+            return await grammars.of(body)
+        if (other := source_of(body)) is not None:
+            message = f"tool_choice and {other.field} each say what the answer must look like: send one of them"
+            raise RequestError("invalid_field", message, other.field)
+        schema = calls_schema(forced, several=body.parallel_tool_calls is not False)
+        return await grammars.translate(Source("tools", "json_schema", schema))
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
-        if not (delta.text or delta.logprobs or delta.finish_reason):
+        turn = self._turn(delta.choice)
+        content, calls = turn.push(delta)
+        if not (content or calls or delta.logprobs or delta.finish_reason):
             return None
-        begins = delta.choice not in self._begun
-        self._begun.add(delta.choice)
+        begins, turn.told = not turn.told, True
         choice = ChatChunkChoice(
             index=delta.choice,
-            delta=ChatDelta(role="assistant" if begins else None, content=delta.text if delta.text or begins else None),
+            delta=ChatDelta(
+                role="assistant" if begins else None,
+                content=content if content or (begins and not calls) else None,
+                tool_calls=calls or None,
+            ),
             logprobs=self._logprobs([delta]),
-            finish_reason=delta.finish_reason,
+            finish_reason=turn.finish_reason(delta),
         )
         return self._chunk([choice])
+
+    def _turn(self, choice: int) -> "Turn":
+        if choice not in self._turns:
+            body, parser = self.body, None
+            if usable_tools(body):
+                parser = ToolCallParser(self._tokenizer.syntax, inside=bool(forced_tools(body)))
+            self._turns[choice] = Turn(parser, several=body.parallel_tool_calls is not False, short_ids=self._short_ids)
+        return self._turns[choice]
+
+    @property
+    def _short_ids(self) -> bool:
+        return self._tokenizer.family == "mistral"  # its chat template takes ids of 9 characters only
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         return self._chunk([], usage)
@@ -86,11 +187,19 @@ class Chat:
         return ChatCompletion(id=self.id, created=self._created, model=self.body.model, choices=found, usage=usage)
 
     def _choice(self, deltas: Sequence[Delta]) -> ChatChoice:
-        reason = deltas[-1].finish_reason
+        turn = self._turn(deltas[0].choice)
+        for delta in deltas:
+            turn.push(delta)
+        reason = turn.finish_reason(deltas[-1])
         assert reason is not None
         return ChatChoice(
             index=deltas[0].choice,
-            message=ChatMessage(role="assistant", content="".join(delta.text for delta in deltas), refusal=None),
+            message=ChatMessage(
+                role="assistant",
+                content=turn.content if turn.content or not turn.calls else None,
+                refusal=None,
+                tool_calls=turn.calls or msgspec.UNSET,
+            ),
             logprobs=self._logprobs(deltas),
             finish_reason=reason,
         )

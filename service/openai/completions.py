@@ -46,7 +46,8 @@ class TextCompletion:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
         grammar = await services.grammars.of(body)
-        return Inputs(prompts, sampling_params(body, max_tokens, body.logprobs, services.vocab_size, grammar))
+        params = sampling_params(body, max_tokens, body.logprobs, services.vocab_size, grammar, self._tokenizer)
+        return Inputs(prompts, params, body.skip_special_tokens is False)
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
         if not (delta.text or delta.logprobs or delta.finish_reason):

@@ -29,6 +29,7 @@ class Plan(NamedTuple):
     choices: int  # sequences for each prompt
     stops: tuple[str, ...]  # stop strings
     cache_salt: str
+    special: bool = False  # whether the text has the special tokens too
 
 
 class Delta(NamedTuple):
@@ -47,7 +48,7 @@ class Choice:
     def __init__(self, index: int, plan: Plan, tokenizer: Tokenizer):
         self.index = index
         self.finish_reason: FinishReason | None = None
-        self._text = tokenizer.detokenizer()
+        self._text = tokenizer.detokenizer(special=plan.special)
         self._stops = StopStrings(plan.stops)
         self._unstoppable = plan.params.min_tokens  # tokens in which a stop string does not count yet
 

@@ -1,15 +1,18 @@
 """Prompts of requests, as text, token ids or messages, encoded to token ids for their model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
+
+import msgspec
 
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling_params import answer_length, check_token_ids, refuse_unbuilt
-from service.openai.schemas import Alora, Message
+from service.openai.schemas import Alora, Message, Tool, ToolCall
 from service.openai.tokenizer import InvalidChat, Tokenizer
+from service.openai.tool_choice import as_json, without_template
 
 
 class PromptEncoder:
@@ -35,19 +38,23 @@ class PromptEncoder:
         return encoded
 
     async def chat_prompt(
-        self, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
+        self,
+        messages: Sequence[Message],
+        version: AdapterVersion | None,
+        alora: Alora | None,
+        tools: Sequence[Tool] = (),
     ) -> Prompt:
         """A conversation up to where the assistant's answer begins.
 
         An invocation that is to be appended replaces the generation prompt (the assistant's header).
         """
-        token_ids = await self._encode_chat(messages, generation_prompt=True)
+        token_ids = await self._encode_chat(messages, tools, generation_prompt=True)
         [prompt] = await invoked([token_ids], version)
         if prompt is not None:
             return prompt
         assert version is not None
         if on_missing(alora) == "append":
-            token_ids = await self._encode_chat(messages, generation_prompt=False)
+            token_ids = await self._encode_chat(messages, tools, generation_prompt=False)
         return without_invocation(token_ids, version, alora, self._tokenizer, "messages")
 
     async def chat_prefix(
@@ -90,12 +97,17 @@ class PromptEncoder:
             check_token_ids(token_ids, self._vocab_size, "prompt")
         return prompts
 
-    async def _encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
+    async def _encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, generation_prompt: bool
+    ) -> list[int]:
         for index, turn in enumerate(messages):
             refuse_unbuilt(turn, f"messages[{index}].")
+        plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if "tool" not in self._tokenizer.chat_template:
+            plain = without_template(plain, tools, self._tokenizer.syntax)
+            tools = ()
         try:
-            plain = [_plain(message) for message in messages]
-            token_ids = await self._tokenizer.encode_chat(plain, generation_prompt)
+            token_ids = await self._tokenizer.encode_chat(plain, generation_prompt, [as_json(tool) for tool in tools])
         except InvalidChat as error:
             raise RequestError("invalid_chat", str(error), "messages") from None
         check_token_ids(_some(token_ids), self._vocab_size, "messages")
@@ -108,9 +120,29 @@ def _some(token_ids: list[int]) -> list[int]:
     return token_ids
 
 
-def _plain(message: Message) -> Mapping[str, Any]:
-    """A message as chat templates know it: content is one string."""
+def _plain(message: Message, place: str) -> dict[str, Any]:
+    """A message as chat templates know it: content is one string, a call's arguments a mapping. Raises RequestError."""
     content = message.content
+    if content is None:
+        if not message.tool_calls:
+            raise RequestError("missing_field", f"{place}.content is required without tool_calls", f"{place}.content")
+        content = ""
     text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    plain = {"role": message.role, "content": text}
-    return plain if message.name is None else {**plain, "name": message.name}
+    plain: dict[str, Any] = {"role": message.role, "content": text}
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        calls = enumerate(message.tool_calls)
+        plain["tool_calls"] = [_plain_call(call, f"{place}.tool_calls[{index}]") for index, call in calls]
+    return plain
+
+
+def _plain_call(call: ToolCall, place: str) -> dict[str, Any]:
+    field = f"{place}.function.arguments"
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RequestError("invalid_field", f"{field} must be a JSON object as text: {error}", field) from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -8,6 +8,7 @@ import msgspec
 from runtime.messages import SamplingParams
 from service.errors import RequestError
 from service.openai.schemas import HARMLESS, GenerationRequest
+from service.openai.tokenizer import Tokenizer
 
 
 def refuse_unbuilt(body: msgspec.Struct, place: str = "") -> None:
@@ -49,7 +50,12 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
 
 
 def sampling_params(
-    body: GenerationRequest, max_tokens: int, logprobs: int | None, vocab_size: int, grammar: str | None
+    body: GenerationRequest,
+    max_tokens: int,
+    logprobs: int | None,
+    vocab_size: int,
+    grammar: str | None,
+    tokenizer: Tokenizer,
 ) -> SamplingParams:
     """The parameters of one request. Raises RequestError naming the field."""
     check_token_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
@@ -70,8 +76,40 @@ def sampling_params(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        logit_bias=_logit_bias(body, vocab_size),
+        allowed_token_ids=_allowed_token_ids(body, vocab_size, grammar),
+        bad_words=_bad_words(body, tokenizer),
         grammar=grammar,
     )
+
+
+def _logit_bias(body: GenerationRequest, vocab_size: int) -> dict[int, float]:
+    biases = {}
+    for key, bias in (body.logit_bias or {}).items():
+        if not key.isascii() or not key.isdigit():
+            raise RequestError("invalid_field", f"logit_bias: {key!r} is not a token id", "logit_bias")
+        biases[int(key)] = bias
+    check_token_ids(list(biases), vocab_size, "logit_bias")
+    return biases
+
+
+def _allowed_token_ids(body: GenerationRequest, vocab_size: int, grammar: str | None) -> tuple[int, ...]:
+    if body.allowed_token_ids is None:
+        return ()
+    if not body.allowed_token_ids:
+        raise RequestError("invalid_field", "allowed_token_ids must not be empty", "allowed_token_ids")
+    if grammar is not None:
+        message = "allowed_token_ids cannot be combined with a grammar, which might need other tokens: send one of them"
+        raise RequestError("invalid_field", message, "allowed_token_ids")
+    check_token_ids(body.allowed_token_ids, vocab_size, "allowed_token_ids")
+    return tuple(dict.fromkeys(body.allowed_token_ids))
+
+
+def _bad_words(body: GenerationRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as tokens, at the beginning of a text and after a space."""
+    words = [text for word in body.bad_words or () for text in (word, f" {word.lstrip()}")]
+    encoded = tokenizer.encode_all(words, add_special_tokens=False) if words else []
+    return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:

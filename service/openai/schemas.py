@@ -20,6 +20,7 @@ TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Repetition = Annotated[float, Meta(gt=0, le=10)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
@@ -101,7 +102,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: Choices | None = None
     stop: StopString | Stops | None = None
     stop_token_ids: list[Count] | None = None
+    logit_bias: dict[str, Bias] | None = None  # by token id
+    allowed_token_ids: list[Count] | None = None  # only these are generated
+    bad_words: list[StopString] | None = None  # never generated
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None  # of the text; None: they are skipped
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
@@ -121,12 +126,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     # Known to others, and not built here: refused by name unless they ask for nothing
     structural_tag: Any = None
     guided_whitespace_pattern: Any = None
-    logit_bias: Any = None
-    bad_words: Any = None
     use_beam_search: Any = None
     prompt_logprobs: Any = None
     include_stop_str_in_output: Any = None
-    skip_special_tokens: Any = None
     echo: Any = None
 
 
@@ -143,12 +145,50 @@ class TextPart(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    name: Name
+    arguments: str  # JSON text, as the model wrote it
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     role: Name
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None  # none only beside tool calls
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None  # of the call that a message of the role tool answers
     function_call: Any = None
+
+
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON Schema; none: the function takes no arguments
+    strict: bool | None = None  # arguments follow the schema wherever a call is forced
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+
+
+class FunctionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The function that the answer must call."""
+
+    type: Literal["function"]
+    function: ChosenFunction
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -156,8 +196,10 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: Any = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    # None: auto if there are tools
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None  # whether there may be several calls; None: there may
     functions: Any = None
     function_call: Any = None
     audio: Any = None
@@ -173,23 +215,17 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
 
 # The values of the fields above that ask for nothing; None always does
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "bad_words": ([],),
     "use_beam_search": (False,),
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
     "prompt_embeds": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "tool_calls": ([],),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -201,7 +237,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
 }
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,8 +297,9 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -283,6 +320,21 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True, tag_field="objec
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list["ToolCallDelta"] | None = None
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The beginning of a call, or more of its arguments."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: Literal["function"] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
 
     prompts: list[Prompt]
     params: SamplingParams
+    special: bool  # whether the text has the special tokens too
 
 
 class Call(Protocol):
@@ -81,8 +82,8 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
             source.enter_context(services.catalog.versions.using(version))
         refuse_unbuilt(body)
         require_applicable(body.alora, version)
-        prompts, params = await call.inputs(version)
-        plan = Plan(call.id, prompts, params, body.n or 1, stop_strings(body), body.cache_salt or "")
+        prompts, params, special = await call.inputs(version)
+        plan = Plan(call.id, prompts, params, body.n or 1, stop_strings(body), body.cache_salt or "", special)
         series = services.metrics.series(None if version is None else version.name)
         generation = Generation(plan, services.engine, services.tokenizer, series, record, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import torch: 4 s and 270 MB
 
 from service.openai.detokenizer import Detokenizer
+from service.tool_calls.syntax import SYNTAXES, Family, Syntax, family_of
 
 LONG_TEXT = 10_000  # characters; encoding more than this takes longer than a few milliseconds
 
@@ -26,9 +27,12 @@ class InvalidChat(ValueError):
 
 
 class Tokenizer:
-    """The tokenizer of a model directory. Its results equal those of transformers for the same directory."""
+    """The tokenizer of a model directory. Its results equal those of transformers for the same directory.
 
-    def __init__(self, directory: Path):
+    It knows the model's chat template, and with it the syntax of tool calls.
+    """
+
+    def __init__(self, directory: Path, family: Family | None = None):
         if not (directory / "tokenizer.json").is_file():
             raise TokenizerMissing(f"{directory} has no tokenizer.json")
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
@@ -37,6 +41,9 @@ class Tokenizer:
         self._backend: Backend = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        # Of tool calls; the template's if none is given
+        self.family: Family = family or family_of(self.chat_template)
+        self._special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Return a prompt's token ids, with the special tokens that the tokenizer adds (for many models: a BOS)."""
@@ -47,7 +54,27 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = True) -> list[int]:
+    @property
+    def chat_template(self) -> str:
+        """The model's chat template; empty if it has none."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else ""
+
+    @property
+    def syntax(self) -> Syntax:
+        """How the model writes tool calls."""
+        return SYNTAXES[self.family]
+
+    def is_special(self, text: str) -> bool:
+        """Whether a text is one special token."""
+        return text in self._special
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Return a conversation's token ids, by default with the header of the assistant's answer.
 
         Raises InvalidChat.
@@ -56,7 +83,7 @@ class Tokenizer:
             raise InvalidChat("the model has no chat template; use /v1/completions")
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation_prompt
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template may raise any of these
             raise InvalidChat(f"the model's chat template refuses these messages: {error}") from None
@@ -66,10 +93,15 @@ class Tokenizer:
         """Encode several prompts; long ones on a thread, so that they do not block the event loop."""
         return await _off_loop(sum(map(len, texts)), partial(self.encode_all, texts))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = True) -> list[int]:
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Do as `chat`; a long conversation on a thread, so that it does not block the event loop."""
-        length = sum(len(str(message.get("content"))) for message in messages)
-        return await _off_loop(length, partial(self.chat, messages, generation_prompt))
+        length = sum(len(str(message.get("content"))) for message in messages) + len(str(tools))
+        return await _off_loop(length, partial(self.chat, messages, generation_prompt, tools))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of some tokens without the special ones."""
@@ -83,8 +115,9 @@ class Tokenizer:
         """Return the text of one token by itself, special or not, for log-probabilities."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.decode)
+    def detokenizer(self, *, special: bool = False) -> Detokenizer:
+        """A detokenizer for one sequence; with `special`, the text has the special tokens too."""
+        return Detokenizer(self.shown if special else self.decode)
 
 
 async def _off_loop(length: int, encode: Callable[[], T]) -> T:

@@ -83,7 +83,7 @@ def test_log_probabilities_have_openais_shape(server: LiveServer) -> None:
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0].type",
         ),
-        ({"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0].function"),
     ],
 )
 def test_a_message_that_cannot_be_used_is_named(server: LiveServer, message: dict, param: str) -> None:
