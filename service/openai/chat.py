@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -11,7 +12,6 @@ from starlette.responses import Response
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import read_json
-from service.openai.detokenizer import UNKNOWN
 from service.openai.generation import Delta
 from service.openai.grammars import Source, source_of
 from service.openai.sampling_params import answer_length, sampling_params
@@ -210,14 +210,20 @@ class Chat:
         content = []
         for delta in deltas:
             for token_id, entry in zip(delta.token_ids, delta.logprobs or (), strict=False):
-                token = self._tokenizer.token_text(token_id)
-                top = [
-                    TopLogprob(token=(text := self._tokenizer.token_text(i)), logprob=logprob, bytes=utf8(text))
-                    for i, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
-                ]
-                content.append(TokenLogprob(token=token, logprob=entry.logprob, bytes=utf8(token), top_logprobs=top))
+                top = dict(zip(entry.top_ids, entry.top_logprobs, strict=True))
+                if top:
+                    top.setdefault(token_id, entry.logprob)
+                content.append(
+                    TokenLogprob(
+                        **self._named(token_id),
+                        logprob=entry.logprob,
+                        top_logprobs=[TopLogprob(**self._named(i), logprob=logprob) for i, logprob in top.items()],
+                    )
+                )
         return ChatLogprobs(content=content, refusal=None)
 
-
-def utf8(token: str) -> list[int] | None:
-    return None if UNKNOWN in token else list(token.encode())
+    def _named(self, token_id: int) -> dict[str, Any]:
+        """A token's text and its own bytes, which tell tokens apart that are parts of characters."""
+        own = self._tokenizer.token_bytes(token_id)
+        as_id = self.body.return_tokens_as_token_ids
+        return {"token": f"token_id:{token_id}" if as_id else own.decode(errors="replace"), "bytes": list(own)}

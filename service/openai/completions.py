@@ -73,7 +73,7 @@ class TextCompletion:
 
     def _logprobs(self, deltas: Sequence[Delta]) -> CompletionLogprobs:
         """Offsets are into the text as it is given out: a token that is part of a character has that character's."""
-        choice, text_of = deltas[0].choice, self._tokenizer.token_text
+        choice, name_of = deltas[0].choice, self._name
         entries: list[tuple[int, TokenLogprobs]] = []
         offsets: list[int] = []
         offset = self._offsets.get(choice, 0)
@@ -84,11 +84,27 @@ class TextCompletion:
             offset += len(delta.text)
         self._offsets[choice] = offset
         return CompletionLogprobs(
-            tokens=[text_of(token_id) for token_id, _ in entries],
+            tokens=[name_of(token_id) for token_id, _ in entries],
             token_logprobs=[entry.logprob for _, entry in entries],
             text_offset=offsets,
-            top_logprobs=[
-                {text_of(i): logprob for i, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)}
-                for _, entry in entries
-            ],
+            top_logprobs=[self._top(token_id, entry) for token_id, entry in entries],
         )
+
+    def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens and the chosen one, by name; of two with one name the likelier stays."""
+        if not entry.top_ids:
+            return {}
+        top = {self._name(token_id): entry.logprob}
+        for other, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
+            top.setdefault(self._name(other), logprob)
+        return dict(sorted(top.items(), key=lambda each: -each[1]))
+
+    def _name(self, token_id: int) -> str:
+        """A token's text; of a part of a character its bytes, as OpenAI names it, so that tokens can be told apart."""
+        if self.body.return_tokens_as_token_ids:
+            return f"token_id:{token_id}"
+        own = self._tokenizer.token_bytes(token_id)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)

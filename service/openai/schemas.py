@@ -107,6 +107,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: list[StopString] | None = None  # never generated
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None  # of the text; None: they are skipped
+    return_tokens_as_token_ids: bool | None = None  # log-probabilities name tokens token_id:7
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
@@ -280,13 +281,13 @@ class Completion(
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     logprob: float
-    bytes: list[int] | None  # None where a token is only a part of a character
+    bytes: list[int]  # the token's own
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
     top_logprobs: list[TopLogprob]
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import torch: 4 s and 270 MB
 
 from service.openai.detokenizer import Detokenizer
+from service.openai.token_bytes import TokenBytes
 from service.tool_calls.syntax import SYNTAXES, Family, Syntax, family_of
 
 LONG_TEXT = 10_000  # characters; encoding more than this takes longer than a few milliseconds
@@ -43,6 +44,7 @@ class Tokenizer:
         self._backend.no_padding()
         # Of tool calls; the template's if none is given
         self.family: Family = family or family_of(self.chat_template)
+        self._bytes = TokenBytes(self._backend)
         self._special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
 
     def encode(self, text: str) -> list[int]:
@@ -111,9 +113,9 @@ class Tokenizer:
         """Return the text of some tokens with the special ones, for a person to read."""
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token by itself, special or not, for log-probabilities."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what one token stands for, special or not, for log-probabilities."""
+        return self._bytes.of(token_id)
 
     def detokenizer(self, *, special: bool = False) -> Detokenizer:
         """A detokenizer for one sequence; with `special`, the text has the special tokens too."""

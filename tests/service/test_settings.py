@@ -87,6 +87,7 @@ OPTIONS = {
     "--api-key": ("a,key", "api_key", "a,key"),
     "--max-body-bytes": ("1000", "max_body_bytes", 1000),
     "--served-model-name": ("base", "served_name", "base"),
+    "--tool-call-parser": ("mistral", "tool_call_parser", "mistral"),
     "--store": ("s3://bucket/team/", "store", "s3://bucket/team"),
     "--data-directory": ("/data", "data_directory", Path("/data")),
     "--cache-directory": ("/cache", "cache_directory", Path("/cache")),

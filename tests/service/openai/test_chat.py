@@ -70,7 +70,17 @@ def test_log_probabilities_have_openais_shape(server: LiveServer) -> None:
         "bytes": [117],
         "top_logprobs": [{"token": "u", "logprob": -0.5, "bytes": [117]}],
     }
-    assert content[6]["bytes"] is None  # a third of a euro sign
+    assert content[6]["bytes"] + content[7]["bytes"] == list("€".encode()[:2]), "two thirds of a euro sign"
+
+
+def test_log_probabilities_always_have_the_sampled_token(server: LiveServer) -> None:
+    """Also where it is not among the likeliest, and where tokens share a text because they are parts of characters."""
+    for name in ("🌟🎉😀", "hello"):
+        whole = server.complete(name, max_tokens=8, logprobs=1).json()["choices"][0]["logprobs"]
+        for token, logprob, top in zip(whole["tokens"], whole["token_logprobs"], whole["top_logprobs"], strict=True):
+            assert top[token] == logprob
+    named = server.complete("hello", max_tokens=2, logprobs=1, return_tokens_as_token_ids=True).json()["choices"][0]
+    assert all(token.startswith("token_id:") for token in named["logprobs"]["tokens"])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+from tokenizers.models import BPE
 
+from service.openai.token_bytes import TokenBytes
 from service.openai.tokenizer import LONG_TEXT, InvalidChat, Tokenizer, TokenizerMissing
 
 MESSAGES = [
@@ -48,7 +52,21 @@ def test_long_texts_are_encoded_as_short_ones_are(tokenizer: Tokenizer) -> None:
 def test_special_tokens_are_left_out_of_text_but_shown_one_by_one(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode("<|im_start|>Hi<|im_end|>")
     assert tokenizer.decode(token_ids) == "Hi"
-    assert [tokenizer.token_text(i) for i in token_ids] == ["<|im_start|>", "Hi", "<|im_end|>"]
+    assert [tokenizer.token_bytes(i) for i in token_ids] == [b"<|im_start|>", b"Hi", b"<|im_end|>"]
+
+
+def test_the_bytes_of_tokens_joined_are_the_text(tokenizer: Tokenizer) -> None:
+    text = "  Hello wörld 🌟🎉😀 €\n\t x"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_sentencepieces_tokens_keep_their_space_and_their_bytes() -> None:
+    vocab = {"<unk>": 0, "\u2581Hello": 1, "<0xF0>": 2, "<0x9F>": 3, "wor": 4, "\u2581": 5}
+    backend = Backend(BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    found = TokenBytes(backend)
+    assert [found.of(i) for i in range(1, 6)] == [b" Hello", b"\xf0", b"\x9f", b"wor", b" "]
 
 
 def test_a_model_without_a_chat_template_says_so(tiny_model: Path, tmp_path: Path) -> None:
