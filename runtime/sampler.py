@@ -20,6 +20,7 @@ _FIRST_CANDIDATES = 1024
 LEAST_DIVISOR = 1e-6
 LARGEST_LOGIT = 1e30
 FORBIDDEN = -1e31
+SECOND_DRAW = 1 << 32  # added to the choice, for a stream of its own
 
 
 class Sampled(NamedTuple):
@@ -56,7 +57,7 @@ def choose(logits: Tensor, requests: list[Request], best: Sequence[Best]) -> lis
             sampled.append(Sampled(None))
             continue
         if params.temperature > 0:
-            token_id = _draw(adjust(logits[row], request), request)
+            token_id = _draw_allowed(logits[row], request)
         elif changes_values(request) or not allows(request, token_id):
             token_id = int(adjust(logits[row], request).argmax())
         sampled.append(Sampled(token_id, logprobs_of(logits[row], token_id, params.logprobs, log_total)))
@@ -103,9 +104,12 @@ def allowed_tokens(request: Request, vocab: int) -> NDArray[np.bool_] | None:
     return rest if rest.any() else allowed
 
 
-def adjust(logits: Tensor, request: Request) -> Tensor:
-    """Apply penalties, biases and forbidden tokens to a copy of `logits`; the same tensor if there are none."""
-    if not adjusts(request):
+def adjust(logits: Tensor, request: Request, *, by_grammar: bool = True) -> Tensor:
+    """Apply penalties, biases and forbidden tokens to a copy of `logits`; the same tensor if there are none.
+
+    Without `by_grammar`, tokens that only the grammar forbids stay.
+    """
+    if not adjusts(request) or not (by_grammar or changes_values(request) or request.forbidden_ids):
         return logits
     params, forbidden = request.params, request.forbidden_ids
     logits = logits.clone()
@@ -122,7 +126,7 @@ def adjust(logits: Tensor, request: Request) -> Tensor:
             list(params.logit_bias.values()), device=logits.device
         )
     logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
-    allowed = allowed_tokens(request, len(logits))
+    allowed = allowed_tokens(request, len(logits)) if by_grammar else None
     if allowed is not None:
         logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), FORBIDDEN)
     elif forbidden:
@@ -130,11 +134,27 @@ def adjust(logits: Tensor, request: Request) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, request: Request) -> int:
+def _draw_allowed(logits: Tensor, request: Request) -> int:
+    """Draw from the tokens that may be generated.
+
+    A mask of a grammar takes up to a millisecond. So a token is first drawn from all, if nothing is to be cut: if it is
+    allowed, it stays, and else another one is drawn by the mask. Together they have the masked distribution.
+    """
+    params = request.params
+    draw = uniform(request.seed, params.choice, request.num_generated)
+    uncut = params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0
+    if request.constraint is not None and uncut:
+        token_id = _draw(adjust(logits, request, by_grammar=False), request, draw)
+        if allows(request, token_id):
+            return token_id
+        draw = uniform(request.seed, params.choice + SECOND_DRAW, request.num_generated)
+    return _draw(adjust(logits, request), request, draw)
+
+
+def _draw(logits: Tensor, request: Request, draw: float) -> int:
     """Draw from softmax(logits / temperature), cut by top_k, by top_p of the rest, and by min_p of the maximum."""
     params = request.params
     probabilities = ((logits - logits.max()) / max(params.temperature, LEAST_DIVISOR)).softmax(-1)
-    draw = uniform(request.seed, params.choice, request.num_generated)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         return invert(probabilities, draw)
     values, ids = _likeliest(probabilities, params)

@@ -36,7 +36,7 @@ class Grammars:
         self._kept.move_to_end(grammar)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return Constraint(compiled, self._vocab_size)
+        return Constraint(compiled, self._vocab_size, self._eos)
 
     def watch(self, on_compiled: Callable[[], None]) -> None:
         """Call `on_compiled`, from the thread, whenever a grammar has been compiled or refused."""

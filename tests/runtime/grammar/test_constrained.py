@@ -88,6 +88,39 @@ def test_draws_stay_in_the_grammar_and_a_seed_repeats_in_any_batch(start, tokeni
         assert 0 <= person["age"] <= 99
 
 
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_asking_for_one_token_gives_what_the_mask_says(start, tokenizer, grammar):
+    """At every place of some texts, for every token."""
+    grammars = start().grammars
+    for seed in range(3):
+        draw, walk = np.random.default_rng(seed), grammars.constrain(GRAMMARS[grammar])
+        generated = []
+        while len(generated) < 40 and (not generated or generated[-1] != END):
+            grammars.wait(5)
+            assert walk.ready
+            single = grammars.constrain(GRAMMARS[grammar])
+            assert single.ready
+            allowed = walk.allowed(generated)[:VOCAB]
+            assert [single.allows(generated, token_id) for token_id in range(VOCAB)] == allowed.tolist()
+            generated.append(int(draw.choice(np.flatnonzero(allowed))))
+
+
+def test_drawn_tokens_have_the_masked_distribution(start, tokenizer):
+    """Also where the first draw is mostly refused: by chi-square, on what follows a prompt."""
+    engine = start()
+    letters = LLMatcher.grammar_from_regex("[a-d]x")
+    one = SamplingParams(max_tokens=1, temperature=0.0, logprobs=VOCAB)
+    ranked = engine.generate([prompt(20)], one)[0].logprobs[0]
+    tokens = {tokenizer.tokenize_str(letter)[0]: 0 for letter in "abcd"}
+    found = dict(zip(ranked.top_ids, ranked.top_logprobs, strict=True))
+    weights = np.array([np.exp(found[token_id]) for token_id in tokens])
+    for seed in range(2000):
+        [completion] = engine.generate([prompt(20)], params(letters, max_tokens=1, temperature=1.0, seed=seed))
+        tokens[completion.token_ids[0]] += 1
+    expected = 2000 * weights / weights.sum()
+    assert (((np.array(list(tokens.values())) - expected) ** 2) / expected).sum() < 16.3  # 0.1 % of three degrees
+
+
 def test_preempted_requests_go_on_where_they_were(start):
     want = start().generate([prompt(20, seed) for seed in range(6)], params("schema", temperature=1.0, seed=3))
     few = start(blocks=9)
