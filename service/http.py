@@ -129,14 +129,14 @@ def _refuse_type(kind: Any, reason: str) -> NoReturn:
         param = f"{path}.{unknown[1]}" if path else unknown[1]
         raise RequestError("unknown_field", f"{param} is not a field of this request", param)
     complaint = complaint.replace("`", "")
-    if complaint.startswith("Invalid enum value"):
+    if complaint.startswith(("Invalid enum value", "Invalid value")):
         choices = _choices(msgspec.inspect.type_info(kind), re.findall(r"[^.\[\]]+", path))
         complaint += f", expected one of {', '.join(map(str, choices))}"
     raise RequestError("invalid_field", f"{path or 'the body'}: {complaint}", path or None)
 
 
 def _choices(place: msgspec.inspect.Type, steps: Sequence[str]) -> Iterator[Any]:
-    """The values of the Literal that `steps`, names of fields and indices, lead to from a type."""
+    """The values of the Literal, or the tags of Structs, that `steps` lead to from a type: fields and indices."""
     if isinstance(place, msgspec.inspect.Metadata):
         yield from _choices(place.type, steps)
     elif isinstance(place, msgspec.inspect.UnionType):
@@ -146,6 +146,8 @@ def _choices(place: msgspec.inspect.Type, steps: Sequence[str]) -> Iterator[Any]
         yield from place.values
     elif isinstance(place, msgspec.inspect.ListType) and steps:
         yield from _choices(place.item_type, steps[1:])
+    elif isinstance(place, msgspec.inspect.StructType) and steps == [place.tag_field]:
+        yield place.tag
     elif isinstance(place, msgspec.inspect.StructType) and steps:
         for field in place.fields:
             if field.encode_name == steps[0]:

@@ -35,8 +35,12 @@ def answer_length(
     """
     room = limit - prompt
     if room < 1 or (asked or 0) > room:
-        answer = f" and {asked} of {length_param}" if asked else ", which leaves none for an answer"
-        message = f"the model's context is {limit} tokens; the prompt has {prompt}{answer}"
+        # OpenAI's sentence: clients look for its beginning, and then shorten the prompt
+        answer = f", and {asked} were asked for by {length_param}" if asked else ", which leaves none for the answer"
+        message = (
+            f"This model's maximum context length is {limit} tokens. However, the prompt has {prompt} tokens{answer}. "
+            f"Please reduce the length of the {param}{f' or {length_param}' if asked else ''}."
+        )
         raise RequestError("context_length_exceeded", message, length_param if room >= 1 else param)
     return asked or min(room, default or room)
 

@@ -92,6 +92,21 @@ def test_what_is_not_built_into_chat_is_refused_by_name(server: LiveServer, fiel
     assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", field)
 
 
+def test_the_types_of_a_response_format_are_named(server: LiveServer) -> None:
+    asked = {"model": "tiny", "prompt": "x", "response_format": {"type": "jsonschema"}}
+    _, error = error_of(server, json.dumps(asked))
+    assert error["message"].endswith("Invalid value 'jsonschema', expected one of text, json_object, json_schema")
+
+
+def test_a_context_overflow_is_told_as_openai_tells_it(server: LiveServer) -> None:
+    """LiteLLM and LangChain look for these words."""
+    for body in ({"prompt": [5] * 200}, {"prompt": [5] * 9, "max_tokens": 1000}):
+        _, error = error_of(server, json.dumps({"model": "tiny", **body}))
+        assert error["message"].startswith("This model's maximum context length is")
+        assert "tokens. However, " in error["message"]
+        assert error["code"] == "context_length_exceeded"
+
+
 def test_the_values_of_a_field_that_has_few_are_named(server: LiveServer) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}
     status, error = error_of(server, json.dumps(body), "/v1/chat/completions")
