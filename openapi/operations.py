@@ -16,8 +16,12 @@ from service.openai.schemas import (
     ChatRequest,
     Completion,
     CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
     ModelCard,
     ModelList,
+    Tokenized,
+    TokenizeRequest,
 )
 
 JSON, TEXT = "application/json", "text/plain"
@@ -143,6 +147,10 @@ OPERATIONS = {
         streams=(ChatChunk,),
         answer_headers=GENERATED,
     ),
+    ("POST", "/tokenize"): Operation(
+        "Get the token ids of a prompt or of a chat.", {200: Tokenized}, body=TokenizeRequest
+    ),
+    ("POST", "/detokenize"): Operation("Get the text of token ids.", {200: Detokenized}, body=DetokenizeRequest),
     ("GET", "/kv"): Operation("Get the state of the K/V cache, as a whole and by namespace.", {200: KvCache}),
     ("GET", "/kv/prefixes"): Operation("List the held prefixes.", {200: PrefixList}),
     ("POST", "/kv/prefixes"): Operation(

@@ -19,9 +19,9 @@ from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
 from service.engine.process import EngineStartFailed
 from service.logs import say, set_up
-from service.openai.tokenizer import TokenizerMissing
 from service.option_parser import BAD_VALUE
 from service.settings import Arguments, Settings, read
+from service.text.tokenizer import TokenizerMissing
 from storage.store import StoreError
 
 CANNOT_START = 1  # the exit status, beside BAD_VALUE

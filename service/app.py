@@ -34,14 +34,17 @@ from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
 from service.openai.sagemaker import invocations
-from service.openai.tokenizer import Tokenizer
+from service.openai.tokenize import detokenize, tokenize
 from service.services import Services
 from service.settings import Settings
+from service.text.tokenizer import Tokenizer
 from storage.store import StoreError
 
 routes = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),
     *adapters.routes,

@@ -13,8 +13,8 @@ from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
 from service.openai.grammars import Grammars
 from service.openai.prompts import PromptEncoder
-from service.openai.tokenizer import Tokenizer
 from service.settings import Settings
+from service.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

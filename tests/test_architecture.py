@@ -68,6 +68,7 @@ INNER = {
     "service.openai": {
         "service.engine",
         "service.tool_calls",
+        "service.text",
         "service.catalog.record",
         "service.catalog.versions",
         "service.access",
@@ -77,6 +78,7 @@ INNER = {
         "service.services",
     },
     "service.tool_calls": set(),
+    "service.text": {"service.tool_calls"},
     "service.kv": {
         "service.engine",
         "service.catalog.record",
@@ -191,7 +193,7 @@ def test_the_service_runs_without_torch(default_model_path: Path) -> None:
     """The engine process has it; in the service it would cost memory and seconds at every start."""
     program = (
         "import sys; from pathlib import Path; import service.__main__; "
-        "from service.openai.tokenizer import Tokenizer; Tokenizer(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
+        "from service.text.tokenizer import Tokenizer; Tokenizer(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, default_model_path], cwd=ROOT, check=True)
 

@@ -12,10 +12,10 @@ from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from service.access import AccessRecord
 from service.engine.client import EngineClient
 from service.metrics import Series
-from service.openai.detokenizer import StopStrings
 from service.openai.invocation import Prompt
 from service.openai.schemas import PromptTokensDetails, Usage
-from service.openai.tokenizer import Tokenizer
+from service.text.detokenizer import StopStrings
+from service.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 

@@ -8,7 +8,7 @@ from runtime.invocation import find_invocation
 from service.catalog.record import AdapterRecord, AdapterVersion
 from service.errors import RequestError
 from service.openai.schemas import Alora, OnMissing
-from service.openai.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 Invocation = Literal["found", "appended", "base"]
 LONG_PROMPT = 50_000  # tokens; the search in a longer request takes more than a few milliseconds

@@ -11,8 +11,8 @@ from service.errors import RequestError
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling_params import answer_length, check_token_ids, refuse_unbuilt
 from service.openai.schemas import Alora, Message, Tool, ToolCall
-from service.openai.tokenizer import InvalidChat, Tokenizer
 from service.openai.tool_choice import as_json, without_template
+from service.text.tokenizer import InvalidChat, Tokenizer
 
 
 class PromptEncoder:
@@ -48,21 +48,21 @@ class PromptEncoder:
 
         An invocation that is to be appended replaces the generation prompt (the assistant's header).
         """
-        token_ids = await self._encode_chat(messages, tools, generation_prompt=True)
+        token_ids = await self.encode_chat(messages, tools, generation_prompt=True)
         [prompt] = await invoked([token_ids], version)
         if prompt is not None:
             return prompt
         assert version is not None
         if on_missing(alora) == "append":
-            token_ids = await self._encode_chat(messages, tools, generation_prompt=False)
+            token_ids = await self.encode_chat(messages, tools, generation_prompt=False)
         return without_invocation(token_ids, version, alora, self._tokenizer, "messages")
 
     async def chat_prefix(
         self, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
     ) -> Prompt:
         """The tokens that every later request with these first messages begins with."""
-        whole = await self._encode_chat(messages, generation_prompt=False)
-        answered = await self._encode_chat(messages, generation_prompt=True)
+        whole = await self.encode_chat(messages, generation_prompt=False)
+        answered = await self.encode_chat(messages, generation_prompt=True)
         # A template may end a conversation with tokens that are absent when it goes on, and so may the tokenizer
         pairs = takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False))
         shared = _some([token_id for token_id, _ in pairs])
@@ -77,6 +77,23 @@ class PromptEncoder:
         assert version is not None
         base = whole if on_missing(alora) == "append" else shared
         return without_invocation(base, version, alora, self._tokenizer, "messages")
+
+    async def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, generation_prompt: bool
+    ) -> list[int]:
+        """A conversation's token ids, with the header of the assistant's answer or without."""
+        for index, turn in enumerate(messages):
+            refuse_unbuilt(turn, f"messages[{index}].")
+        plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if "tool" not in self._tokenizer.chat_template:
+            plain = without_template(plain, tools, self._tokenizer.syntax)
+            tools = ()
+        try:
+            token_ids = await self._tokenizer.encode_chat(plain, generation_prompt, [as_json(tool) for tool in tools])
+        except InvalidChat as error:
+            raise RequestError("invalid_chat", str(error), "messages") from None
+        check_token_ids(_some(token_ids), self._vocab_size, "messages")
+        return token_ids
 
     async def _encode_prompts(self, prompt: str | list[str | int | list[int]]) -> list[list[int]]:
         """The token ids of a prompt in any of its four forms."""
@@ -96,22 +113,6 @@ class PromptEncoder:
         for token_ids in prompts:
             check_token_ids(token_ids, self._vocab_size, "prompt")
         return prompts
-
-    async def _encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, generation_prompt: bool
-    ) -> list[int]:
-        for index, turn in enumerate(messages):
-            refuse_unbuilt(turn, f"messages[{index}].")
-        plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-        if "tool" not in self._tokenizer.chat_template:
-            plain = without_template(plain, tools, self._tokenizer.syntax)
-            tools = ()
-        try:
-            token_ids = await self._tokenizer.encode_chat(plain, generation_prompt, [as_json(tool) for tool in tools])
-        except InvalidChat as error:
-            raise RequestError("invalid_chat", str(error), "messages") from None
-        check_token_ids(_some(token_ids), self._vocab_size, "messages")
-        return token_ids
 
 
 def _some(token_ids: list[int]) -> list[int]:

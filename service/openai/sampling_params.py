@@ -8,7 +8,7 @@ import msgspec
 from runtime.messages import SamplingParams
 from service.errors import RequestError
 from service.openai.schemas import HARMLESS, GenerationRequest
-from service.openai.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 
 
 def refuse_unbuilt(body: msgspec.Struct, place: str = "") -> None:

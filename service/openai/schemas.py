@@ -214,6 +214,34 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     add_generation_prompt: Any = None
 
 
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt or the messages of a chat; fields that clients of vLLM send."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None  # of a prompt; None: they are added
+    add_generation_prompt: bool | None = None  # of a chat; None: it is added
+    return_token_strs: bool | None = None
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    model: Name | None = None
+    tokens: list[Count]
+
+
+class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
+    prompt: str  # the special tokens included
+
+
 # The values of the fields above that ask for nothing; None always does
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),

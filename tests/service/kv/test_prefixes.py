@@ -10,7 +10,7 @@ import pytest
 from service.kv import prefixes
 from service.openai.prompts import PromptEncoder
 from service.openai.schemas import Message
-from service.openai.tokenizer import Tokenizer
+from service.text.tokenizer import Tokenizer
 from tests.service.alora_service import HEADER, INVOCATION, alora_server, encode
 from tests.service.kv.held_prefixes import error, get, gone, hold, in_flight, listed, post
 from tests.service.live_server import LiveServer, wait_until

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
-from service.openai.detokenizer import UNKNOWN, WINDOW, Detokenizer, StopStrings
+from service.text.detokenizer import UNKNOWN, WINDOW, Detokenizer, StopStrings
 from tests.service.tiny_model import make_tokenizer
 
 BYTE_LEVEL = make_tokenizer()

@@ -10,8 +10,8 @@ import jinja2
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import torch: 4 s and 270 MB
 
-from service.openai.detokenizer import Detokenizer
-from service.openai.token_bytes import TokenBytes
+from service.text.detokenizer import Detokenizer
+from service.text.token_bytes import TokenBytes
 from service.tool_calls.syntax import SYNTAXES, Family, Syntax, family_of
 
 LONG_TEXT = 10_000  # characters; encoding more than this takes longer than a few milliseconds
@@ -91,9 +91,9 @@ class Tokenizer:
             raise InvalidChat(f"the model's chat template refuses these messages: {error}") from None
         return self.encode_all([text], add_special_tokens=False)[0]
 
-    async def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+    async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Encode several prompts; long ones on a thread, so that they do not block the event loop."""
-        return await _off_loop(sum(map(len, texts)), partial(self.encode_all, texts))
+        return await _off_loop(sum(map(len, texts)), partial(self.encode_all, texts, add_special_tokens))
 
     async def encode_chat(
         self,

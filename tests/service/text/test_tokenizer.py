@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
 
-from service.openai.token_bytes import TokenBytes
-from service.openai.tokenizer import LONG_TEXT, InvalidChat, Tokenizer, TokenizerMissing
+from service.text.token_bytes import TokenBytes
+from service.text.tokenizer import LONG_TEXT, InvalidChat, Tokenizer, TokenizerMissing
 
 MESSAGES = [
     {"role": "system", "content": "You are brief."},
