@@ -94,6 +94,7 @@ class Request:
         self.constraint = constraint  # of `params.grammar`
         ends = () if params.ignore_eos and constraint is None else eos_token_ids
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(ends)
+        self._end_ids = self.stop_ids | frozenset(eos_token_ids)  # that may not come before `min_tokens`
         self.max_tokens = min(max_tokens, len(command.token_ids) + params.max_tokens)
         self.num_prompt = len(command.token_ids)
         self.token_ids = list(command.token_ids)  # all that are known: the prompt's and the generated ones
@@ -169,10 +170,9 @@ class Request:
     def forbidden_ids(self) -> frozenset[int]:
         """Tokens that may not be sampled next.
 
-        Before `min_tokens`, those that would end the request; and the last token of a bad word whose others were the
-        last ones.
+        Before `min_tokens`, those that end a text, ignored or not; and the last token of a bad word, after its others.
         """
-        forbidden = self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
+        forbidden = self._end_ids if self.num_generated < self.params.min_tokens else frozenset()
         if not self.params.bad_words:
             return forbidden
         generated = self.generated

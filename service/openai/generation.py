@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     stops: tuple[str, ...]  # stop strings
     cache_salt: str
     special: bool = False  # whether the text has the special tokens too
+    include_stop: bool = False  # whether it has the stop string that ended it
 
 
 class Delta(NamedTuple):
@@ -49,7 +50,7 @@ class Choice:
         self.index = index
         self.finish_reason: FinishReason | None = None
         self._text = tokenizer.detokenizer(special=plan.special)
-        self._stops = StopStrings(plan.stops)
+        self._stops = StopStrings(plan.stops, included=plan.include_stop)
         self._unstoppable = plan.params.min_tokens  # tokens in which a stop string does not count yet
 
     def push(self, tokens: Tokens) -> Delta:
@@ -57,14 +58,14 @@ class Choice:
         if tokens.finish_reason is not None:
             text += self._text.flush()
         self.finish_reason = tokens.finish_reason
-        if self._unstoppable >= len(tokens.token_ids) > 0:
+        stops = not self._unstoppable >= len(tokens.token_ids) > 0
+        if not stops:
             self._unstoppable -= len(tokens.token_ids)
-        else:
-            text, stopped = self._stops.push(text)
-            if stopped:
-                self.finish_reason = "stop"
-            elif tokens.finish_reason is not None:
-                text += self._stops.flush()
+        text, stopped = self._stops.push(text, stops=stops)
+        if stopped:
+            self.finish_reason = "stop"
+        elif tokens.finish_reason is not None:
+            text += self._stops.flush()
         return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason)
 
 

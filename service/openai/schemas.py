@@ -101,6 +101,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     seed: Seed | None = None
     n: Choices | None = None
     stop: StopString | Stops | None = None
+    include_stop_str_in_output: bool | None = None
     stop_token_ids: list[Count] | None = None
     logit_bias: dict[str, Bias] | None = None  # by token id
     allowed_token_ids: list[Count] | None = None  # only these are generated
@@ -129,7 +130,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
     prompt_logprobs: Any = None
-    include_stop_str_in_output: Any = None
     echo: Any = None
 
 
@@ -246,7 +246,6 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "prompt_logprobs": (),
-    "include_stop_str_in_output": (False,),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
     "echo": (False,),

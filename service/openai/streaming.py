@@ -83,7 +83,16 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
         refuse_unbuilt(body)
         require_applicable(body.alora, version)
         prompts, params, special = await call.inputs(version)
-        plan = Plan(call.id, prompts, params, body.n or 1, stop_strings(body), body.cache_salt or "", special)
+        plan = Plan(
+            request_id=call.id,
+            prompts=prompts,
+            params=params,
+            choices=body.n or 1,
+            stops=stop_strings(body),
+            cache_salt=body.cache_salt or "",
+            special=special,
+            include_stop=bool(body.include_stop_str_in_output),
+        )
         series = services.metrics.series(None if version is None else version.name)
         generation = Generation(plan, services.engine, services.tokenizer, series, record, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))

@@ -48,19 +48,28 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text that arrives in pieces at the first stop string to be completed; of several, at the longest."""
+    """Cuts a text that arrives in pieces at the first stop string to be completed; of several, at the longest.
 
-    def __init__(self, strings: Iterable[str]):
+    With `included`, after it.
+    """
+
+    def __init__(self, strings: Iterable[str], *, included: bool = False):
+        self._included = included
         self._strings = [string for string in strings if string]
         self._longest = max(map(len, self._strings), default=0)
         self._held = ""  # the end of the text so far, if a stop string begins with it
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Return the text before any stop string, and whether one was found."""
-        text = self._held + piece
-        found = [(start + len(string), start) for string in self._strings if (start := text.find(string)) >= 0]
-        if found:
-            return text[: min(found)[1]], True
+    def push(self, piece: str, *, stops: bool = True) -> tuple[str, bool]:
+        """Return the text before any stop string, and whether one was found.
+
+        Without `stops` none that ends in this piece counts.
+        """
+        text, known = self._held + piece, len(self._held)
+        places = [(text.find(string, max(known + 1 - len(string), 0)), len(string)) for string in self._strings]
+        found = [(start + length, start) for start, length in places if start >= 0]
+        if found and stops:
+            end, start = min(found)
+            return text[: end if self._included else start], True
         starts = range(max(0, len(text) - self._longest), len(text))
         held = next((i for i in starts if any(s.startswith(text[i:]) for s in self._strings)), len(text))
         self._held = text[held:]

@@ -131,6 +131,15 @@ def test_no_stop_string_counts_before_the_least_number_of_tokens(server: LiveSer
     assert body["choices"][0]["text"] == "hello worldhello"
 
 
+def test_a_stop_string_that_ends_after_the_least_number_of_tokens_counts(
+    server: LiveServer,
+) -> None:
+    asked = {"max_tokens": 50, "min_tokens": 2, "stop": "worldhel"}
+    assert server.complete("hello world", **asked).json()["choices"][0]["text"] == "hello "
+    included = server.complete("hello world", **asked, include_stop_str_in_output=True).json()["choices"][0]
+    assert (included["text"], included["finish_reason"]) == ("hello worldhel", "stop")
+
+
 def test_what_might_have_become_a_stop_string_is_given_out_at_the_end(server: LiveServer) -> None:
     assert server.complete("hello world", max_tokens=1, stop="lo!").json()["choices"][0]["text"] == "hello"
 

@@ -117,31 +117,40 @@ def test_each_push_decodes_a_few_tokens_however_long_the_text_is() -> None:
     assert decoded < 16 * len(BYTE_LEVEL.encode("größe €uro 😀" * 500).ids)
 
 
-def first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The specification: the stop string that is complete first ends the text; of several, the longest."""
-    for end in range(1, len(text) + 1):
+def first_stop(text: str, stops: Sequence[str], after: int = 0, *, included: bool = False) -> tuple[str, bool]:
+    """The specification: the stop string that is complete first, `after` so many characters, ends the text.
+
+    Of several, the longest.
+    """
+    for end in range(after + 1, len(text) + 1):
         found = max((len(stop) for stop in stops if stop and text[:end].endswith(stop)), default=0)
         if found:
-            return text[: end - found], True
+            return text[: end if included else end - found], True
     return text, False
 
 
 @given(
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    st.integers(0, 12),
+    st.booleans(),
 )
-def test_a_stop_string_is_found_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
-    finder = StopStrings(stops)
+def test_a_stop_string_is_found_however_the_text_is_cut(
+    pieces: list[str], stops: list[str], least: int, included: bool
+) -> None:
+    """None counts that ends in the first `least` pieces, but one that begins there and ends later does."""
+    finder = StopStrings(stops, included=included)
     given_out = []
     stopped = False
-    for piece in pieces:
-        text, stopped = finder.push(piece)
+    for index, piece in enumerate(pieces):
+        text, stopped = finder.push(piece, stops=index >= least)
         given_out.append(text)
         if stopped:
             break
     if not stopped:
         given_out.append(finder.flush())
-    assert ("".join(given_out), stopped) == first_stop("".join(pieces), stops)
+    after = len("".join(pieces[:least]))
+    assert ("".join(given_out), stopped) == first_stop("".join(pieces), stops, after, included=included)
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3))
