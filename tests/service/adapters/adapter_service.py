@@ -117,6 +117,7 @@ class Service:
             imports=self.imports,
             tokenizer=None,  # nobody generates
             prompts=None,
+            grammars=None,
             prefixes=None,
             max_model_len=128,
             vocab_size=TINY.vocab_size,
