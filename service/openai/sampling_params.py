@@ -36,7 +36,7 @@ def answer_length(
     room = limit - prompt
     if room < 1 or (asked or 0) > room:
         # OpenAI's sentence: clients look for its beginning, and then shorten the prompt
-        answer = f", and {asked} were asked for by {length_param}" if asked else ", which leaves none for the answer"
+        answer = f", and {asked} of {length_param} were asked for" if asked else ", which leaves none for the answer"
         message = (
             f"This model's maximum context length is {limit} tokens. However, the prompt has {prompt} tokens{answer}. "
             f"Please reduce the length of the {param}{f' or {length_param}' if asked else ''}."
