@@ -94,11 +94,12 @@ def allowed_tokens(request: Request, vocab: int) -> NDArray[np.bool_] | None:
     only, constraint = request.params.allowed_token_ids, request.constraint
     if not only and constraint is None:
         return None
-    allowed = np.zeros(vocab, np.bool_)
-    if constraint is None:
-        allowed[list(only)] = True
-    else:
-        allowed |= constraint.allowed(request.generated)[:vocab]
+    allowed = np.full(vocab, not only)
+    allowed[list(only)] = True
+    if constraint is not None:
+        follows = constraint.allowed(request.generated)[:vocab]
+        both = allowed & follows
+        allowed = both if both.any() else follows
     rest = allowed.copy()
     rest[list(request.forbidden_ids)] = False
     return rest if rest.any() else allowed

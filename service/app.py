@@ -65,6 +65,7 @@ errors = {
     InvalidAdapter: on_error,
     StoreError: on_error,
     OSError: on_error,
+    RecursionError: on_error,
     HTTPException: on_http_exception,
     ClientDisconnect: on_client_disconnect,
     Exception: on_unhandled,

@@ -166,6 +166,8 @@ def request_error(error: Exception) -> RequestError | None:
         return RequestError("invalid_adapter", str(error), error.field)
     if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in NO_ROOM):
         return RequestError("storage_full", "there is no room left to keep adapters")
+    if isinstance(error, RecursionError):  # a schema or a message inside a body, met after it was decoded
+        return RequestError("invalid_json", "the body is nested too deeply")
     if isinstance(error, StoreError):
         return RequestError("storage_unavailable", "the adapter store does not work")
     return None

@@ -11,7 +11,7 @@ from service.errors import RequestError
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling_params import answer_length, check_token_ids, refuse_unbuilt
 from service.openai.schemas import Alora, Message, Tool, ToolCall
-from service.openai.tool_choice import as_json, without_template
+from service.openai.tool_choice import as_json, calls_as_text, with_description
 from service.text.tokenizer import InvalidChat, Tokenizer
 
 
@@ -85,9 +85,11 @@ class PromptEncoder:
         for index, turn in enumerate(messages):
             refuse_unbuilt(turn, f"messages[{index}].")
         plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-        if "tool" not in self._tokenizer.chat_template:
-            plain = without_template(plain, tools, self._tokenizer.syntax)
-            tools = ()
+        template, syntax = self._tokenizer.chat_template, self._tokenizer.syntax
+        if "tool_calls" not in template:
+            plain = [calls_as_text(message, syntax) for message in plain]
+        if "tools" not in template:
+            plain, tools = with_description(plain, tools, syntax), ()
         try:
             token_ids = await self._tokenizer.encode_chat(plain, generation_prompt, [as_json(tool) for tool in tools])
         except InvalidChat as error:

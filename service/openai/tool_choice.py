@@ -54,7 +54,11 @@ def calls_schema(tools: Sequence[Tool], *, several: bool) -> dict[str, Any]:
         }
         for index, tool in enumerate(tools)
     ]
-    definitions = {key: _below(schema, f"#/$defs/{key}") for key, schema in parameters.items() if schema is not None}
+    definitions = {
+        key: {"type": "object", **_below(schema, f"#/$defs/{key}")}
+        for key, schema in parameters.items()
+        if schema is not None
+    }
     limits = {"minItems": 1} if several else {"minItems": 1, "maxItems": 1}
     return {"$defs": definitions, "type": "array", "items": {"anyOf": calls}, **limits}
 
@@ -72,18 +76,18 @@ def _below(schema: Any, place: str) -> Any:
     return moved
 
 
-def without_template(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], syntax: Syntax) -> list[dict[str, Any]]:
-    """Messages for a chat template that knows no tools: a system message describes them, and calls become text."""
-    plain = [_calls_as_text(message, syntax) for message in messages]
+def with_description(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], syntax: Syntax) -> list[dict[str, Any]]:
+    """Messages for a chat template that shows the model no tools: a system message describes them."""
     if not tools:
-        return plain
+        return list(messages)
     description = described(tools, syntax)
-    if plain and plain[0]["role"] == "system":
-        return [{**plain[0], "content": f"{plain[0]['content']}\n\n{description}"}, *plain[1:]]
-    return [{"role": "system", "content": description}, *plain]
+    if messages and messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{description}"}, *messages[1:]]
+    return [{"role": "system", "content": description}, *messages]
 
 
-def _calls_as_text(message: dict[str, Any], syntax: Syntax) -> dict[str, Any]:
+def calls_as_text(message: dict[str, Any], syntax: Syntax) -> dict[str, Any]:
+    """A message for a chat template that knows no calls: they are text, as the model would write them."""
     calls = [call["function"] for call in message.get("tool_calls", ())]
     texts = [
         f"{syntax.begin}\n{json.dumps({'name': call['name'], syntax.arguments: call['arguments']})}\n{syntax.end}"
@@ -94,7 +98,7 @@ def _calls_as_text(message: dict[str, Any], syntax: Syntax) -> dict[str, Any]:
 
 
 def described(tools: Sequence[Tool], syntax: Syntax) -> str:
-    """A system message for a chat template that knows nothing of tools."""
+    """What a model has to know to call functions."""
     functions = "\n".join(json.dumps(as_json(tool)) for tool in tools)
     call = json.dumps({"name": "the function's name", syntax.arguments: {"argument": "value"}})
     return (

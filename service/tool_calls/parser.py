@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import NamedTuple
 
 from service.tool_calls.syntax import Syntax
@@ -164,20 +165,26 @@ class _Object:
             self._in_string = True
         elif character in "{[":
             self._depth += 1
-            head = _HEAD.fullmatch(self._text, 0, self._scanned) if self._depth == 2 and character == "{" else None
-            if head is not None:
-                self._name, self._sent = json.loads(head[1]), self._scanned
+            if self._depth == 2 and character == "{" and self._name is None:
+                self._begin_arguments()
         elif character in "}]":
             self._depth -= 1
             if self._depth == 1 and self._name is not None and self._end is None:
                 self._end = self._scanned + 1
             self.ended = self._depth == 0
 
+    def _begin_arguments(self) -> None:
+        """Know the name, if this brace begins the arguments after it; a name that is no JSON is left to `_whole`."""
+        head = _HEAD.fullmatch(self._text, 0, self._scanned)
+        if head is not None:
+            with suppress(ValueError):
+                self._name, self._sent = json.loads(head[1]), self._scanned
+
     def _whole(self) -> list[Piece]:
         """The call that a complete object is, whatever the order of its keys."""
         try:
             call = json.loads(self._text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return [Text(self._text)]
         name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
         if not isinstance(name, str):

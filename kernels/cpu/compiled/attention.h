@@ -155,7 +155,7 @@ struct Attention {
   }
 
   void sum_values(int rows, int tokens, const char* const* keys, const float* weights, Partial partial) const {
-    const Kv cache = tiles();
+    const Kv cache = this->cache();
     const size_t stride = Kv::values_stride((Type)type), width = Partial::size(padded());
     const bool few = as_they_are(rows);
     const int widened = few ? 0 : cache.panels(), rest = cache.last_columns() ? 1 : 0;
@@ -215,7 +215,7 @@ struct Attention {
     }
   }
 
-  Kv tiles() const { return {(char*)kv, kv_heads, head_dim, (Type)type}; }
+  Kv cache() const { return {(char*)kv, kv_heads, head_dim, (Type)type}; }
 
   // Asks for the K and V of a task's partition.
   void ask_for(const Task& task) const {
@@ -225,7 +225,7 @@ struct Attention {
     const char* keys[PARTITION / TILE];
     locate(*task.queries, task.kv_head, start, tokens, keys);
     for (int i = 0; i < (tokens + TILE - 1) / TILE; ++i)
-      for (size_t byte = 0; byte < task.heads * tiles().head_bytes(); byte += 64)
+      for (size_t byte = 0; byte < task.heads * cache().head_bytes(); byte += 64)
         __builtin_prefetch(keys[i] + byte, 0, 2);
   }
 
@@ -233,7 +233,7 @@ struct Attention {
   void locate(const Queries& queries, int kv_head, int start, int tokens, const char** keys) const {
     for (int token = start; token < start + tokens; token += TILE) {
       const size_t slot = (size_t)queries.blocks[token / block_size] * block_size + token % block_size;
-      *keys++ = tiles().keys(slot / TILE, kv_head);
+      *keys++ = cache().keys(slot / TILE, kv_head);
     }
   }
 };

@@ -53,6 +53,7 @@ WEATHER = {
 }
 GROW = {"type": "function", "function": {"name": "grow", "parameters": TREE}}
 STOP = {"type": "function", "function": {"name": "stop"}}
+ANY = {"type": "function", "function": {"name": "any", "parameters": {}}}
 
 
 def biases(**tokens: float) -> dict[str, float]:
@@ -201,6 +202,28 @@ def test_forced_calls_follow_their_schemas_whole_and_streamed(
         assert (name, arguments) == (call.function.name, call.function.arguments)
         assert len(ids) == 1
         assert reasons == {None, "tool_calls"}
+
+
+def test_arguments_are_an_object_whatever_the_schema_leaves_open(server: LiveServer) -> None:
+    for seed in range(4):
+        asked = {"tools": [ANY], "tool_choice": "required", "parallel_tool_calls": False, "seed": seed}
+        choice = server.chat("hello", **asked, max_tokens=300, logit_bias=ENDS).json()["choices"][0]
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"].startswith("{")
+
+
+def test_a_schema_that_is_nested_too_deeply_is_the_clients_fault(server: LiveServer) -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(400):
+        deep = {"type": "object", "properties": {"a": deep}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    for fields in (
+        {"tools": [tool], "tool_choice": "required"},
+        {"tools": [tool]},
+        {"guided_json": deep},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": deep}}},
+    ):
+        response = server.chat("hello", max_tokens=1, **fields)
+        assert response.status_code == 400, response.text
 
 
 def test_several_forced_calls_come_in_order(server: LiveServer) -> None:
