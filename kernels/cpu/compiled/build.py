@@ -45,11 +45,13 @@ def _features(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+AVX512 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 NATIVE = Target("native", ("-march=native",), frozenset())
 # In the order of preference.
 PORTABLE = {
     "x86_64": (
-        Target("x86-64-v4", ("-march=x86-64-v4",), _features("avx512f avx512bw avx512cd avx512dq avx512vl")),
+        Target("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _features(f"{AVX512} avx512_bf16")),
+        Target("x86-64-v4", ("-march=x86-64-v4",), _features(AVX512)),
         Target("x86-64-v3", ("-march=x86-64-v3",), _features("avx2 fma f16c bmi1 bmi2")),
     ),
     "aarch64": (Target("armv8-a", ("-march=armv8-a",), frozenset()),),

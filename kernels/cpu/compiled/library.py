@@ -17,6 +17,7 @@ def load() -> ctypes.CDLL:
         raise CannotBuild(f"{path} cannot be loaded: {error}; set XDG_CACHE_HOME to another directory") from None
     signatures = {
         "lanes": ([], c_int),
+        "rounds_rows": ([], c_int),
         "shared": ([c_void_p], None),
         "partial_floats": ([c_int], c_size_t),
         "pool_new": ([c_int], c_void_p),
@@ -35,4 +36,9 @@ def load() -> ctypes.CDLL:
 def instructions() -> str:
     """The widest instructions that the library was compiled for."""
     lanes: int = load().lanes()
-    return {16: "AVX-512", 8: "AVX2"}.get(lanes, f"{lanes} lanes")
+    return {16: "AVX-512", 8: "AVX2"}.get(lanes, f"{lanes} lanes") + (", BF16" if rounds_rows() else "")
+
+
+def rounds_rows() -> bool:
+    """Whether rows are rounded to bfloat16 before they are multiplied with a base's weights in bfloat16."""
+    return bool(load().rounds_rows())

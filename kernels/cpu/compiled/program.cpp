@@ -56,6 +56,8 @@ extern "C" {
 
 int lanes() { return LANES; }
 
+int rounds_rows() { return ROUNDS_ROWS; }
+
 // What Python has to know as well, in the order of structs.py's `shared`.
 void shared(int64_t* out) {
   const int64_t values[] = {

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
+from kernels.cpu.compiled.library import rounds_rows
 from kernels.cpu.compiled.panels import Panels, pack, quantize
+from kernels.cpu.compiled.program import Part
 from kernels.cpu.compiled.structs import PANEL
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,6 +118,11 @@ def exact_weight(panels: Panels) -> Tensor:
     return torch.from_numpy(unpacked(panels)[: panels.columns].copy())
 
 
+def multiplied(x: Tensor, weight: Panels) -> Tensor:
+    """The rows that the kernels multiply with a base's weights."""
+    return x.bfloat16().float() if weight.type == TYPES.index(torch.bfloat16) and rounds_rows() else x
+
+
 class Adapted(NamedTuple):
     """One adapted projection: y += scale · (x Aᵀ) Bᵀ + bias."""
 
@@ -202,8 +209,7 @@ def step_of(
 
 def projected(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    base: Sequence[Part],
     owners: Sequence[Adapter | None] = (),
     site: int = 0,
     *,
@@ -218,8 +224,8 @@ def projected(
         return values.double().abs() if magnitude else values.double()
 
     parts = []
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        y = wide(x) @ wide(weight).t() + (0 if bias is None else wide(bias))
+    for index, (weight, bias) in enumerate(base):
+        y = wide(multiplied(x, weight)) @ wide(exact_weight(weight)).t() + (0 if bias is None else wide(bias))
         for owner in dict.fromkeys(owners):
             part = None if owner is None else owner.sites[site][index]
             if part is not None:

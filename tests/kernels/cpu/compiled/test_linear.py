@@ -10,7 +10,6 @@ from tests.kernels.cpu.compiled.steps import (
     TYPES,
     UNIT,
     empty_rows,
-    exact_weight,
     gaps_are_kept,
     in_panels,
     projected,
@@ -39,8 +38,7 @@ def run(
 
 
 def wide(x: Tensor, parts: list[Part], *, magnitude: bool = False) -> list[Tensor]:
-    weights, biases = [exact_weight(part.weight) for part in parts], [part.bias for part in parts]
-    return projected(x, weights, biases, magnitude=magnitude)
+    return projected(x, parts, magnitude=magnitude)
 
 
 def check(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
@@ -126,6 +124,11 @@ def test_a_deep_projection_is_its_product_for_few_rows_and_for_many(pool: Pool, 
         got = run(pool, x[:rows], parts, "gated")
         gate, up = (want[:rows] for want in wants)
         check(got, gate * gate.sigmoid() * up, 2 * magnitudes[0][:rows] * magnitudes[1][:rows])
+
+
+def test_a_deep_projection_of_more_rows_than_are_rounded_at_once_is_its_product(pool: Pool) -> None:
+    parts, x = [Part(panels(20, 4100, torch.bfloat16), None)], random(600, 4100, seed=50)
+    check(run(pool, x, parts), wide(x, parts)[0], wide(x, parts, magnitude=True)[0])
 
 
 def test_a_projection_of_logits_reads_the_rows_of_the_logits(pool: Pool) -> None:

@@ -12,7 +12,6 @@ from tests.kernels.cpu.compiled.steps import (
     Adapted,
     Adapter,
     empty_rows,
-    exact_weight,
     gaps_are_kept,
     in_panels,
     projected,
@@ -64,8 +63,7 @@ def run(
 
 
 def wide(x: Tensor, parts: list[Part], owners: list[Adapter | None], *, magnitude: bool = False) -> list[Tensor]:
-    weights, biases = [exact_weight(part.weight) for part in parts], [part.bias for part in parts]
-    return projected(x, weights, biases, owners, SITE, magnitude=magnitude)
+    return projected(x, parts, owners, SITE, magnitude=magnitude)
 
 
 def check(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
