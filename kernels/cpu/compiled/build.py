@@ -50,7 +50,11 @@ NATIVE = Target("native", ("-march=native",), frozenset())
 # In the order of preference.
 PORTABLE = {
     "x86_64": (
-        Target("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _features(f"{AVX512} avx512_bf16")),
+        Target(
+            "x86-64-v4-bf16",
+            ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+            _features(f"{AVX512} avx512_bf16 avx512_vnni"),
+        ),
         Target("x86-64-v4", ("-march=x86-64-v4",), _features(AVX512)),
         Target("x86-64-v3", ("-march=x86-64-v3",), _features("avx2 fma f16c bmi1 bmi2")),
     ),

@@ -28,7 +28,7 @@ struct Embed {
  private:
   void copy(int token, float* x) const {
     const char* panel = (const char*)panels + token / PANEL * panel_bytes((Type)type, hidden);
-    const float* scales = (const float*)(panel + (size_t)hidden * PANEL);  // of int8
+    const float* scales = (const float*)(panel + weight_bytes((Type)type, hidden));  // of int8
     for (int i = 0; i < hidden; ++i) {
       x[i] = widen((Type)type, panel, item_in_panel((Type)type, token % PANEL, i));
       if ((Type)type == Type::int8) x[i] *= scales[i / GROUP * PANEL + token % PANEL];

@@ -37,7 +37,7 @@ struct Linear {
  private:
   void shrink(const Step& step, const Run& run, int panel) const;
   void compute(Pool& pool, const Step& step, int shrinks, int part, int panel, int panels, int first, int rows,
-               const uint32_t* pairs, const float* wide, const void* ahead, float* tile) const;
+               const Inputs<uint32_t>* pairs, const float* wide, const void* ahead, float* tile) const;
   // The panels of one task.
   struct Place {
     int part, panel, panels, columns;
@@ -63,7 +63,7 @@ struct Linear {
 constexpr int TILE_ROWS = 128;  // the sums of so many rows and of `TILE_PANELS` panels stay in the first cache
 constexpr int TILE_PANELS = 4;
 constexpr int FEW_ROWS = 16;          // more rows multiply panels that are widened once
-constexpr int ROUNDED = 1 << 20;      // floats of rows that a thread rounds at once
+constexpr int PAIRED_FLOATS = 1 << 20;  // of rows that a thread makes pairs of at once
 constexpr int WIDE_FLOATS = 1 << 16;  // of widened panels, so that they stay in the second cache
 
 inline Vec silu(Vec x) {
@@ -89,18 +89,17 @@ inline void Linear::shrink(const Step& step, const Run& run, int panel) const {
 
 // The sums of some rows and panels of one part, into a tile as wide as the panels.
 inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index, int panel, int panels, int first,
-                            int rows, const uint32_t* pairs, const float* wide, const void* ahead, float* tile) const {
+                            int rows, const Inputs<uint32_t>* pairs, const float* wide, const void* ahead,
+                            float* tile) const {
   const LinearPart& base = part[index];
   const int width = panels * PANEL;
-  const Type held = wide ? widened((Type)type) : (Type)type;
-#if ROUNDS_ROWS
+  const Type held = wide ? Type::float32 : (Type)type;
+  const void* weights = wide ? (const void*)wide : panels_of(index, panel);
   if (pairs)
-    multiply_rows<BFloat16Pairs>(rows, panels, panels_of(index, panel), panel_bytes(held, k), k, pairs, (k + 1) / 2,
-                                 tile, width, false, (const char*)ahead);
-#endif
-  if (!pairs)
-    multiply_rows(held, rows, panels, wide ? (const char*)wide : panels_of(index, panel), panel_bytes(held, k), k,
-                  x.at + first * x.stride, x.stride, tile, width, false, ahead);
+    multiply_pairs(held, rows, panels, weights, panel_bytes(held, k), k, *pairs, tile, width, ahead);
+  else
+    multiply_rows(held, rows, panels, weights, panel_bytes(held, k), k, x.at + first * x.stride, x.stride, tile, width,
+                  false, ahead);
   const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
   if (base.bias)
     for (int row = 0; row < rows; ++row)
@@ -147,7 +146,7 @@ inline void Linear::write(
 inline void Linear::run(Pool& pool, const Step& step) const {
   alignas(64) static thread_local float tile[2][TILE_ROWS * TILE_PANELS * PANEL];
   static thread_local std::vector<float> wides[2];
-  static thread_local std::vector<uint32_t> pairs;
+  static thread_local PairedRows paired_rows;
   const int rows = logits ? step.logits : step.rows, runs = logits ? step.logit_runs : step.runs;
   const Run* adapted = logits ? step.logit_run : step.run;
   int shrinks = 0;
@@ -155,9 +154,9 @@ inline void Linear::run(Pool& pool, const Step& step) const {
   const int outputs = (Form)form == Form::gated ? 1 : parts;
   const bool many = rows > FEW_ROWS;
   const int fit = WIDE_FLOATS / (k * PANEL), most = !many ? 2 : fit < 1 ? 1 : fit > TILE_PANELS ? TILE_PANELS : fit;
-  const bool rounds = ROUNDS_ROWS && (Type)type == Type::bfloat16;
-  const int at_once = ROUNDED / k > TILE_ROWS ? ROUNDED / k / TILE_ROWS * TILE_ROWS : TILE_ROWS;
-  int rounded = -1;  // the first of the rows in `pairs`
+  const bool pairs = takes_pairs((Type)type);
+  const int at_once = PAIRED_FLOATS / k > TILE_ROWS ? PAIRED_FLOATS / k / TILE_ROWS * TILE_ROWS : TILE_ROWS;
+  int paired = -1;  // the first of the rows in `paired_rows`
   int tasks = shrinks;
   for (int i = 0; i < outputs; ++i) tasks += groups_of(i, most);
   // The next task is claimed before this one is computed, so that its weights can be asked for meanwhile.
@@ -171,27 +170,24 @@ inline void Linear::run(Pool& pool, const Step& step) const {
       continue;
     }
     const Place place = place_of(task - shrinks, most);
-    const bool wide = many && !rounds && (Type)type != Type::float32, follows = !many && next >= shrinks && next < tasks;
+    const bool wide = many && !pairs && (Type)type != Type::float32, follows = !many && next >= shrinks && next < tasks;
     const Place after = follows ? place_of(next - shrinks, most) : place;
     const int products = parts / outputs;
     for (int i = 0; wide && i < products; ++i) {
-      wides[i].resize(most * panel_bytes(widened((Type)type), k) / 4);
+      wides[i].resize(most * panel_bytes(Type::float32, k) / 4);
       widen_panels((Type)type, place.panels, panels_of(place.part + i, place.panel), k, wides[i].data());
     }
     for (int first = 0; first < rows; first += TILE_ROWS) {
       const int count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
-#if ROUNDS_ROWS
-      if (rounds && rounded != first / at_once * at_once) {
-        rounded = first / at_once * at_once;
-        const int together = rows - rounded < at_once ? rows - rounded : at_once;
-        pairs.resize((size_t)together * ((k + 1) / 2));
-        round_rows(together, k, x.at + rounded * x.stride, x.stride, pairs.data());
+      if (pairs && paired != first / at_once * at_once) {
+        paired = first / at_once * at_once;
+        paired_rows.fill((Type)type, rows - paired < at_once ? rows - paired : at_once, k, x.at + paired * x.stride,
+                         x.stride);
       }
-#endif
+      const Inputs<uint32_t> inputs = pairs ? paired_rows.from(first - paired) : Inputs<uint32_t>{};
       for (int i = 0; i < products; ++i)
         compute(pool, step, shrinks, place.part + i, place.panel, place.panels, first, count,
-                rounds ? pairs.data() + (size_t)(first - rounded) * ((k + 1) / 2) : nullptr,
-                wide ? wides[i].data() : nullptr, follows ? panels_of(after.part + i, after.panel) : nullptr, tile[i]);
+                pairs ? &inputs : nullptr, wide ? wides[i].data() : nullptr, follows ? panels_of(after.part + i, after.panel) : nullptr, tile[i]);
       write(first, count, place.panel, place.part, place.columns, tile[0], tile[1], place.panels * PANEL);
     }
   }

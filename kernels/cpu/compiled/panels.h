@@ -1,10 +1,12 @@
 // Weights in panels, and their product with rows of float32.
 //
 // A matrix W (columns, k) lies in panels of 16 columns; a panel holds one vector of 16 weights for each k, so that a
-// product reads it from end to end and needs no sum across lanes. bfloat16 holds two neighbouring k of a column side by
-// side: a shift and a mask widen them. int8 has a float scale for each column and each
-// 128 k, behind the weights.
+// product reads it from end to end and needs no sum across lanes. bfloat16 and int8 hold two neighbouring k of a column
+// side by side, because CPUs multiply and add pairs. int8 has a float scale for each column and each 128 k, behind the
+// weights.
 #pragma once
+
+#include <vector>
 
 #include "vec.h"
 
@@ -12,24 +14,25 @@ constexpr int PANEL = 16;
 constexpr int VECTORS = PANEL / LANES;  // of one k of a panel
 constexpr int GROUP = 128;              // k with one scale, in int8
 
-// The last is what `widen_panels` makes of int8: float32 of the same values, with the same scales.
-enum class Type : int32_t { float32, bfloat16, float16, int8, wide_int8 };
+enum class Type : int32_t { float32, bfloat16, float16, int8 };
 
-constexpr size_t item_bytes(Type type) {
-  return type == Type::float32 || type == Type::wide_int8 ? 4 : type == Type::int8 ? 1 : 2;
-}
+constexpr size_t item_bytes(Type type) { return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2; }
 
-constexpr bool scaled(Type type) { return type == Type::int8 || type == Type::wide_int8; }
+constexpr bool paired(Type type) { return type == Type::bfloat16 || type == Type::int8; }
 
-// The bytes of a panel; bfloat16 has a whole pair for the last k.
+inline int groups_of(int k) { return (k + GROUP - 1) / GROUP; }
+
+// The bytes of a panel's weights; the last of an odd number of k has a zero beside it.
+inline size_t weight_bytes(Type type, int k) { return (size_t)(paired(type) ? k + (k & 1) : k) * PANEL * item_bytes(type); }
+
+// The bytes of a panel.
 inline size_t panel_bytes(Type type, int k) {
-  const size_t scales = scaled(type) ? (size_t)((k + GROUP - 1) / GROUP) * PANEL * 4 : 0;
-  return (size_t)(type == Type::bfloat16 ? k + (k & 1) : k) * PANEL * item_bytes(type) + scales;
+  return weight_bytes(type, k) + (type == Type::int8 ? (size_t)groups_of(k) * PANEL * 4 : 0);
 }
 
 // Where the weight of a column of the panel and a k lies, in items from the panel's start.
 inline size_t item_in_panel(Type type, int column, int k) {
-  return type == Type::bfloat16 ? (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2 : (size_t)k * PANEL + column;
+  return paired(type) ? (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2 : (size_t)k * PANEL + column;
 }
 
 // How each type reads a vector of the weights of one k, and what a product with it is. `step` k are read together, with
@@ -46,10 +49,6 @@ struct Float32 : OneByOne {
   static Vec widen(const char* panel, int at, int, int vector) {
     return load((const float*)panel + (size_t)at * PANEL + vector * LANES);
   }
-};
-
-struct WideInt8 : Float32 {
-  static constexpr Type type = Type::wide_int8;
 };
 
 struct BFloat16 : OneByOne {
@@ -73,22 +72,19 @@ struct BFloat16Pairs {
   static Vec widen(const char* panel, int at, int, int vector) {
     return (Vec) * (const BitsAt*)((const uint16_t*)panel + (size_t)at * PANEL + vector * LANES * 2);
   }
-  static Vec spread(uint32_t x) { return (Vec)_mm512_set1_epi32((int)x); }
+  static Vec spread(uint32_t x) { return spread_bits(x); }
   static Vec add(Vec weights, Vec x, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)x);
   }
 };
 
-// Writes rows of k floats as pairs of bfloat16, to nearest even; the last of an odd k has a zero beside it.
-inline void round_rows(int rows, int k, const float* x, size_t x_stride, uint32_t* out) {
-  for (int row = 0; row < rows; ++row, x += x_stride, out += (k + 1) / 2) {
-    int i = 0;
-    for (; i + LANES <= k; i += LANES)
-      _mm256_storeu_si256((__m256i*)(out + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
-    if (i == k) continue;
-    const __m256bh rest = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps((1u << (k - i)) - 1, x + i));
-    _mm256_mask_storeu_epi32(out + i / 2, (1u << (k - i + 1) / 2) - 1, (__m256i)rest);
-  }
+inline void round_row(const float* x, int k, uint32_t* out) {
+  int i = 0;
+  for (; i + LANES <= k; i += LANES)
+    _mm256_storeu_si256((__m256i*)(out + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+  if (i == k) return;
+  const __m256bh rest = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps((1u << (k - i)) - 1, x + i));
+  _mm256_mask_storeu_epi32(out + i / 2, (1u << (k - i + 1) / 2) - 1, (__m256i)rest);
 }
 #else
 #define ROUNDS_ROWS 0
@@ -111,21 +107,103 @@ struct Float16 : OneByOne {
   }
 };
 
-struct Int8 : OneByOne {
+// Two integers of a row of 16 bits at a time. Sums of a group are exact: 128 · 127 · 32767 < 2^31.
+struct Int8 {
+  using Item = uint32_t;
   static constexpr Type type = Type::int8;
-  static constexpr int step = 1, items = 1;
+  static constexpr int step = 2, items = 1;
+
   static Vec widen(const char* panel, int at, int, int vector) {
-    const int8_t* bytes = (const int8_t*)panel + (size_t)at * PANEL + vector * LANES;
-#if defined(__AVX512F__)
-    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+    const int8_t* bytes = (const int8_t*)panel + (size_t)at * PANEL + vector * LANES * 2;
+#if defined(__AVX512BW__)
+    return (Vec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
 #elif defined(__AVX2__)
-    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
+    return (Vec)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)bytes));
 #else
-    Vec wide;
-    for (int lane = 0; lane < LANES; ++lane) wide[lane] = bytes[lane];
-    return wide;
+    Ints wide;
+    for (int lane = 0; lane < LANES; ++lane)
+      wide[lane] = (uint16_t)bytes[2 * lane] | (uint32_t)(uint16_t)bytes[2 * lane + 1] << 16;
+    return (Vec)wide;
 #endif
   }
+
+  static Vec spread(uint32_t x) { return spread_bits(x); }
+
+  static Vec add(Vec weights, Vec x, Vec sum) {
+#if defined(__AVX512VNNI__)
+    return (Vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#elif defined(__AVX512BW__)
+    return (Vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)weights, (__m512i)x));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)weights, (__m256i)x));
+#else
+    const Ints w = (Ints)weights, pair = (Ints)x;
+    return (Vec)((Ints)sum + (w << 16 >> 16) * (pair << 16 >> 16) + (w >> 16) * (pair >> 16));
+#endif
+  }
+};
+
+// Writes a row as pairs of 16-bit integers, and what each group of them is multiplied with. A row with NaN or infinity
+// has a scale of NaN.
+inline void quantize_row(const float* x, int k, uint32_t* out, float* scales) {
+  for (int first = 0; first < k; first += GROUP, x += GROUP, out += GROUP / 2) {
+    const int count = k - first < GROUP ? k - first : GROUP;
+    float values[GROUP] = {};
+    uint32_t rounded[GROUP];
+    memcpy(values, x, count * 4);
+    Vec largest = splat(0.0f), wrong = splat(0.0f);
+    for (int i = 0; i < GROUP; i += LANES) {
+      const Vec value = load(values + i);
+      largest = maximum(largest, maximum(value, -value));
+      wrong += value - value;
+    }
+    float most = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    const float faulty = sum(wrong);  // NaN for NaN and for infinities
+    *scales++ = most / 32767.0f + faulty;
+    const Vec inverse = splat(faulty == 0.0f && most > 1e-33f ? 32767.0f / most : 0.0f);
+    const Vec shift = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
+    for (int i = 0; i < GROUP; i += LANES) store((float*)rounded + i, fma(load(values + i), inverse, shift));
+    for (int i = 0; i < (count + 1) / 2; ++i) out[i] = (rounded[2 * i] & 0xffff) | rounded[2 * i + 1] << 16;
+  }
+}
+
+// Rows to multiply, as the weights' type takes them.
+template <class Item>
+struct Inputs {
+  const Item* at;
+  size_t stride;
+  const float* scales = nullptr;  // (rows, groups), of int8
+  int groups = 0;
+
+  Inputs from(int row) const { return {at + row * stride, stride, scales ? scales + row * groups : nullptr, groups}; }
+};
+
+constexpr bool takes_pairs(Type type) { return type == Type::int8 || (ROUNDS_ROWS && type == Type::bfloat16); }
+
+// Rows of float32 as pairs of neighbouring k, for the types that take them.
+class PairedRows {
+ public:
+  void fill(Type type, int rows, int k, const float* x, size_t x_stride) {
+    stride = (k + 1) / 2;
+    groups = groups_of(k);
+    pairs.resize(rows * stride);
+    if (type == Type::int8) scales.resize((size_t)rows * groups);
+    for (int row = 0; row < rows; ++row, x += x_stride) {
+      if (type == Type::int8) quantize_row(x, k, pairs.data() + row * stride, scales.data() + row * groups);
+#if ROUNDS_ROWS
+      if (type == Type::bfloat16) round_row(x, k, pairs.data() + row * stride);
+#endif
+    }
+  }
+
+  Inputs<uint32_t> from(int row) const { return Inputs<uint32_t>{pairs.data(), stride, scales.data(), groups}.from(row); }
+
+ private:
+  std::vector<uint32_t> pairs;
+  std::vector<float> scales;
+  size_t stride;
+  int groups;
 };
 
 // Memory that a product asks for while it computes, a line at a time, because it is read next.
@@ -185,16 +263,16 @@ struct Sums {
   }
 };
 
-// `multiply` for weights with scales: the weights of one scale are summed as they are, and the scale multiplies the sum.
-template <class Weight, int ROWS, int PANELS>
-void multiply_scaled(const char* panel, size_t stride, int k, const float* x, size_t x_stride, float* out,
-                     size_t out_stride, bool add, Ahead ahead) {
-  const size_t bytes = item_bytes(Weight::type) * PANEL;  // of one k
-  for (int first = 0; first < k; first += GROUP) {
-    Sums<Weight, ROWS, PANELS> sums;
-    const Ahead next{ahead.at ? ahead.at + first * bytes : nullptr, ahead.share};
-    sums.add(panel + first * bytes, stride, k - first < GROUP ? k - first : GROUP, x + first, x_stride, next);
-    const char* scales = panel + k * bytes + first / GROUP * PANEL * 4;
+// `multiply` for int8: each group is summed by itself and scaled by the row and by the column.
+template <int ROWS, int PANELS>
+void multiply_groups(const char* panel, size_t stride, int k, Inputs<uint32_t> x, float* out, size_t out_stride,
+                     Ahead ahead) {
+  const char* scales = panel + weight_bytes(Type::int8, k);
+  for (int group = 0; group < x.groups; ++group) {
+    const int first = group * GROUP;
+    Sums<Int8, ROWS, PANELS> sums;
+    const Ahead next{ahead.at ? ahead.at + first * PANEL : nullptr, ahead.share};
+    sums.add(panel + first * PANEL, stride, k - first < GROUP ? k - first : GROUP, x.at + first / 2, x.stride, next);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
@@ -202,19 +280,20 @@ void multiply_scaled(const char* panel, size_t stride, int k, const float* x, si
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
           float* to = out + row * out_stride + p * PANEL + v * LANES;
-          const Vec scale = load((const float*)(scales + p * stride) + v * LANES);
-          store(to, fma(sums.at[p][row][v], scale, add || first ? load(to) : splat(0.0f)));
+          const Vec of_columns = load((const float*)(scales + p * stride) + group * PANEL + v * LANES);
+          const Vec scale = of_columns * splat(x.scales[row * x.groups + group]);
+          store(to, fma(to_float((Ints)sums.at[p][row][v]), scale, group ? load(to) : splat(0.0f)));
         }
   }
 }
 
 // out[row][column] (+)= Σ x[row][k] · W[column][k] for ROWS rows and PANELS panels that lie `stride` bytes apart;
-// `add` says whether the sum continues what is in `out`.
+// `add` says whether the sum continues what is in `out`, which int8 never does.
 template <class Weight, int ROWS, int PANELS>
-void multiply(const char* panel, size_t stride, int k, const typename Weight::Item* x, size_t x_stride, float* out,
-              size_t out_stride, bool add, Ahead ahead) {
-  if constexpr (scaled(Weight::type))
-    return multiply_scaled<Weight, ROWS, PANELS>(panel, stride, k, x, x_stride, out, out_stride, add, ahead);
+void multiply(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out, size_t out_stride,
+              bool add, Ahead ahead) {
+  if constexpr (Weight::type == Type::int8)
+    return multiply_groups<ROWS, PANELS>(panel, stride, k, x, out, out_stride, ahead);
   Sums<Weight, ROWS, PANELS> sums;
   if (add)
 #pragma GCC unroll 4
@@ -223,7 +302,7 @@ void multiply(const char* panel, size_t stride, int k, const typename Weight::It
       for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sums.at[p][row][v] = load(out + row * out_stride + p * PANEL + v * LANES);
-  sums.add(panel, stride, k, x, x_stride, ahead);
+  sums.add(panel, stride, k, x.at, x.stride, ahead);
 #pragma GCC unroll 4
   for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
@@ -241,76 +320,76 @@ constexpr int PAIRED_ROWS = LANES == 16 ? 12 : 2;
 constexpr bool PAIRED_FROM_MEMORY = LANES != 16;
 
 template <class Weight, int ROWS>
-void multiply_panels(int panels, const char* panel, size_t stride, int k, const typename Weight::Item* x,
-                     size_t x_stride, float* out, size_t out_stride, bool add, Ahead ahead) {
+void multiply_panels(int panels, const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out,
+                     size_t out_stride, bool add, Ahead ahead) {
   int p = 0;
   auto next = [&](int i) { return Ahead{ahead.at ? ahead.at + i * stride : nullptr, ahead.share}; };
   if constexpr (ROWS <= PAIRED_ROWS)
     for (; p + 2 <= panels && (PAIRED_FROM_MEMORY || !ahead.at); p += 2)
-      multiply<Weight, ROWS, 2>(panel + p * stride, stride, k, x, x_stride, out + p * PANEL, out_stride, add,
-                                {nullptr, 1});
+      multiply<Weight, ROWS, 2>(panel + p * stride, stride, k, x, out + p * PANEL, out_stride, add, {nullptr, 1});
   for (; p < panels; ++p)
-    multiply<Weight, ROWS, 1>(panel + p * stride, stride, k, x, x_stride, out + p * PANEL, out_stride, add, next(p));
+    multiply<Weight, ROWS, 1>(panel + p * stride, stride, k, x, out + p * PANEL, out_stride, add, next(p));
 }
 
 template <class Weight, int ROWS = MOST_ROWS>
-void multiply_block(int rows, int panels, const char* panel, size_t stride, int k, const typename Weight::Item* x,
-                    size_t x_stride, float* out, size_t out_stride, bool add, Ahead ahead) {
+void multiply_block(int rows, int panels, const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x,
+                    float* out, size_t out_stride, bool add, Ahead ahead) {
   if (rows == ROWS)
-    multiply_panels<Weight, ROWS>(panels, panel, stride, k, x, x_stride, out, out_stride, add, ahead);
+    multiply_panels<Weight, ROWS>(panels, panel, stride, k, x, out, out_stride, add, ahead);
   else if constexpr (ROWS > 1)
-    multiply_block<Weight, ROWS - 1>(rows, panels, panel, stride, k, x, x_stride, out, out_stride, add, ahead);
+    multiply_block<Weight, ROWS - 1>(rows, panels, panel, stride, k, x, out, out_stride, add, ahead);
 }
 
 // `multiply` for any number of rows and panels. `out` has 16 columns for every panel, the last one included.
 template <class Weight>
-void multiply_rows(int rows, int panels, const char* panel, size_t stride, int k, const typename Weight::Item* x,
-                   size_t x_stride, float* out, size_t out_stride, bool add, const char* ahead) {
+void multiply_rows(int rows, int panels, const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x,
+                   float* out, size_t out_stride, bool add, const char* ahead) {
   const int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
   for (int block = 0, row = 0; block < blocks; ++block) {
     const int take = (rows - row + blocks - block - 1) / (blocks - block);
     // Each block of rows asks for other lines
     const Ahead own{ahead ? ahead + block * 64 : nullptr, blocks};
-    multiply_block<Weight>(take, panels, panel, stride, k, x + row * x_stride, x_stride, out + row * out_stride,
-                           out_stride, add, own);
+    multiply_block<Weight>(take, panels, panel, stride, k, x.from(row), out + row * out_stride, out_stride, add, own);
     row += take;
   }
 }
 
 // `ahead` is the panels that are multiplied next, for which the memory is asked meanwhile; null for none. `stride` is the
-// bytes from one panel to the next.
+// bytes from one panel to the next. Weights in int8 take pairs.
 inline void multiply_rows(Type type, int rows, int panels, const void* panel, size_t stride, int k, const float* x,
                           size_t x_stride, float* out, size_t out_stride, bool add, const void* ahead = nullptr) {
   const char *first = (const char*)panel, *next = (const char*)ahead;
+  const Inputs<float> in{x, x_stride};
   switch (type) {
     case Type::float32:
-      return multiply_rows<Float32>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
+      return multiply_rows<Float32>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::bfloat16:
-      return multiply_rows<BFloat16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
+      return multiply_rows<BFloat16>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::float16:
-      return multiply_rows<Float16>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
+      return multiply_rows<Float16>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::int8:
-      return multiply_rows<Int8>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
-    case Type::wide_int8:
-      return multiply_rows<WideInt8>(rows, panels, first, stride, k, x, x_stride, out, out_stride, add, next);
+      __builtin_unreachable();
   }
+}
+
+// `multiply_rows` for the types that take pairs.
+inline void multiply_pairs(Type type, int rows, int panels, const void* panel, size_t stride, int k,
+                           Inputs<uint32_t> x, float* out, size_t out_stride, const void* ahead) {
+  const char *first = (const char*)panel, *next = (const char*)ahead;
+  if (type == Type::int8) return multiply_rows<Int8>(rows, panels, first, stride, k, x, out, out_stride, false, next);
+#if ROUNDS_ROWS
+  multiply_rows<BFloat16Pairs>(rows, panels, first, stride, k, x, out, out_stride, false, next);
+#endif
 }
 
 // Writes panels in float32, for products with many rows: each weight is then widened once, to the same value.
 template <class Weight>
 void widen_panels(int panels, const char* panel, int k, float* out) {
-  const size_t bytes = panel_bytes(Weight::type, k), scales = (size_t)k * PANEL * item_bytes(Weight::type);
-  for (; panels > 0; --panels, panel += bytes) {
+  for (; panels > 0; --panels, panel += panel_bytes(Weight::type, k))
     for (int i = 0; i < k; ++i)
       for (int v = 0; v < VECTORS; ++v, out += LANES)
         store(out, Weight::widen(panel, i / Weight::step * Weight::step, i % Weight::step, v));
-    if (!scaled(Weight::type)) continue;
-    memcpy(out, panel + scales, bytes - scales);
-    out += (bytes - scales) / 4;
-  }
 }
-
-inline Type widened(Type type) { return scaled(type) ? Type::wide_int8 : Type::float32; }
 
 inline void widen_panels(Type type, int panels, const void* panel, int k, float* out) {
   switch (type) {
@@ -321,16 +400,13 @@ inline void widen_panels(Type type, int panels, const void* panel, int k, float*
     case Type::float16:
       return widen_panels<Float16>(panels, (const char*)panel, k, out);
     case Type::int8:
-      return widen_panels<Int8>(panels, (const char*)panel, k, out);
-    case Type::wide_int8:
-      return widen_panels<WideInt8>(panels, (const char*)panel, k, out);
+      __builtin_unreachable();
   }
 }
 
 inline float widen(Type type, const void* items, size_t index) {
   switch (type) {
     case Type::float32:
-    case Type::wide_int8:
       return ((const float*)items)[index];
     case Type::bfloat16:
       return widen_bfloat16(((const uint16_t*)items)[index]);

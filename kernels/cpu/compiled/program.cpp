@@ -110,7 +110,7 @@ void panels_quantize(const float* source, int64_t column_stride, int columns, in
   const size_t bytes = panel_bytes(Type::int8, k);
   for (int c = 0; c < columns; ++c) {
     int8_t* panel = (int8_t*)panels + c / PANEL * bytes;
-    float* scales = (float*)(panel + (size_t)k * PANEL) + c % PANEL;
+    float* scales = (float*)(panel + weight_bytes(Type::int8, k)) + c % PANEL;
     const float* row = source + c * column_stride;
     for (int first = 0; first < k; first += GROUP, scales += PANEL) {
       const int last = first + GROUP < k ? first + GROUP : k;

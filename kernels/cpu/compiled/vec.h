@@ -38,6 +38,12 @@ inline Vec splat(float value) {
 #endif
 }
 
+inline Vec spread_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return splat(value);
+}
+
 // a * b + c, always rounded once where the target can, so that every kernel gives a row the same bits.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -50,6 +56,8 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Vec to_float(Ints v) { return __builtin_convertvector(v, Vec); }
 
 inline float sum(Vec v) {
   float total = 0;

@@ -89,7 +89,10 @@ def unpacked(panels: Panels) -> np.ndarray:
     k, count = panels.k, -(-panels.columns // PANEL)
     memory = panels.memory.reshape(count, -1)
     if dtype == torch.int8:
-        weights = memory[:, : k * PANEL].view(np.int8).reshape(count, k, PANEL)
+        pairs = memory[:, : (k + k % 2) * PANEL].view(np.int8).reshape(count, -1, PANEL, 2)
+        weights = pairs.swapaxes(2, 3).reshape(count, -1, PANEL)
+        assert not weights[:, k:].any()
+        weights = weights[:, :k]
         exact = weights * np.repeat(_scales(panels), GROUP, 1)[:, :k]
     elif dtype == torch.bfloat16:
         pairs = memory.view(np.uint16).reshape(count, -1, PANEL, 2)
@@ -110,7 +113,7 @@ def scales_of(panels: Panels) -> np.ndarray:
 
 def _scales(panels: Panels) -> np.ndarray:
     memory = panels.memory.reshape(-(-panels.columns // PANEL), -1)
-    return memory[:, panels.k * PANEL :].copy().view(np.float32).reshape(len(memory), -1, PANEL)
+    return memory[:, (panels.k + panels.k % 2) * PANEL :].copy().view(np.float32).reshape(len(memory), -1, PANEL)
 
 
 def exact_weight(panels: Panels) -> Tensor:
@@ -120,6 +123,12 @@ def exact_weight(panels: Panels) -> Tensor:
 
 def multiplied(x: Tensor, weight: Panels) -> Tensor:
     """The rows that the kernels multiply with a base's weights."""
+    if weight.type == TYPES.index(torch.int8):
+        groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+        most = groups.abs().amax(-1, keepdim=True)
+        inverse = torch.tensor(32767.0) / most  # a number / a tensor is a product with a reciprocal
+        rounded = torch.where(most > 0, (groups.double() * inverse.double()).round(), 0)
+        return (rounded * (most / 32767).double()).flatten(1)[:, : x.shape[1]]
     return x.bfloat16().float() if weight.type == TYPES.index(torch.bfloat16) and rounds_rows() else x
 
 
