@@ -9,6 +9,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -59,6 +60,18 @@ routes = [
     Route("/openapi.json", openapi),
 ]
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # no key needed
+SHOWN_HEADERS = (  # to scripts of other origins
+    "etag",
+    "location",
+    "retry-after",
+    "x-request-id",
+    "x-adapter-digest",
+    "x-alora-invocation",
+    "x-alora-activation",
+    "x-queue-time-ms",
+    "x-cached-tokens",
+    "x-time-to-first-token-ms",
+)
 
 errors = {
     RequestError: on_error,
@@ -75,6 +88,16 @@ errors = {
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application; its lifespan starts and ends the engine process."""
     middleware = [Middleware(AccessLog), Middleware(RequestId)]
+    if settings.cors_origins:  # before the key: browsers ask without one whether they may send it
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=SHOWN_HEADERS,
+            )
+        )
     if settings.api_key is not None:
         middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)

@@ -10,10 +10,12 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from service.errors import RequestError, answer_of, error_body, request_error
 
 T = TypeVar("T")
+REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
 encode_json = msgspec.json.Encoder().encode
 
@@ -99,11 +101,19 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Answer Starlette's own refusals: an unknown path, or a known one with another method."""
+    """Answer Starlette's own refusals: an unknown path, or a known one with another method.
+
+    OPTIONS is answered for every known path. Starlette's Allow has the methods of one route only.
+    """
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
     body = error_body(RequestError(code, f"{request.method} {request.url.path}: {error.detail}"))
-    return json_response(body, error.status_code, error.headers)
+    return json_response(body, error.status_code, headers)
 
 
 async def on_client_disconnect(request: Request, error: Exception) -> Response:
@@ -113,7 +123,16 @@ async def on_client_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_unhandled(request: Request, error: Exception) -> Response:
     """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it and closes the connection."""
-    return error_response(RequestError("internal_error", "an internal error; the server's log has it"))
+    response = error_response(RequestError("internal_error", "an internal error; the server's log has it"))
+    response.headers[REQUEST_ID] = request.state.request_id  # Starlette answers this one outside of all middleware
+    return response
+
+
+def _methods(request: Request) -> set[str]:
+    """The methods of a path."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {"OPTIONS"}.union(*(route.methods or () for route in matching))
 
 
 def _refuse_type(kind: Any, reason: str) -> NoReturn:

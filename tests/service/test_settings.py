@@ -85,6 +85,7 @@ OPTIONS = {
     "--host": ("0.0.0.0", "host", "0.0.0.0"),
     "--port": ("0", "port", 0),
     "--api-key": ("a,key", "api_key", "a,key"),
+    "--cors-origins": ("https://example.org", "cors_origins", ("https://example.org",)),
     "--max-body-bytes": ("1000", "max_body_bytes", 1000),
     "--served-model-name": ("base", "served_name", "base"),
     "--tool-call-parser": ("mistral", "tool_call_parser", "mistral"),
