@@ -15,6 +15,7 @@ from starlette.routing import Match, Route
 from service.errors import RequestError, answer_of, error_body, request_error
 
 T = TypeVar("T")
+_FLOAT_FOR_INTEGER = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float`")
 REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
 encode_json = msgspec.json.Encoder().encode
@@ -49,15 +50,34 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def decode_json(body: bytes, kind: type[T]) -> T:
-    """Decode a body. Raises RequestError, whose param is the field that is wrong."""
+    """Decode a body; 5.0 stands for 5 where an integer is expected. Raises RequestError with the field as its param."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        return _decoded(body, kind)
     except msgspec.ValidationError as error:
         _refuse_type(kind, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         _refuse_syntax(body, str(error))
     except RecursionError:
         raise RequestError("invalid_json", "the body is nested too deeply") from None
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        if not _FLOAT_FOR_INTEGER.match(str(error)):
+            raise
+    msgspec.json.decode(body)  # which says where a number is too large for a float
+    return msgspec.convert(_integral.decode(body), kind)
+
+
+def _number(text: str) -> int | float:
+    """A number with a point or an exponent, as an integer if it is one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+_integral = msgspec.json.Decoder(float_hook=_number)
 
 
 def read_query(request: Request, kind: type[T]) -> T:

@@ -11,6 +11,7 @@ from service.errors import RequestError
 from service.http import decode_json, encode_json, read_body
 from service.openai.chat import Chat
 from service.openai.completions import TextCompletion
+from service.openai.known_fields import decode_request
 from service.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from service.openai.streaming import Call, answer
 from service.services import services_of
@@ -29,9 +30,9 @@ async def invocations(request: Request) -> Response:
     content = encode_json(fields)
     call: Call
     if "messages" in fields:
-        call = Chat(services, _with_adapter(decode_json(content, ChatRequest), request))
+        call = Chat(services, _with_adapter(decode_request(content, ChatRequest), request))
     else:
-        call = TextCompletion(services, _with_adapter(decode_json(content, CompletionRequest), request))
+        call = TextCompletion(services, _with_adapter(decode_request(content, CompletionRequest), request))
     return await answer(request, services, call, arrived)
 
 
