@@ -156,7 +156,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             sources=sources,
             imports=imports,
             tokenizer=tokenizer,
-            prompts=PromptEncoder(tokenizer, vocab_size, max_model_len),
+            prompts=PromptEncoder(tokenizer, vocab_size, max_model_len, settings.alora_on_missing),
             grammars=Grammars(),
             prefixes=prefixes,
             max_model_len=max_model_len,

@@ -81,7 +81,7 @@ _integral = msgspec.json.Decoder(float_hook=_number)
 
 
 def read_query(request: Request, kind: type[T]) -> T:
-    """The query as a Struct of booleans. Raises RequestError for an unknown name, a repeated one or another value."""
+    """The query as a Struct of booleans and words. Raises RequestError for an unknown name, a repeated or bad one."""
     query = request.query_params
     for name, _ in query.multi_items():
         if len(query.getlist(name)) > 1:

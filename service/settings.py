@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
+from service.catalog.record import OnMissing
 from service.option_parser import AbsentOption, Parser, declared
 from service.source_urls import AllowedSources, store_of
 from service.tool_calls.syntax import Family
@@ -89,6 +90,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             unset="none",
         ),
     ] = ()
+    alora_on_missing: Annotated[
+        OnMissing,
+        Option("what to do for a prompt without its aLoRA's invocation, if its request does not say", "adapters"),
+    ] = "error"
     max_uploads: Annotated[int, Option("uploads and imports at one time", "adapters", least=1)] = 8
     max_upload_bytes: Annotated[int, Option("largest upload or import", "adapters", least=1)] = 2048 * MIB
 

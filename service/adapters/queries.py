@@ -7,9 +7,13 @@ import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 
-from service.catalog.record import NAME_PATTERN, Condition
+from service.catalog.record import NAME_PATTERN, Condition, OnMissing
 from service.errors import RequestError
 
+ON_MISSING = (
+    "of an aLoRA: what to do for a prompt without its invocation if the request does not say; left out: keep the "
+    "default of the name, else of the server"
+)
 _NAME = re.compile(NAME_PATTERN)
 _ETAGS = re.compile(r'\s*("[^"]*"|\*)\s*(?:,|$)')
 
@@ -20,6 +24,7 @@ class PutQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = None
     preload: Annotated[bool, Meta(description="load it to the device at once")] = True
     ephemeral: Annotated[bool, Meta(description="keep it in memory only")] = False
+    alora_on_missing: Annotated[OnMissing | None, Meta(description=ON_MISSING)] = None
 
 
 class DeleteQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,9 +10,9 @@ from starlette.routing import Route
 
 from runtime.messages import Tier
 from service.adapters.publish import UploadOptions, remove, start_import, upload
-from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
+from service.adapters.queries import ON_MISSING, DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
 from service.adapters.schemas import AdapterList, adapter_resource, find_adapter, list_adapters
-from service.catalog.record import AdapterVersion, Condition
+from service.catalog.record import AdapterVersion, Condition, OnMissing
 from service.catalog.versions import no_adapter
 from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
 from service.services import Services, services_of
@@ -29,6 +29,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = None
     revision: Annotated[str | None, Meta(description="a branch, tag or commit; for hf:// only")] = None
     ephemeral: Annotated[bool, Meta(description="keep it in memory only")] = False
+    alora_on_missing: Annotated[OnMissing | None, Meta(description=ON_MISSING)] = None
 
 
 class AdapterLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +53,7 @@ async def put_adapter(request: Request) -> Response:
     services = services_of(request)
     name = new_name(request.path_params["name"], services.settings.served_name)
     query = read_query(request, PutQuery)
-    options = UploadOptions(query.preload, query.pin, query.ephemeral)
+    options = UploadOptions(query.preload, query.pin, query.ephemeral, query.alora_on_missing)
     version, created = await upload(services, request, name, options, read_condition(request))
     return _shown(services, version, 201 if created else 200)
 
@@ -62,7 +63,7 @@ async def post_adapter(request: Request) -> Response:
     body = await read_json(request, AdapterSource, services.settings.max_body_bytes)
     name = new_name(body.name, services.settings.served_name)
     source = services.sources.checked(body.src, body.revision)
-    options = UploadOptions(body.preload, body.pin, body.ephemeral)
+    options = UploadOptions(body.preload, body.pin, body.ephemeral, body.alora_on_missing)
     job = start_import(services, name, source, options, read_condition(request))
     if not query.wait:
         return json_response(find_adapter(services, name), 202)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from service.catalog.record import OnMissing
+
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every piece of text is searched for each stop string
 MAX_LOGPROBS = 20
@@ -30,9 +32,6 @@ Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
 
 
-OnMissing = Literal["error", "base", "append"]
-
-
 class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request to an aLoRA adapter wants where its prompt lacks the adapter's invocation.
 
@@ -40,7 +39,7 @@ class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     assistant's header.
     """
 
-    on_missing: OnMissing = "error"
+    on_missing: OnMissing | None = None  # None: as the adapter's default, else as the server's
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -96,6 +96,7 @@ OPTIONS = {
     "--refresh-seconds": ("0.5", "refresh_seconds", 0.5),
     "--collect-after-seconds": ("60", "collect_after_seconds", 60.0),
     "--allow-source": ("s3://bucket/team-a", "allowed_sources", ("s3://bucket/team-a",)),
+    "--alora-on-missing": ("base", "alora_on_missing", "base"),
     "--max-uploads": ("3", "max_uploads", 3),
     "--max-upload-bytes": ("10M", "max_upload_bytes", 10 * MIB),
     "--model": ("org/name", "model", "org/name"),
