@@ -1,6 +1,7 @@
 """Queries, conditional headers and names of the adapter routes."""
 
 import re
+import string
 from typing import Annotated
 
 import msgspec
@@ -15,6 +16,7 @@ ON_MISSING = (
     "default of the name, else of the server"
 )
 _NAME = re.compile(NAME_PATTERN)
+_CHARACTERS = frozenset(f"{string.ascii_letters}{string.digits}._-/@:")
 _ETAGS = re.compile(r'\s*("[^"]*"|\*)\s*(?:,|$)')
 
 
@@ -51,7 +53,13 @@ def read_condition(request: Request) -> Condition:
 def new_name(name: str, base: str) -> str:
     """Check the name of a new adapter; `base` is the name of the base model. Raises RequestError."""
     if not _NAME.match(name):
-        message = "name must be 1 to 128 letters, digits, '.', '_' or '-', and begin with a letter or a digit"
+        strange = next((character for character in name if character not in _CHARACTERS), None)
+        message = (
+            "name must be 1 to 128 letters, digits, '.', '_' or '-', or several such words joined by '/', '@' or ':', "
+            "each of which begins with a letter or a digit"
+        )
+        if strange is not None:
+            message += f"; it has {'a space' if strange == ' ' else repr(strange)}"
         raise RequestError("invalid_name", message, "name")
     if name == base:
         raise RequestError("name_is_base_model", f"{name!r} is the base model's name", "name")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -125,15 +126,29 @@ async def delete_adapter(request: Request) -> Response:
     return Response(status_code=204)
 
 
+class AdapterName(Convertor[str]):
+    """A name in a path, slashes included. Starlette's own `path` would let it end in a line feed and cut that off."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("adapter", AdapterName())
 routes = [
     Route("/adapters", get_adapters, methods=["GET"]),
     Route("/adapters", post_adapter, methods=["POST"]),
-    Route("/adapters/{name}", put_adapter, methods=["PUT"]),
-    Route("/adapters/{name}", get_adapter, methods=["GET"]),
-    Route("/adapters/{name}", patch_adapter, methods=["PATCH"]),
-    Route("/adapters/{name}", delete_adapter, methods=["DELETE"]),
-    Route("/adapters/{name}/load", load_adapter, methods=["POST"]),
-    Route("/adapters/{name}/unload", unload_adapter, methods=["POST"]),
+    Route("/adapters/{name:adapter}", put_adapter, methods=["PUT"]),
+    Route("/adapters/{name:adapter}", get_adapter, methods=["GET"]),
+    Route("/adapters/{name:adapter}", patch_adapter, methods=["PATCH"]),
+    Route("/adapters/{name:adapter}", delete_adapter, methods=["DELETE"]),
+    # No other POST goes to a name, so that one which ends in /load is not in the way
+    Route("/adapters/{name:adapter}/load", load_adapter, methods=["POST"]),
+    Route("/adapters/{name:adapter}/unload", unload_adapter, methods=["POST"]),
 ]
 
 

@@ -9,7 +9,8 @@ import msgspec
 from runtime.adapter_format.canonical import AdapterSummary
 from runtime.messages import Tier
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
+# Words that `/`, `@` or `:` join: org/name, model@7, team:poet
+NAME_PATTERN = r"^(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._-]*([/@:][A-Za-z0-9][A-Za-z0-9._-]*)*\Z"
 
 OnMissing = Literal["error", "base", "append"]  # what to do for a prompt that does not invoke its aLoRA
 
