@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from service.adapters.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
+from service.adapters.dialects import (
+    DynamoAnswer,
+    DynamoList,
+    DynamoLoad,
+    SglangAnswer,
+    SglangLoad,
+    SglangUnload,
+    VllmLoad,
+    VllmUnload,
+)
 from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.adapters.schemas import Adapter, AdapterList
@@ -120,11 +129,16 @@ OPERATIONS = {
         "Delete an adapter by vLLM's API.", {200: {"type": "string"}}, body=VllmUnload, media=TEXT
     ),
     ("POST", "/load_lora_adapter"): Operation(
-        "Import an adapter by SGLang's API.", {200: SglangAnswer, 400: SglangAnswer}, body=SglangLoad
+        "Import an adapter by SGLang's API, or by vLLM's.",
+        {200: SglangAnswer, 400: SglangAnswer, 404: SglangAnswer},
+        body=SglangLoad,
     ),
     ("POST", "/unload_lora_adapter"): Operation(
         "Delete an adapter by SGLang's API.", {200: SglangAnswer, 400: SglangAnswer}, body=SglangUnload
     ),
+    ("GET", "/v1/loras"): Operation("List the adapters by Dynamo's API.", {200: DynamoList}),
+    ("POST", "/v1/loras"): Operation("Import an adapter by Dynamo's API.", {200: DynamoAnswer}, body=DynamoLoad),
+    ("DELETE", "/v1/loras/{name}"): Operation("Delete an adapter by Dynamo's API.", {200: DynamoAnswer}),
     ("POST", "/invocations"): Operation(
         "SageMaker's call: a chat if the body has `messages`, a completion if it has `prompt`. `model` is optional.",
         {200: either(ChatCompletion, Completion)},

@@ -1,4 +1,4 @@
-"""Queries, conditional headers and names of the adapter routes."""
+"""Queries, conditional headers and names of the adapter routes, whose paths write a name as `{name:adapter}`."""
 
 import re
 import string
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 
 from service.catalog.record import NAME_PATTERN, Condition, OnMissing
@@ -18,6 +19,21 @@ ON_MISSING = (
 _NAME = re.compile(NAME_PATTERN)
 _CHARACTERS = frozenset(f"{string.ascii_letters}{string.digits}._-/@:")
 _ETAGS = re.compile(r'\s*("[^"]*"|\*)\s*(?:,|$)')
+
+
+class AdapterName(Convertor[str]):
+    """A name in a path, slashes included. Starlette's own `path` would let it end in a line feed and cut that off."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("adapter", AdapterName())
 
 
 class PutQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -126,19 +125,6 @@ async def delete_adapter(request: Request) -> Response:
     return Response(status_code=204)
 
 
-class AdapterName(Convertor[str]):
-    """A name in a path, slashes included. Starlette's own `path` would let it end in a line feed and cut that off."""
-
-    regex = "(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("adapter", AdapterName())
 routes = [
     Route("/adapters", get_adapters, methods=["GET"]),
     Route("/adapters", post_adapter, methods=["POST"]),
