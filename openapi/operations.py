@@ -17,6 +17,7 @@ from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.adapters.schemas import Adapter, AdapterList
 from service.health import Version
+from service.kv.control import Paused, PauseQuery, Sleeping, Status, WorldSize
 from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.openai.sagemaker import ADAPTER_HEADER
 from service.openai.schemas import (
@@ -178,6 +179,20 @@ OPERATIONS = {
     ("DELETE", "/kv/namespaces/{namespace}"): Operation(
         "Drop the K/V of `base` or of an adapter, by digest or by name, and release its held prefixes.", {204: None}
     ),
+    ("POST", "/pause"): Operation(
+        "Stop computing between two steps, by vLLM's API; new requests queue until /resume.",
+        {200: Status},
+        query=PauseQuery,
+    ),
+    ("POST", "/resume"): Operation("Go on computing, by vLLM's API.", {200: Status}),
+    ("GET", "/is_paused"): Operation("Report whether the engine is paused.", {200: Paused}),
+    ("POST", "/reset_prefix_cache"): Operation(
+        "Drop all cached K/V and all held prefixes, by vLLM's API.", {200: None}
+    ),
+    ("POST", "/sleep"): Operation("vLLM's call to free the memory of the weights: 501, with what to do instead.", {}),
+    ("POST", "/wake_up"): Operation("vLLM's call to end a sleep; the engine never sleeps.", {200: None}),
+    ("GET", "/is_sleeping"): Operation("Report that the engine is not asleep.", {200: Sleeping}),
+    ("GET", "/get_world_size"): Operation("The number of devices that share the model.", {200: WorldSize}),
     ("GET", "/v1/models"): Operation("List the names that `model` accepts.", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("Get one model.", {200: ModelCard}),
     ("GET", "/health"): Operation("Report that the service is alive.", {200: word("status")}),

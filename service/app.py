@@ -26,6 +26,7 @@ from service.health import health, metrics, openapi, ready, version
 from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
+from service.kv import control
 from service.kv import routes as kv
 from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
@@ -51,6 +52,7 @@ routes = [
     *adapters.routes,
     *dialects.routes,
     *kv.routes,
+    *control.routes,
     Route("/invocations", invocations, methods=["POST"]),
     Route("/health", health),
     Route("/health/ready", ready),
