@@ -13,13 +13,15 @@ from service.adapters.dialects import (
     VllmLoad,
     VllmUnload,
 )
-from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
+from service.adapters.queries import DeleteQuery, ImportQuery, PutQuery, WaitQuery
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.adapters.schemas import Adapter, AdapterList
+from service.dialects.lmi import LmiAnswer, LmiRequest
+from service.dialects.sagemaker import ADAPTER_HEADER
+from service.dialects.tokens import TokensAnswer, TokensRequest
 from service.health import Version
 from service.kv.control import Paused, PauseQuery, Sleeping, Status, WorldSize
 from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
-from service.openai.sagemaker import ADAPTER_HEADER
 from service.openai.schemas import (
     ChatChunk,
     ChatCompletion,
@@ -86,14 +88,15 @@ def either(*structs: type) -> dict[str, Any]:
     return {"anyOf": [{"$ref": REFERENCE.format(name=struct.__name__)} for struct in structs]}
 
 
+LMI_ANSWERS = {"type": "array", "items": {"$ref": REFERENCE.format(name=LmiAnswer.__name__)}}
 OPERATIONS = {
     ("GET", "/adapters"): Operation("List the adapters.", {200: AdapterList}),
     ("POST", "/adapters"): Operation(
         "Import an adapter from an allowed source. With `wait` false the answer is 202 at once, and GET "
-        "/adapters/{name} reports the progress.",
+        "/adapters/{name} reports the progress. A name and a source in the query replace the body, as in SageMaker's.",
         {201: Adapter, 200: Adapter, 202: Adapter},
         body=AdapterSource,
-        query=WaitQuery,
+        query=ImportQuery,
         headers=("If-Match", "If-None-Match"),
     ),
     ("PUT", "/adapters/{name}"): Operation(
@@ -141,11 +144,18 @@ OPERATIONS = {
     ("POST", "/v1/loras"): Operation("Import an adapter by Dynamo's API.", {200: DynamoAnswer}, body=DynamoLoad),
     ("DELETE", "/v1/loras/{name}"): Operation("Delete an adapter by Dynamo's API.", {200: DynamoAnswer}),
     ("POST", "/invocations"): Operation(
-        "SageMaker's call: a chat if the body has `messages`, a completion if it has `prompt`. `model` is optional.",
-        {200: either(ChatCompletion, Completion)},
-        body={JSON: either(ChatRequest, CompletionRequest)},
+        "SageMaker's call: a chat if the body has `messages`, a completion if it has `prompt`, LMI's generation if it "
+        "has `inputs`. `model` is optional.",
+        {200: {"anyOf": [*either(ChatCompletion, Completion, LmiAnswer)["anyOf"], LMI_ANSWERS]}},
+        body={JSON: either(ChatRequest, CompletionRequest, LmiRequest)},
         headers=(ADAPTER_HEADER,),
         streams=(ChatChunk, Completion),
+        answer_headers=GENERATED,
+    ),
+    ("POST", "/inference/v1/generate"): Operation(
+        "Complete token ids with token ids, by vLLM's API.",
+        {200: TokensAnswer},
+        body=TokensRequest,
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/completions"): Operation(

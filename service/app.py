@@ -20,6 +20,8 @@ from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.catalog.catalog import Catalog
 from service.catalog.files import AdapterStorage, open_storage
+from service.dialects.sagemaker import invocations
+from service.dialects.tokens import generate
 from service.engine.client import EngineClient
 from service.errors import RequestError
 from service.health import health, metrics, openapi, ready, version
@@ -35,7 +37,6 @@ from service.openai.completions import completions
 from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
-from service.openai.sagemaker import invocations
 from service.openai.tokenize import detokenize, tokenize
 from service.services import Services
 from service.settings import Settings
@@ -54,6 +55,7 @@ routes = [
     *kv.routes,
     *control.routes,
     Route("/invocations", invocations, methods=["POST"]),
+    Route("/inference/v1/generate", generate, methods=["POST"]),
     Route("/health", health),
     Route("/health/ready", ready),
     Route("/ping", ready),

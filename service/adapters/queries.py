@@ -53,6 +53,15 @@ class WaitQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     wait: Annotated[bool, Meta(description="false: answer 202 at once; the resource shows the progress")] = True
 
 
+class ImportQuery(WaitQuery, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of `POST /adapters`: with a name and a source it needs no body, as in SageMaker's containers."""
+
+    name: Annotated[str | None, Meta(description="instead of a body: the adapter's name")] = None
+    src: Annotated[str | None, Meta(description="instead of a body: its source")] = None
+    preload: Annotated[bool | None, Meta(description="without a body: load it to the device at once")] = None
+    pin: Annotated[bool | None, Meta(description="without a body: pin it to the device, or unpin it")] = None
+
+
 def read_condition(request: Request) -> Condition:
     """The condition in If-Match and If-None-Match. Raises RequestError `invalid_header`."""
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")

@@ -182,3 +182,22 @@ def test_what_dynamo_asks_wrongly_is_named(service: Service) -> None:
     refused = service.post("/v1/loras", lora_name="poet", source={"uri": "s3://other/1"})
     assert error(refused) == (403, "source_not_allowed", "source.uri")
     assert error(service.post("/v1/loras", lora_name="a b", source={"uri": "s3://bucket/1"}))[1] == "invalid_name"
+
+
+def test_sagemaker_imports_by_a_query(service: Service) -> None:
+    query = {"name": "org/poet", "src": "s3://bucket/1", "preload": "false", "pin": "true"}
+    response = service.client.post("/adapters", params=query)
+    assert (response.status_code, response.json()["source"]) == (201, "s3://bucket/1")
+    assert (service.names(), service.get("org/poet")["pinned"]) == (["org/poet"], True)
+    again = service.client.post("/adapters", params={"name": "bard", "src": "s3://bucket/1", "wait": "false"})
+    assert again.status_code == 202
+
+
+def test_a_query_for_an_import_is_whole_and_alone(service: Service) -> None:
+    assert error(service.client.post("/adapters?name=poet")) == (400, "missing_field", "src")
+    assert error(service.client.post("/adapters?src=s3://bucket/1")) == (400, "missing_field", "name")
+    both = service.client.post("/adapters?name=poet&src=s3://bucket/1", json={"name": "poet", "src": "s3://bucket/1"})
+    assert error(both) == (400, "invalid_query", "name")
+    refused = service.client.post("/adapters", params={"name": "a b", "src": "s3://bucket/1"})
+    assert error(refused) == (400, "invalid_name", "name")
+    assert service.names() == []
