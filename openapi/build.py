@@ -58,6 +58,7 @@ def contract() -> dict[str, Any]:
         "info": {
             "title": "Rootstock",
             "version": "0.1.0",
+            "description": "Every answer has the header x-request-id: the id that the request came with, or a new one.",
             "summary": "One base model, every LoRA adapter grafted on at request time.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },

@@ -18,6 +18,7 @@ from service.tool_calls.syntax import Family
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/,\s]+")
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",
+    "--allowed-origins": "use --cors-origins, once for each origin",
     "--max-loras": "device memory for adapters is counted in bytes, not in adapters: use --adapter-bytes",
     "--max-cpu-loras": "host memory for adapters is counted in bytes, not in adapters: use --host-adapter-bytes",
 }

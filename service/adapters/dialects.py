@@ -3,6 +3,7 @@
 As in all of them, unknown fields are ignored.
 """
 
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import msgspec
@@ -17,7 +18,7 @@ from service.adapters.queries import new_name
 from service.catalog.record import Condition
 from service.errors import RequestError, answer_of, error_body, request_error
 from service.http import json_response, read_json
-from service.services import services_of
+from service.services import Services, services_of
 from storage.store import StoreError
 
 LoraPath = Annotated[
@@ -116,9 +117,9 @@ async def dynamo_load(request: Request) -> Response:
     """Import an adapter; the same source under the same name is no fault, since Dynamo's operator asks repeatedly."""
     services = services_of(request)
     body = await read_json(request, DynamoLoad, services.settings.max_body_bytes)
-    name, version = body.lora_name, services.catalog.versions.resolve(body.lora_name)
-    if version is None or version.record.source != body.source.uri:
-        await _load(request, name, body.source.uri, UploadOptions(), replace=False, param="source.uri")
+    name, uri = body.lora_name, body.source.uri
+    if not _is_from(services, name, uri):
+        await _load(request, name, uri, UploadOptions(), replace=False, param="source.uri")
     return _dynamo_answer(name, "loaded")
 
 
@@ -165,6 +166,14 @@ async def _unload(request: Request, name: str) -> None:
         known = request_error(error)
         assert known is not None
         raise _translated(known, name) from None
+
+
+def _is_from(services: Services, name: str, path: str) -> bool:
+    """Whether there is an adapter of a name that was imported from a path."""
+    version = services.catalog.versions.resolve(name)
+    with suppress(RequestError):
+        return version is not None and version.record.source == services.sources.checked(_as_source(path)).url
+    return False
 
 
 def _as_source(path: str) -> str:

@@ -211,6 +211,7 @@ def test_names_that_other_servers_use_work(argv: list[str], field: str, value: o
         (["--enable-lora"], "LoRA is always enabled"),
         (["--enable-lora", "--port", "0"], "LoRA is always enabled"),
         (["--max-loras", "4"], "use --adapter-bytes"),
+        (["--allowed-origins", '["*"]'], "use --cors-origins"),
         (["--max-cpu-loras=16"], "use --host-adapter-bytes"),
     ],
 )

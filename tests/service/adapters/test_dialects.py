@@ -150,7 +150,7 @@ def test_a_directory_that_is_missing_is_not_found(tmp_path: Path) -> None:
         response = service.post("/load_lora_adapter", **body)
         assert (response.status_code, response.json()["success"]) == (404, False)
         assert response.json()["error"]["code"] == "source_not_found"
-        dynamo = service.post("/v1/loras", lora_name="poet", source={"uri": f"file://{tmp_path}/missing"})
+        dynamo = service.post("/v1/loras", lora_name="poet", source={"uri": f"{tmp_path}/missing"})
         assert error(dynamo) == (404, "source_not_found", "source.uri")
 
 
@@ -174,6 +174,12 @@ def test_dynamo_loads_lists_and_unloads(service: Service) -> None:
     assert (unloaded.status_code, unloaded.json()["lora_id"]) == (200, lora_id)
     assert error(service.client.delete("/v1/loras/org/poet")) == (404, "adapter_not_found", "lora_name")
     assert service.client.get("/v1/loras").json() == {"status": "success", "loras": {}, "count": 0}
+
+
+def test_dynamo_may_write_a_source_in_another_way_each_time(service: Service, tmp_path: Path) -> None:
+    for uri in (f"{tmp_path}/1", f"file://{tmp_path}/1"):
+        assert service.post("/v1/loras", lora_name="poet", source={"uri": uri}).status_code == 200
+    assert service.get("poet")["generation"] == 1
 
 
 def test_what_dynamo_asks_wrongly_is_named(service: Service) -> None:
