@@ -18,6 +18,8 @@ from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.adapters import schemas as adapter_schemas
 from service.app import routes
+from service.dialects import lmi, tokens
+from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import schemas
 
@@ -28,7 +30,7 @@ def structs() -> list[type]:
     """Return every Struct of HTTP bodies. The Structs of query strings become parameters instead."""
     found = [
         member
-        for module in (schemas, adapters, adapter_schemas, dialects, kv_schemas, errors, health)
+        for module in (schemas, adapters, adapter_schemas, dialects, control, kv_schemas, lmi, tokens, errors, health)
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]
@@ -56,6 +58,7 @@ def contract() -> dict[str, Any]:
         "info": {
             "title": "Rootstock",
             "version": "0.1.0",
+            "description": "Every answer has the header x-request-id: the id that the request came with, or a new one.",
             "summary": "One base model, every LoRA adapter grafted on at request time.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },

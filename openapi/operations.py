@@ -3,13 +3,25 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from service.adapters.dialects import SglangAnswer, SglangLoad, SglangUnload, VllmLoad, VllmUnload
-from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery
+from service.adapters.dialects import (
+    DynamoAnswer,
+    DynamoList,
+    DynamoLoad,
+    SglangAnswer,
+    SglangLoad,
+    SglangUnload,
+    VllmLoad,
+    VllmUnload,
+)
+from service.adapters.queries import DeleteQuery, ImportQuery, PutQuery, WaitQuery
 from service.adapters.routes import AdapterChange, AdapterLoad, AdapterSource, AdapterUnload
 from service.adapters.schemas import Adapter, AdapterList
+from service.dialects.lmi import LmiAnswer, LmiRequest
+from service.dialects.sagemaker import ADAPTER_HEADER
+from service.dialects.tokens import TokensAnswer, TokensRequest
 from service.health import Version
+from service.kv.control import Paused, PauseQuery, Sleeping, Status, WorldSize
 from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
-from service.openai.sagemaker import ADAPTER_HEADER
 from service.openai.schemas import (
     ChatChunk,
     ChatCompletion,
@@ -76,14 +88,15 @@ def either(*structs: type) -> dict[str, Any]:
     return {"anyOf": [{"$ref": REFERENCE.format(name=struct.__name__)} for struct in structs]}
 
 
+LMI_ANSWERS = {"type": "array", "items": {"$ref": REFERENCE.format(name=LmiAnswer.__name__)}}
 OPERATIONS = {
     ("GET", "/adapters"): Operation("List the adapters.", {200: AdapterList}),
     ("POST", "/adapters"): Operation(
         "Import an adapter from an allowed source. With `wait` false the answer is 202 at once, and GET "
-        "/adapters/{name} reports the progress.",
+        "/adapters/{name} reports the progress. A name and a source in the query replace the body, as in SageMaker's.",
         {201: Adapter, 200: Adapter, 202: Adapter},
         body=AdapterSource,
-        query=WaitQuery,
+        query=ImportQuery,
         headers=("If-Match", "If-None-Match"),
     ),
     ("PUT", "/adapters/{name}"): Operation(
@@ -120,17 +133,29 @@ OPERATIONS = {
         "Delete an adapter by vLLM's API.", {200: {"type": "string"}}, body=VllmUnload, media=TEXT
     ),
     ("POST", "/load_lora_adapter"): Operation(
-        "Import an adapter by SGLang's API.", {200: SglangAnswer, 400: SglangAnswer}, body=SglangLoad
+        "Import an adapter by SGLang's API, or by vLLM's.",
+        {200: SglangAnswer, 400: SglangAnswer, 404: SglangAnswer},
+        body=SglangLoad,
     ),
     ("POST", "/unload_lora_adapter"): Operation(
         "Delete an adapter by SGLang's API.", {200: SglangAnswer, 400: SglangAnswer}, body=SglangUnload
     ),
+    ("GET", "/v1/loras"): Operation("List the adapters by Dynamo's API.", {200: DynamoList}),
+    ("POST", "/v1/loras"): Operation("Import an adapter by Dynamo's API.", {200: DynamoAnswer}, body=DynamoLoad),
+    ("DELETE", "/v1/loras/{name}"): Operation("Delete an adapter by Dynamo's API.", {200: DynamoAnswer}),
     ("POST", "/invocations"): Operation(
-        "SageMaker's call: a chat if the body has `messages`, a completion if it has `prompt`. `model` is optional.",
-        {200: either(ChatCompletion, Completion)},
-        body={JSON: either(ChatRequest, CompletionRequest)},
+        "SageMaker's call: a chat if the body has `messages`, a completion if it has `prompt`, LMI's generation if it "
+        "has `inputs`. `model` is optional.",
+        {200: {"anyOf": [*either(ChatCompletion, Completion, LmiAnswer)["anyOf"], LMI_ANSWERS]}},
+        body={JSON: either(ChatRequest, CompletionRequest, LmiRequest)},
         headers=(ADAPTER_HEADER,),
         streams=(ChatChunk, Completion),
+        answer_headers=GENERATED,
+    ),
+    ("POST", "/inference/v1/generate"): Operation(
+        "Complete token ids with token ids, by vLLM's API.",
+        {200: TokensAnswer},
+        body=TokensRequest,
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -164,6 +189,20 @@ OPERATIONS = {
     ("DELETE", "/kv/namespaces/{namespace}"): Operation(
         "Drop the K/V of `base` or of an adapter, by digest or by name, and release its held prefixes.", {204: None}
     ),
+    ("POST", "/pause"): Operation(
+        "Stop computing between two steps, by vLLM's API; new requests queue until /resume.",
+        {200: Status},
+        query=PauseQuery,
+    ),
+    ("POST", "/resume"): Operation("Go on computing, by vLLM's API.", {200: Status}),
+    ("GET", "/is_paused"): Operation("Report whether the engine is paused.", {200: Paused}),
+    ("POST", "/reset_prefix_cache"): Operation(
+        "Drop all cached K/V and all held prefixes, by vLLM's API.", {200: None}
+    ),
+    ("POST", "/sleep"): Operation("vLLM's call to free the memory of the weights: 501, with what to do instead.", {}),
+    ("POST", "/wake_up"): Operation("vLLM's call to end a sleep; the engine never sleeps.", {200: None}),
+    ("GET", "/is_sleeping"): Operation("Report that the engine is not asleep.", {200: Sleeping}),
+    ("GET", "/get_world_size"): Operation("The number of devices that share the model.", {200: WorldSize}),
     ("GET", "/v1/models"): Operation("List the names that `model` accepts.", {200: ModelList}),
     ("GET", "/v1/models/{model}"): Operation("Get one model.", {200: ModelCard}),
     ("GET", "/health"): Operation("Report that the service is alive.", {200: word("status")}),

@@ -85,6 +85,7 @@ class Engine:
         self.steps = 0
         self._own_adapters = OwnAdapters(runner.model)
         self._launched: Launched | None = None
+        self._paused = False
         self._events: list[Event] = []  # to be returned by the next `step`
 
     def add_request(self, command: Generate) -> None:
@@ -150,6 +151,12 @@ class Engine:
         self.offload.drop(namespace, self.blocks.drop_namespace(namespace))
         self._events += self.prefixes.end_dropped("dropped")
 
+    def set_paused(self, paused: bool) -> None:
+        """Let `step` compute nothing, or go on. Requests keep their blocks and adapters meanwhile, new ones queue."""
+        if paused:
+            self._commit_launched()
+        self._paused = paused
+
     def add_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
         """Register an adapter from memory and return its digest, by which requests name it.
 
@@ -190,6 +197,13 @@ class Engine:
         """Compute one batch, if any request can run. Returns the events since the last step."""
         self._events += self.adapters.poll()
         self.offload.register_reloaded()
+        if not self._paused:
+            self._compute()
+        events, self._events = self._events, []
+        return events
+
+    def _compute(self) -> None:
+        """Launch the next step, and commit what was launched before it."""
         if not self.scheduler.can_schedule_ahead:
             self._commit_launched()
         chunks, rejected = self.scheduler.schedule()
@@ -199,8 +213,6 @@ class Engine:
         self._launched = launched
         if launched is not None and not launched.may_wait:
             self._commit_launched()
-        events, self._events = self._events, []
-        return events
 
     def _fail_rejected(self, rejected: Rejected) -> None:
         for request, error in rejected:

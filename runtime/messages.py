@@ -154,6 +154,13 @@ class DropNamespace(msgspec.Struct, frozen=True, kw_only=True, tag="drop_namespa
     namespace: str | None
 
 
+class SetPaused(msgspec.Struct, frozen=True, kw_only=True, tag="set_paused"):
+    """Compute nothing, or go on. Requests keep what they have, and new ones queue. Answered."""
+
+    request_id: str
+    paused: bool
+
+
 class GetStats(msgspec.Struct, frozen=True, kw_only=True, tag="get_stats"):
     pass
 
@@ -174,6 +181,7 @@ Command = (
     | HoldPrefix
     | ReleasePrefix
     | DropNamespace
+    | SetPaused
     | GetStats
     | Shutdown
 )

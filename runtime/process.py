@@ -36,6 +36,7 @@ from runtime.messages import (
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
+    SetPaused,
     SetPins,
     Shutdown,
     UnloadAdapter,
@@ -117,6 +118,9 @@ class EngineServer:
                 engine.release_prefix(prefix_id)
             case DropNamespace(request_id=request_id, namespace=namespace):
                 engine.drop_namespace(namespace)
+                return [Answer(request_id=request_id)]
+            case SetPaused(request_id=request_id, paused=paused):
+                engine.set_paused(paused)
                 return [Answer(request_id=request_id)]
             case Abort(request_id=request_id):
                 engine.abort(request_id)

@@ -6,15 +6,15 @@ import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import RequestError
-from service.http import error_response
+from service.http import REQUEST_ID, error_response
 
-REQUEST_ID = "x-request-id"
 PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _RECORD = "rootstock.access_record"  # in a request's scope
 _log = logging.getLogger(__name__)
@@ -39,20 +39,22 @@ class RequireKey:
 
 
 class RequestId:
-    """Gives an answer the request id that its request came with."""
+    """Gives every answer a request id: the one that its request came with, if it can be a header, else a new one."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get(REQUEST_ID) if scope["type"] == "http" else None
-        if given is None or not PRINTABLE.fullmatch(given):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if PRINTABLE.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = given
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -109,7 +111,7 @@ class AccessLog:
             await self._app(scope, receive, send_and_note)
         finally:
             milliseconds = (time.perf_counter() - started) * 1000
-            given = Headers(scope=scope).get(REQUEST_ID, "")
-            sent = f" request_id={given}" if PRINTABLE.fullmatch(given) else ""
+            request_id = scope["state"]["request_id"]
+            line = "%s %r %d %.0fms%s request_id=%s"
             # repr of the path: a client must not be able to write lines of its own
-            _log.info("%s %r %d %.0fms%s%s", scope["method"], scope["path"], status, milliseconds, record, sent)
+            _log.info(line, scope["method"], scope["path"], status, milliseconds, record, request_id)

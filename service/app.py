@@ -9,6 +9,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -19,12 +20,15 @@ from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.catalog.catalog import Catalog
 from service.catalog.files import AdapterStorage, open_storage
+from service.dialects.sagemaker import invocations
+from service.dialects.tokens import generate
 from service.engine.client import EngineClient
 from service.errors import RequestError
 from service.health import health, metrics, openapi, ready, version
 from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
+from service.kv import control
 from service.kv import routes as kv
 from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
@@ -33,7 +37,6 @@ from service.openai.completions import completions
 from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
-from service.openai.sagemaker import invocations
 from service.openai.tokenize import detokenize, tokenize
 from service.services import Services
 from service.settings import Settings
@@ -50,7 +53,9 @@ routes = [
     *adapters.routes,
     *dialects.routes,
     *kv.routes,
+    *control.routes,
     Route("/invocations", invocations, methods=["POST"]),
+    Route("/inference/v1/generate", generate, methods=["POST"]),
     Route("/health", health),
     Route("/health/ready", ready),
     Route("/ping", ready),
@@ -59,6 +64,18 @@ routes = [
     Route("/openapi.json", openapi),
 ]
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # no key needed
+SHOWN_HEADERS = (  # to scripts of other origins
+    "etag",
+    "location",
+    "retry-after",
+    "x-request-id",
+    "x-adapter-digest",
+    "x-alora-invocation",
+    "x-alora-activation",
+    "x-queue-time-ms",
+    "x-cached-tokens",
+    "x-time-to-first-token-ms",
+)
 
 errors = {
     RequestError: on_error,
@@ -75,6 +92,16 @@ errors = {
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application; its lifespan starts and ends the engine process."""
     middleware = [Middleware(AccessLog), Middleware(RequestId)]
+    if settings.cors_origins:  # before the key: browsers ask without one whether they may send it
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=SHOWN_HEADERS,
+            )
+        )
     if settings.api_key is not None:
         middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
@@ -133,7 +160,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             sources=sources,
             imports=imports,
             tokenizer=tokenizer,
-            prompts=PromptEncoder(tokenizer, vocab_size, max_model_len),
+            prompts=PromptEncoder(tokenizer, vocab_size, max_model_len, settings.alora_on_missing),
             grammars=Grammars(),
             prefixes=prefixes,
             max_model_len=max_model_len,

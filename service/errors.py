@@ -52,6 +52,7 @@ ANSWERS: dict[str, Answer] = {
     "invalid_query": Answer(400),
     "invalid_header": Answer(400),
     "unsupported_parameter": Answer(400),
+    "not_implemented": Answer(501),
     "internal_error": Answer(500, headers={"connection": "close"}),
     # prompts and models
     "empty_prompt": Answer(400),
@@ -107,6 +108,7 @@ ANSWERS: dict[str, Answer] = {
     "engine_died": Answer(503),
     "engine_unavailable": Answer(503),
     "shutting_down": Answer(503),
+    "generation_paused": Answer(503),
     "adapter_deleted": Answer(404),
     "queue_full": Answer(429),
     "prefixes_full": Answer(409),

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,11 +15,16 @@ from service.http import json_response
 from service.metrics import CONTENT_TYPE
 from service.services import services_of
 
+VLLM_API = "0.12.0"  # whose clients send structured_outputs instead of guided_json
+
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
     """What runs. While the engine is not running, only the server's version is known."""
 
     version: str
+    vllm_api: Annotated[str, Meta(description="the release of vLLM whose fields and calls this server follows")] = (
+        VLLM_API
+    )
     dtype: str | None = None
     kernels: str | None = None
     timings_ms: dict[str, float] = {}  # of one projection of the model, by the kernels that were candidates

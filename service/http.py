@@ -10,10 +10,13 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from service.errors import RequestError, answer_of, error_body, request_error
 
 T = TypeVar("T")
+_FLOAT_FOR_INTEGER = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float`")
+REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
 encode_json = msgspec.json.Encoder().encode
 
@@ -47,9 +50,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def decode_json(body: bytes, kind: type[T]) -> T:
-    """Decode a body. Raises RequestError, whose param is the field that is wrong."""
+    """Decode a body; 5.0 stands for 5 where an integer is expected. Raises RequestError with the field as its param."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        return _decoded(body, kind)
     except msgspec.ValidationError as error:
         _refuse_type(kind, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -58,8 +61,27 @@ def decode_json(body: bytes, kind: type[T]) -> T:
         raise RequestError("invalid_json", "the body is nested too deeply") from None
 
 
+def _decoded(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        if not _FLOAT_FOR_INTEGER.match(str(error)):
+            raise
+    msgspec.json.decode(body)  # which says where a number is too large for a float
+    return msgspec.convert(_integral.decode(body), kind)
+
+
+def _number(text: str) -> int | float:
+    """A number with a point or an exponent, as an integer if it is one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+_integral = msgspec.json.Decoder(float_hook=_number)
+
+
 def read_query(request: Request, kind: type[T]) -> T:
-    """The query as a Struct of booleans. Raises RequestError for an unknown name, a repeated one or another value."""
+    """The query as a Struct of booleans and words. Raises RequestError for an unknown name, a repeated or bad one."""
     query = request.query_params
     for name, _ in query.multi_items():
         if len(query.getlist(name)) > 1:
@@ -99,11 +121,19 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Answer Starlette's own refusals: an unknown path, or a known one with another method."""
+    """Answer Starlette's own refusals: an unknown path, or a known one with another method.
+
+    OPTIONS is answered for every known path. Starlette's Allow has the methods of one route only.
+    """
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
     body = error_body(RequestError(code, f"{request.method} {request.url.path}: {error.detail}"))
-    return json_response(body, error.status_code, error.headers)
+    return json_response(body, error.status_code, headers)
 
 
 async def on_client_disconnect(request: Request, error: Exception) -> Response:
@@ -113,7 +143,16 @@ async def on_client_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_unhandled(request: Request, error: Exception) -> Response:
     """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it and closes the connection."""
-    return error_response(RequestError("internal_error", "an internal error; the server's log has it"))
+    response = error_response(RequestError("internal_error", "an internal error; the server's log has it"))
+    response.headers[REQUEST_ID] = request.state.request_id  # Starlette answers this one outside of all middleware
+    return response
+
+
+def _methods(request: Request) -> set[str]:
+    """The methods of a path."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {"OPTIONS"}.union(*(route.methods or () for route in matching))
 
 
 def _refuse_type(kind: Any, reason: str) -> NoReturn:

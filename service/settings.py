@@ -1,6 +1,7 @@
 """The settings of the service: each is declared once, at its field, as an option with a variable."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Annotated, Any
 import msgspec
 
 from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
+from service.catalog.record import OnMissing
 from service.option_parser import AbsentOption, Parser, declared
 from service.source_urls import AllowedSources, store_of
 from service.tool_calls.syntax import Family
 
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/,\s]+")
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",
+    "--allowed-origins": "use --cors-origins, once for each origin",
     "--max-loras": "device memory for adapters is counted in bytes, not in adapters: use --adapter-bytes",
     "--max-cpu-loras": "host memory for adapters is counted in bytes, not in adapters: use --host-adapter-bytes",
 }
@@ -44,6 +48,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_key: Annotated[
         str | None, Option("key that clients must send, except to health and metrics", "server", unset="no key")
     ] = None
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Option("origin whose pages may call the server, or * for any; repeatable", "server", unset="none"),
+    ] = ()
     max_body_bytes: Annotated[int, Option("largest JSON body", "server", least=1)] = 16 * MIB
     served_name: Annotated[
         str,
@@ -83,6 +91,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             unset="none",
         ),
     ] = ()
+    alora_on_missing: Annotated[
+        OnMissing,
+        Option("what to do for a prompt without its aLoRA's invocation, if its request does not say", "adapters"),
+    ] = "error"
     max_uploads: Annotated[int, Option("uploads and imports at one time", "adapters", least=1)] = 8
     max_upload_bytes: Annotated[int, Option("largest upload or import", "adapters", least=1)] = 2048 * MIB
 
@@ -92,6 +104,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"the served name must not be empty or contain '@' or ':', not {self.served_name!r}")
         if self.api_key == "":
             raise ValueError("the API key must not be empty")
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"an origin is * or like https://example.org:8443, without a path, not {origin!r}")
         if self.refresh_seconds <= 0:
             raise ValueError(f"refresh_seconds must be more than 0, not {self.refresh_seconds:g}")
         AllowedSources(self.allowed_sources)

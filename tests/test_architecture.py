@@ -77,6 +77,13 @@ INNER = {
         "service.metrics",
         "service.services",
     },
+    "service.dialects": {
+        "service.openai",
+        "service.catalog.record",
+        "service.errors",
+        "service.http",
+        "service.services",
+    },
     "service.tool_calls": set(),
     "service.text": {"service.tool_calls"},
     "service.kv": {

@@ -6,7 +6,8 @@ from starlette.requests import Request
 
 from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
-from service.catalog.record import Condition, Upload
+from service.catalog.record import Condition, OnMissing, Upload
+from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
 from service.ingest.bundle import Bundle
 from service.ingest.imports import Import, Published
@@ -22,6 +23,7 @@ class UploadOptions(NamedTuple):
     preload: bool = True  # load it to the device at once
     pin: bool | None = None  # pin it to the device; None keeps the pin of the name
     ephemeral: bool = False  # keep it in memory only
+    alora_on_missing: OnMissing | None = None  # for requests that do not say; None keeps that of the name
 
 
 async def upload(
@@ -87,4 +89,8 @@ def _checked(services: Services, bundle: Bundle, source: str, options: UploadOpt
         base_tensor=base_tensors(engine),
         pause=throttle.pause,
     )
-    return Upload(summary, target, source, options.ephemeral, options.preload, options.pin)
+    if options.alora_on_missing is not None and summary.invocation_tokens is None:
+        message = "alora_on_missing says what to do without an aLoRA's invocation, and this adapter is a plain LoRA"
+        raise RequestError("alora_not_applicable", message, "alora_on_missing")
+    preload, pin, ephemeral, on_missing = options
+    return Upload(summary, target, source, ephemeral, preload, pin, on_missing)

@@ -10,11 +10,21 @@ from starlette.routing import Route
 
 from runtime.messages import Tier
 from service.adapters.publish import UploadOptions, remove, start_import, upload
-from service.adapters.queries import DeleteQuery, PutQuery, WaitQuery, new_name, read_condition
+from service.adapters.queries import ON_MISSING, DeleteQuery, ImportQuery, PutQuery, WaitQuery, new_name, read_condition
 from service.adapters.schemas import AdapterList, adapter_resource, find_adapter, list_adapters
-from service.catalog.record import AdapterVersion, Condition
+from service.catalog.record import AdapterVersion, Condition, OnMissing
 from service.catalog.versions import no_adapter
-from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
+from service.errors import RequestError
+from service.http import (
+    NoQuery,
+    decode_json,
+    encode_json,
+    json_response,
+    read_body,
+    read_json,
+    read_query,
+    until_disconnect,
+)
 from service.services import Services, services_of
 
 
@@ -29,6 +39,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = None
     revision: Annotated[str | None, Meta(description="a branch, tag or commit; for hf:// only")] = None
     ephemeral: Annotated[bool, Meta(description="keep it in memory only")] = False
+    alora_on_missing: Annotated[OnMissing | None, Meta(description=ON_MISSING)] = None
 
 
 class AdapterLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,17 +63,17 @@ async def put_adapter(request: Request) -> Response:
     services = services_of(request)
     name = new_name(request.path_params["name"], services.settings.served_name)
     query = read_query(request, PutQuery)
-    options = UploadOptions(query.preload, query.pin, query.ephemeral)
+    options = UploadOptions(query.preload, query.pin, query.ephemeral, query.alora_on_missing)
     version, created = await upload(services, request, name, options, read_condition(request))
     return _shown(services, version, 201 if created else 200)
 
 
 async def post_adapter(request: Request) -> Response:
-    services, query = services_of(request), read_query(request, WaitQuery)
-    body = await read_json(request, AdapterSource, services.settings.max_body_bytes)
+    services, query = services_of(request), read_query(request, ImportQuery)
+    body = await _source(request, query)
     name = new_name(body.name, services.settings.served_name)
     source = services.sources.checked(body.src, body.revision)
-    options = UploadOptions(body.preload, body.pin, body.ephemeral)
+    options = UploadOptions(body.preload, body.pin, body.ephemeral, body.alora_on_missing)
     job = start_import(services, name, source, options, read_condition(request))
     if not query.wait:
         return json_response(find_adapter(services, name), 202)
@@ -127,13 +138,27 @@ async def delete_adapter(request: Request) -> Response:
 routes = [
     Route("/adapters", get_adapters, methods=["GET"]),
     Route("/adapters", post_adapter, methods=["POST"]),
-    Route("/adapters/{name}", put_adapter, methods=["PUT"]),
-    Route("/adapters/{name}", get_adapter, methods=["GET"]),
-    Route("/adapters/{name}", patch_adapter, methods=["PATCH"]),
-    Route("/adapters/{name}", delete_adapter, methods=["DELETE"]),
-    Route("/adapters/{name}/load", load_adapter, methods=["POST"]),
-    Route("/adapters/{name}/unload", unload_adapter, methods=["POST"]),
+    Route("/adapters/{name:adapter}", put_adapter, methods=["PUT"]),
+    Route("/adapters/{name:adapter}", get_adapter, methods=["GET"]),
+    Route("/adapters/{name:adapter}", patch_adapter, methods=["PATCH"]),
+    Route("/adapters/{name:adapter}", delete_adapter, methods=["DELETE"]),
+    # No other POST goes to a name, so that one which ends in /load is not in the way
+    Route("/adapters/{name:adapter}/load", load_adapter, methods=["POST"]),
+    Route("/adapters/{name:adapter}/unload", unload_adapter, methods=["POST"]),
 ]
+
+
+async def _source(request: Request, query: ImportQuery) -> AdapterSource:
+    """What is to be imported: the body, or SageMaker's query with an empty body. Raises RequestError."""
+    max_bytes = services_of(request).settings.max_body_bytes
+    given = {name: getattr(query, name) for name in ("name", "src", "preload", "pin")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return await read_json(request, AdapterSource, max_bytes)
+    if await read_body(request, max_bytes):
+        param = next(iter(given))
+        raise RequestError("invalid_query", f"{param} is in the query, and there is a body: send one of them", param)
+    return decode_json(encode_json(given), AdapterSource)
 
 
 def _known_name(request: Request) -> str:

@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from runtime.messages import AdapterState, Stats, Tier
 from service.catalog.catalog import Catalog
-from service.catalog.record import AdapterVersion
+from service.catalog.record import AdapterVersion, OnMissing
 from service.ingest.imports import Import
 from service.services import Services
 
@@ -52,6 +52,10 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     progress: Progress | None
     requests_in_flight: Annotated[int, Meta(description="running requests and held prefixes")]
     invocation_tokens: Annotated[list[int] | None, Meta(description="of an aLoRA")]
+    alora_on_missing: Annotated[
+        OnMissing | None,
+        Meta(description="what is done for a prompt without the invocation; null: as the server's option says"),
+    ]
     kv_blocks: Annotated[
         int | None,
         Meta(
@@ -125,6 +129,7 @@ def adapter_resource(
         progress=progress,
         requests_in_flight=version.requests,
         invocation_tokens=record.invocation_tokens,
+        alora_on_missing=record.alora_on_missing,
         kv_blocks=None if stats is None else _kv_blocks(stats, record.digest),
         warnings=record.warnings,
     )
@@ -178,6 +183,7 @@ def _imported(job: Import) -> Adapter:
         progress=progress,
         requests_in_flight=0,
         invocation_tokens=None,
+        alora_on_missing=None,
         kv_blocks=None,
         warnings=[],
     )

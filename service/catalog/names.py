@@ -1,11 +1,18 @@
 """The durable half of the catalog: one small object for each name, with the record that the name points at."""
 
+import re
+
 import msgspec
 
 from service.catalog.record import AdapterRecord
 from storage.store import NotFound, Store, StoreError
 
 _PREFIX, _SUFFIX = "names/", ".json"
+# Names of several words, which are no keys themselves, are escaped. They have no suffix: a segment of a key has at most
+# 255 characters, and a name of 128 has up to 127 to escape.
+_ESCAPED = f"{_PREFIX}escaped/"
+_ESCAPES = {"_": "__", "/": "_s", "@": "_a", ":": "_c"}
+_MEANT = {escape: character for character, escape in _ESCAPES.items()}
 
 
 class UnreadableName(StoreError):
@@ -26,8 +33,8 @@ class AdapterNames:
 
     def changed(self) -> list[str]:
         """The names whose objects any process has written or removed since the last call."""
-        entries = [entry for entry in self._store.list(_PREFIX) if entry.key.endswith(_SUFFIX)]
-        found = {entry.key.removeprefix(_PREFIX).removesuffix(_SUFFIX): entry.revision for entry in entries}
+        listed = {_name(entry.key): entry.revision for entry in self._store.list(_PREFIX)}
+        found = {name: revision for name, revision in listed.items() if name is not None}
         names = [name for name in {**found, **self._revisions} if found.get(name) != self._revisions.get(name)]
         self._revisions = found
         return sorted(names)
@@ -68,4 +75,13 @@ class AdapterNames:
 
 
 def _key(name: str) -> str:
-    return f"{_PREFIX}{name}{_SUFFIX}"
+    if not set(name) & {"/", "@", ":"}:
+        return f"{_PREFIX}{name}{_SUFFIX}"
+    return _ESCAPED + "".join(_ESCAPES.get(character, character) for character in name)
+
+
+def _name(key: str) -> str | None:
+    """The name whose key this is; None for an object of another kind."""
+    if key.startswith(_ESCAPED):
+        return re.sub("_.", lambda escape: _MEANT.get(escape[0], ""), key.removeprefix(_ESCAPED))
+    return key.removeprefix(_PREFIX).removesuffix(_SUFFIX) if key.endswith(_SUFFIX) else None

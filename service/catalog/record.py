@@ -9,7 +9,10 @@ import msgspec
 from runtime.adapter_format.canonical import AdapterSummary
 from runtime.messages import Tier
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
+# Words that `/`, `@` or `:` join: org/name, model@7, team:poet
+NAME_PATTERN = r"^(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._-]*([/@:][A-Za-z0-9][A-Za-z0-9._-]*)*\Z"
+
+OnMissing = Literal["error", "base", "append"]  # what to do for a prompt that does not invoke its aLoRA
 
 
 class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +33,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     pin_tier: Tier = "device"  # ignored while the adapter is not pinned
     invocation_tokens: list[int] | None = None  # of an aLoRA
     leaves_kv: bool = False  # its K/V equal the base's
+    alora_on_missing: OnMissing | None = None  # for requests that do not say; None: as the server's option
 
     @property
     def pin(self) -> Tier | None:
@@ -76,6 +80,7 @@ class Upload(NamedTuple):
     ephemeral: bool = False  # keep it in memory only
     preload: bool = False  # load it to the device at once
     pin: bool | None = None  # pin it to the device; None keeps the pin of the name
+    alora_on_missing: OnMissing | None = None  # None keeps that of the name
 
 
 def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -> AdapterRecord:
@@ -85,8 +90,16 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
     if upload.pin is not None:
         pin = "device" if upload.pin else None
     pinned, pin_tier = pin is not None, pin or "device"
+    on_missing = upload.alora_on_missing or (None if old is None else old.alora_on_missing)
     if old is not None and old.digest == summary.digest:
-        return msgspec.structs.replace(old, pinned=pinned, pin_tier=pin_tier, base=base, leaves_kv=summary.kv_is_base)
+        return msgspec.structs.replace(
+            old,
+            pinned=pinned,
+            pin_tier=pin_tier,
+            base=base,
+            leaves_kv=summary.kv_is_base,
+            alora_on_missing=on_missing,
+        )
     return AdapterRecord(
         name=name,
         digest=summary.digest,
@@ -103,4 +116,5 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         base=base,
         invocation_tokens=None if summary.invocation_tokens is None else list(summary.invocation_tokens),
         leaves_kv=summary.kv_is_base,
+        alora_on_missing=on_missing,
     )

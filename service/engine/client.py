@@ -21,6 +21,7 @@ from runtime.messages import (
     PrefixEnded,
     PrefixHeld,
     Ready,
+    SetPaused,
     Stats,
     Tokens,
 )
@@ -59,6 +60,7 @@ class EngineClient:
         self._last_stats: Stats | None = None
         self._stats_at = -math.inf  # time.monotonic() when the last snapshot arrived
         self._asked_stats: asyncio.Future[Stats] | None = None
+        self.paused = False  # by `pause`; another engine, started after this one's death, is not
 
     @property
     def ready(self) -> Ready | None:
@@ -109,13 +111,27 @@ class EngineClient:
             if not ended and process is self._connection.process:
                 self._connection.send(Abort(request_id=command.request_id))
 
-    def end_requests(self, code: str, message: str, digest: str | None = None) -> None:
-        """Fail every running request and end every held prefix, or those on one adapter."""
+    async def pause(self) -> None:
+        """Let the engine compute nothing until `resume`. Raises EngineError."""
+        await self._set_paused(True)
+
+    async def resume(self) -> None:
+        """Let the engine go on. Raises EngineError."""
+        await self._set_paused(False)
+
+    async def _set_paused(self, paused: bool) -> None:
+        request_id = self._connection.new_id()
+        await self._connection.ask(request_id, SetPaused(request_id=request_id, paused=paused))
+        self.paused = paused
+
+    def end_requests(self, code: str, message: str, digest: str | None = None, *, prefixes: bool = True) -> None:
+        """Fail every running request and end every held prefix, or those on one adapter; or no prefix."""
         for request_id, stream in self._streams.items():
             if digest is None or stream.adapter == digest:
                 self._connection.send(Abort(request_id=request_id))
                 stream.events.put_nowait(EngineError(code, message))
-        self.prefixes.end(EngineError(code, message), digest)
+        if prefixes:
+            self.prefixes.end(EngineError(code, message), digest)
 
     async def stats(self) -> Stats:
         """A snapshot of the engine's counters. It answers between two steps, so callers set their own deadline.
@@ -177,6 +193,7 @@ class EngineClient:
     def _lost(self, failure: EngineError) -> None:
         self._connection.lost(failure)
         self.adapters.lost()
+        self.paused = False
         self.end_requests(failure.code, failure.message)
         asked, self._asked_stats, self._last_stats = self._asked_stats, None, None
         if asked is not None:

@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
-from service.http import read_json
+from service.http import read_body
 from service.openai.generation import Delta
 from service.openai.grammars import Source, source_of
+from service.openai.known_fields import decode_request
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import (
     CalledFunction,
@@ -41,7 +42,7 @@ from service.tool_calls.parser import Arguments, Begun, Text, ToolCallParser
 
 async def chat_completions(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
-    body = await read_json(request, ChatRequest, services.settings.max_body_bytes)
+    body = decode_request(await read_body(request, services.settings.max_body_bytes), ChatRequest)
     return await answer(request, services, Chat(services, body), arrived)
 
 

@@ -11,8 +11,9 @@ from starlette.responses import Response
 from runtime.messages import TokenLogprobs
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
-from service.http import read_json
+from service.http import read_body
 from service.openai.generation import Delta
+from service.openai.known_fields import decode_request
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from service.openai.streaming import Inputs, answer
@@ -24,7 +25,7 @@ MAX_SEQUENCES = 1024  # prompts times choices of one request
 
 async def completions(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
-    body = await read_json(request, CompletionRequest, services.settings.max_body_bytes)
+    body = decode_request(await read_body(request, services.settings.max_body_bytes), CompletionRequest)
     return await answer(request, services, TextCompletion(services, body), arrived)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from runtime.invocation import find_invocation
-from service.catalog.record import AdapterRecord, AdapterVersion
+from service.catalog.record import AdapterRecord, AdapterVersion, OnMissing
 from service.errors import RequestError
-from service.openai.schemas import Alora, OnMissing
+from service.openai.schemas import Alora
 from service.text.tokenizer import Tokenizer
 
 Invocation = Literal["found", "appended", "base"]
@@ -50,15 +50,17 @@ def _invoked(token_ids: list[int], record: AdapterRecord) -> Prompt | None:
     return None if start is None else Prompt(token_ids, record.digest, start, record.leaves_kv, "found")
 
 
-def on_missing(alora: Alora | None) -> OnMissing:
-    return "error" if alora is None else alora.on_missing
+def on_missing(alora: Alora | None, version: AdapterVersion, default: OnMissing) -> OnMissing:
+    """What to do where the invocation is missing: what the request says, else its adapter's record, else `default`."""
+    asked = None if alora is None else alora.on_missing
+    return asked or version.record.alora_on_missing or default
 
 
 def without_invocation(
-    token_ids: list[int], version: AdapterVersion, alora: Alora | None, tokenizer: Tokenizer, param: str
+    token_ids: list[int], version: AdapterVersion, wanted: OnMissing, tokenizer: Tokenizer, param: str
 ) -> Prompt:
-    """What to run for a prompt that does not invoke its aLoRA. Raises RequestError unless the request says what."""
-    record, wanted = version.record, on_missing(alora)
+    """What to run for a prompt that does not invoke its aLoRA. Raises RequestError if an error is wanted."""
+    record = version.record
     invocation = record.invocation_tokens or []
     if wanted == "base":
         return Prompt(token_ids, invocation="base")

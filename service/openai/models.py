@@ -29,14 +29,20 @@ def resolve(request: GenerationRequest, base: str, versions: Versions) -> Adapte
 
 
 def find_version(name: str, base: str, versions: Versions, param: str) -> AdapterVersion | None:
-    """The adapter that goes by a name, None for the base. Raises RequestError."""
+    """The adapter that goes by a name, None for the base. Raises RequestError.
+
+    A name may itself look like name@digest or base:adapter, so a name as it stands comes first.
+    """
     if name == base:
         return None
-    wanted, _, digest = name.removeprefix(f"{base}:").partition("@")
+    own = name.removeprefix(f"{base}:")
+    if (version := versions.resolve(name) or versions.resolve(own)) is not None:
+        return version
+    wanted, _, digest = own.rpartition("@")
     version = versions.resolve(wanted)
     if version is None:
         raise RequestError("model_not_found", f"there is no model or adapter {name!r}", param)
-    if "@" in name and not (DIGEST.fullmatch(digest) and version.digest.startswith(digest)):
+    if not (DIGEST.fullmatch(digest) and version.digest.startswith(digest)):
         message = f"adapter {wanted!r} is now {version.digest}, not {digest!r} (give at least 8 of its hex digits)"
         raise RequestError("model_not_found", message, param)
     return version

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from service.catalog.record import AdapterVersion
+from service.catalog.record import AdapterVersion, OnMissing
 from service.errors import RequestError
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling_params import answer_length, check_token_ids, refuse_unbuilt
@@ -18,10 +18,13 @@ from service.text.tokenizer import InvalidChat, Tokenizer
 class PromptEncoder:
     """Encodes prompts and finds in each where its adapter begins to apply. All methods raise RequestError."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, on_missing: OnMissing = "error"
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len  # tokens of prompt and answer together
+        self._on_missing = on_missing  # an aLoRA's invocation, if neither request nor adapter says what then
 
     async def text_prompts(
         self, prompt: str | list[str | int | list[int]], version: AdapterVersion | None, alora: Alora | None
@@ -33,7 +36,7 @@ class PromptEncoder:
         for token_ids, found in zip(prompts, await invoked(prompts, version), strict=True):
             if found is None:
                 assert version is not None
-                found = without_invocation(token_ids, version, alora, self._tokenizer, "prompt")
+                found = without_invocation(token_ids, version, self._wanted(alora, version), self._tokenizer, "prompt")
             encoded.append(found)
         return encoded
 
@@ -53,9 +56,10 @@ class PromptEncoder:
         if prompt is not None:
             return prompt
         assert version is not None
-        if on_missing(alora) == "append":
+        wanted = self._wanted(alora, version)
+        if wanted == "append":
             token_ids = await self.encode_chat(messages, tools, generation_prompt=False)
-        return without_invocation(token_ids, version, alora, self._tokenizer, "messages")
+        return without_invocation(token_ids, version, wanted, self._tokenizer, "messages")
 
     async def chat_prefix(
         self, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
@@ -69,14 +73,19 @@ class PromptEncoder:
         found, later = await invoked([shared, answered], version)
         if later is not None and (found is None or found.invocation_start < later.invocation_start):
             # The generation prompt itself contains the invocation, so every token before it uses the base model
-            if on_missing(alora) == "append":
+            assert version is not None
+            if self._wanted(alora, version) == "append":
                 return later
             return later._replace(token_ids=shared, invocation_start=min(later.invocation_start, len(shared)))
         if found is not None:
             return found
         assert version is not None
-        base = whole if on_missing(alora) == "append" else shared
-        return without_invocation(base, version, alora, self._tokenizer, "messages")
+        wanted = self._wanted(alora, version)
+        base = whole if wanted == "append" else shared
+        return without_invocation(base, version, wanted, self._tokenizer, "messages")
+
+    def _wanted(self, alora: Alora | None, version: AdapterVersion) -> OnMissing:
+        return on_missing(alora, version, self._on_missing)
 
     async def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, generation_prompt: bool

@@ -69,8 +69,8 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        temperature=_given(body.temperature, 1.0),
-        top_p=_given(body.top_p, 1.0),
+        temperature=0.0 if body.top_p == 0 else _given(body.temperature, 1.0),
+        top_p=body.top_p or 1.0,
         top_k=max(_given(body.top_k, 0), 0),  # -1 is off too, as in vLLM
         min_p=_given(body.min_p, 0.0),
         repetition_penalty=_given(body.repetition_penalty, 1.0),
@@ -117,7 +117,8 @@ def _bad_words(body: GenerationRequest, tokenizer: Tokenizer) -> tuple[tuple[int
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    given = [body.stop] if isinstance(body.stop, str) else body.stop or ()
+    return tuple(text for text in given if text)
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from service.catalog.record import OnMissing
+
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every piece of text is searched for each stop string
 MAX_LOGPROBS = 20
@@ -15,7 +17,7 @@ MAX_LOGPROBS = 20
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
-TopP = Annotated[float, Meta(gt=0, le=1)]
+TopP = Annotated[float, Meta(ge=0, le=1)]  # 0: the likeliest token only
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Repetition = Annotated[float, Meta(gt=0, le=10)]
@@ -25,11 +27,9 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
-Stops = Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
+StopText = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]  # an empty one stops nothing
+Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
-
-
-OnMissing = Literal["error", "base", "append"]
 
 
 class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,7 +39,7 @@ class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     assistant's header.
     """
 
-    on_missing: OnMissing = "error"
+    on_missing: OnMissing | None = None  # None: as the adapter's default, else as the server's
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +100,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
     n: Choices | None = None
-    stop: StopString | Stops | None = None
+    stop: StopText | Stops | None = None
     include_stop_str_in_output: bool | None = None
     stop_token_ids: list[Count] | None = None
     logit_bias: dict[str, Bias] | None = None  # by token id

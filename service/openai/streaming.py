@@ -1,6 +1,6 @@
 """A generation as an HTTP answer: whole or streamed, aborted when the client goes away."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +49,7 @@ class Call(Protocol):
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         """The event without choices that ends a stream whose client asked for its usage."""
 
-    def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
+    def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct | Sequence[msgspec.Struct]:
         """The answer that is not streamed, from all deltas of each choice."""
 
 

@@ -52,9 +52,10 @@ def named(response: httpx.Response) -> str:
 
 def operation(response: httpx.Response) -> tuple[str, str] | None:
     """The method and the path, as the contract writes it, of a response; None where there is no such operation."""
-    path = next((path for pattern, path in PATHS if pattern.match(response.request.url.path)), "")
     method = response.request.method
-    return (method, path) if method.lower() in CONTRACT_DOCUMENT["paths"].get(path, {}) else None
+    matching = [path for pattern, path in PATHS if pattern.match(response.request.url.path)]
+    described = (path for path in matching if method.lower() in CONTRACT_DOCUMENT["paths"].get(path, {}))
+    return next(((method, path) for path in described), None)
 
 
 def described_content(response: httpx.Response) -> dict[str, Any]:

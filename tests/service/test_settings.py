@@ -85,6 +85,7 @@ OPTIONS = {
     "--host": ("0.0.0.0", "host", "0.0.0.0"),
     "--port": ("0", "port", 0),
     "--api-key": ("a,key", "api_key", "a,key"),
+    "--cors-origins": ("https://example.org", "cors_origins", ("https://example.org",)),
     "--max-body-bytes": ("1000", "max_body_bytes", 1000),
     "--served-model-name": ("base", "served_name", "base"),
     "--tool-call-parser": ("mistral", "tool_call_parser", "mistral"),
@@ -95,6 +96,7 @@ OPTIONS = {
     "--refresh-seconds": ("0.5", "refresh_seconds", 0.5),
     "--collect-after-seconds": ("60", "collect_after_seconds", 60.0),
     "--allow-source": ("s3://bucket/team-a", "allowed_sources", ("s3://bucket/team-a",)),
+    "--alora-on-missing": ("base", "alora_on_missing", "base"),
     "--max-uploads": ("3", "max_uploads", 3),
     "--max-upload-bytes": ("10M", "max_upload_bytes", 10 * MIB),
     "--model": ("org/name", "model", "org/name"),
@@ -209,6 +211,7 @@ def test_names_that_other_servers_use_work(argv: list[str], field: str, value: o
         (["--enable-lora"], "LoRA is always enabled"),
         (["--enable-lora", "--port", "0"], "LoRA is always enabled"),
         (["--max-loras", "4"], "use --adapter-bytes"),
+        (["--allowed-origins", '["*"]'], "use --cors-origins"),
         (["--max-cpu-loras=16"], "use --host-adapter-bytes"),
     ],
 )

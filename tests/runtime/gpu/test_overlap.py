@@ -160,3 +160,31 @@ def test_first_tokens_say_what_was_cached_and_only_they_do(engine):
         events += [event for event in engine.step() if isinstance(event, Tokens)]
     assert [event.cached_tokens for event in events] == [0, None, None, None]
     assert [event.finish_reason for event in events] == [None, None, None, "length"]
+
+
+def test_a_pause_takes_in_what_was_launched_and_requests_go_on_where_they_were(engine, prompt_engine):
+    prompts = [prompt(20, seed) for seed in range(3)]
+    alone = [output.token_ids for output in prompt_engine.generate(prompts, params(10))]
+    outputs = {f"r{index}": [] for index in range(len(prompts))}
+    for name, token_ids in zip(outputs, prompts, strict=True):
+        engine.add_request(Generate(request_id=name, token_ids=token_ids, params=params(10)))
+
+    def take(events):
+        for event in events:
+            if isinstance(event, Tokens):
+                outputs[event.request_id] += event.token_ids
+
+    for _ in range(4):
+        take(engine.step())
+    engine.set_paused(True)
+    take(engine.step())
+    told, steps = [list(tokens) for tokens in outputs.values()], engine.steps
+    assert 0 < sum(map(len, told)) < 30
+    for _ in range(3):
+        assert engine.step() == []
+        engine.check()
+    assert ([*outputs.values()], engine.steps) == (told, steps)
+    engine.set_paused(False)
+    while engine.busy:
+        take(engine.step())
+    assert [*outputs.values()] == alone

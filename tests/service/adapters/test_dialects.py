@@ -132,3 +132,78 @@ def test_sglang_hears_of_trouble_of_the_servers_own(service: Service) -> None:
     gate(service).error = OSError(28, "No space left on device")
     response = service.post("/load_lora_adapter", lora_name="poet", lora_path="org/1")
     assert (response.status_code, response.json()["success"]) == (507, False)
+
+
+def test_the_root_call_replaces_in_place_as_vllms(service: Service) -> None:
+    service.post("/load_lora_adapter", lora_name="poet", lora_path="org/1")
+    response = service.post("/load_lora_adapter", lora_name="poet", lora_path="org/2", load_inplace=True)
+    assert (response.status_code, response.json()["loaded_adapters"]) == (200, {"poet": "hf://org/2"})
+    assert service.get("poet")["generation"] == 2
+    response = service.post("/load_lora_adapter", lora_name="poet", lora_path="org/1", load_inplace=False)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "adapter_exists")
+
+
+def test_a_directory_that_is_missing_is_not_found(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", allowed_sources=(f"file://{tmp_path}",)) as service:
+        body = {"lora_name": "poet", "lora_path": f"{tmp_path}/missing"}
+        assert error(service.post("/v1/load_lora_adapter", **body)) == (404, "source_not_found", "lora_path")
+        response = service.post("/load_lora_adapter", **body)
+        assert (response.status_code, response.json()["success"]) == (404, False)
+        assert response.json()["error"]["code"] == "source_not_found"
+        dynamo = service.post("/v1/loras", lora_name="poet", source={"uri": f"{tmp_path}/missing"})
+        assert error(dynamo) == (404, "source_not_found", "source.uri")
+
+
+def test_dynamo_loads_lists_and_unloads(service: Service) -> None:
+    loaded = service.post("/v1/loras", lora_name="org/poet", source={"uri": "s3://bucket/1"})
+    assert loaded.status_code == 200
+    lora_id = loaded.json().pop("lora_id")
+    assert 0 < lora_id < 2**31
+    said = {"status": "success", "message": "LoRA adapter 'org/poet' loaded successfully", "lora_name": "org/poet"}
+    assert loaded.json() == {**said, "lora_id": lora_id}
+    assert service.get("org/poet")["source"] == "s3://bucket/1"
+
+    again = service.post("/v1/loras", lora_name="org/poet", source={"uri": "s3://bucket/1"})
+    assert (again.json(), service.get("org/poet")["generation"]) == (loaded.json(), 1)
+    other = service.post("/v1/loras", lora_name="org/poet", source={"uri": "s3://bucket/2"})
+    assert error(other) == (400, "adapter_exists", "lora_name")
+
+    listed = service.client.get("/v1/loras").json()
+    assert listed == {"status": "success", "loras": {"org/poet": lora_id}, "count": 1}
+    unloaded = service.client.delete("/v1/loras/org%2Fpoet")
+    assert (unloaded.status_code, unloaded.json()["lora_id"]) == (200, lora_id)
+    assert error(service.client.delete("/v1/loras/org/poet")) == (404, "adapter_not_found", "lora_name")
+    assert service.client.get("/v1/loras").json() == {"status": "success", "loras": {}, "count": 0}
+
+
+def test_dynamo_may_write_a_source_in_another_way_each_time(service: Service, tmp_path: Path) -> None:
+    for uri in (f"{tmp_path}/1", f"file://{tmp_path}/1"):
+        assert service.post("/v1/loras", lora_name="poet", source={"uri": uri}).status_code == 200
+    assert service.get("poet")["generation"] == 1
+
+
+def test_what_dynamo_asks_wrongly_is_named(service: Service) -> None:
+    assert error(service.post("/v1/loras", lora_name="poet")) == (400, "missing_field", "source")
+    assert error(service.post("/v1/loras", lora_name="poet", source={})) == (400, "missing_field", "source.uri")
+    refused = service.post("/v1/loras", lora_name="poet", source={"uri": "s3://other/1"})
+    assert error(refused) == (403, "source_not_allowed", "source.uri")
+    assert error(service.post("/v1/loras", lora_name="a b", source={"uri": "s3://bucket/1"}))[1] == "invalid_name"
+
+
+def test_sagemaker_imports_by_a_query(service: Service) -> None:
+    query = {"name": "org/poet", "src": "s3://bucket/1", "preload": "false", "pin": "true"}
+    response = service.client.post("/adapters", params=query)
+    assert (response.status_code, response.json()["source"]) == (201, "s3://bucket/1")
+    assert (service.names(), service.get("org/poet")["pinned"]) == (["org/poet"], True)
+    again = service.client.post("/adapters", params={"name": "bard", "src": "s3://bucket/1", "wait": "false"})
+    assert again.status_code == 202
+
+
+def test_a_query_for_an_import_is_whole_and_alone(service: Service) -> None:
+    assert error(service.client.post("/adapters?name=poet")) == (400, "missing_field", "src")
+    assert error(service.client.post("/adapters?src=s3://bucket/1")) == (400, "missing_field", "name")
+    both = service.client.post("/adapters?name=poet&src=s3://bucket/1", json={"name": "poet", "src": "s3://bucket/1"})
+    assert error(both) == (400, "invalid_query", "name")
+    refused = service.client.post("/adapters", params={"name": "a b", "src": "s3://bucket/1"})
+    assert error(refused) == (400, "invalid_name", "name")
+    assert service.names() == []

@@ -33,6 +33,7 @@ from runtime.messages import (
     RegisterAdapter,
     ReleasePrefix,
     RetireAdapter,
+    SetPaused,
     SetPins,
     Shutdown,
     Stats,
@@ -93,6 +94,7 @@ class FakeEngine:
         self.host_kv = HostKvStats(bytes_total=config.host_kv_bytes, bytes_used=64, blocks=1, stores=2, loads=1)
         self.adapters = FakeAdapters(config)
         self.steps = self.generated_tokens = 0
+        self.paused = False
 
     def ready(self) -> Ready:
         return Ready(
@@ -132,6 +134,9 @@ class FakeEngine:
                 self.kv.release(prefix_id)
             case DropNamespace(request_id=request_id, namespace=namespace):
                 return [*self.kv.drop(namespace, "dropped"), Answer(request_id=request_id)]
+            case SetPaused(request_id=request_id, paused=paused):
+                self.paused = paused
+                return [Answer(request_id=request_id)]
             case GetStats():
                 return [self.stats()]
             case Shutdown():
@@ -171,7 +176,7 @@ class FakeEngine:
 
     def step(self) -> list[Event]:
         events: list[Event] = []
-        for request_id, sequence in list(self.requests.items()):
+        for request_id, sequence in [] if self.paused else list(self.requests.items()):
             event = self.start(sequence) if sequence.cached_tokens is None else None
             if sequence.cached_tokens is not None:
                 event = sequence.step()

@@ -19,6 +19,7 @@ from runtime.messages import (
     PrefixHeld,
     ReleasePrefix,
     RetireAdapter,
+    SetPaused,
     Shutdown,
     Stats,
     Tokens,
@@ -236,6 +237,23 @@ def test_a_retired_adapter_ends_what_is_held_of_it(engine: Engine, adapter: Adap
     engine.send(RetireAdapter(digest=adapter.digest))
     assert engine.next(PrefixEnded) == PrefixEnded(prefix_id="p", reason="adapter_retired")
     assert adapter.digest not in engine.stats().namespaces
+
+
+def test_while_it_is_paused_nothing_is_computed_and_requests_queue(engine: Engine) -> None:
+    alone = tokens_of(engine.generate(max_tokens=9))
+    assert engine.ask(SetPaused, paused=True) is None
+    engine.send(request("first", max_tokens=9), request("second", max_tokens=1))
+    steps = engine.stats().steps
+    for _ in range(3):
+        stats = engine.stats()
+        assert (stats.steps, stats.running, stats.waiting) == (steps, 0, 2)
+    engine.send(Abort(request_id="second"))
+    assert engine.stats().waiting == 1
+    assert engine.ask(SetPaused, paused=False) is None
+    events = [engine.next(Tokens, request_id="first")]
+    while events[-1].finish_reason is None:
+        events.append(engine.next(Tokens, request_id="first"))
+    assert tokens_of(events) == alone
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

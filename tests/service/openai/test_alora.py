@@ -11,9 +11,9 @@ import httpx
 import pytest
 from safetensors.numpy import save
 
-from tests.service.adapters.adapter_bundles import CONFIG, WEIGHTS, config, tensors
+from tests.service.adapters.adapter_bundles import CONFIG, WEIGHTS, config, multipart, tensors
 from tests.service.alora_service import INVOCATION, alora_server, encode, put_adapter
-from tests.service.live_server import LiveServer
+from tests.service.live_server import LiveServer, fake_settings, live_server
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_an_adapter_begins_at_the_last_invocation(live: LiveServer, stream: bool
     assert response.headers["x-adapter-digest"] == live.client.get("/adapters/check").json()["digest"]
 
 
-@pytest.mark.parametrize("asked", [{}, {"alora": None}, {"alora": {}}, {"alora": {"on_missing": "error"}}])
+@pytest.mark.parametrize(
+    "asked", [{}, {"alora": None}, {"alora": {}}, {"alora": {"on_missing": None}}, {"alora": {"on_missing": "error"}}]
+)
 def test_without_its_invocation_a_request_is_refused_with_the_tokens_and_their_text(
     live: LiveServer, asked: dict
 ) -> None:
@@ -209,7 +211,6 @@ def test_other_models_have_nothing_to_do_with_it(live: LiveServer, model: str) -
     ("alora", "code", "param"),
     [
         ({"on_missing": "guess"}, "invalid_field", "alora.on_missing"),
-        ({"on_missing": None}, "invalid_field", "alora.on_missing"),
         ({"on_missing": "base", "more": 1}, "unknown_field", "alora.more"),
         ("append", "invalid_field", "alora"),
     ],
@@ -275,3 +276,53 @@ def test_a_chat_of_any_length_is_searched(live: LiveServer) -> None:
     response = chat(live, "x" * 60_000)
     assert error(response) == (400, "alora_invocation_missing", "messages")
     assert error(chat(live, "x" * 60_000 + INVOCATION)) == (400, "context_length_exceeded", "messages")
+
+
+def test_a_server_may_answer_as_peft_does_where_the_invocation_is_missing(tiny_model: Path, tmp_path: Path) -> None:
+    with alora_server(tiny_model, tmp_path, alora_on_missing="base") as live:
+        for asked in ({}, {"alora": {}}):
+            for response in (complete(live, "hello world", max_tokens=4, **asked), chat(live, max_tokens=4, **asked)):
+                assert invoked(response) == ("base", None)
+        assert text_of(complete(live, "hello world", max_tokens=4)) == "hello worldhello world"
+        assert invoked(complete(live, f"hello{INVOCATION}", max_tokens=1))[0] == "found"
+        assert error(complete(live, "hello", alora={"on_missing": "error"}))[1] == "alora_invocation_missing"
+        messages = [{"role": "user", "content": "hello"}]
+        assert live.post("/kv/prefixes", model="check", messages=messages).status_code == 201
+
+
+def test_an_adapter_has_a_default_of_its_own_that_outlives_a_restart_and_a_new_version(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    def put(live: LiveServer, seed: int, query: str = "") -> httpx.Response:
+        files = multipart(config(alora_invocation_tokens=encode(live, INVOCATION)), save(tensors(seed)))
+        return live.client.put(f"/adapters/mine{query}", files=files)
+
+    with alora_server(tiny_model, tmp_path, alora_on_missing="base") as live:
+        assert put(live, 0, "?alora_on_missing=append").json()["alora_on_missing"] == "append"
+        assert invoked(complete(live, "hello", "mine", max_tokens=1))[0] == "appended"
+        assert invoked(complete(live, "hello", "mine", max_tokens=1, alora={"on_missing": "base"}))[0] == "base"
+        assert put(live, 1).json()["alora_on_missing"] == "append"
+    with alora_server(tiny_model, tmp_path) as live:
+        assert live.client.get("/adapters/mine").json()["alora_on_missing"] == "append"
+        assert invoked(complete(live, "hello", "mine", max_tokens=1))[0] == "appended"
+        assert put(live, 1, "?alora_on_missing=error").json()["alora_on_missing"] == "error"
+        assert error(complete(live, "hello", "mine"))[1] == "alora_invocation_missing"
+        assert live.client.get("/adapters/check").json()["alora_on_missing"] is None
+
+
+def test_a_default_for_a_plain_lora_or_another_word_is_refused(live: LiveServer) -> None:
+    answer = live.client.put("/adapters/plain?alora_on_missing=base", files=multipart(config(), save(tensors(0))))
+    assert error(answer) == (400, "alora_not_applicable", "alora_on_missing")
+    answer = live.client.put("/adapters/plain?alora_on_missing=peft", files=multipart(config(), save(tensors(0))))
+    assert error(answer) == (400, "invalid_query", "alora_on_missing")
+
+
+def test_an_import_sets_the_default_too(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / CONFIG).write_bytes(config(alora_invocation_tokens=[7, 8]))
+    (tmp_path / "bundle" / WEIGHTS).write_bytes(save(tensors()))
+    settings = fake_settings(tiny_model, tmp_path / "data", allowed_sources=(f"file://{tmp_path}",))
+    with live_server(settings) as live:
+        source = {"name": "sourced", "src": f"file://{tmp_path}/bundle", "alora_on_missing": "base"}
+        assert live.post("/adapters", **source).json()["alora_on_missing"] == "base"
+        assert invoked(complete(live, "hello", "sourced", max_tokens=1)) == ("base", None)

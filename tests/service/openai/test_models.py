@@ -123,7 +123,9 @@ def test_the_service_says_how_it_is(grafted: LiveServer) -> None:
     assert grafted.client.get("/health").status_code == 200
     assert grafted.client.get("/health/ready").json() == {"status": "ready"}
     assert grafted.client.get("/ping").status_code == 200
-    assert grafted.client.get("/version").json()["version"]
+    said = grafted.client.get("/version").json()
+    assert said["version"]
+    assert tuple(map(int, said["vllm_api"].split("."))) >= (0, 11, 0), "clients send structured_outputs from there on"
     assert grafted.client.get("/openapi.json").json()["openapi"].startswith("3.")
 
 

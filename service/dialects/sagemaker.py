@@ -1,4 +1,4 @@
-"""POST /invocations: chats and completions under the one path that SageMaker knows."""
+"""POST /invocations: chats, completions and LMI's generations under the one path that SageMaker knows."""
 
 import time
 from typing import TypeVar
@@ -7,31 +7,39 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.dialects.lmi import LmiGeneration, lmi_request
 from service.errors import RequestError
 from service.http import decode_json, encode_json, read_body
 from service.openai.chat import Chat
 from service.openai.completions import TextCompletion
+from service.openai.known_fields import decode_request
 from service.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from service.openai.streaming import Call, answer
 from service.services import services_of
 
 _Body = TypeVar("_Body", bound=GenerationRequest)
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+FORMS = ("messages", "prompt", "inputs")  # of a chat, a completion, a generation of LMI
 
 
 async def invocations(request: Request) -> Response:
-    """A chat if the body has messages, a completion if it has a prompt; without `model` it is the base's."""
+    """What it is depends on the field that the body has; without `model` it is the base's."""
     arrived, services = time.perf_counter(), services_of(request)
     fields = decode_json(await read_body(request, services.settings.max_body_bytes), dict[str, msgspec.Raw])
-    if ("messages" in fields) == ("prompt" in fields):
-        raise RequestError("invalid_field", "expected either messages, for a chat, or a prompt", "messages")
+    forms = [form for form in FORMS if form in fields]
+    if len(forms) != 1:
+        message = "expected one of messages, for a chat, prompt, for a completion, and inputs, as LMI has it"
+        raise RequestError("invalid_field", message, "messages")
     fields.setdefault("model", msgspec.Raw(encode_json(services.settings.served_name)))
     content = encode_json(fields)
     call: Call
-    if "messages" in fields:
-        call = Chat(services, _with_adapter(decode_json(content, ChatRequest), request))
+    if forms == ["messages"]:
+        call = Chat(services, _with_adapter(decode_request(content, ChatRequest), request))
+    elif forms == ["prompt"]:
+        call = TextCompletion(services, _with_adapter(decode_request(content, CompletionRequest), request))
     else:
-        call = TextCompletion(services, _with_adapter(decode_json(content, CompletionRequest), request))
+        body, wanted = lmi_request(fields)
+        call = LmiGeneration(services, _with_adapter(body, request), wanted)
     return await answer(request, services, call, arrived)
 
 
