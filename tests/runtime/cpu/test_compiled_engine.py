@@ -71,7 +71,7 @@ def test_int8_gives_the_tokens_of_the_dequantised_weights(tmp_path):
         found.append(engine.generate([[token % 131 for token in prompt(30, 4)]], SAMPLED)[0])
         engine.close()
     quantised, dequantised = found
-    # Each projection rounds its rows to 16 bits, 2⁻¹⁶ of the largest of 128 values; tests of the kernels hold it exactly
+    # Each projection rounds its rows to 16 bits, 2⁻¹⁶ of the largest of 128; tests of the kernels hold it exactly
     assert quantised.token_ids == dequantised.token_ids
     for one, other in zip(quantised.logprobs, dequantised.logprobs, strict=True):
         assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-3)
