@@ -136,14 +136,23 @@ def _translate(source: Source) -> str:
 
 def _of_schema(field: str, content: Any) -> str:
     """The grammar of a JSON schema. Raises RequestError naming the keyword, ValueError, RecursionError."""
-    schema = json.loads(content) if isinstance(content, str) else content
+    schema = _read(content) if isinstance(content, str) else content
     if schema is False:
         raise ValueError("the schema false allows no value")
     schema = {} if schema is True else schema
+    if not isinstance(schema, dict):
+        raise ValueError("a JSON schema is an object, true or false")
     if (fault := _fault(schema)) is not None:
         place = "".join(f"/{part}" for part in _place(schema, fault, time.monotonic() + PLACE_SECONDS))
         raise RequestError("invalid_grammar", f"{field}{place and ' at '}{place}: {fault}", field)
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS)
+
+
+def _read(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"a string must hold a JSON schema as JSON: {error}") from None
 
 
 def _fault(schema: Any) -> str | None:

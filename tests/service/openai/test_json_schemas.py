@@ -149,6 +149,13 @@ def test_the_place_of_the_keyword_is_told(schema: Any, place: str) -> None:
     assert str(refused.value).startswith(f"guided_json at /{place}: ")
 
 
+@pytest.mark.parametrize("text", ["1", "null", "[1]", '"a"', "nope", "", '{"enum": [NaN]}', "{"])
+def test_a_text_that_holds_no_schema_is_told_so(text: str) -> None:
+    with pytest.raises(RequestError, match="a JSON schema") as refused:
+        translated(text)
+    assert refused.value.param == "guided_json"
+
+
 def test_a_large_schema_with_a_fault_is_refused_in_time() -> None:
     properties = {f"p{number}": {"type": "string", "maxLength": number} for number in range(2000)}
     fault = {"type": "object", "properties": {**properties, "bad": {"uniqueItems": True}}}
@@ -197,3 +204,9 @@ def test_a_refusal_is_a_400_over_http_that_names_field_and_keyword(live: LiveSer
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["param"]) == (400, "invalid_grammar", field)
         assert error["message"].startswith(f"{field} at /properties/tags/uniqueItems: ")
+
+
+def test_a_form_that_explodes_is_refused_without_the_matchers_own_state(live: LiveServer) -> None:
+    error = live.complete("hello", regex="a{1000000}", max_tokens=4).json()["error"]
+    assert error["code"] == "grammar_failed"
+    assert error["message"].endswith("too many expressions constructed")
