@@ -21,58 +21,11 @@ SECONDS = 2.0  # for one request on a machine that does nothing else
 SLOW = 5  # times as many are granted: other tests run beside this one
 ROOM = 4.0  # seconds for one seed's requests; those that do not fit are left out
 
-ODD: list[Any] = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1.5,
-    1e300,
-    2**70,
-    "",
-    "a",
-    "\u0000",
-    "😀",
-    "é\ud83d".encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-]
+ODD: list[Any] = [None, True, False, 0, -1, 1.5, 1e300, 2**70, "", "a", "\u0000", "😀", "\ud83d"]  # half a character
 ODD += [[], {}, [None], {"": None}, [[[]]], "{", "$ref", "null", "x" * 3000]
-WORDS = [
-    "type",
-    "enum",
-    "const",
-    "properties",
-    "required",
-    "items",
-    "prefixItems",
-    "minItems",
-    "maxItems",
-    "pattern",
-    "format",
-]
-WORDS += [
-    "minLength",
-    "maxLength",
-    "minimum",
-    "maximum",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "multipleOf",
-    "anyOf",
-    "oneOf",
-]
-WORDS += [
-    "allOf",
-    "not",
-    "if",
-    "then",
-    "$ref",
-    "$defs",
-    "additionalProperties",
-    "patternProperties",
-    "uniqueItems",
-    "title",
-]
+WORDS = """type enum const properties required items prefixItems minItems maxItems pattern format minLength maxLength
+minimum maximum exclusiveMinimum exclusiveMaximum multipleOf anyOf oneOf allOf not if then $ref $defs
+additionalProperties patternProperties uniqueItems title"""
 TYPES = ["string", "integer", "number", "boolean", "null", "array", "object"]
 REGEXES = [
     "[a-z]{2,4}",
@@ -88,7 +41,6 @@ REGEXES = [
     ".{0,400}",
     "^a$",
     "a{1000000}",
-    "\ud83d".encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
 ]
 GRAMMARS = [
     'start: "a" | "b"',
@@ -98,11 +50,8 @@ GRAMMARS = [
     "start: %json{}",
     "start: /[/",
     "x" * 50,
-    "root ::= root",
-    'start: "a"{3}',
-    "%llguidance {}",
-    'start: "\\',
 ]
+GRAMMARS += ["root ::= root", 'start: "a"{3}', "%llguidance {}", 'start: "\\']
 
 
 class Fuzz:
@@ -127,7 +76,7 @@ class Fuzz:
         schema: dict[str, Any] = {}
         if rng.random() < 0.7:
             schema["type"] = self.perhaps(rng.choice([*TYPES, rng.sample(TYPES, 2)]))
-        for word in rng.sample(WORDS, rng.choice([0, 1, 1, 2, 3])):
+        for word in rng.sample(WORDS.split(), rng.choice([0, 1, 1, 2, 3])):
             schema[word] = self.perhaps(self.keyword(word, depth))
         if rng.random() < 0.2:
             schema.setdefault("$defs", {"a": self.schema(depth + 1)})
@@ -291,7 +240,7 @@ def judge(server: LiveServer, body: dict[str, Any]) -> int:
     """Send a request; its status. Fails for an answer that a client cannot understand, and for a late one."""
     shown = json.dumps(body)[:3000]
     start = time.perf_counter()
-    response = server.client.post("/v1/chat/completions", json=body)
+    response = server.client.post("/v1/chat/completions", content=json.dumps(body))
     spent = time.perf_counter() - start
     assert spent < SECONDS * SLOW, f"{spent:.1f} s for {shown}"
     if response.status_code == 200:
