@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,10 +18,13 @@ from service.openai.schemas import GenerationRequest, JsonObject, JsonSchema, St
 
 MAX_GRAMMAR_BYTES = 256 << 10
 CHECK_SECONDS = 10.0
-PLACE_SECONDS = 1.0  # for finding where in a schema a fault is
+PLACE_SECONDS = 0.5  # for finding where in a schema a fault is
 KEPT = 256  # grammars that were found good
 # Between the parts of a JSON text; without a bound a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+MAX_INTEGER = 2**53  # the compiler computes with floats, and -2**63 ends its process
+MAX_STEPS = 20_000  # states of the automaton that counts multiples; a hundred times as many take minutes
+ANNOTATIONS = ("default", "examples", "example")
 # The keywords of a JSON schema that hold several schemas
 HOLDERS = ("$defs", "definitions", "properties", "patternProperties", "anyOf", "oneOf", "allOf", "prefixItems")
 
@@ -121,6 +126,8 @@ def _translate(source: Source) -> str:
             grammar = _of_schema(field, content)
         elif kind == "choice":
             grammar = LLMatcher.grammar_from_lark(f"start: {_alternatives(content)}")
+        elif kind == "grammar" and ("%json" in content or content.lstrip().startswith("{")):
+            raise ValueError("a grammar is GBNF or Lark without %json: send a JSON schema in a field for schemas")
         else:
             grammar = grammar_from("grammar" if kind == "grammar" else "regex", content)
     except (ValueError, RecursionError) as error:
@@ -142,6 +149,7 @@ def _of_schema(field: str, content: Any) -> str:
     schema = {} if schema is True else schema
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object, true or false")
+    _check_numbers(field, schema)
     if (fault := _fault(schema)) is not None:
         place = "".join(f"/{part}" for part in _place(schema, fault, time.monotonic() + PLACE_SECONDS))
         raise RequestError("invalid_grammar", f"{field}{place and ' at '}{place}: {fault}", field)
@@ -153,6 +161,35 @@ def _read(text: str) -> Any:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
         raise ValueError(f"a string must hold a JSON schema as JSON: {error}") from None
+
+
+def _check_numbers(field: str, schema: dict[str, Any]) -> None:
+    """Raise RequestError for a number that the compiler would round, follow for minutes, or fall over."""
+    steps = 1
+    for place, number in _numbers(schema):
+        fault = None
+        if isinstance(number, int) and abs(number) > MAX_INTEGER:
+            fault = f"{number} is not exact: integers of a schema go to {MAX_INTEGER} and down to its negative"
+        elif place[-1] == "multipleOf":
+            digits = Decimal(repr(number)).normalize().as_tuple().digits
+            steps = math.lcm(steps, int("".join(map(str, digits))) or 1)
+            if steps > MAX_STEPS:
+                fault = (
+                    f"the numbers of multipleOf have more than {MAX_STEPS} as their common multiple, points left out"
+                )
+        if fault is not None:
+            raise RequestError("invalid_grammar", f"{field} at /{'/'.join(place)}: {fault}", field)
+
+
+def _numbers(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int | float]]:
+    """Each number of a JSON value and its place, but those of annotations."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and place:
+        yield place, value
+    elif isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            if key not in ANNOTATIONS or isinstance(entry, dict):  # a dict may be the schema of a property so named
+                yield from _numbers(entry, (*place, str(key)))
 
 
 def _fault(schema: Any) -> str | None:

@@ -22,9 +22,12 @@ from runtime.grammar.grammars import Grammars as CompiledGrammars
 from service.errors import RequestError
 from service.openai.grammars import Grammars, Source
 from tests.service.live_server import LiveServer, fake_settings, live_server
+from tests.service.openai.test_fuzz import Fuzz
 from tests.service.tiny_model import make_tokenizer
 
 WALKS = 12  # through the grammar of each schema
+RANDOM = 150  # random schemas in a group
+PATTERNS = ("^[a-z]{2,4}$", "^(a|b)*$", "^a{3}$", r"^\d+$", "^.{0,3}$")
 MAX_TOKENS = 5000
 END = 2
 CLOSING = '"}]ab'  # what brings a text nearer to its end
@@ -56,8 +59,8 @@ def translated(schema: Any) -> str:
     return asyncio.run(Grammars().translate(Source("guided_json", "json_schema", schema)))
 
 
-def walk(compiled: CompiledGrammars, grammar: str, seed: int) -> str:
-    """A text of tokens drawn from the allowed ones, those that close something the more often."""
+def walk(compiled: CompiledGrammars, grammar: str, seed: int) -> str | None:
+    """A text of tokens drawn from the allowed ones, those that close something the more often; None without an end."""
     rng, tokenizer, token_ids = random.Random(seed), make_tokenizer(), list[int]()
     closing = {tokenizer.token_to_id(character) for character in CLOSING}
     constraint = compiled.constrain(grammar)
@@ -71,7 +74,7 @@ def walk(compiled: CompiledGrammars, grammar: str, seed: int) -> str:
             return text
         near = [each for each in allowed if each in closing]
         token_ids.append(rng.choice(near if near and rng.random() < 0.3 else [i for i in allowed if i != END]))
-    raise AssertionError(f"no end after {tokenizer.decode(token_ids)[:200]}")
+    return None
 
 
 def matches(validator: Any, pattern: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
@@ -100,6 +103,13 @@ def validate(text: str, schema: Any) -> None:
     validator_class(dialect)(exact, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER).validate(value)
 
 
+def check(text: str, schema: Any) -> None:
+    try:
+        validate(text, schema)
+    except (ValueError, jsonschema.ValidationError) as error:
+        pytest.fail(f"{json.dumps(schema)} gave {text[:300]!r}: {error}")
+
+
 def test_there_are_schemas_of_every_kind() -> None:
     assert len(ANSWERED) >= 200
     assert len(REFUSED) >= 60
@@ -114,10 +124,27 @@ def test_whatever_is_generated_for_a_schema_validates(compiled: CompiledGrammars
             grammar = translated(case.schema)
             for seed in range(WALKS):
                 text = walk(compiled, grammar, seed)
-                try:
-                    validate(text, case.schema)
-                except (ValueError, jsonschema.ValidationError) as error:
-                    pytest.fail(f"{json.dumps(case.schema)} gave {text[:300]!r}: {error}")
+                assert text is not None, f"no end: {case.schema}"
+                check(text, case.schema)
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_whatever_is_generated_for_a_random_schema_validates(compiled: CompiledGrammars, group: int) -> None:
+    """Random combinations of the keywords; some of them are refused, and few texts are too long to be ended."""
+    judged = 0
+    for seed in range(RANDOM * group, RANDOM * (group + 1)):
+        schema = Fuzz(seed, strange=0, regexes=PATTERNS).schema()
+        if r"\ud83d" in json.dumps(schema):
+            continue  # no text of UTF-8 has half a character, and no body
+        try:
+            grammar = translated(schema)
+        except RequestError:
+            continue
+        for walked in range(2):
+            if (text := walk(compiled, grammar, walked)) is not None:
+                judged += 1
+                check(text, schema)
+    assert judged > RANDOM
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: json.dumps(case.schema)[:60])
@@ -147,6 +174,41 @@ def test_the_place_of_the_keyword_is_told(schema: Any, place: str) -> None:
     with pytest.raises(RequestError) as refused:
         translated(schema)
     assert str(refused.value).startswith(f"guided_json at /{place}: ")
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"const": -(2**63)}, "const"),  # the compiler's process would end
+        ({"enum": [1, 2**53 + 1]}, "enum/1"),
+        ({"properties": {"a": {"const": {"b": [2**70]}}}}, "properties/a/const/b/0"),
+        ({"type": "integer", "minimum": 2**53 + 1}, "minimum"),
+        ({"type": "integer", "multipleOf": 2**31}, "multipleOf"),
+        ({"type": "integer", "multipleOf": 1234.567}, "multipleOf"),
+        ({"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "allOf/1/multipleOf"),
+    ],
+)
+def test_a_number_that_cannot_be_followed_is_refused(schema: Any, place: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        translated(schema)
+    assert str(refused.value).startswith(f"guided_json at /{place}: ")
+
+
+def test_numbers_that_can_be_followed_and_those_of_annotations_are_taken() -> None:
+    for schema in (
+        {"const": 2**53},
+        {"enum": [-(2**53), 0.1, -1e300]},
+        {"type": "integer", "default": 2**70, "examples": [2**70], "multipleOf": 1000},
+        {"type": "number", "multipleOf": 0.01},
+    ):
+        assert translated(schema)
+
+
+@pytest.mark.parametrize("grammar", ['start: %json {"const": -9223372036854775808}', '{"grammars": []}'])
+def test_a_grammar_holds_no_schema(grammar: str) -> None:
+    with pytest.raises(RequestError, match="without %json") as refused:
+        asyncio.run(Grammars().translate(Source("ebnf", "grammar", grammar)))
+    assert refused.value.param == "ebnf"
 
 
 @pytest.mark.parametrize("text", ["1", "null", "[1]", '"a"', "nope", "", '{"enum": [NaN]}', "{"])
