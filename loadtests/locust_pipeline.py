@@ -12,7 +12,7 @@ from locust import task
 from locust.exception import StopUser
 
 from loadtests.completion_stream import cached_tokens
-from loadtests.locustfile import HOOKS, TOPICS, VERBS, Answer, StreamingUser, record
+from loadtests.locustfile import HOOKS, TOPICS, VERBS, Answer, StreamingUser, is_alora, record
 
 
 def add_turns(parser: Any, **_: Any) -> None:
@@ -60,7 +60,3 @@ class PipelineUser(StreamingUser):
     def record_cached(self, model: str, answer: Answer) -> None:
         percent = 100 * cached_tokens(answer.usage) / answer.usage["prompt_tokens"]
         record(self.environment, "cached percent", model, percent / 1000)  # record() multiplies by 1000
-
-
-def is_alora(adapter: dict[str, Any]) -> bool:
-    return bool(adapter["kind"] == "alora")

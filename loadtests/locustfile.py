@@ -1,5 +1,7 @@
 """Locust users who chat with adapters, some of them far more popular than others.
 
+An aLoRA adapter answers a chat with its invocation in place of the assistant's header, where the chat has none itself.
+
 `locust -f loadtests/locustfile.py --headless --users 8 --run-time 60s --host http://127.0.0.1:8000`. Beside the
 requests, two entries are recorded for each model: "first token" is the time to the first token, "per token" the mean
 time of each later token, both in milliseconds. --popularity is Zipf's exponent: 0 makes all models equally popular.
@@ -14,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import gevent
+import httpx
 from locust import HttpUser, between, events, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -89,6 +92,14 @@ class StreamingUser(HttpUser):
             response.failure(f"no models: {response.status_code} {response.text[:200]}")
         raise StopUser
 
+    def activated(self) -> set[str]:
+        """Return the names of the aLoRA adapters, by a request that no statistic counts; none from another server."""
+        headers = {name: value for name, value in self.client.headers.items() if name == "Authorization"}
+        response = httpx.get(f"{self.host}/adapters", headers=headers, timeout=60)
+        return (
+            {each["name"] for each in response.json()["adapters"] if is_alora(each)} if response.is_success else set()
+        )
+
     def stream(self, model: str, messages: list[dict[str, str]], max_tokens: int, **more: Any) -> Answer | None:
         """Return the answer to a chat; None for a request that failed, after recording the failure."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, **more}
@@ -119,12 +130,19 @@ class ChatUser(StreamingUser):
         named = settings.models.split(",") if settings.models else []
         self.models = named or [card["id"] for card in self.served_models()]
         self.weights = zipf_weights(len(self.models), settings.popularity)
+        self.invoked = self.activated()
 
     @task
     def chat(self) -> None:
         model = self.random.choices(self.models, self.weights)[0]
         question = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
-        self.stream(model, [{"role": "user", "content": question}], self.environment.parsed_options.max_tokens)
+        messages = [{"role": "user", "content": question}]
+        more = {"alora": {"on_missing": "append"}} if model in self.invoked else {}
+        self.stream(model, messages, self.environment.parsed_options.max_tokens, **more)
+
+
+def is_alora(adapter: dict[str, Any]) -> bool:
+    return bool(adapter["kind"] == "alora")
 
 
 def read_stream(lines: Iterable[bytes]) -> Answer:

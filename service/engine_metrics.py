@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from runtime.messages import Ready, Stats
 from service.catalog.record import AdapterVersion
+from service.metrics import ENGINE, VLLM_LABELS
 from storage.cache import DiskCache
 
 MAX_LOADED = 100  # adapters with a series that shows their tier
@@ -43,21 +44,37 @@ class EngineMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
         used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
-        yield GaugeMetricFamily("vllm:num_requests_running", "Sequences in the batch.", stats.running)
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Sequences queued.", stats.waiting)
-        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV blocks in use, 1 is all.", used)
+        labels = [self._model, ENGINE]
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the batch.", stats.running),
+            ("num_requests_waiting", "Sequences queued.", stats.waiting),
+            ("kv_cache_usage_perc", "KV blocks in use, 1 is all.", used),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=VLLM_LABELS)
+            gauge.add_metric(labels, value)
+            yield gauge
+        for name, text, count in (
+            ("prompt_tokens", "Tokens of prompts that were computed or reused.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generated_tokens),
+            ("prefix_cache_queries", "Tokens looked for in the prefix cache.", stats.prompt_tokens),
+            ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.cached_tokens),
+            ("num_preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=VLLM_LABELS)
+            counter.add_metric(labels, count)
+            yield counter
         shape = {"block_size": str(self._ready.block_size), "num_gpu_blocks": str(self._ready.num_blocks)}
-        yield InfoMetricFamily("vllm:cache_config", "The shape of the KV cache.", shape)
+        yield InfoMetricFamily("vllm:cache_config", "The shape of the KV cache.", {"engine": ENGINE, **shape})
         yield GaugeMetricFamily("rootstock_blocks_cached", "Free KV blocks that can be hit.", stats.blocks_cached)
         yield GaugeMetricFamily(
             "rootstock_blocks_held", "KV blocks that are kept for held prefixes.", stats.blocks_held
         )
-        for name, text, value in (
+        for name, text, count in (
             ("steps", "Batches computed.", stats.steps),
             ("preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
             ("adapter_loads", "Adapters made resident on the device.", stats.device.loads),
         ):
-            yield CounterMetricFamily(f"rootstock_{name}", text, value)
+            yield CounterMetricFamily(f"rootstock_{name}", text, count)
         yield from self._host_kv()
         yield from self._adapters()
         yield from self._tiers()

@@ -1,5 +1,6 @@
 """The metrics of the service, in Prometheus' format."""
 
+import time
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -7,14 +8,80 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-from runtime.messages import KvNamespace
+from runtime.messages import KvNamespace, Tokens
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 MAX_SERIES = 100  # adapters with series of their own; later ones share one
 BASE, OTHERS = "_base", "_others"  # no adapter can have these names
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0)
 LOAD_SECONDS = (0.0005, 0.001, 0.002, *SECONDS)
+# Buckets of the series with vLLM's names: those of vLLM, so that boards show the same shapes
+FIRST_SECONDS: tuple[float, ...] = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+)
+FIRST_SECONDS += (40.0, 80.0, 160.0, 640.0, 2560.0)
+GAP_SECONDS = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+REQUEST_SECONDS: tuple[float, ...] = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+)
+REQUEST_SECONDS += (480.0, 960.0, 1920.0, 7680.0)
+LENGTHS = tuple(digit * 10**exponent for exponent in range(6) for digit in (1, 2, 5))
+VLLM_LABELS = ("model_name", "engine")
+ENGINE = "0"  # there is one
 Kind = Literal["base", "lora", "alora"]
+Finish = Literal["stop", "length", "abort", "error"]
 NOTHING = KvNamespace(blocks_used=0, blocks_cached=0, query_tokens=0, hit_tokens=0)
 
 
@@ -44,11 +111,90 @@ class Series:
         self.generated_tokens.inc(generated_tokens)
 
 
-class Metrics:
-    """The service's own counters and histograms."""
+class SequenceTimes:
+    """The times of one sequence, for the series with vLLM's names; one clock, that of the service."""
 
-    def __init__(self) -> None:
+    def __init__(self, series: "VllmSeries", arrived: float):
+        self._series, self._arrived = series, arrived  # time.perf_counter() when its request came in
+        self._sent = self._first = self._last = arrived
+        self._queued = 0.0
+        self.tokens = 0  # generated, the one that ended it included
+
+    def sent(self) -> None:
+        """The engine gets it now."""
+        self._sent = time.perf_counter()
+
+    def got(self, tokens: Tokens) -> None:
+        """The engine has computed more of it."""
+        now, more = time.perf_counter(), len(tokens.token_ids) + (tokens.stop_token is not None)
+        if not more:
+            return
+        if not self.tokens:
+            self._first, self._queued = now, tokens.queue_seconds or 0.0
+            self._series.first_token.observe(now - self._arrived)
+        else:
+            for series in self._series.gaps:
+                series.observe(now - self._last)
+        self._last = now
+        self.tokens += more
+
+    def ended(self, prompt_tokens: int, finish: Finish) -> None:
+        """Count it by how it ended; one that got no token has no times of its own."""
+        self._series.finished[finish].inc()
+        if not self.tokens:
+            return
+        prefill, decode = max(0.0, self._first - self._sent - self._queued), self._last - self._first
+        seconds = {"e2e": time.perf_counter() - self._arrived, "queue": self._queued, "prefill": prefill}
+        seconds |= {"decode": decode, "inference": prefill + decode}
+        for name, spent in seconds.items():
+            self._series.seconds[name].observe(spent)
+        self._series.prompt_tokens.observe(prompt_tokens)
+        self._series.generated_tokens.observe(self.tokens)
+
+
+class VllmSeries:
+    """The latencies, lengths and ends of sequences under vLLM's names.
+
+    As in vLLM, `model_name` is the base's name for its adapters' requests too, so there is one series of each.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model: str):
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(f"vllm:{name}", text, VLLM_LABELS, buckets=buckets, registry=registry)
+            return family.labels(model, ENGINE)
+
+        text = "From arrival to the first token of a sequence."
+        self.first_token = histogram("time_to_first_token_seconds", text, FIRST_SECONDS)
+        text = "Between two tokens of one sequence."
+        self.gaps = [
+            histogram(name, text, GAP_SECONDS)
+            for name in ("inter_token_latency_seconds", "time_per_output_token_seconds")  # the second: its older name
+        ]
+        self.seconds = {
+            key: histogram(name, text, REQUEST_SECONDS)
+            for key, name, text in (
+                ("e2e", "e2e_request_latency_seconds", "From arrival to the end of a sequence."),
+                ("queue", "request_queue_time_seconds", "Waiting for the first step."),
+                ("prefill", "request_prefill_time_seconds", "From the first step to the first token's arrival."),
+                ("decode", "request_decode_time_seconds", "From the first token to the last."),
+                ("inference", "request_inference_time_seconds", "From the first step to the last token."),
+            )
+        }
+        self.prompt_tokens = histogram("request_prompt_tokens", "Tokens of a sequence's prompt.", LENGTHS)
+        self.generated_tokens = histogram("request_generation_tokens", "Tokens generated of a sequence.", LENGTHS)
+        text = "The most tokens generated of one prompt's choices."
+        self.longest_choice = histogram("request_max_num_generation_tokens", text, LENGTHS)
+        text = "Sequences that have ended, by why."
+        ended = Counter("vllm:request_success", text, [*VLLM_LABELS, "finished_reason"], registry=registry)
+        self.finished = {finish: ended.labels(model, ENGINE, finish) for finish in get_args(Finish)}
+
+
+class Metrics:
+    """The service's own counters and histograms; `model` is the name of the base."""
+
+    def __init__(self, model: str = "base") -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self.vllm = VllmSeries(self.registry, model)
         self.first_token_seconds = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self.next_token_seconds = self._histogram("inter_token_seconds", "Between two tokens of one sequence.")
         self.queue_seconds = self._histogram("queue_seconds", "Waiting for the first step.")

@@ -1,7 +1,7 @@
 """Benchmarks of the server: `python -m loadtests.bench [NAME ...]`; without a NAME, all of them.
 
-Each starts the servers that it needs. --url measures a running server instead (throughput, interference and alora
-only). A benchmark ignores the options that it does not use, and has its own defaults.
+Each starts the servers that it needs. --url measures a running server instead (throughput, interference, alora and
+structured only). A benchmark ignores the options that it does not use, and has its own defaults.
 """
 
 import argparse
@@ -15,7 +15,16 @@ from types import ModuleType
 import httpx
 
 from loadtests.adapter_client import CallFailed
-from loadtests.bench import adapter_copy, alora_first_token, interference, kv_overflow, s3_cold_load, throughput, tiers
+from loadtests.bench import (
+    adapter_copy,
+    alora_first_token,
+    interference,
+    kv_overflow,
+    s3_cold_load,
+    structured,
+    throughput,
+    tiers,
+)
 from loadtests.bench.report import say
 from loadtests.completion_stream import StreamFailed
 from loadtests.server_process import ServerFailed, find_model
@@ -28,8 +37,9 @@ BENCHMARKS: Mapping[str, ModuleType] = {
     "s3": s3_cold_load,
     "alora": alora_first_token,
     "overflow": kv_overflow,
+    "structured": structured,
 }
-ANY_SERVER = ("throughput", "interference", "alora")  # can measure a running server
+ANY_SERVER = ("throughput", "interference", "alora", "structured")  # can measure a running server
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:

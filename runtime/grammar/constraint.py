@@ -58,7 +58,7 @@ class Constraint:
             if not matcher.is_error():
                 matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
             if matcher.is_error():
-                self.failure = f"the grammar cannot be followed any further: {matcher.get_error()}"
+                self.failure = f"the grammar cannot be followed any further: {reason(matcher)}"
                 self._mask.fill(-1)
         return np.unpackbits(self._mask.view(np.uint8), bitorder="little").view(np.bool_)
 
@@ -70,3 +70,8 @@ class Constraint:
             matcher.consume_tokens(list(generated[self._followed :]))
             self._followed = len(generated)
         return matcher
+
+
+def reason(matcher: LLMatcher) -> str:
+    """Why a matcher has failed, without the state that it appends."""
+    return matcher.get_error().partition("\n<state>")[0].strip()

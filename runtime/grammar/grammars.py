@@ -8,7 +8,7 @@ from pathlib import Path
 from llguidance import LLMatcher, LLTokenizer
 
 from runtime.background import yield_to_others
-from runtime.grammar.constraint import Constraint, GrammarFailed
+from runtime.grammar.constraint import Constraint, GrammarFailed, reason
 
 KEPT = 256  # compiled grammars
 
@@ -61,7 +61,7 @@ class Grammars:
             self._tokenizer = self._read_tokenizer()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise GrammarFailed(f"the grammar cannot be compiled: {matcher.get_error()}")
+            raise GrammarFailed(f"the grammar cannot be compiled: {reason(matcher)}")
         return matcher
 
     def _read_tokenizer(self) -> LLTokenizer:

@@ -11,7 +11,8 @@ import msgspec
 from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from service.access import AccessRecord
 from service.engine.client import EngineClient
-from service.metrics import Series
+from service.errors import EngineError
+from service.metrics import Finish, SequenceTimes, Series, VllmSeries
 from service.openai.invocation import Prompt
 from service.openai.schemas import PromptTokensDetails, Usage
 from service.text.detokenizer import StopStrings
@@ -31,6 +32,14 @@ class Plan(NamedTuple):
     cache_salt: str
     special: bool = False  # whether the text has the special tokens too
     include_stop: bool = False  # whether it has the stop string that ended it
+
+
+class Counted(NamedTuple):
+    """Where it is counted what a request used."""
+
+    series: Series  # of its adapter
+    vllm: VllmSeries
+    record: AccessRecord
 
 
 class Delta(NamedTuple):
@@ -77,12 +86,12 @@ class Generation:
         plan: Plan,
         engine: EngineClient,
         tokenizer: Tokenizer,
-        series: Series,
-        record: AccessRecord,
+        counted: Counted,
         arrived: float,
     ):
-        self._plan, self._engine, self._tokenizer, self._series = plan, engine, tokenizer, series
-        self._record = record
+        self._plan, self._engine, self._tokenizer = plan, engine, tokenizer
+        self._series, self._vllm, self._record = counted
+        self._longest = [0] * len(plan.prompts)  # tokens of each prompt's longest choice
         self._arrived = self._last = arrived  # time.perf_counter() when the request came in, and at its last token
         self._completion_tokens = self._computed_prompts = 0
         self.cached_tokens = 0
@@ -128,6 +137,8 @@ class Generation:
     def _count_up(self, usage: Usage, *, finished: bool) -> None:
         """Tell the metrics and the access log what the request used."""
         self._series.ended(usage.prompt_tokens, self.cached_tokens, usage.completion_tokens, finished=finished)
+        for tokens in filter(None, self._longest):
+            self._vllm.longest_choice.observe(tokens)
         self._record.prompt_tokens, self._record.cached_tokens = usage.prompt_tokens, self.cached_tokens
         self._record.completion_tokens = usage.completion_tokens
         self._record.first_token_seconds = self.first_token_seconds
@@ -147,23 +158,37 @@ class Generation:
         for index, prompt in enumerate(self._plan.prompts):
             computed = asyncio.Event()
             for choice in range(self._plan.choices):
-                runs.append(self._run(index * self._plan.choices + choice, choice, prompt, computed))
+                runs.append(self._run(index, choice, prompt, computed))
         return runs
 
     async def _run(
-        self, index: int, choice: int, prompt: Prompt, computed: asyncio.Event
+        self, number: int, choice: int, prompt: Prompt, computed: asyncio.Event
     ) -> AsyncGenerator[Delta, None]:
+        """One choice of the prompt with this number."""
         if choice > 0:
             await computed.wait()
-        text = Choice(index, self._plan, self._tokenizer)
-        async with aclosing(self._engine.generate(self._command(index, choice, prompt))) as events:
-            async for tokens in events:
-                computed.set()
-                self._count(tokens, counts_prompt=choice == 0)
-                delta = text.push(tokens)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
+        index = number * self._plan.choices + choice
+        text, times = Choice(index, self._plan, self._tokenizer), SequenceTimes(self._vllm, self._arrived)
+        finish: Finish = "abort"
+        try:
+            async with aclosing(self._engine.generate(self._command(index, choice, prompt))) as events:
+                times.sent()
+                async for tokens in events:
+                    computed.set()
+                    times.got(tokens)
+                    self._count(tokens, counts_prompt=choice == 0)
+                    delta = text.push(tokens)
+                    if delta.finish_reason is not None:
+                        finish = delta.finish_reason
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+        except EngineError:
+            finish = "error"
+            raise
+        finally:
+            times.ended(len(prompt.token_ids), finish)
+            self._longest[number] = max(self._longest[number], times.tokens)
 
     def _command(self, index: int, choice: int, prompt: Prompt) -> Generate:
         return Generate(

@@ -14,7 +14,7 @@ from service.access import access_record
 from service.catalog.record import AdapterVersion
 from service.errors import EngineError, error_body
 from service.http import encode_json, json_response, until_disconnect
-from service.openai.generation import Delta, Generation, Plan
+from service.openai.generation import Counted, Delta, Generation, Plan
 from service.openai.invocation import Prompt, alora_headers, require_applicable
 from service.openai.models import resolve
 from service.openai.sampling_params import refuse_unbuilt, stop_strings
@@ -93,8 +93,9 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
             special=special,
             include_stop=bool(body.include_stop_str_in_output),
         )
-        series = services.metrics.series(None if version is None else version.name)
-        generation = Generation(plan, services.engine, services.tokenizer, series, record, arrived)
+        metrics, name = services.metrics, None if version is None else version.name
+        counted = Counted(metrics.series(name), metrics.vllm, record)
+        generation = Generation(plan, services.engine, services.tokenizer, counted, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))
         headers = {} if version is None else {"x-adapter-digest": version.digest, **alora_headers(prompts)}
         if not body.stream:

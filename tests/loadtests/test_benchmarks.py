@@ -1,11 +1,13 @@
 """Each benchmark measures what it says, run as a user runs it on a tiny random model."""
 
+import re
 from pathlib import Path
 
 import httpx
 import pytest
 
 from loadtests.bench.__main__ import BENCHMARKS, options
+from loadtests.bench.structured import FORMS
 from tests.loadtests.commands import bench, number, run
 
 
@@ -81,6 +83,40 @@ def test_overflow_plays_the_pipeline_on_less_kv_than_its_working_set(tiny_model:
     assert "3 conversations of 2 turns" in stated
 
 
+def test_structured_sets_each_form_beside_the_same_request_without_it(server: str, tiny_model: Path) -> None:
+    short = ["--rounds", "2", "--max-tokens", "12", "--prompt-words", "5", "--at-once", "1", "3"]
+    [([_, *rows], stated)] = bench(tiny_model, "structured", "--url", server, *short)
+    forms = [(form, at_once) for form in ("regex", "JSON schema", "forced tool call") for at_once in "13"]
+    assert [tuple(row[:2]) for row in rows] == forms
+    assert all(number(row[2]) > 0 and number(row[3]) > 0 for row in rows)
+    for row in rows:
+        assert row[4].endswith("(met)" if number(row[4]) <= 5 else "(missed)")
+    assert "12 tokens each" in stated
+
+
+def test_a_constraint_of_the_benchmark_holds_and_what_runs_beside_it_is_free(server: str) -> None:
+    asked = {"model": "tiny", "max_tokens": 40, "min_tokens": 40, "temperature": 0}
+    texts = {}
+    for name, form in FORMS.items():
+        for kind, fields in (("free", form.free), ("constrained", form.constrained)):
+            prompt = (
+                {"prompt": "river"} if "chat" not in form.path else {"messages": [{"role": "user", "content": "a"}]}
+            )
+            response = httpx.post(f"{server}{form.path}", json={**asked, **prompt, **fields}, timeout=60)
+            choice = response.raise_for_status().json()["choices"][0]
+            assert choice["finish_reason"] == "length"
+            message = choice.get("message", {})
+            texts[name, kind] = (
+                choice.get("text") or message["content"] or message["tool_calls"][0]["function"]["arguments"]
+            )
+    words = "([a-z]{1,9}[ ,.])*[a-z]{0,9}"
+    assert re.fullmatch(words, texts["regex", "constrained"])
+    assert texts["JSON schema", "constrained"].lstrip().startswith("[")
+    assert texts["forced tool call", "constrained"].lstrip().startswith("{")
+    assert not re.fullmatch(words, texts["regex", "free"])
+    assert texts["JSON schema", "free"] == texts["regex", "free"]
+
+
 def test_a_benchmark_says_why_it_cannot_measure(tiny_model: Path, server: str) -> None:
     too_long = ["--model", str(tiny_model), "--max-tokens", "1000000"]
     result = run("-m", "loadtests.bench", "throughput", "--url", server, *too_long)
@@ -91,7 +127,7 @@ def test_a_benchmark_says_why_it_cannot_measure(tiny_model: Path, server: str) -
 
 def test_no_name_is_every_benchmark_and_with_a_url_those_that_need_no_server_of_their_own() -> None:
     assert options([]).names == list(BENCHMARKS)
-    assert options(["--url", "http://host"]).names == ["throughput", "interference", "alora"]
+    assert options(["--url", "http://host"]).names == ["throughput", "interference", "alora", "structured"]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,21 @@ def test_users_find_the_served_models_by_themselves(server: str, tmp_path: Path)
     assert {"tiny", "found"} <= {entry["name"] for entry in msgspec.json.decode(result.stdout)}
 
 
+def test_users_of_all_served_models_chat_with_alora_adapters_too(server: str) -> None:
+    with AdapterClient(server) as client:
+        client.put("activated", adapter_file(SHAPE, 3, 4, [510, 600]))
+        client.put("plain", adapter_file(SHAPE, 4, 4))
+        try:
+            result = locust(server, "--requests", "40", "--popularity", "0")
+        finally:
+            for name in ("activated", "plain"):
+                client.delete(name)
+    assert result.returncode == 0, result.stderr
+    entries = {(entry["method"], entry["name"]): entry for entry in msgspec.json.decode(result.stdout)}
+    assert sum(entry["num_failures"] for entry in entries.values()) == 0
+    assert all(entries["first token", name]["num_requests"] > 0 for name in ("activated", "plain", "tiny"))
+
+
 def test_pipeline_users_find_the_alora_adapters_and_have_them_check_every_turn(server: str) -> None:
     missing = locust(server, "--requests", "1", file="locust_pipeline")
     assert "no aLoRA adapters" in missing.stderr

@@ -44,7 +44,7 @@ class LiveServer:
     def running(self) -> float:
         """How many sequences the engine runs, by the server's own metrics."""
         lines = self.client.get("/metrics").text.splitlines()
-        return float(next(line for line in lines if line.startswith("vllm:num_requests_running ")).split()[1])
+        return float(next(line for line in lines if line.startswith("vllm:num_requests_running{")).rsplit(" ", 1)[1])
 
 
 def fake_settings(model: Path, data: Path, **changes: object) -> Settings:

@@ -145,7 +145,8 @@ def test_the_first_token_comes_under_the_adapter_that_was_put_last(
 def test_clients_that_go_away_free_their_blocks(url: str) -> None:
     def running_and_used() -> tuple[float, float]:
         lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#")
-        return float(lines["vllm:num_requests_running"]), float(lines["vllm:kv_cache_usage_perc"])
+        labels = f'{{engine="0",model_name="{BASE}"}}'
+        return float(lines[f"vllm:num_requests_running{labels}"]), float(lines[f"vllm:kv_cache_usage_perc{labels}"])
 
     for model in (BASE, "aurora"):
         body = {"model": model, "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}

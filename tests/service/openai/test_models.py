@@ -96,10 +96,12 @@ def metrics(server: LiveServer) -> dict[str, list[tuple[dict[str, str], float]]]
 
 def test_the_metrics_that_routers_read_are_there(grafted: LiveServer) -> None:
     found = metrics(grafted)
-    assert found["vllm:num_requests_running"] == [({}, 0.0)]
-    assert found["vllm:num_requests_waiting"] == [({}, 0.0)]
-    assert found["vllm:kv_cache_usage_perc"] == [({}, 0.0)]
-    assert found["vllm:cache_config_info"] == [({"block_size": "16", "num_gpu_blocks": "64"}, 1.0)]
+    labels = {"model_name": "tiny", "engine": "0"}
+    assert found["vllm:num_requests_running"] == [(labels, 0.0)]
+    assert found["vllm:num_requests_waiting"] == [(labels, 0.0)]
+    assert found["vllm:kv_cache_usage_perc"] == [(labels, 0.0)]
+    shape = {"block_size": "16", "num_gpu_blocks": "64"}
+    assert found["vllm:cache_config_info"] == [({"engine": "0", **shape}, 1.0)]
     assert found["vllm:num_gpu_loaded_lora_adapters"] == [({"model_name": "tiny"}, 2.0)]
     assert found["vllm:num_cpu_loaded_lora_adapters"] == [({"model_name": "tiny"}, 2.0)]
     [(labels, when)] = found["vllm:lora_requests_info"]

@@ -240,7 +240,7 @@ def test_several_forced_calls_come_in_order(server: LiveServer) -> None:
 
 def test_tools_that_need_not_be_called_leave_text_as_it_is(server: LiveServer) -> None:
     for choice in ("auto", "none", None):
-        message = server.chat("hello", tools=[WEATHER], tool_choice=choice, max_tokens=5).json()["choices"][0][
+        message = server.chat("hello", tools=[WEATHER], tool_choice=choice, max_tokens=5, seed=1).json()["choices"][0][
             "message"
         ]
         assert "tool_calls" not in message

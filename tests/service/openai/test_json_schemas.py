@@ -1,0 +1,274 @@
+"""JSON schemas of every kind: what is generated for one validates, or the schema is refused and its keyword named.
+
+`json_schemas.jsonl` has a schema in each line, and the keyword that is refused in it, if any.
+"""
+
+import asyncio
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import pytest
+
+from runtime.grammar.grammars import Grammars as CompiledGrammars
+from service.errors import RequestError
+from service.openai.grammars import Grammars, Source
+from tests.service.live_server import LiveServer, fake_settings, live_server
+from tests.service.openai.test_fuzz import Fuzz
+from tests.service.tiny_model import make_tokenizer
+
+WALKS = 12  # through the grammar of each schema
+RANDOM = 150  # random schemas in a group
+PATTERNS = ("^[a-z]{2,4}$", "^(a|b)*$", "^a{3}$", r"^\d+$", "^.{0,3}$")
+MAX_TOKENS = 5000
+END = 2
+CLOSING = '"}]ab'  # what brings a text nearer to its end
+LINES = Path(__file__).with_name("json_schemas.jsonl").read_text().splitlines()
+
+
+class Case(NamedTuple):
+    kind: str
+    schema: Any
+    refused: str | None
+
+
+CASES = [Case(line["kind"], line["schema"], line.get("refused")) for line in map(json.loads, LINES)]
+ANSWERED = [case for case in CASES if case.refused is None]
+REFUSED = [case for case in CASES if case.refused is not None]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompiledGrammars]:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    grammars = CompiledGrammars(directory, tokenizer.get_vocab_size(), [END])
+    yield grammars
+    grammars.close()
+
+
+def translated(schema: Any) -> str:
+    return asyncio.run(Grammars().translate(Source("guided_json", "json_schema", schema)))
+
+
+def walk(compiled: CompiledGrammars, grammar: str, seed: int) -> str | None:
+    """A text of tokens drawn from the allowed ones, those that close something the more often; None without an end."""
+    rng, tokenizer, token_ids = random.Random(seed), make_tokenizer(), list[int]()
+    closing = {tokenizer.token_to_id(character) for character in CLOSING}
+    constraint = compiled.constrain(grammar)
+    while not constraint.ready:
+        compiled.wait(10)
+    while len(token_ids) < MAX_TOKENS:
+        allowed = [int(index) for index in constraint.allowed(token_ids).nonzero()[0]]
+        assert constraint.failure is None
+        if END in allowed and (rng.random() < 0.4 or len(allowed) == 1):
+            text: str = tokenizer.decode(token_ids, skip_special_tokens=False)
+            return text
+        near = [each for each in allowed if each in closing]
+        token_ids.append(rng.choice(near if near and rng.random() < 0.3 else [i for i in allowed if i != END]))
+    return None
+
+
+def matches(validator: Any, pattern: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+    """`pattern` by ECMA 262, where a class of words or digits holds ASCII alone, and one of spaces does not."""
+    del validator, schema
+    if isinstance(value, str) and not re.search(pattern.replace(r"\p{L}", r"[^\W\d_]"), value, flags_of(pattern)):
+        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def flags_of(pattern: str) -> re.RegexFlag:
+    return re.RegexFlag(0) if r"\p" in pattern or r"\s" in pattern else re.ASCII
+
+
+@cache
+def validator_class(dialect: type) -> Any:
+    return jsonschema.validators.extend(dialect, {"pattern": matches})
+
+
+def validate(text: str, schema: Any) -> None:
+    """Numbers are decimals: 4.43 is a multiple of 0.01, and not of its float."""
+    dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    exact = json.loads(json.dumps(schema), parse_float=Decimal)
+    value = json.loads(text, parse_float=Decimal)
+    if exact is not True and exact.get("format") in ("time", "date-time"):
+        value = value.replace(":60", ":59")  # a leap second, which the library knows at midnight alone
+    validator_class(dialect)(exact, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER).validate(value)
+
+
+def check(text: str, schema: Any) -> None:
+    try:
+        validate(text, schema)
+    except (ValueError, jsonschema.ValidationError) as error:
+        pytest.fail(f"{json.dumps(schema)} gave {text[:300]!r}: {error}")
+
+
+def test_there_are_schemas_of_every_kind() -> None:
+    assert len(ANSWERED) >= 200
+    assert len(REFUSED) >= 60
+    assert min(Counter(case.kind for case in CASES).values()) >= 1
+    assert len({json.dumps(case.schema) for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("kind", sorted({case.kind for case in ANSWERED}))
+def test_whatever_is_generated_for_a_schema_validates(compiled: CompiledGrammars, kind: str) -> None:
+    for case in ANSWERED:
+        if case.kind == kind:
+            grammar = translated(case.schema)
+            for seed in range(WALKS):
+                text = walk(compiled, grammar, seed)
+                assert text is not None, f"no end: {case.schema}"
+                check(text, case.schema)
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_whatever_is_generated_for_a_random_schema_validates(compiled: CompiledGrammars, group: int) -> None:
+    """Random combinations of the keywords; some of them are refused, and few texts are too long to be ended."""
+    judged = 0
+    for seed in range(RANDOM * group, RANDOM * (group + 1)):
+        schema = Fuzz(seed, strange=0, regexes=PATTERNS).schema()
+        if r"\ud83d" in json.dumps(schema):
+            continue  # no text of UTF-8 has half a character, and no body
+        try:
+            grammar = translated(schema)
+        except RequestError:
+            continue
+        for walked in range(2):
+            if (text := walk(compiled, grammar, walked)) is not None:
+                judged += 1
+                check(text, schema)
+    assert judged > RANDOM
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: json.dumps(case.schema)[:60])
+def test_a_schema_that_cannot_be_followed_is_refused_and_its_keyword_named(case: Case) -> None:
+    with pytest.raises(RequestError) as refused:
+        translated(case.schema)
+    assert (refused.value.code, refused.value.param) == ("invalid_grammar", "guided_json")
+    message = str(refused.value)
+    assert message.startswith(f"guided_json at /{case.refused}") or case.schema is False or "to itself" in message
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"type": "object", "properties": {"a": {"items": {"pattern": "("}}}}, "properties/a/items/pattern"),
+        ({"anyOf": [{"type": "null"}, {"type": "string", "pattern": "("}]}, "anyOf/1/pattern"),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"b": {}, "a": {"properties": {"c": {"not": {}}}}}},
+            "$defs/a/properties/c/not",
+        ),
+        ({"prefixItems": [{}, {"allOf": [{"minLength": -1}]}]}, "prefixItems/1/allOf/0/minLength"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum"),
+        ({"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "properties/a/enum"),
+    ],
+)
+def test_the_place_of_the_keyword_is_told(schema: Any, place: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        translated(schema)
+    assert str(refused.value).startswith(f"guided_json at /{place}: ")
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"const": -(2**63)}, "const"),  # the compiler's process would end
+        ({"enum": [1, 2**53 + 1]}, "enum/1"),
+        ({"properties": {"a": {"const": {"b": [2**70]}}}}, "properties/a/const/b/0"),
+        ({"type": "integer", "minimum": 2**53 + 1}, "minimum"),
+        ({"type": "integer", "multipleOf": 2**31}, "multipleOf"),
+        ({"type": "integer", "multipleOf": 1234.567}, "multipleOf"),
+        ({"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "allOf/1/multipleOf"),
+    ],
+)
+def test_a_number_that_cannot_be_followed_is_refused(schema: Any, place: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        translated(schema)
+    assert str(refused.value).startswith(f"guided_json at /{place}: ")
+
+
+def test_numbers_that_can_be_followed_and_those_of_annotations_are_taken() -> None:
+    for schema in (
+        {"const": 2**53},
+        {"enum": [-(2**53), 0.1, -1e300]},
+        {"type": "integer", "default": 2**70, "examples": [2**70], "multipleOf": 1000},
+        {"type": "number", "multipleOf": 0.01},
+    ):
+        assert translated(schema)
+
+
+@pytest.mark.parametrize("grammar", ['start: %json {"const": -9223372036854775808}', '{"grammars": []}'])
+def test_a_grammar_holds_no_schema(grammar: str) -> None:
+    with pytest.raises(RequestError, match="without %json") as refused:
+        asyncio.run(Grammars().translate(Source("ebnf", "grammar", grammar)))
+    assert refused.value.param == "ebnf"
+
+
+@pytest.mark.parametrize("text", ["1", "null", "[1]", '"a"', "nope", "", '{"enum": [NaN]}', "{"])
+def test_a_text_that_holds_no_schema_is_told_so(text: str) -> None:
+    with pytest.raises(RequestError, match="a JSON schema") as refused:
+        translated(text)
+    assert refused.value.param == "guided_json"
+
+
+def test_a_large_schema_with_a_fault_is_refused_in_time() -> None:
+    properties = {f"p{number}": {"type": "string", "maxLength": number} for number in range(2000)}
+    fault = {"type": "object", "properties": {**properties, "bad": {"uniqueItems": True}}}
+    with pytest.raises(RequestError, match="uniqueItems"):
+        translated(fault)
+
+
+@pytest.fixture(scope="module")
+def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    engine = {"engine_command": (sys.executable, "-m", "runtime.process"), "load_format": "dummy"}
+    with live_server(fake_settings(tiny_model, tmp_path_factory.mktemp("data"), **engine)) as live:
+        yield live
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        True,
+        {"type": "integer", "minimum": 5, "maximum": 7},
+        {"enum": ["a", {"b": [None]}]},
+        {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+        {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False},
+    ],
+    ids=json.dumps,
+)
+def test_a_schema_holds_over_http_as_well(live: LiveServer, schema: Any) -> None:
+    ends = {str(make_tokenizer().token_to_id(character)): 20.0 for character in '"}],1'} | {"2": 20.0}
+    for seed in range(3):
+        asked = {"structured_outputs": {"json": schema}, "max_tokens": 200, "seed": seed, "logit_bias": ends}
+        choice = live.complete("hello", **asked).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        validate(choice["text"], schema)
+
+
+def test_a_refusal_is_a_400_over_http_that_names_field_and_keyword(live: LiveServer) -> None:
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    for field, asked in (
+        ("guided_json", {"guided_json": schema}),
+        ("structured_outputs.json", {"structured_outputs": {"json": json.dumps(schema)}}),
+        (
+            "response_format.json_schema.schema",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}},
+        ),
+    ):
+        response = live.complete("hello", **asked)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "invalid_grammar", field)
+        assert error["message"].startswith(f"{field} at /properties/tags/uniqueItems: ")
+
+
+def test_a_form_that_explodes_is_refused_without_the_matchers_own_state(live: LiveServer) -> None:
+    error = live.complete("hello", regex="a{1000000}", max_tokens=4).json()["error"]
+    assert error["code"] == "grammar_failed"
+    assert error["message"].endswith("too many expressions constructed")
