@@ -22,7 +22,8 @@ PLACE_SECONDS = 0.5  # for finding where in a schema a fault is
 KEPT = 256  # grammars that were found good
 # Between the parts of a JSON text; without a bound a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
-MAX_INTEGER = 2**53  # the compiler computes with floats, and -2**63 ends its process
+MAX_NUMBER = 2**53  # the compiler computes with floats, and ends the process at an integer of -2**63 and below
+MAX_DIGITS = 15
 MAX_STEPS = 20_000  # states of the automaton that counts multiples; a hundred times as many take minutes
 ANNOTATIONS = ("default", "examples", "example")
 # The keywords of a JSON schema that hold several schemas
@@ -168,10 +169,12 @@ def _check_numbers(field: str, schema: dict[str, Any]) -> None:
     steps = 1
     for place, number in _numbers(schema):
         fault = None
-        if isinstance(number, int) and abs(number) > MAX_INTEGER:
-            fault = f"{number} is not exact: integers of a schema go to {MAX_INTEGER} and down to its negative"
+        digits = Decimal(repr(number)).normalize().as_tuple().digits
+        if abs(number) > MAX_NUMBER:
+            fault = f"{number} is not exact: numbers of a schema go to {MAX_NUMBER} and down to its negative"
+        elif isinstance(number, float) and len(digits) > MAX_DIGITS:
+            fault = f"{number} is not exact: numbers with a point have at most {MAX_DIGITS} digits"
         elif place[-1] == "multipleOf":
-            digits = Decimal(repr(number)).normalize().as_tuple().digits
             steps = math.lcm(steps, int("".join(map(str, digits))) or 1)
             if steps > MAX_STEPS:
                 fault = (
