@@ -207,6 +207,19 @@ def test_numbers_that_can_be_followed_and_those_of_annotations_are_taken() -> No
         assert translated(schema)
 
 
+def test_references_and_rules_that_lead_too_deep_are_refused_before_the_compilers_stack_ends() -> None:
+    def chain(length: int) -> dict[str, Any]:
+        links = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(length)}
+        return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{length}": {"type": "null"}}}
+
+    assert translated(chain(300))
+    with pytest.raises(RequestError, match=r"\$ref: 3001 places"):
+        translated(chain(3000))
+    rules = "\n".join(f"a{i}: a{i + 1}" for i in range(5000))
+    with pytest.raises(RequestError, match="at most 500 lines"):
+        asyncio.run(Grammars().translate(Source("ebnf", "grammar", f'start: a0\n{rules}\na5000: "x"')))
+
+
 @pytest.mark.parametrize("grammar", ['start: %json {"const": -9223372036854775808}', '{"grammars": []}'])
 def test_a_grammar_holds_no_schema(grammar: str) -> None:
     with pytest.raises(RequestError, match="without %json") as refused:
