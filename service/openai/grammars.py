@@ -22,7 +22,10 @@ PLACE_SECONDS = 0.5  # for finding where in a schema a fault is
 KEPT = 256  # grammars that were found good
 # Between the parts of a JSON text; without a bound a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
-MAX_INTEGER = 2**53  # the compiler computes with floats, and -2**63 ends its process
+MAX_NUMBER = 2**53  # the compiler computes with floats, and ends the process at an integer of -2**63 and below
+MAX_DIGITS = 15
+MAX_LEVELS = 2500  # that references may lead down; the compiler's stack has room for about thrice as many
+MAX_RULES = 500  # lines of a grammar, for the same reason
 MAX_STEPS = 20_000  # states of the automaton that counts multiples; a hundred times as many take minutes
 ANNOTATIONS = ("default", "examples", "example")
 # The keywords of a JSON schema that hold several schemas
@@ -128,6 +131,8 @@ def _translate(source: Source) -> str:
             grammar = LLMatcher.grammar_from_lark(f"start: {_alternatives(content)}")
         elif kind == "grammar" and ("%json" in content or content.lstrip().startswith("{")):
             raise ValueError("a grammar is GBNF or Lark without %json: send a JSON schema in a field for schemas")
+        elif kind == "grammar" and content.count("\n") > MAX_RULES:
+            raise ValueError(f"a grammar has at most {MAX_RULES} lines")
         else:
             grammar = grammar_from("grammar" if kind == "grammar" else "regex", content)
     except (ValueError, RecursionError) as error:
@@ -150,6 +155,7 @@ def _of_schema(field: str, content: Any) -> str:
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object, true or false")
     _check_numbers(field, schema)
+    _check_references(schema)
     if (fault := _fault(schema)) is not None:
         place = "".join(f"/{part}" for part in _place(schema, fault, time.monotonic() + PLACE_SECONDS))
         raise RequestError("invalid_grammar", f"{field}{place and ' at '}{place}: {fault}", field)
@@ -163,15 +169,31 @@ def _read(text: str) -> Any:
         raise ValueError(f"a string must hold a JSON schema as JSON: {error}") from None
 
 
+def _check_references(schema: dict[str, Any]) -> None:
+    """Raise ValueError for references that may lead deeper than the compiler's stack, which ends its process."""
+    deepest: dict[str, int] = {}  # by what is referred to: the deepest place of a reference
+    rest: list[tuple[Any, int]] = [(schema, 1)]
+    while rest:
+        value, depth = rest.pop()
+        if isinstance(value, dict) and isinstance(target := value.get("$ref"), str):
+            deepest[target] = max(depth, deepest.get(target, 0))
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        rest += ((entry, depth + 1) for entry in entries)
+    if sum(deepest.values()) > MAX_LEVELS:
+        raise ValueError(f"$ref: {len(deepest)} places are referred to, from {MAX_LEVELS} levels or more together")
+
+
 def _check_numbers(field: str, schema: dict[str, Any]) -> None:
     """Raise RequestError for a number that the compiler would round, follow for minutes, or fall over."""
     steps = 1
     for place, number in _numbers(schema):
         fault = None
-        if isinstance(number, int) and abs(number) > MAX_INTEGER:
-            fault = f"{number} is not exact: integers of a schema go to {MAX_INTEGER} and down to its negative"
+        digits = Decimal(repr(number)).normalize().as_tuple().digits
+        if abs(number) > MAX_NUMBER:
+            fault = f"{number} is not exact: numbers of a schema go to {MAX_NUMBER} and down to its negative"
+        elif isinstance(number, float) and len(digits) > MAX_DIGITS:
+            fault = f"{number} is not exact: numbers with a point have at most {MAX_DIGITS} digits"
         elif place[-1] == "multipleOf":
-            digits = Decimal(repr(number)).normalize().as_tuple().digits
             steps = math.lcm(steps, int("".join(map(str, digits))) or 1)
             if steps > MAX_STEPS:
                 fault = (

@@ -20,7 +20,22 @@ REQUESTS = 150  # of each seed
 SECONDS = 2.0  # for one request
 ROOM = 4.0  # seconds for one seed's requests; those that do not fit are left out
 
-ODD: list[Any] = [None, True, False, 0, -1, 1.5, 1e300, 2**70, "", "a", "\u0000", "😀", "\ud83d"]  # half a character
+ODD: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    1e300,
+    -1e22,
+    2**70,
+    "",
+    "a",
+    "\u0000",
+    "😀",
+    "\ud83d",
+]  # half a character
 ODD += [[], {}, [None], {"": None}, [[[]]], "{", "$ref", "null", "x" * 3000]
 WORDS = """type enum const properties required items prefixItems minItems maxItems pattern format minLength maxLength
 minimum maximum exclusiveMinimum exclusiveMaximum multipleOf anyOf oneOf allOf not if then $ref $defs
@@ -113,7 +128,7 @@ class Fuzz:
                 return rng.choice([True, False])
             case "title":
                 return "t"
-        return rng.choice([0, 1, 2, 5, -3, 0.5, 100000, -(2**63), 2**53, 1234.567, 2**31])
+        return rng.choice([0, 1, 2, 5, -3, 0.5, 100000, -(2**63), 2**53, -(2**53), 1234.567, 2**31, 1e-7])
 
     def tool(self) -> Any:
         rng = self.rng

@@ -180,6 +180,9 @@ def test_the_place_of_the_keyword_is_told(schema: Any, place: str) -> None:
     ("schema", "place"),
     [
         ({"const": -(2**63)}, "const"),  # the compiler's process would end
+        ({"type": "integer", "allOf": [{}], "const": -1e22}, "const"),  # the same
+        ({"type": "number", "maximum": float("inf")}, "maximum"),  # JSON's 1e999
+        ({"const": 123456789.123456789}, "const"),  # 123456789.1234568 would be written
         ({"enum": [1, 2**53 + 1]}, "enum/1"),
         ({"properties": {"a": {"const": {"b": [2**70]}}}}, "properties/a/const/b/0"),
         ({"type": "integer", "minimum": 2**53 + 1}, "minimum"),
@@ -197,11 +200,24 @@ def test_a_number_that_cannot_be_followed_is_refused(schema: Any, place: str) ->
 def test_numbers_that_can_be_followed_and_those_of_annotations_are_taken() -> None:
     for schema in (
         {"const": 2**53},
-        {"enum": [-(2**53), 0.1, -1e300]},
+        {"enum": [-(2**53), 0.1, 1e-7, -12345678.1234567]},
         {"type": "integer", "default": 2**70, "examples": [2**70], "multipleOf": 1000},
         {"type": "number", "multipleOf": 0.01},
     ):
         assert translated(schema)
+
+
+def test_references_and_rules_that_lead_too_deep_are_refused_before_the_compilers_stack_ends() -> None:
+    def chain(length: int) -> dict[str, Any]:
+        links = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(length)}
+        return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{length}": {"type": "null"}}}
+
+    assert translated(chain(300))
+    with pytest.raises(RequestError, match=r"\$ref: 3001 places"):
+        translated(chain(3000))
+    rules = "\n".join(f"a{i}: a{i + 1}" for i in range(5000))
+    with pytest.raises(RequestError, match="at most 500 lines"):
+        asyncio.run(Grammars().translate(Source("ebnf", "grammar", f'start: a0\n{rules}\na5000: "x"')))
 
 
 @pytest.mark.parametrize("grammar", ['start: %json {"const": -9223372036854775808}', '{"grammars": []}'])
