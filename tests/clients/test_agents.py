@@ -5,10 +5,12 @@ import asyncio
 import agents
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Note(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without end
+
     text: str = Field(max_length=40)
     urgent: bool
 

@@ -5,11 +5,13 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Meal(BaseModel):
     """A meal."""
+
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without end
 
     dish: str = Field(max_length=30)
     minutes: int = Field(ge=1, le=240)

@@ -4,12 +4,14 @@ import json
 
 import litellm
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 litellm.telemetry = False
 
 
 class Book(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without end
+
     title: str = Field(max_length=30)
     pages: int = Field(ge=1, le=2000)
 

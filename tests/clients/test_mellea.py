@@ -4,10 +4,12 @@ import pytest
 from mellea import MelleaSession
 from mellea.backends import ModelOption
 from mellea.backends.openai import OpenAIBackend
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without end
+
     good: bool
     reason: str = Field(max_length=40)
 

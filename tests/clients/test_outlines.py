@@ -6,10 +6,12 @@ from typing import Literal
 import openai
 import outlines
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Animal(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without end
+
     kind: Literal["cat", "dog"]
     name: str = Field(max_length=20)
 

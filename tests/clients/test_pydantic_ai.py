@@ -3,13 +3,15 @@
 import asyncio
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_ai import Agent, ModelHTTPError, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 
 class City(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without end
+
     name: str = Field(max_length=30)
     population: int = Field(ge=0, le=100_000_000)
 
