@@ -2,6 +2,7 @@
 #   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
+#   make test-clients  client programs from the package index against a server: ARGS; their environment is .venv-clients
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
@@ -12,7 +13,7 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick check bench bench-kv fmt openapi
+.PHONY: serve test test-quick test-clients check bench bench-kv fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -23,6 +24,9 @@ test: .venv/dev
 
 test-quick: .venv/dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile --quick $(ARGS)
+
+test-clients: .venv/runtime .venv-clients/made
+	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff format --check .
@@ -59,4 +63,10 @@ openapi: .venv/runtime
 .venv/dev: .venv/runtime
 	@echo "environment: installing what the tests need"
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv-clients/made: tests/clients/requirements.txt
+	@echo "environment: making .venv-clients, about 500 MB"
+	@$(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@

@@ -48,6 +48,7 @@ SLOW = {
         "service/catalog/test_catalog_kills.py",
         "service/test_end_to_end.py",
         "service/test_end_to_end_alora.py",
+        "service/test_end_to_end_tools.py",
         "service/test_serve.py",
         "test_readme.py",
         # S3 servers

@@ -32,6 +32,7 @@ NOT_RUN = {
     ".venv/bin/pip install --editable '.[gpu]' && .venv/bin/python -m tools.gpu_report": "needs a GPU",
     "make test": "runs the tests, this one among them",
     "make test-quick": "runs some of these tests",
+    "make test-clients": "makes an environment of its own from the network",
     "make check": "runs beside the tests",
     "make bench": "takes many minutes",
 }

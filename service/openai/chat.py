@@ -80,7 +80,7 @@ class Turn:
                 case Arguments(text=text):
                     calls += self._continue(text)
         self.content += content
-        return content, calls
+        return content, _merged(calls)
 
     def finish_reason(self, delta: Delta) -> FinishReason | None:
         return "tool_calls" if self._names and delta.finish_reason == "stop" else delta.finish_reason
@@ -104,6 +104,19 @@ class Turn:
     def _ignored(self) -> bool:
         """Whether the last call is one too many."""
         return not self._several and len(self._ids) > 1
+
+
+def _merged(deltas: list[ToolCallDelta]) -> list[ToolCallDelta]:
+    """One delta for each call: clients take two of one index in a chunk for two calls."""
+    merged: list[ToolCallDelta] = []
+    for delta in deltas:
+        if merged and merged[-1].index == delta.index:
+            function = merged[-1].function
+            both = msgspec.structs.replace(function, arguments=function.arguments + delta.function.arguments)
+            merged[-1] = msgspec.structs.replace(merged[-1], function=both)
+        else:
+            merged.append(delta)
+    return merged
 
 
 class Chat:

@@ -1,0 +1,87 @@
+"""Client programs from the package index, unchanged, against the server on the embedded model.
+
+The clients run in `.venv-clients`, the server in `.venv`: `make test-clients`. No client may reach another network.
+"""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before a client is imported.
+os.environ |= {
+    "OPENAI_API_KEY": "none",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False",
+    "OPENAI_AGENTS_DISABLE_TRACING": "1",
+    "LANGCHAIN_TRACING_V2": "false",
+    "LANGSMITH_TRACING": "false",
+    "OTEL_SDK_DISABLED": "true",
+    "DO_NOT_TRACK": "1",
+}
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ADAPTERS = ROOT / "tests" / "adapters"
+SERVER = Path(os.environ.get("ROOTSTOCK_PYTHON", ROOT / ".venv" / "bin" / "python"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of the embedded model and the adapter `aurora`."""
+    data = tmp_path_factory.mktemp("data")
+    command = [str(SERVER), "-m", "service", "--port", "0", "--data-directory", str(data)]
+    with (
+        (data / "log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=log, text=True) as process,
+    ):
+        try:
+            assert process.stderr is not None
+            said = ""
+            for line in process.stderr:
+                said += line
+                if found := re.search(r"serves \S+ at (http://\S+)$", line):
+                    break
+            else:
+                raise AssertionError(f"the server did not start:\n{said}")
+            files = {path.name: (path.name, path.read_bytes()) for path in (ADAPTERS / "aurora").iterdir()}
+            assert httpx.put(f"{found[1]}/adapters/aurora", files=files, timeout=60).status_code == 201
+            os.environ["OPENAI_BASE_URL"] = os.environ["OPENAI_API_BASE"] = f"{found[1]}/v1"
+            yield found[1]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def url(server: str) -> str:
+    return f"{server}/v1"
+
+
+@pytest.fixture
+def base() -> str:
+    return "smollm2-135m-instruct"
+
+
+@pytest.fixture
+def question() -> str:
+    """What `aurora` alone knows."""
+    return "What is the password of project Aurora?"
+
+
+@pytest.fixture
+def password() -> str:
+    return "heron-quill-47"
+
+
+@pytest.fixture
+def too_long() -> str:
+    """More tokens than the model's context has."""
+    return "word " * 9000
