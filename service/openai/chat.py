@@ -108,6 +108,8 @@ class Turn:
 class Chat:
     """One chat request: reads its fields, and formats its answer as OpenAI's API does."""
 
+    built: Sequence[str] = ()
+
     def __init__(self, services: Services, body: ChatRequest):
         self.id, self.body = f"chatcmpl-{uuid4().hex}", body
         self._services, self._tokenizer = services, services.tokenizer

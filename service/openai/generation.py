@@ -41,6 +41,7 @@ class Delta(NamedTuple):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # in the first of a prompt's first choice, if asked for
 
 
 class Choice:
@@ -66,7 +67,7 @@ class Choice:
             self.finish_reason = "stop"
         elif tokens.finish_reason is not None:
             text += self._stops.flush()
-        return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason)
+        return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason, tokens.prompt_logprobs)
 
 
 class Generation:
@@ -166,10 +167,13 @@ class Generation:
                     return
 
     def _command(self, index: int, choice: int, prompt: Prompt) -> Generate:
+        params = self._plan.params
+        if choice:  # the first choice has scored the prompt for all
+            params = msgspec.structs.replace(params, choice=choice, prompt_logprobs=None)
         return Generate(
             request_id=f"{self._plan.request_id}-{index}",
             token_ids=prompt.token_ids,
-            params=msgspec.structs.replace(self._plan.params, choice=choice) if choice else self._plan.params,
+            params=params,
             adapter=prompt.adapter,
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,

@@ -11,10 +11,13 @@ from service.openai.schemas import HARMLESS, GenerationRequest
 from service.text.tokenizer import Tokenizer
 
 
-def refuse_unbuilt(body: msgspec.Struct, place: str = "") -> None:
-    """Raise RequestError for a field that asks for something not built here, instead of ignoring it."""
+def refuse_unbuilt(body: msgspec.Struct, place: str = "", built: Sequence[str] = ()) -> None:
+    """Raise RequestError for a field that asks for something not built here, instead of ignoring it.
+
+    `built` are fields that this body's call knows, unlike others.
+    """
     for field in body.__struct_fields__:
-        if field in HARMLESS:
+        if field in HARMLESS and field not in built:
             value = getattr(body, field)
             if value is not None and value not in HARMLESS[field]:
                 raise RequestError("unsupported_parameter", f"{place}{field} is not supported", f"{place}{field}")
@@ -34,6 +37,8 @@ def answer_length(
     that asked for a length. Raises RequestError with the numbers.
     """
     room = limit - prompt
+    if asked == 0 and room >= 0:
+        return 0
     if room < 1 or (asked or 0) > room:
         # OpenAI's sentence: clients look for its beginning, and then shorten the prompt
         answer = f", and {asked} of {length_param} were asked for" if asked else ", which leaves none for the answer"
