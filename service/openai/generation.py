@@ -52,6 +52,7 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self._text = tokenizer.detokenizer(special=plan.special)
         self._stops = StopStrings(plan.stops, included=plan.include_stop)
+        self._plan, self._tokenizer = plan, tokenizer
         self._unstoppable = plan.params.min_tokens  # tokens in which a stop string does not count yet
 
     def push(self, tokens: Tokens) -> Delta:
@@ -66,8 +67,15 @@ class Choice:
         if stopped:
             self.finish_reason = "stop"
         elif tokens.finish_reason is not None:
-            text += self._stops.flush()
+            text += self._stops.flush() + self._stop_shown(tokens.stop_token)
         return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason, tokens.prompt_logprobs)
+
+    def _stop_shown(self, stop_token: int | None) -> str:
+        """The text of a special token that ended the sequence, if it was a stop string that the answer includes."""
+        if stop_token is None or not self._plan.include_stop:
+            return ""
+        text = self._tokenizer.shown([stop_token])
+        return text if text in self._plan.stops else ""
 
 
 class Generation:

@@ -82,7 +82,7 @@ def sampling_params(
         presence_penalty=_given(body.presence_penalty, 0.0),
         frequency_penalty=_given(body.frequency_penalty, 0.0),
         seed=body.seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop_token_ids=(*(body.stop_token_ids or ()), *_special_stops(body, tokenizer)),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         logit_bias=_logit_bias(body, vocab_size),
@@ -119,6 +119,12 @@ def _bad_words(body: GenerationRequest, tokenizer: Tokenizer) -> tuple[tuple[int
     words = [text for word in body.bad_words or () for text in (word, f" {word.lstrip()}")]
     encoded = tokenizer.encode_all(words, add_special_tokens=False) if words else []
     return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))
+
+
+def _special_stops(body: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of stop strings that are one special token each: a text without special tokens never has them."""
+    special = [text for text in stop_strings(body) if tokenizer.is_special(text)]
+    return [token_id for [token_id] in tokenizer.encode_all(special, add_special_tokens=False)] if special else []
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
