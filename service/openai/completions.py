@@ -32,7 +32,7 @@ async def completions(request: Request) -> Response:
 class TextCompletion:
     """One completion request: reads its fields, and formats its answer as OpenAI's API does."""
 
-    built: Sequence[str] = ("echo", "prompt_logprobs")
+    built: Sequence[str] = ("echo", "prompt_logprobs", "return_token_ids")
 
     def __init__(self, services: Services, body: CompletionRequest):
         self.id, self.body = f"cmpl-{uuid4().hex}", body
@@ -63,7 +63,8 @@ class TextCompletion:
         return Inputs(prompts, params, body.skip_special_tokens is False)
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
-        if not (delta.text or delta.logprobs or delta.finish_reason or self._adds_prompt(delta)):
+        tokens = delta.token_ids if self.body.return_token_ids else delta.logprobs
+        if not (delta.text or tokens or delta.logprobs or delta.finish_reason or self._adds_prompt(delta)):
             return None
         return self._completion([self._choice([delta])])
 
@@ -90,6 +91,10 @@ class TextCompletion:
             text=("" if echoed is None else prompt.text) + "".join(delta.text for delta in deltas),
             logprobs=found,
             finish_reason=deltas[-1].finish_reason,
+            prompt_token_ids=list(prompt.token_ids) if body.return_token_ids and begins else msgspec.UNSET,
+            token_ids=[token_id for delta in deltas for token_id in delta.token_ids]
+            if body.return_token_ids
+            else msgspec.UNSET,
             prompt_logprobs=msgspec.UNSET
             if body.prompt_logprobs is None or not begins
             else prompt.logprobs(body.prompt_logprobs),

@@ -71,7 +71,21 @@ def test_prompt_logprobs_have_vllms_form(server: LiveServer) -> None:
     ]
 
 
-def test_chats_refuse_both_by_name(server: LiveServer) -> None:
-    for field, value in (("echo", True), ("prompt_logprobs", 1)):
+def test_chats_refuse_all_three_by_name(server: LiveServer) -> None:
+    for field, value in (("echo", True), ("prompt_logprobs", 1), ("return_token_ids", True)):
         refused = server.chat("hello", **{field: value})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+        assert field in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["hello world", "w\u00f6rld \U0001f31f"])
+def test_token_ids_of_prompt_and_answer_whole_and_streamed(server: LiveServer, text: str) -> None:
+    ids = server.services.tokenizer.encode(text)
+    asked = {"max_tokens": len(ids), "return_token_ids": True}
+    [whole] = server.complete(text, **asked).json()["choices"]
+    assert (whole["prompt_token_ids"], whole["token_ids"]) == (ids, ids)
+    parts = [chunk["choices"][0] for chunk in chunks(server.complete(text, stream=True, **asked).text)]
+    assert [token_id for part in parts for token_id in part["token_ids"]] == ids
+    assert [part.get("prompt_token_ids") for part in parts] == [ids] + [None] * (len(parts) - 1)
+    [without] = server.complete(text, max_tokens=1).json()["choices"]
+    assert not {"prompt_token_ids", "token_ids"} & set(without)
