@@ -243,10 +243,13 @@ class Engine:
         choices = iter(sampled)
         for chunk in chunks:
             request = chunk.request
-            choice = next(choices) if chunk.samples else None
+            scored = len(chunk.scored)
+            choice = next(choices) if chunk.samples or scored else None
             if request not in self.scheduler:
                 continue  # it ended after the step was launched
-            if choice is not None and choice.token_id is None:
+            if choice is not None and (
+                (chunk.samples and choice.token_id is None) or (scored and choice.prompt is None)
+            ):
                 events.append(self._fail_non_finite(request))
                 continue
             if choice is not None and request.constraint is not None and request.constraint.failure is not None:
@@ -254,10 +257,15 @@ class Engine:
                 message = request.constraint.failure
                 events.append(Failed(request_id=request.request_id, code="grammar_failed", message=message))
                 continue
+            if choice is not None and choice.prompt is not None:
+                request.prompt_logprobs += choice.prompt
+                request.unscored += scored
             end = chunk.start + chunk.length
             reason = self.scheduler.commit(chunk, None if choice is None else choice.token_id)
-            if choice is not None:
+            if choice is not None and chunk.samples:
                 events.append(self._tokens(request, choice, reason, first=end == request.num_prompt))
+            elif reason is not None:
+                events.append(self._only_prompt(request, reason))
             elif request.prefix_id is not None and end == len(request):
                 events.append(self._hold(request))
         return events
@@ -275,8 +283,22 @@ class Engine:
             finish_reason=reason,
             stop_token=choice.token_id if stopped else None,
             logprobs=[choice.logprobs] if choice.logprobs and not stopped else None,
+            prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
             cached_tokens=request.cached_tokens if first else None,
             queue_seconds=request.started_at - request.enqueued_at if first else None,
+        )
+
+    def _only_prompt(self, request: Request, reason: FinishReason) -> Tokens:
+        """The one event of a request that generates nothing."""
+        assert request.started_at is not None
+        self.tallies.count_prompt(request)
+        return Tokens(
+            request_id=request.request_id,
+            token_ids=[],
+            finish_reason=reason,
+            prompt_logprobs=request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
+            cached_tokens=request.cached_tokens,
+            queue_seconds=request.started_at - request.enqueued_at,
         )
 
     def _hold(self, request: Request) -> PrefixHeld | Failed:

@@ -22,11 +22,13 @@ class Completion(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the token that ended the output; it is not among token_ids
     logprobs: list[TokenLogprobs] = []  # one entry for each token, if the request asked for them
+    prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens, if the request asked for them
     cached_tokens: int = 0  # tokens of the prompt whose K/V were reused
 
     def add(self, tokens: Tokens) -> None:
         self.token_ids += tokens.token_ids
         self.logprobs += tokens.logprobs or []
+        self.prompt_logprobs += tokens.prompt_logprobs or []
         self.finish_reason, self.stop_token = tokens.finish_reason, tokens.stop_token
         self.cached_tokens += tokens.cached_tokens or 0
 

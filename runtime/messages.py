@@ -41,7 +41,7 @@ EngineCode = Literal[
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one request are chosen."""
 
-    max_tokens: int = 16
+    max_tokens: int = 16  # 0: the prompt is computed, and nothing generated
     min_tokens: int = 0
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
@@ -55,6 +55,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives to report with each token; None: no log-probabilities at all
+    prompt_logprobs: int | None = None  # the same for each token of the prompt, which is then computed for it
+    logprobs_from: int = 0  # the first token of the prompt that is reported; those before may come from the cache
     logit_bias: dict[int, float] = {}  # added to the logits of tokens
     allowed_token_ids: tuple[int, ...] = ()  # only these can be generated; empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
@@ -207,6 +209,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprob: float  # of the chosen token
     top_ids: list[int]  # the likeliest tokens, in order
     top_logprobs: list[float]
+    rank: int | None = None  # of the chosen token, 1 for the likeliest; known of a prompt's tokens
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
@@ -217,6 +220,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     finish_reason: Literal["stop", "length"] | None = None  # in the last event of a request
     stop_token: int | None = None  # the token that ended the request; it is not among token_ids
     logprobs: list[TokenLogprobs] | None = None  # one entry for each of token_ids, if they were asked for
+    # One entry for each token of the prompt from `logprobs_from` or the second on, if asked for; in the first event
+    prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int | None = None  # prompt tokens whose K/V were reused; in the first event
     queue_seconds: float | None = None  # in the first event
 

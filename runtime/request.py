@@ -9,7 +9,7 @@ from typing import Literal
 
 from runtime.grammar.constraint import Constraint
 from runtime.kv.block_keys import BlockChain
-from runtime.messages import EngineCode, Generate
+from runtime.messages import EngineCode, Generate, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 
@@ -27,16 +27,17 @@ def check_limits(command: Generate, max_model_len: int, vocab_size: int) -> None
     tokens, params = command.token_ids, command.params
     if not tokens:
         raise RequestRefused("empty_prompt", "the prompt has no tokens")
-    if len(tokens) >= max_model_len:
-        message = f"the prompt has {len(tokens)} tokens; at most {max_model_len - 1} leave room to answer"
+    longest = max_model_len - (params.max_tokens > 0)
+    if len(tokens) > longest:
+        message = f"the prompt has {len(tokens)} tokens; at most {longest} leave room to answer"
         raise RequestRefused("context_length_exceeded", message)
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         raise RequestRefused("invalid_token_id", f"token ids must be between 0 and {vocab_size - 1}")
     if not 0 <= command.invocation_start <= len(tokens):
         message = f"invocation_start must be between 0 and {len(tokens)}, not {command.invocation_start}"
         raise RequestRefused("invalid_invocation_start", message)
-    if params.max_tokens < 1:
-        raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 1, not {params.max_tokens}")
+    if params.max_tokens < 0:
+        raise RequestRefused("invalid_max_tokens", f"max_tokens must be at least 0, not {params.max_tokens}")
     given = {
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": params.logit_bias,
@@ -97,6 +98,9 @@ class Request:
         self._end_ids = self.stop_ids | frozenset(eos_token_ids)  # that may not come before `min_tokens`
         self.max_tokens = min(max_tokens, len(command.token_ids) + params.max_tokens)
         self.num_prompt = len(command.token_ids)
+        # The prompt's first token whose log-probability is still to be computed; `num_prompt` if none is
+        self.unscored = self.num_prompt if params.prompt_logprobs is None else max(params.logprobs_from, 1)
+        self.prompt_logprobs: list[TokenLogprobs] = []  # those of the tokens before
         self.token_ids = list(command.token_ids)  # all that are known: the prompt's and the generated ones
         self.pending = 0  # tokens that launched steps sample; they count, though their ids are not known yet
         self.computed = 0  # tokens whose K/V are in the cache, or will be after the launched steps
@@ -131,6 +135,21 @@ class Request:
         return min(self.missing, max(self.invocation_start - self.computed, 0))
 
     @property
+    def generates(self) -> bool:
+        """Whether a token is sampled after the prompt."""
+        return self.prefix_id is None and self.params.max_tokens > 0
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be computed."""
+        return self.unscored < self.num_prompt
+
+    @property
+    def reusable(self) -> int:
+        """The first tokens whose K/V are enough: of the others the logits are needed too."""
+        return self.unscored - 1 if self.scores else len(self) - 1
+
+    @property
     def num_generated(self) -> int:
         return len(self) - self.num_prompt
 
@@ -142,7 +161,7 @@ class Request:
     @property
     def is_whole(self) -> bool:
         """Whether the launched steps compute everything that is left."""
-        return len(self) >= self.max_tokens or self.missing == 0
+        return self.missing == 0 or (self.num_generated > 0 and len(self) >= self.max_tokens)
 
     @property
     def needs_tokens(self) -> bool:

@@ -15,7 +15,9 @@ from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
 
-Results = Callable[[], list[Sampled]]  # blocks until a step is computed; one entry for each chunk that samples
+Results = Callable[
+    [], list[Sampled]
+]  # blocks until a step is computed; one entry for each chunk that samples or scores
 
 
 class Runner(ABC):

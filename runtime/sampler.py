@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.cpu.sampling import invert
 from runtime.messages import SamplingParams, TokenLogprobs
 from runtime.request import Request
+from runtime.scheduler import Chunk
 
 _MASK64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 1024
@@ -24,10 +25,11 @@ SECOND_DRAW = 1 << 32  # added to the choice, for a stream of its own
 
 
 class Sampled(NamedTuple):
-    """A chosen token."""
+    """A chosen token, and the log-probabilities of the prompt's tokens that a chunk computes."""
 
-    token_id: int | None  # None: the logits were not finite, so no token could be chosen
+    token_id: int | None  # None: none was sampled, or the logits were not finite, so that none could be chosen
     logprobs: TokenLogprobs | None = None
+    prompt: list[TokenLogprobs] | None = None  # None: none were asked for, or their logits were not finite
 
 
 class Best(NamedTuple):
@@ -196,3 +198,35 @@ def logprobs_of(
         log_total = float(logits.logsumexp(-1))
     values, ids = logits.topk(alternatives)
     return TokenLogprobs(float(logits[token_id]) - log_total, ids.tolist(), (values - log_total).tolist())
+
+
+def with_scores(chunks: Sequence[Chunk], sampled: Sequence[Sampled], scored: Tensor) -> list[Sampled]:
+    """One entry for each chunk that samples or scores: its choice, with its prompt's log-probabilities.
+
+    `scored` has the logits (m, vocab) of all scored rows, in the order of the chunks.
+    """
+    choices, found, row = iter(sampled), [], 0
+    for chunk in chunks:
+        rows = len(chunk.scored)
+        choice = next(choices) if chunk.samples else Sampled(None)
+        if rows:
+            choice = choice._replace(prompt=_score(scored[row : row + rows], chunk))
+            row += rows
+        if rows or chunk.samples:
+            found.append(choice)
+    return found
+
+
+def _score(logits: Tensor, chunk: Chunk) -> list[TokenLogprobs] | None:
+    """The log-probability of the token that follows each scored row; None if logits are not finite."""
+    request, logits = chunk.request, logits.float()
+    first = chunk.start + chunk.scored.start + 1
+    following = torch.tensor(request.token_ids[first : first + len(logits)], device=logits.device)
+    totals = logits.logsumexp(-1, keepdim=True)
+    if not bool(torch.isfinite(totals).all()):
+        return None
+    own = logits.gather(1, following[:, None])
+    ranks = (logits > own).sum(-1) + 1
+    values, ids = logits.topk(request.params.prompt_logprobs or 0)
+    each = ((own - totals)[:, 0].tolist(), ids.tolist(), (values - totals).tolist(), ranks.tolist())
+    return [TokenLogprobs(*one) for one in zip(*each, strict=True)]

@@ -21,6 +21,18 @@ class Chunk(NamedTuple):
     length: int
     samples: bool  # it ends at the request's last token, after which one more is sampled
 
+    @property
+    def scored(self) -> range:
+        """The rows of the chunk whose logits give the log-probability of the prompt's next token."""
+        request = self.request
+        if not request.scores:
+            return range(0)
+        stop = min(self.length, request.num_prompt - 1 - self.start)
+        return range(max(request.unscored - 1 - self.start, 0), stop)
+
+
+SCORED_ROWS = 128  # of a step: logits are large, so those of a long prompt are computed in pieces
+
 
 class QueueFull(Exception):
     """The waiting queue is full."""
@@ -61,6 +73,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
+        self._scorable = SCORED_ROWS  # rows that the step being scheduled may still score
 
     def __contains__(self, request: Request) -> bool:
         return self.requests.get(request.request_id) is request
@@ -82,6 +95,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         rejected: Rejected = []
         preemptions = self.preemptions
+        self._scorable = SCORED_ROWS
         budget = self._continue_running(chunks, rejected)
         if self.preemptions == preemptions:  # else an admitted request would be the next one to be preempted
             budget = self._admit(chunks, rejected, budget)
@@ -108,7 +122,7 @@ class Scheduler:
             if missing == 1:
                 chunks.append(self._chunk(request, 1))
                 continue
-            length = min(request.reach, self._share(budget, prompts))
+            length = self._scored_length(request, min(request.reach, self._share(budget, prompts)))
             budget -= length
             if length:
                 chunks.append(self._chunk(request, length))
@@ -140,13 +154,23 @@ class Scheduler:
         return -(-budget // 2) if followed else budget
 
     def _chunk(self, request: Request, length: int) -> Chunk:
-        samples = request.computed + length == len(request) and request.prefix_id is None
+        samples = request.computed + length == len(request) and request.generates
         return Chunk(request, request.computed, length, samples)
+
+    def _scored_length(self, request: Request, length: int) -> int:
+        """As many of the next `length` tokens of a request as leave a step's scored rows within their bound."""
+        if not request.scores:
+            return length
+        scored = self._chunk(request, length).scored
+        if len(scored) > self._scorable:
+            length = scored.start + self._scorable
+        self._scorable -= min(len(scored), self._scorable)
+        return length
 
     def _spend(self, chunks: list[Chunk], budget: int) -> None:
         """Give the rest of the budget to the prompts in the step, oldest first."""
         for index, (request, _, length, samples) in enumerate(chunks):
-            if budget > 0 and not samples:
+            if budget > 0 and not samples and not request.scores:
                 longer = min(length + budget, request.reach)
                 budget -= longer - length
                 chunks[index] = self._chunk(request, longer)
@@ -181,6 +205,9 @@ class Scheduler:
                 self._release_adapter(request)
                 rejected.append((request, error))
                 continue
+            if request.scores and not self._scorable:
+                skipped.append(request)
+                continue
             if not ready and not self._starts_early(request):
                 skipped.append(request)
                 continue
@@ -195,7 +222,8 @@ class Scheduler:
             if ready:
                 self._acquire_adapter(request)
             self._start(request)
-            chunks.append(self._chunk(request, min(request.reach, self._share(budget, 0))))
+            length = self._scored_length(request, min(request.reach, self._share(budget, 0)))
+            chunks.append(self._chunk(request, length))
             budget -= chunks[-1].length
         self.waiting.extendleft(reversed(skipped))
         return budget
@@ -244,11 +272,18 @@ class Scheduler:
         request = chunk.request
         self.block_manager.register(request, chunk.start, chunk.start + chunk.length)
         if token_id is None:
-            return None
+            return self._end_of_prompt(request, chunk.start + chunk.length)
         reason = request.append(token_id)
         if reason is not None:
             self.remove(request)
         return reason
+
+    def _end_of_prompt(self, request: Request, computed: int) -> FinishReason | None:
+        """End a request that generates nothing, once its prompt is computed."""
+        if computed < len(request) or request.generates or request.prefix_id is not None:
+            return None
+        self.remove(request)
+        return "length"
 
     def finish_prefix(self, request: Request) -> list[int]:
         """End a request that computed a prefix. The caller owns the references to the returned blocks."""
@@ -301,5 +336,5 @@ class Scheduler:
         assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)
         for request in self.running:
             assert request.computed <= len(request) <= request.max_tokens
-            assert request.computed < len(request) or request.prefix_id is not None
+            assert request.computed < len(request) or not request.generates
             assert not request.lacks_adapter or request.computed <= request.invocation_start

@@ -39,6 +39,36 @@ def adapted_logits(runs: Sequence[AdaptedRows], logit_rows: Sequence[int]) -> li
     return found
 
 
+class LogitRows(NamedTuple):
+    """The rows of a step whose logits are computed: first those that are sampled, then those that score a prompt."""
+
+    sampled: list[int]
+    scored: list[int]
+
+    @property
+    def all(self) -> list[int]:
+        return self.sampled + self.scored
+
+    def adapted(self, runs: Sequence[AdaptedRows]) -> list[AdaptedRows]:
+        """The runs of `all` under each adapter."""
+        shift = len(self.sampled)
+        scored = adapted_logits(runs, self.scored)
+        return adapted_logits(runs, self.sampled) + [
+            AdaptedRows(first + shift, last + shift, adapter) for first, last, adapter in scored
+        ]
+
+
+def logit_rows(chunks: Sequence[Chunk]) -> LogitRows:
+    """The rows whose logits the chunks need, which lie one after another."""
+    found, row = LogitRows([], []), 0
+    for chunk in chunks:
+        found.scored.extend(row + scored for scored in chunk.scored)
+        row += chunk.length
+        if chunk.samples:
+            found.sampled.append(row - 1)
+    return found
+
+
 def base_and_adapted(chunk: Chunk) -> list[int]:
     """The bounds of the parts of a chunk that attend separately: the base's tokens, and the adapted ones.
 

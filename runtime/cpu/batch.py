@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
 from kernels.cpu.paged_attention import AttentionGroup
-from runtime.cpu.adapted_rows import adapted_logits, adapted_rows, base_and_adapted
+from runtime.cpu.adapted_rows import LogitRows, adapted_rows, base_and_adapted, logit_rows
 from runtime.models.config import ModelConfig
 from runtime.request import Request
 from runtime.scheduler import Chunk
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     groups: list[AttentionGroup]
     logit_rows: Tensor  # (n,), the rows whose logits are computed
     lora: LoraRows | None
-    sampling: list[Request]  # one for each of logit_rows
+    sampling: list[Request]  # one for each of the first of logit_rows; the others score prompts
 
 
 def build_batch(
@@ -67,12 +67,10 @@ def build_batch(
     ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
     token_ids: list[int] = []
     positions: list[int] = []
-    logit_rows: list[int] = []
-    for request, start, length, samples in ordered:
+    for request, start, length, _ in ordered:
         token_ids += request.token_ids[start : start + length]
         positions += range(start, start + length)
-        if samples:
-            logit_rows.append(len(token_ids) - 1)
+    rows = logit_rows(ordered)
     decodes = [chunk for chunk in ordered if chunk.length == 1]
     groups, slots = _attention(decodes, ordered[len(decodes) :], block_size, dtype)
     return Batch(
@@ -81,8 +79,8 @@ def build_batch(
         positions=torch.tensor(positions, device=device),
         slots=slots.to(device),
         groups=groups,
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        lora=_lora_rows(ordered, logit_rows, model, lookup),
+        logit_rows=torch.tensor(rows.all, dtype=torch.int64, device=device),
+        lora=_lora_rows(ordered, rows, model, lookup),
         sampling=[chunk.request for chunk in ordered if chunk.samples],
     )
 
@@ -143,14 +141,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _lora_rows(
-    chunks: list[Chunk], logit_rows: list[int], model: ModelConfig, lookup: Callable[[str], AdapterSites]
+    chunks: list[Chunk], of_logits: LogitRows, model: ModelConfig, lookup: Callable[[str], AdapterSites]
 ) -> LoraRows | None:
     """Runs of rows under one adapter; None if no row has an adapter, and then no LoRA code runs at all."""
     runs = adapted_rows(chunks)
     if not runs:
         return None
     rows, logits = (
-        [Run(first, last, lookup(adapter)) for first, last, adapter in each]
-        for each in (runs, adapted_logits(runs, logit_rows))
+        [Run(first, last, lookup(adapter)) for first, last, adapter in each] for each in (runs, of_logits.adapted(runs))
     )
     return LoraRows(model, rows, logits)

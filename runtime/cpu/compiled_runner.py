@@ -18,8 +18,8 @@ from runtime.cpu.compiled_decoder import PADDING, CompiledDecoder
 from runtime.cpu.compiled_step import CompiledStep, StepLayout
 from runtime.models.config import MOST_PARTS
 from runtime.runner import Results, Runner
-from runtime.sampler import Best, choose
-from runtime.scheduler import Chunk
+from runtime.sampler import Best, choose, with_scores
+from runtime.scheduler import SCORED_ROWS, Chunk
 
 
 @contextmanager
@@ -49,7 +49,7 @@ class CompiledRunner(Runner):
         self.threads = threads_of(config)
         self.kernels = f"compiled ({instructions()})"
         self._pool = Pool(self.threads)
-        rows, logits = config.max_batch_tokens, config.max_running
+        rows, logits = config.max_batch_tokens, config.max_running + SCORED_ROWS
         weight = partial(quantize if config.quantization == "int8" else pack, memory=PanelMemory())
         self.decoder = CompiledDecoder(
             self.model, self.weights, self.kv.layers, config.block_size, self._pool, rows, logits, weight
@@ -67,19 +67,18 @@ class CompiledRunner(Runner):
         return self.prepared.chunks
 
     def launch(self) -> tuple[Results, bool]:
-        self.forward(self.prepared)
+        logits = self.forward(self.prepared)
         sampling = self.prepared.sampling
         best = self.decoder.best_of(len(sampling))
         with torch_on_one_thread():
-            sampled = choose(
-                self.decoder.logits, sampling, [Best(one.highest, one.index, one.log_total) for one in best]
-            )
-        return lambda: sampled, False
+            sampled = choose(logits, sampling, [Best(one.highest, one.index, one.log_total) for one in best])
+            results = with_scores(self.prepared.chunks, sampled, logits[len(sampling) :])
+        return lambda: results, False
 
     def forward(self, step: CompiledStep) -> torch.Tensor:
         """Float32 logits (n, vocab) of a step's rows of logits; they last until the next step."""
         self.decoder.forward(step.struct)
-        return self.decoder.logits[: len(step.sampling)]
+        return self.decoder.logits[: step.struct.logits]
 
     def close(self) -> None:
         self._pool.close()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import load
-from runtime.cpu.adapted_rows import AdaptedRows, adapted_logits, adapted_rows, base_and_adapted
+from runtime.cpu.adapted_rows import AdaptedRows, adapted_rows, base_and_adapted, logit_rows
 from runtime.models.config import ModelConfig
 from runtime.models.layers import Rotary
 from runtime.request import Request
@@ -28,7 +28,7 @@ class CompiledStep(NamedTuple):
     """One step, with the memory that its structure points to."""
 
     chunks: list[Chunk]  # in row order
-    sampling: list[Request]  # one for each row of logits
+    sampling: list[Request]  # one for each of the first rows of logits; the others score prompts
     struct: structs.Step
     kept: tuple[object, ...]
 
@@ -51,27 +51,24 @@ class StepLayout:
         places: list[int] = []
         blocks: list[int] = []
         firsts: list[int] = []  # of each chunk's block table in `blocks`
-        logit_rows: list[int] = []
-        for request, start, length, samples in ordered:
+        for request, start, length, _ in ordered:
             tokens += request.token_ids[start : start + length]
             places += range(start, start + length)
             firsts.append(len(blocks))
             blocks += request.blocks
-            if samples:
-                logit_rows.append(len(tokens) - 1)
         positions, tables = np.array(places, np.int64), np.array(blocks, np.int32)
         first_block = np.repeat(np.array(firsts), [chunk.length for chunk in ordered])
         slots = tables[first_block + positions // self._block_size] * self._block_size + positions % self._block_size
         cosines, sines = self._rotary(torch.from_numpy(positions), torch.float32)
-        adapted = adapted_rows(ordered)
-        runs, logit_runs = (list(map(self._run, each)) for each in (adapted, adapted_logits(adapted, logit_rows)))
+        adapted, of_logits = adapted_rows(ordered), logit_rows(ordered)
+        runs, logit_runs = (list(map(self._run, each)) for each in (adapted, of_logits.adapted(adapted)))
         queries = list(self._queries(ordered, [tables.ctypes.data + 4 * first for first in firsts]))
         scratch = self._split(queries)
-        arrays = np.array(tokens, np.int32), slots.astype(np.int32), np.array(logit_rows, np.int32)
+        arrays = np.array(tokens, np.int32), slots.astype(np.int32), np.array(of_logits.all, np.int32)
         each = _array(structs.Run, runs), _array(structs.Run, logit_runs), _array(structs.Queries, queries)
         struct = structs.Step(
             rows=len(tokens),
-            logits=len(logit_rows),
+            logits=len(of_logits.all),
             runs=len(runs),
             logit_runs=len(logit_runs),
             queries=len(queries),

@@ -10,7 +10,7 @@ from runtime.config import EngineConfig
 from runtime.cpu.batch import Batch, build_batch
 from runtime.models.decoder import Decoder
 from runtime.runner import Results, Runner
-from runtime.sampler import sample
+from runtime.sampler import sample, with_scores
 from runtime.scheduler import Chunk
 
 
@@ -36,8 +36,10 @@ class TorchRunner(Runner):
         return self._batch.chunks
 
     def launch(self) -> tuple[Results, bool]:
-        sampled = sample(self.forward(self._batch), self._batch.sampling)
-        return lambda: sampled, False
+        batch, logits = self._batch, self.forward(self._batch)
+        sampled = sample(logits[: len(batch.sampling)], batch.sampling)
+        results = with_scores(batch.chunks, sampled, logits[len(batch.sampling) :])
+        return lambda: results, False
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

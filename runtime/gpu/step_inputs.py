@@ -24,19 +24,20 @@ class StepShape(NamedTuple):
     decodes: int  # requests with one row
     prefills: int  # requests with several rows
     width: int  # blocks of the longest block table
-    logits: int  # rows that are sampled
+    logits: int  # rows that are sampled, or score a prompt
     tiles: int  # tiles of rows under adapters; 0 if no row is under one
     logit_tiles: int  # tiles of sampled rows under adapters; 0 if no adapter adapts the head
     height: int  # the most rows of a tile
 
     @classmethod
-    def largest(cls, tokens: int, requests: int, width: int, height: int) -> "StepShape":
-        """A shape with room for every step of at most `tokens` tokens and `requests` requests.
+    def largest(cls, tokens: int, requests: int, width: int, height: int, scored: int = 0) -> "StepShape":
+        """A shape with room for all steps of at most `tokens` tokens, `scored` of them scored, and `requests` requests.
 
         `height` is the least tile height of any step: the lower the tiles, the more there are.
         """
         tiles = most_tiles(tokens, requests, height)
-        return cls(tokens, requests, requests, width, requests, tiles, requests, height)
+        logits = requests + scored
+        return cls(tokens, requests, requests, width, logits, tiles, logits, height)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ class StepInputs(NamedTuple):
     block_tables: Tensor  # (S, width)
     context_lens: Tensor  # (S,), the tokens of each request, this step's included
     query_starts: Tensor  # (prefills + 1,), the first row of each prefill, counted from the first prefill's
-    logit_rows: Tensor  # (logits,), the rows that are sampled
+    logit_rows: Tensor  # (logits,), the rows that are sampled, and then those that score a prompt
     tiles: Tiles  # of all rows
     logit_tiles: Tiles  # of the sampled rows
     decodes: int
@@ -108,7 +109,7 @@ def step_shape(chunks: Sequence[Chunk], block_size: int, tiles: int, logit_tiles
         decodes=decodes,
         prefills=len(chunks) - decodes,
         width=-(-longest // block_size),
-        logits=sum(chunk.samples for chunk in chunks),
+        logits=sum(chunk.samples + len(chunk.scored) for chunk in chunks),
         tiles=tiles,
         logit_tiles=logit_tiles,
         height=height,
@@ -133,6 +134,7 @@ def write_step(
     token_ids, positions, slot_mapping, tables, contexts, starts, logit_rows = parts
     lora_slots = np.full(shape.tokens, BASE, np.int32)
     row = sampled = 0
+    scored: list[int] = []
     for index, (chunk, lora_slot) in enumerate(zip(chunks, slots_of, strict=True)):
         request, start, length, samples = chunk
         stop, rows = start + length, slice(row, row + length)
@@ -144,20 +146,22 @@ def write_step(
         tables[index, : len(blocks)] = blocks
         contexts[index] = stop
         lora_slots[row + min(max(request.invocation_start - start, 0), length) : row + length] = lora_slot
+        scored += (row + each for each in chunk.scored)
         row += length
         if samples:
             logit_rows[sampled] = row - 1
             sampled += 1
     token_ids[row:], positions[row:], slot_mapping[row:] = 0, 0, NO_SLOT
     contexts[len(chunks) :] = 0
-    logit_rows[sampled:] = 0
+    used = sampled + len(scored)
+    logit_rows[sampled:used], logit_rows[used:] = scored, 0
     lengths = (chunk.length for chunk in chunks[shape.decodes :])
     starts[:] = [0, *accumulate(lengths)]
     if shape.tiles:
         lay_tiles(lora_slots, shape.height, out.tiles.fields.numpy())
     if shape.logit_tiles:
         sampled_slots = lora_slots[logit_rows]
-        sampled_slots[sampled:] = BASE
+        sampled_slots[used:] = BASE
         lay_tiles(sampled_slots, shape.height, out.logit_tiles.fields.numpy())
 
 

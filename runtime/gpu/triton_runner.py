@@ -22,7 +22,8 @@ from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_ste
 from runtime.gpu.step_lora import DECODE_HEIGHT, LoraMemory, StepLora, tile_height
 from runtime.request import Request
 from runtime.runner import Results, Runner
-from runtime.scheduler import Chunk
+from runtime.sampler import with_scores
+from runtime.scheduler import SCORED_ROWS, Chunk
 
 STACKED = 3  # modules of one site, q, k and v: the ranks of a site are up to this many times those of a module
 
@@ -33,6 +34,8 @@ class PreparedStep(NamedTuple):
     shape: StepShape
     width: int  # the most ranks of its adapters at a site
     sampling: list[Request]  # the requests whose next token it samples, in the order of its logits
+    chunks: list[Chunk]
+    scored: int  # rows of logits after those, which score prompts
 
 
 class TritonRunner(Runner):
@@ -53,7 +56,7 @@ class TritonRunner(Runner):
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank
         self._table_width = -(-self.max_model_len // config.block_size)
-        largest = StepShape.largest(self._max_tokens, self._max_running, self._table_width, DECODE_HEIGHT)
+        largest = StepShape.largest(self._max_tokens, self._max_running, self._table_width, DECODE_HEIGHT, SCORED_ROWS)
         self._buffer = StepBuffer(largest.total, device)
         self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # sampled by the last step
         self._carried: dict[Request, int] = {}  # the row of each request in `_tokens`
@@ -108,14 +111,16 @@ class TritonRunner(Runner):
         decodes, tokens = sum(chunk.length == 1 for chunk in ordered), sum(chunk.length for chunk in ordered)
         height = tile_height(decodes, tokens)
         adapted = sum(slot != BASE for slot in slots)
-        sampled = sum(chunk.samples for chunk in ordered)
+        sampled, scored = (sum(chunk.samples for chunk in ordered), sum(len(chunk.scored) for chunk in ordered))
         tiles = most_tiles(tokens, adapted, height) if adapted else 0
-        logit_tiles = most_tiles(sampled, adapted, height) if of_head else 0
+        # Sampled rows and scored ones lie apart: an adapter may have a run of each
+        logit_tiles = most_tiles(sampled + scored, 2 * adapted, height) if of_head else 0
         shape = step_shape(ordered, self.block_size, tiles, logit_tiles, height)
         if self.graphs is not None:
             shape = self.graphs.padded(shape, width)
         self._lay_out(ordered, shape, slots)
-        self.prepared = PreparedStep(shape, width, [chunk.request for chunk in ordered if chunk.samples])
+        sampling = [chunk.request for chunk in ordered if chunk.samples]
+        self.prepared = PreparedStep(shape, width, sampling, ordered, scored)
         return ordered
 
     def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: Sequence[int]) -> None:
@@ -138,19 +143,22 @@ class TritonRunner(Runner):
 
     @torch.inference_mode()
     def launch(self) -> tuple[Results, bool]:
-        sampling = self.prepared.sampling
+        _, _, sampling, chunks, scored = self.prepared
         logits = self.forward_pass()()
         samples = DeviceSamples(logits[: len(sampling)], sampling, self.gpu)
         self._tokens[: len(sampling)] = samples.chosen.clamp(min=0)
         self._carried = {request: index for index, request in enumerate(sampling)}
-        return samples.wait, self._overlap and not samples.needs_logits
+        if not scored:
+            return samples.wait, self._overlap and not samples.needs_logits
+        of_prompts = logits[len(sampling) : len(sampling) + scored]
+        return lambda: with_scores(chunks, samples.wait(), of_prompts), False
 
     def forward_pass(self) -> Replay:
         """The forward pass of the prepared step: its CUDA graph, or a call of `forward`.
 
         Another run writes K/V to the same slots.
         """
-        shape, width, _ = self.prepared
+        shape, width, *_ = self.prepared
         graph = None if self.graphs is None else self.graphs.of(shape, width)
         return graph or partial(self.forward, shape, width)
 

@@ -37,8 +37,8 @@ class BlockManager:
         return list(self._copies.values())
 
     def find(self, request: Request) -> Match:
-        """The known K/V of a request, without its last token: that is computed again, for its logits."""
-        size, limit = self.block_size, len(request) - 1
+        """The known K/V of a request, without the tokens that are computed again for their logits, as its last one."""
+        size, limit = self.block_size, request.reusable
         blocks = self.pool.match(request.chain.keys_up_to(request.token_ids, limit, size))
         index = len(blocks)
         start = index * size

@@ -101,6 +101,8 @@ def _completion(body: LmiRequest) -> tuple[CompletionRequest, LmiParameters]:
 class LmiGeneration:
     """A completion whose answer is LMI's: one object for one input, a list for a list."""
 
+    built: Sequence[str] = ()
+
     def __init__(self, services: Services, body: CompletionRequest, wanted: LmiParameters) -> None:
         self._completion = TextCompletion(services, body)
         self._tokenizer, self._wanted = services.tokenizer, wanted

@@ -71,6 +71,8 @@ async def generate(request: Request) -> Response:
 class TokenGeneration:
     """A completion of token ids whose answer is token ids."""
 
+    built: Sequence[str] = ()
+
     def __init__(self, services: Services, body: TokensRequest) -> None:
         fields: dict[str, Any] = {"prompt": body.token_ids, "stream": False, "cache_salt": body.cache_salt}
         fields["model"] = body.model or services.settings.served_name

@@ -122,6 +122,8 @@ def _merged(deltas: list[ToolCallDelta]) -> list[ToolCallDelta]:
 class Chat:
     """One chat request: reads its fields, and formats its answer as OpenAI's API does."""
 
+    built: Sequence[str] = ()
+
     def __init__(self, services: Services, body: ChatRequest):
         self.id, self.body = f"chatcmpl-{uuid4().hex}", body
         self._services, self._tokenizer = services, services.tokenizer

@@ -12,6 +12,7 @@ from runtime.messages import TokenLogprobs
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import read_body
+from service.openai.echo import EchoedPrompt
 from service.openai.generation import Delta
 from service.openai.known_fields import decode_request
 from service.openai.sampling_params import answer_length, sampling_params
@@ -32,10 +33,14 @@ async def completions(request: Request) -> Response:
 class TextCompletion:
     """One completion request: reads its fields, and formats its answer as OpenAI's API does."""
 
+    built: Sequence[str] = ("echo", "prompt_logprobs", "return_token_ids")
+
     def __init__(self, services: Services, body: CompletionRequest):
         self.id, self.body = f"cmpl-{uuid4().hex}", body
         self._services, self._tokenizer = services, services.tokenizer
         self._created = int(time.time())
+        self._prompts: list[EchoedPrompt] = []
+        self._begun: set[int] = set()  # the choices that have had a delta
         self._offsets: dict[int, int] = {}  # by choice: the characters that it has had
 
     async def inputs(self, version: AdapterVersion | None) -> Inputs:
@@ -48,10 +53,19 @@ class TextCompletion:
         max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
         grammar = await services.grammars.of(body)
         params = sampling_params(body, max_tokens, body.logprobs, services.vocab_size, grammar, self._tokenizer)
+        given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        texts = [text if isinstance(text, str) else None for text in given[: len(prompts)]]
+        self._prompts = [
+            EchoedPrompt(prompt.token_ids, text, self._tokenizer) for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        scored = [body.prompt_logprobs, body.logprobs if body.echo else None]
+        alternatives = max((each for each in scored if each is not None), default=None)
+        params = msgspec.structs.replace(params, prompt_logprobs=alternatives)
         return Inputs(prompts, params, body.skip_special_tokens is False)
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
-        if not (delta.text or delta.logprobs or delta.finish_reason):
+        tokens = delta.token_ids if self.body.return_token_ids else delta.logprobs
+        if not (delta.text or tokens or delta.logprobs or delta.finish_reason or self._adds_prompt(delta)):
             return None
         return self._completion([self._choice([delta])])
 
@@ -65,19 +79,42 @@ class TextCompletion:
         return Completion(id=self.id, created=self._created, model=self.body.model, choices=choices, usage=usage)
 
     def _choice(self, deltas: Sequence[Delta]) -> CompletionChoice:
+        body, choice = self.body, deltas[0].choice
+        prompt = self._prompts[choice // (body.n or 1)]
+        if deltas[0].prompt_logprobs is not None:
+            prompt.scores = deltas[0].prompt_logprobs
+        begins = choice not in self._begun
+        self._begun.add(choice)
+        echoed = prompt if begins and body.echo else None
+        found = None if body.logprobs is None else self._logprobs(deltas, echoed)
         return CompletionChoice(
-            index=deltas[0].choice,
-            text="".join(delta.text for delta in deltas),
-            logprobs=self._logprobs(deltas) if self.body.logprobs is not None else None,
+            index=choice,
+            text=("" if echoed is None else prompt.text) + "".join(delta.text for delta in deltas),
+            logprobs=found,
             finish_reason=deltas[-1].finish_reason,
+            prompt_token_ids=list(prompt.token_ids) if body.return_token_ids and begins else msgspec.UNSET,
+            token_ids=[token_id for delta in deltas for token_id in delta.token_ids]
+            if body.return_token_ids
+            else msgspec.UNSET,
+            prompt_logprobs=msgspec.UNSET
+            if body.prompt_logprobs is None or not begins
+            else prompt.logprobs(body.prompt_logprobs),
         )
 
-    def _logprobs(self, deltas: Sequence[Delta]) -> CompletionLogprobs:
+    def _adds_prompt(self, delta: Delta) -> bool:
+        """Whether a chunk of this delta is the first of its choice, and has something of the prompt."""
+        return delta.choice not in self._begun and bool(self.body.echo or self.body.prompt_logprobs is not None)
+
+    def _logprobs(self, deltas: Sequence[Delta], echoed: EchoedPrompt | None) -> CompletionLogprobs:
         """Offsets are into the text as it is given out: a token that is part of a character has that character's."""
         choice, name_of = deltas[0].choice, self._name
-        entries: list[tuple[int, TokenLogprobs]] = []
+        entries: list[tuple[int, TokenLogprobs | None]] = []
         offsets: list[int] = []
         offset = self._offsets.get(choice, 0)
+        if echoed is not None:
+            entries += zip(echoed.token_ids, [None, *echoed.first(self.body.logprobs or 0)], strict=True)
+            offsets += echoed.offsets
+            offset = len(echoed.text)
         for delta in deltas:
             found = list(zip(delta.token_ids, delta.logprobs or (), strict=False))
             entries += found
@@ -86,9 +123,9 @@ class TextCompletion:
         self._offsets[choice] = offset
         return CompletionLogprobs(
             tokens=[name_of(token_id) for token_id, _ in entries],
-            token_logprobs=[entry.logprob for _, entry in entries],
+            token_logprobs=[None if entry is None else entry.logprob for _, entry in entries],
             text_offset=offsets,
-            top_logprobs=[self._top(token_id, entry) for token_id, entry in entries],
+            top_logprobs=[None if entry is None else self._top(token_id, entry) for token_id, entry in entries],
         )
 
     def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:

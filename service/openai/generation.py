@@ -50,6 +50,7 @@ class Delta(NamedTuple):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # in the first of a prompt's first choice, if asked for
 
 
 class Choice:
@@ -60,6 +61,7 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self._text = tokenizer.detokenizer(special=plan.special)
         self._stops = StopStrings(plan.stops, included=plan.include_stop)
+        self._plan, self._tokenizer = plan, tokenizer
         self._unstoppable = plan.params.min_tokens  # tokens in which a stop string does not count yet
 
     def push(self, tokens: Tokens) -> Delta:
@@ -74,8 +76,15 @@ class Choice:
         if stopped:
             self.finish_reason = "stop"
         elif tokens.finish_reason is not None:
-            text += self._stops.flush()
-        return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason)
+            text += self._stops.flush() + self._stop_shown(tokens.stop_token)
+        return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason, tokens.prompt_logprobs)
+
+    def _stop_shown(self, stop_token: int | None) -> str:
+        """The text of a special token that ended the sequence, if it was a stop string that the answer includes."""
+        if stop_token is None or not self._plan.include_stop:
+            return ""
+        text = self._tokenizer.shown([stop_token])
+        return text if text in self._plan.stops else ""
 
 
 class Generation:
@@ -191,10 +200,13 @@ class Generation:
             self._longest[number] = max(self._longest[number], times.tokens)
 
     def _command(self, index: int, choice: int, prompt: Prompt) -> Generate:
+        params = self._plan.params
+        if choice:  # the first choice has scored the prompt for all
+            params = msgspec.structs.replace(params, choice=choice, prompt_logprobs=None)
         return Generate(
             request_id=f"{self._plan.request_id}-{index}",
             token_ids=prompt.token_ids,
-            params=msgspec.structs.replace(self._plan.params, choice=choice) if choice else self._plan.params,
+            params=params,
             adapter=prompt.adapter,
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,

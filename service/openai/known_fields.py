@@ -140,7 +140,6 @@ IGNORED = frozenset(
         # reasoning, which is part of the text
         *("reasoning", "reasoning_effort", "reasoning_format", "include_reasoning", "separate_reasoning"),
         *("stream_reasoning", "chat_template_content_format"),
-        *("add_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens", "return_token_ids"),
     }
 )
 

@@ -11,10 +11,13 @@ from service.openai.schemas import HARMLESS, GenerationRequest
 from service.text.tokenizer import Tokenizer
 
 
-def refuse_unbuilt(body: msgspec.Struct, place: str = "") -> None:
-    """Raise RequestError for a field that asks for something not built here, instead of ignoring it."""
+def refuse_unbuilt(body: msgspec.Struct, place: str = "", built: Sequence[str] = ()) -> None:
+    """Raise RequestError for a field that asks for something not built here, instead of ignoring it.
+
+    `built` are fields that this body's call knows, unlike others.
+    """
     for field in body.__struct_fields__:
-        if field in HARMLESS:
+        if field in HARMLESS and field not in built:
             value = getattr(body, field)
             if value is not None and value not in HARMLESS[field]:
                 raise RequestError("unsupported_parameter", f"{place}{field} is not supported", f"{place}{field}")
@@ -34,6 +37,8 @@ def answer_length(
     that asked for a length. Raises RequestError with the numbers.
     """
     room = limit - prompt
+    if asked == 0 and room >= 0:
+        return 0
     if room < 1 or (asked or 0) > room:
         # OpenAI's sentence: clients look for its beginning, and then shorten the prompt
         answer = f", and {asked} of {length_param} were asked for" if asked else ", which leaves none for the answer"
@@ -77,7 +82,7 @@ def sampling_params(
         presence_penalty=_given(body.presence_penalty, 0.0),
         frequency_penalty=_given(body.frequency_penalty, 0.0),
         seed=body.seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop_token_ids=(*(body.stop_token_ids or ()), *_special_stops(body, tokenizer)),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         logit_bias=_logit_bias(body, vocab_size),
@@ -114,6 +119,12 @@ def _bad_words(body: GenerationRequest, tokenizer: Tokenizer) -> tuple[tuple[int
     words = [text for word in body.bad_words or () for text in (word, f" {word.lstrip()}")]
     encoded = tokenizer.encode_all(words, add_special_tokens=False) if words else []
     return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))
+
+
+def _special_stops(body: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of stop strings that are one special token each: a text without special tokens never has them."""
+    special = [text for text in stop_strings(body) if tokenizer.is_special(text)]
+    return [token_id for [token_id] in tokenizer.encode_all(special, add_special_tokens=False)] if special else []
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:

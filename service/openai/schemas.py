@@ -129,13 +129,18 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     structural_tag: Any = None
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
-    prompt_logprobs: Any = None
-    echo: Any = None
+    truncate_prompt_tokens: Any = None
+    add_special_tokens: Any = None
+    spaces_between_special_tokens: Any = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    max_tokens: Count | None = None  # 0: nothing is generated
     logprobs: Logprobs | None = None
+    echo: bool | None = None  # the prompt before the answer; with logprobs its tokens' too
+    prompt_logprobs: Logprobs | None = None
+    return_token_ids: bool | None = None  # the prompt's and the answer's
     suffix: Any = None
     best_of: Any = None
     prompt_embeds: Any = None
@@ -194,6 +199,9 @@ class FunctionChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
+    prompt_logprobs: Any = None
+    echo: Any = None
+    return_token_ids: Any = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
@@ -245,10 +253,14 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 # The values of the fields above that ask for nothing; None always does
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
-    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (),  # the default differs between the two calls
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),  # of chats
+    "prompt_logprobs": (),  # of chats
     "structural_tag": (),
     "guided_whitespace_pattern": (),
-    "echo": (False,),
+    "echo": (False,),  # of chats
     "suffix": ("",),
     "best_of": (1,),
     "prompt_embeds": (),
@@ -281,9 +293,15 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]  # none of a prompt's first token
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    logprob: float
+    rank: int  # 1 for the likeliest
+    decoded_token: str
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -291,6 +309,10 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    # For each token of the prompt, the log-probabilities of it and of the likeliest, by token id; null for the first
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # in the first chunk of a stream
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(

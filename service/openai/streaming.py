@@ -36,6 +36,7 @@ class Call(Protocol):
     """What a chat and a completion do each in their own way: read their fields, and format their answer."""
 
     id: str
+    built: Sequence[str]  # fields of the call that are refused in others
 
     @property
     def body(self) -> GenerationRequest: ...
@@ -80,7 +81,7 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
         version = resolve(body, services.settings.served_name, services.catalog.versions)
         if version is not None:  # in use from here on, also if its name is meanwhile given to another version
             source.enter_context(services.catalog.versions.using(version))
-        refuse_unbuilt(body)
+        refuse_unbuilt(body, built=call.built)
         require_applicable(body.alora, version)
         prompts, params, special = await call.inputs(version)
         plan = Plan(

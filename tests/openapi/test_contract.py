@@ -45,7 +45,7 @@ def test_the_schemas_accept_what_the_structs_accept(document: dict) -> None:
     requests = [
         {"model": "base", "prompt": "Hi", "max_tokens": 1, "unknown": True},
         {"model": "base", "prompt": [1, 2], "temperature": 0.5},
-        {"model": "base", "prompt": "Hi", "max_tokens": 0},
+        {"model": "base", "prompt": "Hi", "max_tokens": -1},
         {"model": "base", "prompt": "Hi", "temperature": -1},
         {"model": "", "prompt": "Hi"},
         {"prompt": "Hi"},

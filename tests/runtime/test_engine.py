@@ -84,7 +84,7 @@ def test_logprobs_come_with_every_token(start):
         ({"token_ids": [300]}, "invalid_token_id"),
         ({"token_ids": [-1]}, "invalid_token_id"),
         ({"token_ids": [5] * 128}, "context_length_exceeded"),
-        ({"params": SamplingParams(max_tokens=0)}, "invalid_max_tokens"),
+        ({"params": SamplingParams(max_tokens=-1)}, "invalid_max_tokens"),
         ({"params": SamplingParams(stop_token_ids=(300,))}, "invalid_token_id"),
         ({"adapter": "unknown"}, "adapter_failed"),
     ],

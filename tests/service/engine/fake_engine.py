@@ -68,6 +68,16 @@ class Sequence:
             return None
         if script.startswith("fail ") and self.given:
             return Failed(request_id=request_id, code=script.split()[1], message="as scripted")
+        scores = self.scores() if self.given == 0 and params.prompt_logprobs is not None else None
+        if not self.answer:
+            return Tokens(
+                request_id=request_id,
+                token_ids=[],
+                finish_reason="length",
+                prompt_logprobs=scores,
+                cached_tokens=self.cached_tokens,
+                queue_seconds=0.25,
+            )
         token, first = self.answer[self.given], self.given == 0
         self.given += 1
         stopped = (token == STOP_TOKEN and not params.ignore_eos) or token in params.stop_token_ids
@@ -78,9 +88,18 @@ class Sequence:
             finish_reason="stop" if stopped else "length" if self.given == len(self.answer) else None,
             stop_token=token if stopped else None,
             logprobs=None if stopped or params.logprobs is None else [entry],
+            prompt_logprobs=scores,
             cached_tokens=self.cached_tokens if first else None,
             queue_seconds=0.25 if first else None,
         )
+
+    def scores(self) -> list[TokenLogprobs]:
+        """Of token i of the prompt -i, as the third likeliest."""
+        most = self.command.params.prompt_logprobs
+        return [
+            TokenLogprobs(-float(place), [5, 6][:most], [-0.5, -0.75][:most], 3)
+            for place in range(1, len(self.command.token_ids))
+        ]
 
 
 class FakeEngine:

@@ -111,7 +111,7 @@ def test_an_aborted_request_says_nothing_more(engine: Engine) -> None:
         ({"token_ids": [-1]}, "invalid_token_id"),
         ({"stop_token_ids": (268,)}, "invalid_token_id"),
         ({"invocation_start": len(PROMPT) + 1}, "invalid_invocation_start"),
-        ({"max_tokens": 0}, "invalid_max_tokens"),
+        ({"max_tokens": -1}, "invalid_max_tokens"),
         ({"adapter": "unknown"}, "adapter_failed"),
     ],
 )

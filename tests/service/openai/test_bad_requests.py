@@ -18,7 +18,7 @@ def error_of(server: LiveServer, content: bytes | str, path: str = "/v1/completi
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
-        ({"max_tokens": 0}, "invalid_field", "max_tokens"),
+        ({"max_tokens": -1}, "invalid_field", "max_tokens"),
         ({"max_tokens": -3}, "invalid_field", "max_tokens"),
         ({"max_tokens": 1.5}, "invalid_field", "max_tokens"),
         ({"max_tokens": "many"}, "invalid_field", "max_tokens"),
@@ -59,8 +59,11 @@ def error_of(server: LiveServer, content: bytes | str, path: str = "/v1/completi
         ({"prompt": [5] * 200}, "context_length_exceeded", "prompt"),
         ({"prompt": ["hello"] * 9, "n": 128}, "too_many_sequences", "prompt"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
-        ({"echo": True}, "unsupported_parameter", "echo"),  # and with it log-probabilities of the prompt
-        ({"prompt_logprobs": 1}, "unsupported_parameter", "prompt_logprobs"),
+        ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search"),
+        ({"truncate_prompt_tokens": 5}, "unsupported_parameter", "truncate_prompt_tokens"),
+        ({"add_special_tokens": False}, "unsupported_parameter", "add_special_tokens"),
+        ({"spaces_between_special_tokens": False}, "unsupported_parameter", "spaces_between_special_tokens"),
+        ({"prompt_logprobs": 21}, "invalid_field", "prompt_logprobs"),
         ({"suffix": "end"}, "unsupported_parameter", "suffix"),
         ({"logit_bias": {"5": 101}}, "invalid_field", "logit_bias[...]"),
         ({"logit_bias": {"five": 1}}, "invalid_field", "logit_bias"),
