@@ -27,6 +27,7 @@ Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[list[StopString], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
+Mix = Annotated[dict[Name, float], Meta(max_length=8)]  # adapters by name, each with its weight
 
 
 OnMissing = Literal["error", "base", "append"]
@@ -112,8 +113,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
-    lora_path: Name | None = None
-    adapter_id: Name | None = None
+    adapters: Mix | None = None
     alora: Alora | None = None
     # What the answer must look like: OpenAI's field, vLLM's, its older ones, and SGLang's
     response_format: ResponseFormat | None = None
@@ -135,6 +135,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    lora_path: Name | list[Name | None] | None = None  # a list has one for each prompt, null for the base
+    adapter_id: Name | list[Name | None] | None = None
     logprobs: Logprobs | None = None
     suffix: Any = None
     best_of: Any = None
@@ -194,6 +196,8 @@ class FunctionChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
+    lora_path: Name | None = None
+    adapter_id: Name | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
