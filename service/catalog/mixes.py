@@ -17,6 +17,7 @@ from storage.store import StoreError
 
 MAX_MIXES = 64  # that are remembered while no request runs on them
 MAX_BYTES = 1 << 30  # of their files; one larger mix may be the only one
+MAX_COMPOSING = 32  # at once: they wait for each other
 _Key = tuple[tuple[str, float], ...]  # digests and weights, sorted
 
 
@@ -43,13 +44,16 @@ class Mixes:
         """The sum of weight·delta over adapters, as an adapter that is kept while one request runs on it.
 
         The caller keeps the parts in use. Raises RequestError: `invalid_mix` for parts that cannot be added up,
-        `adapter_failed` if a part's file cannot be had.
+        `adapter_failed` if a part's file cannot be had, `queue_full` while too many other mixes are being composed.
         """
         _require_one_invocation(parts)
         parts = sorted(parts, key=lambda part: (part.version.digest, part.weight))
         key = tuple((part.version.digest, part.weight) for part in parts)
         while (mix := self._mixes.get(key)) is None or not self._blobs.here(mix.digest):
             if key not in self._composing:
+                if len(self._composing) >= MAX_COMPOSING:
+                    message = f"{MAX_COMPOSING} other mixes of adapters are being composed: try again later"
+                    raise RequestError("queue_full", message, "adapters")
                 self._composing[key] = asyncio.create_task(self._compose(key, parts))
                 self._composing[key].add_done_callback(_heard)  # also if every client that waited has gone away
             await asyncio.shield(self._composing[key])
