@@ -55,7 +55,8 @@ GENERATED = {
     ),
     "x-alora-activation": (
         "For aLoRA adapters only: the index of the first token of the prompt that the adapter applies to. One value "
-        "for each prompt, as in x-alora-invocation, `-` for one that ran on the base. Absent if all did."
+        "for each prompt, as in x-alora-invocation, `-` for one that ran on the base or has another adapter. Absent if "
+        "all did."
     ),
 }
 

@@ -24,6 +24,7 @@ _Key = tuple[tuple[str, float], ...]  # digests and weights, sorted
 class Weighted(NamedTuple):
     """One part of a mix."""
 
+    name: str  # as the request has it
     version: AdapterVersion
     weight: float
 
@@ -97,6 +98,7 @@ class Mixes:
         if (old := self._mixes.pop(key, None)) is not None:
             self._blobs.release(old.digest)
         self._mixes[key] = mix
+        self.sweep()
         size = sum(each.bytes for each in self._mixes.values())
         while len(self._mixes) > MAX_MIXES or (size > MAX_BYTES and len(self._mixes) > 1):
             _, oldest = self._mixes.popitem(last=False)
@@ -110,14 +112,14 @@ def _heard(task: asyncio.Task[None]) -> None:
 
 
 def _require_one_invocation(parts: Sequence[Weighted]) -> None:
-    first = parts[0].version
-    for version, _ in parts:
-        if version.record.invocation_tokens != first.record.invocation_tokens:
+    first = parts[0]
+    for part in parts:
+        if part.version.record.invocation_tokens != first.version.record.invocation_tokens:
             message = (
-                f"adapters: {first.name!r} {_begins(first)} and {version.name!r} {_begins(version)}: "
+                f"adapters: {first.name!r} {_begins(first.version)} and {part.name!r} {_begins(part.version)}: "
                 "mix plain LoRAs, or aLoRAs of one invocation, which begin at one place"
             )
-            raise RequestError("invalid_mix", message, f"adapters.{version.name}")
+            raise RequestError("invalid_mix", message, f"adapters.{part.name}")
 
 
 def _begins(version: AdapterVersion) -> str:
@@ -128,15 +130,15 @@ def _begins(version: AdapterVersion) -> str:
 
 
 def _recipe(parts: Sequence[Weighted], max_rank: int) -> Recipe:
-    ingredients = [Ingredient(version.digest, weight, version.record.bytes) for version, weight in parts]
+    ingredients = [Ingredient(part.version.digest, part.weight, part.version.record.bytes) for part in parts]
     return Recipe(tuple(ingredients), max_rank)
 
 
 def _record(parts: Sequence[Weighted], mix: Mix, base: str) -> AdapterRecord:
     """What is known of a mix; its name is for messages only."""
-    records = [version.record for version, _ in parts]
+    records = [part.version.record for part in parts]
     return AdapterRecord(
-        name=" + ".join(f"{weight:g} {version.name}" for version, weight in parts),
+        name=" + ".join(f"{part.weight:g} {part.name}" for part in parts),
         digest=mix.digest,
         generation=1,
         kind=records[0].kind,

@@ -134,7 +134,7 @@ def _parts(request: GenerationRequest, base: str, versions: Versions) -> list[We
         if not math.isfinite(weight):
             raise RequestError("invalid_field", f"{field} is {weight}, expected a finite weight", field)
         if weight:
-            parts.append(Weighted(version, weight))
+            parts.append(Weighted(name, version, weight))
     return parts
 
 

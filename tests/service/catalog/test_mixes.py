@@ -29,7 +29,7 @@ async def mixed(catalog: Catalog, **weights: float) -> str:
 
 async def using(request: AsyncExitStack, catalog: Catalog, **weights: float) -> AdapterVersion:
     """A mix, and its parts, which stay in use while the request is open."""
-    parts = [Weighted(catalog.versions.named(name), weight) for name, weight in weights.items()]
+    parts = [Weighted(name, catalog.versions.named(name), weight) for name, weight in weights.items()]
     for part in parts:
         request.enter_context(catalog.versions.using(part.version))
     return await request.enter_async_context(catalog.mixes.using(parts))

@@ -208,6 +208,7 @@ def test_an_adapter_that_is_uploaded_anew_gives_a_new_mix(live: LiveServer) -> N
         ({"plain": 0.5, "nobody": 0}, (404, "model_not_found", "adapters.nobody"), "'nobody'"),
         ({"plain": 0.5, "tiny": 0.5}, (400, "invalid_field", "adapters.tiny"), "is the base model"),
         ({"plain": 0.5, "check": 0.5}, (400, "invalid_mix", "adapters.check"), "is an aLoRA with the invocation ["),
+        ({"plain": 0.5, "tiny:check": 1}, (400, "invalid_mix", "adapters.tiny:check"), "'tiny:check' is an aLoRA"),
         ({"check": 0.5, "header": 0.5}, (400, "invalid_mix", "adapters.header"), "aLoRAs of one invocation"),
         ({"plain": 1e300}, (400, "invalid_mix", "adapters"), "overflows float32"),
         ({"plain": "much"}, (400, "invalid_field", "adapters[...]"), "Expected float, got str"),
