@@ -52,17 +52,23 @@ BUNDLE = {
 
 
 GENERATED = {
-    "x-adapter-digest": "The digest of the adapter that `model` named.",
+    "x-adapter-digest": "The digest of the adapter, or of the mix, that all prompts ran on.",
+    "x-adapter-digests": (
+        "If the prompts ran on different adapters: the first 16 digits of each digest, `-` for the base. One value for "
+        "each prompt, in order, separated by commas, at most 64."
+    ),
     "x-queue-time-ms": "Milliseconds before the first step.",
     "x-cached-tokens": "Tokens of the prompts whose K/V were reused.",
     "x-time-to-first-token-ms": "Milliseconds from the request's arrival; absent from streams.",
     "x-alora-invocation": (
-        "For an aLoRA adapter only: `found` if its invocation was in the prompt, `appended` if it was appended, `base` "
-        "if the base model ran instead. One value for each prompt, in order, separated by commas, at most 64."
+        "For aLoRA adapters only: `found` if its invocation was in the prompt, `appended` if it was appended, `base` "
+        "if the base model ran instead, `-` for a prompt of another adapter. One value for each prompt, in order, "
+        "separated by commas, at most 64."
     ),
     "x-alora-activation": (
-        "For an aLoRA adapter only: the index of the first token of the prompt that the adapter applies to. One value "
-        "for each prompt, as in x-alora-invocation, `-` for one that ran on the base. Absent if all did."
+        "For aLoRA adapters only: the index of the first token of the prompt that the adapter applies to. One value "
+        "for each prompt, as in x-alora-invocation, `-` for one that ran on the base or has another adapter. Absent if "
+        "all did."
     ),
 }
 

@@ -64,6 +64,7 @@ ANSWERS: dict[str, Answer] = {
     "context_length_exceeded": Answer(400),
     "model_not_found": Answer(404),
     "conflicting_adapters": Answer(400),
+    "invalid_mix": Answer(400),
     "alora_not_applicable": Answer(400),
     "alora_invocation_missing": Answer(400),
     # adapters

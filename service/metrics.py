@@ -13,6 +13,7 @@ from runtime.messages import KvNamespace, Tokens
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 MAX_SERIES = 100  # adapters with series of their own; later ones share one
 BASE, OTHERS = "_base", "_others"  # no adapter can have these names
+MIX, SEVERAL = "_mix", "_several"  # requests on a mix of adapters; requests whose prompts have different ones
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0)
 LOAD_SECONDS = (0.0005, 0.001, 0.002, *SECONDS)
 # Buckets of the series with vLLM's names: those of vLLM, so that boards show the same shapes

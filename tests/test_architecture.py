@@ -70,6 +70,7 @@ INNER = {
         "service.tool_calls",
         "service.text",
         "service.catalog.record",
+        "service.catalog.mixes",
         "service.catalog.versions",
         "service.access",
         "service.errors",

@@ -6,10 +6,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.mix import Mix, Part, compose
+from runtime.background import yield_to_others
 from service.catalog.files import SUFFIX, AdapterStorage
 from service.engine.adapters import EngineAdapters
 from service.metrics import Metrics
@@ -30,6 +35,21 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
+class Ingredient(NamedTuple):
+    """One part of a mix."""
+
+    digest: str
+    weight: float
+    bytes: int  # of its canonical file
+
+
+class Recipe(NamedTuple):
+    """What the file of a mix is composed of, as often as it is needed."""
+
+    parts: tuple[Ingredient, ...]
+    max_rank: int  # of a module
+
+
 class Download:
     """A file that is fetched from a remote store, in bytes."""
 
@@ -48,6 +68,7 @@ class Blob:
         self.references = 0  # names, running requests and uploads
         self.stored_bytes: int | None = None  # size of the file in the store; None: it is not stored
         self.in_memory = False  # an ephemeral upload, with a file of its own even if the content is stored too
+        self.recipe: Recipe | None = None  # of a mix, whose file is in the scratch directory
         self.broken = False  # the stored file is missing or has other bytes
         self.held = False  # the disk cache must not evict it: it was fetched, and the engine has not read it yet
         self.registered: Path | None = None  # where the engine was told that the file is
@@ -56,10 +77,10 @@ class Blob:
 
 
 class Blobs:
-    """Owns the files that names and requests refer to: in the store, or in memory for ephemeral uploads.
+    """Owns the files that names and requests refer to: in the store, in memory for ephemeral uploads, composed of both.
 
     Each name, each running request and each upload counts one reference to its digest. After the last release the
-    engine forgets the digest, and a file in memory is removed. A stored file stays until it is collected.
+    engine forgets the digest, and a file in memory or of a mix is removed. A stored file stays until it is collected.
     """
 
     def __init__(self, storage: AdapterStorage, engine: EngineAdapters, metrics: Metrics) -> None:
@@ -68,6 +89,8 @@ class Blobs:
         self._blobs: dict[str, Blob] = {}  # those with references, and those that are being discarded
         self._slots = asyncio.Semaphore(_DOWNLOADS)
         self._tasks: set[asyncio.Task[None]] = set()
+        # One, so that the memory for composing is bounded; of low priority, because steps wait for all their threads
+        self._mixer = ThreadPoolExecutor(1, "adapter-mixer", yield_to_others)
 
     @asynccontextmanager
     async def staging(self, ephemeral: bool) -> AsyncIterator[Path]:
@@ -91,6 +114,8 @@ class Blobs:
     def here(self, digest: str) -> bool:
         """Whether the file is on this machine."""
         blob = self._blobs.get(digest)
+        if blob is not None and blob.recipe is not None:
+            return self._path(blob).exists()
         return (blob is not None and blob.in_memory) or self._files.has(digest)
 
     def download(self, digest: str) -> Download | None:
@@ -103,6 +128,7 @@ class Blobs:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._mixer.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._memory.close)
 
     def adopt(self, digest: str, size: int) -> None:
@@ -129,6 +155,34 @@ class Blobs:
         except BaseException:
             self.release(digest)
             raise
+
+    async def mix(self, recipe: Recipe) -> Mix:
+        """Compose a mix, add a reference to its digest, and tell the engine of it.
+
+        Raises InvalidAdapter for parts that cannot be mixed, StoreError or OSError for a file that cannot be had.
+        """
+        async with self.staging(ephemeral=False) as directory:
+            file = directory / f"mix{SUFFIX}"
+            found = await self._compose(recipe, file)
+            self.acquire(found.digest)
+            blob = self._blobs[found.digest]
+            try:
+                async with blob.lock:
+                    await asyncio.to_thread(file.replace, self._mix_path(found.digest))
+                    blob.recipe = recipe
+                    state = self._engine.states.get(found.digest)
+                    if state is not None and state.state == "failed":
+                        blob.registered = None  # so that `serve` tells the engine of the new file
+                self.serve(found.digest)
+            except BaseException:
+                self.release(found.digest)
+                raise
+        return found
+
+    def mixes_of(self, digest: str) -> list[str]:
+        """The digests of the mixes that a digest is a part of."""
+        mixes = [(blob.digest, blob.recipe.parts) for blob in self._blobs.values() if blob.recipe is not None]
+        return [mix for mix, parts in mixes if any(part.digest == digest for part in parts)]
 
     async def confirm(self, digest: str, file: Path) -> None:
         """Store a file again if the store has lost it since `keep`; called once a name points at it.
@@ -168,11 +222,16 @@ class Blobs:
         counted = {digest: blob.references for digest, blob in self._blobs.items()}
         assert counted == references, f"counted {counted}, expected {references}"
         for digest, blob in self._blobs.items():
-            assert blob.in_memory or blob.stored_bytes is not None, f"{digest} is referenced and kept nowhere"
+            assert blob.in_memory or blob.recipe or blob.stored_bytes is not None, (
+                f"{digest} is referenced and kept nowhere"
+            )
             assert blob.download is None, f"{digest} is still being fetched"
         kept = {path.name.removesuffix(SUFFIX) for path in self._memory.path.glob(f"*{SUFFIX}")}
         expected = {digest for digest, blob in self._blobs.items() if blob.in_memory}
         assert kept == expected, f"{kept ^ expected} are in memory without a reference, or are missing there"
+        kept = {path.name.removesuffix(SUFFIX) for path in self._files.scratch.glob(f"*{SUFFIX}")}
+        expected = {digest for digest, blob in self._blobs.items() if blob.recipe is not None}
+        assert kept == expected, f"{kept ^ expected} are mixes without a reference, or are missing"
 
     async def follow_engine(self) -> None:
         """Fetch the files that the engine asks for, and let the cache evict those that it has read; never returns."""
@@ -195,14 +254,18 @@ class Blobs:
         if not blob.held:
             blob.held = True
             self._files.hold(blob.digest)
-        failure: StoreError | OSError | None = None
+        failure: StoreError | OSError | InvalidAdapter | None = None
         try:
-            async with self._slots:
-                started = time.monotonic()
-                if not blob.in_memory:
-                    await self._storage.run(self._files.fetch, blob.digest, download.bytes_total, download.progress)
-                seconds = time.monotonic() - started
-        except (StoreError, OSError) as error:
+            started = time.monotonic()
+            if blob.recipe is not None:
+                await self._compose_again(blob, blob.recipe)
+            else:
+                async with self._slots:
+                    started = time.monotonic()
+                    if not blob.in_memory:
+                        await self._storage.run(self._files.fetch, blob.digest, download.bytes_total, download.progress)
+            seconds = time.monotonic() - started
+        except (StoreError, OSError, InvalidAdapter) as error:
             failure = error
         finally:
             blob.download = None
@@ -215,9 +278,35 @@ class Blobs:
             reason = REASONS.get(type(failure), "its file cannot be read") if blob.references else UNREFERENCED
             self._engine.fail(blob.digest, reason)
             return
-        self._metrics.downloaded(seconds)
+        if blob.recipe is None:
+            self._metrics.downloaded(seconds)
         if blob.references:
             self._register(blob)
+
+    async def _compose(self, recipe: Recipe, file: Path) -> Mix:
+        """Write the file of a mix, from parts that are kept and verified meanwhile."""
+        with ExitStack() as held:
+            parts = []
+            for digest, weight, size in recipe.parts:
+                self.acquire(digest)
+                held.callback(self.release, digest)
+                self._files.hold(digest)
+                held.callback(self._files.release, digest)
+                blob = self._blobs[digest]
+                if not blob.in_memory:
+                    async with self._slots:
+                        await self._storage.run(self._files.fetch, digest, size)
+                path = self._memory_path(digest) if blob.in_memory else self._files.path(digest)
+                parts.append(Part(path, weight))
+            work = partial(compose, parts, file, max_rank=recipe.max_rank)
+            return await asyncio.get_running_loop().run_in_executor(self._mixer, work)
+
+    async def _compose_again(self, blob: Blob, recipe: Recipe) -> None:
+        async with self.staging(ephemeral=False) as directory:
+            file = directory / f"mix{SUFFIX}"
+            await self._compose(recipe, file)
+            if blob.references:
+                await asyncio.to_thread(file.replace, self._mix_path(blob.digest))
 
     def _register(self, blob: Blob) -> None:
         blob.registered = self._path(blob)
@@ -238,9 +327,11 @@ class Blobs:
         async with blob.lock:
             if blob.references or self._blobs.get(blob.digest) is not blob:
                 return
-            blob.in_memory = False
+            mixed, blob.in_memory, blob.recipe = blob.recipe is not None, False, None
             self._retire(blob)
             await asyncio.to_thread(self._memory_path(blob.digest).unlink, missing_ok=True)
+            if mixed:
+                await asyncio.to_thread(self._mix_path(blob.digest).unlink, missing_ok=True)
             if not blob.references and blob.download is None:
                 self._retire(blob)  # again: a name may have come and gone while the file was removed
                 self._allow_eviction(blob)
@@ -252,7 +343,12 @@ class Blobs:
         task.add_done_callback(self._tasks.discard)
 
     def _path(self, blob: Blob) -> Path:
+        if blob.recipe is not None:
+            return self._mix_path(blob.digest)
         return self._memory_path(blob.digest) if blob.in_memory else self._files.path(blob.digest)
+
+    def _mix_path(self, digest: str) -> Path:
+        return self._files.scratch / f"{digest}{SUFFIX}"
 
     def _memory_path(self, digest: str) -> Path:
         return self._memory.path / f"{digest}{SUFFIX}"

@@ -13,6 +13,7 @@ from runtime.models.config import ModelConfig
 from service.catalog.blobs import Blobs
 from service.catalog.files import AdapterStorage
 from service.catalog.garbage import Collected, collect
+from service.catalog.mixes import Mixes
 from service.catalog.names import AdapterNames, UnreadableName
 from service.catalog.pins import Pins
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
@@ -41,6 +42,7 @@ class Catalog:
     ) -> None:
         self.blobs = Blobs(storage, engine.adapters, metrics)
         self.versions = Versions(self.blobs, model, max_rank)
+        self.mixes = Mixes(self.blobs, self.versions, max_rank)
         self._storage, self._engine = storage, engine
         self._names = AdapterNames(storage.store)
         self._pins = Pins(storage, engine.adapters)
@@ -91,6 +93,7 @@ class Catalog:
         if self._changes:
             await asyncio.wait(self._changes, timeout=_CLOSE_SECONDS)
         await self._pins.close()
+        await self.mixes.close()
         await asyncio.to_thread(self._storage.close)
         await self.blobs.close()
 
@@ -182,6 +185,7 @@ class Catalog:
                 self.blobs.release(summary.digest)
                 raise
             version = self.versions.point(record, ephemeral=upload.ephemeral)
+            self.mixes.sweep()
             if upload.preload:
                 self._engine.adapters.prefetch(summary.digest)
             return version, new
@@ -251,8 +255,10 @@ class Catalog:
                 raise _contended(name)
             await self._pins.pin(name, version.digest, None, 0)
             if force:
-                self._engine.end_requests("adapter_deleted", f"adapter {name!r} was deleted", version.digest)
+                for digest in (version.digest, *self.blobs.mixes_of(version.digest)):
+                    self._engine.end_requests("adapter_deleted", f"adapter {name!r} was deleted", digest)
             self.versions.drop(name)
+            self.mixes.sweep()
 
     async def _follow_locked(self, name: str) -> None:
         async with self._lock(name):
@@ -273,9 +279,11 @@ class Catalog:
             if old is not None and not old.ephemeral:
                 self._pins.pin_later(name, old.digest, None, 0)
                 self.versions.drop(name)
+                self.mixes.sweep()
         elif old is None or old.ephemeral or old.record != record:
             self.blobs.adopt(record.digest, record.bytes)
             version = self.versions.point(record, ephemeral=False)
+            self.mixes.sweep()
             failure = self.versions.failure(version)
             if failure is not None:
                 _log.error("adapter %s cannot be served: %s", name, failure)

@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import msgspec
 from blake3 import blake3
@@ -78,9 +79,13 @@ class Versions:
                 self._draining.discard(version)
             self._blobs.release(version.digest)
 
-    def check(self) -> None:
-        """Recount the references to all digests. Call it only while no change is under way."""
+    def check(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Recount the references to all digests; `others` are those that neither names nor requests hold.
+
+        Call it only while no change is under way.
+        """
         counts = Counter(version.digest for version in self._versions.values())
+        counts.update(others)
         for version in {*self._versions.values(), *self._draining}:
             assert version.requests >= 0
             if version.requests:

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import decode_json, encode_json
 from service.openai.completions import TextCompletion
 from service.openai.generation import Delta
 from service.openai.known_fields import decode_request
+from service.openai.models import Adapters
 from service.openai.schemas import CompletionRequest, Name, Usage
 from service.openai.streaming import Inputs
 from service.services import Services
@@ -108,9 +108,9 @@ class LmiGeneration:
         self._tokenizer, self._wanted = services.tokenizer, wanted
         self.id, self.body = self._completion.id, body
 
-    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+    async def inputs(self, adapters: Adapters) -> Inputs:
         try:
-            return await self._completion.inputs(version)
+            return await self._completion.inputs(adapters)
         except RequestError as error:
             raise _in_lmis_words(error) from None
 

@@ -13,11 +13,11 @@ from service.http import decode_json, encode_json, read_body
 from service.openai.chat import Chat
 from service.openai.completions import TextCompletion
 from service.openai.known_fields import decode_request
-from service.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from service.openai.schemas import ChatRequest, CompletionRequest
 from service.openai.streaming import Call, answer
 from service.services import services_of
 
-_Body = TypeVar("_Body", bound=GenerationRequest)
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 FORMS = ("messages", "prompt", "inputs")  # of a chat, a completion, a generation of LMI
 

@@ -9,12 +9,12 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import encode_json, read_json
 from service.openai.completions import TextCompletion
 from service.openai.generation import Delta
 from service.openai.known_fields import decode_request
+from service.openai.models import Adapters
 from service.openai.schemas import (
     ChatLogprobs,
     CompletionRequest,
@@ -84,9 +84,9 @@ class TokenGeneration:
         self._tokenizer, self._request_id = services.tokenizer, body.request_id
         self.id = self._completion.id
 
-    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+    async def inputs(self, adapters: Adapters) -> Inputs:
         try:
-            return await self._completion.inputs(version)
+            return await self._completion.inputs(adapters)
         except RequestError as error:
             raise _in_vllms_words(error) from None
 

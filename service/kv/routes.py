@@ -72,7 +72,7 @@ routes = [
 async def _compute(services: Services, body: PrefixRequest) -> Response:
     versions = services.catalog.versions
     version = find_version(body.model, services.settings.served_name, versions, "model")
-    require_applicable(body.alora, version)
+    require_applicable(body.alora, [version])
     with ExitStack() as using:
         if version is not None:
             using.enter_context(versions.using(version))
@@ -93,7 +93,7 @@ async def _prompt(services: Services, body: PrefixRequest, version: AdapterVersi
     else:
         assert body.prompt is not None
         text = body.prompt if isinstance(body.prompt, str) else list[str | int | list[int]](body.prompt)
-        [prompt], param = await services.prompts.text_prompts(text, version, body.alora), "prompt"
+        [prompt], param = await services.prompts.text_prompts(text, [version], body.alora), "prompt"
     answer_length(None, None, len(prompt.token_ids), services.max_model_len, param)
     return prompt
 

@@ -9,12 +9,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import read_body
 from service.openai.generation import Delta
 from service.openai.grammars import Source, source_of
 from service.openai.known_fields import decode_request
+from service.openai.models import Adapters
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import (
     CalledFunction,
@@ -130,7 +130,7 @@ class Chat:
         self._created = int(time.time())
         self._turns: dict[int, Turn] = {}  # by choice
 
-    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+    async def inputs(self, adapters: Adapters) -> Inputs:
         body, services = self.body, self._services
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("invalid_field", "top_logprobs needs logprobs to be true", "top_logprobs")
@@ -139,6 +139,7 @@ class Chat:
             raise RequestError("invalid_field", message, "max_completion_tokens")
         check_tools(body)
         tools = usable_tools(body)
+        [version] = adapters.of_prompts(1)
         prompt = await services.prompts.chat_prompt(body.messages, version, body.alora, tools)
         asked = body.max_completion_tokens or body.max_tokens
         length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"

@@ -9,12 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.messages import TokenLogprobs
-from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import read_body
 from service.openai.echo import EchoedPrompt
 from service.openai.generation import Delta
 from service.openai.known_fields import decode_request
+from service.openai.models import Adapters
+from service.openai.prompts import number_of
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from service.openai.streaming import Inputs, answer
@@ -43,9 +44,10 @@ class TextCompletion:
         self._begun: set[int] = set()  # the choices that have had a delta
         self._offsets: dict[int, int] = {}  # by choice: the characters that it has had
 
-    async def inputs(self, version: AdapterVersion | None) -> Inputs:
+    async def inputs(self, adapters: Adapters) -> Inputs:
         body, services = self.body, self._services
-        prompts = await services.prompts.text_prompts(body.prompt, version, body.alora)
+        versions = adapters.of_prompts(number_of(body.prompt))
+        prompts = await services.prompts.text_prompts(body.prompt, versions, body.alora)
         if len(prompts) * (body.n or 1) > MAX_SEQUENCES:
             message = f"{len(prompts)} prompts with n={body.n or 1} are more than {MAX_SEQUENCES} sequences"
             raise RequestError("too_many_sequences", message, "prompt")

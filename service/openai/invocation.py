@@ -26,24 +26,26 @@ class Prompt(NamedTuple):
     invocation: Invocation | None = None  # how an aLoRA's came to be there, or that the base runs; None: no aLoRA
 
 
-def require_applicable(alora: Alora | None, version: AdapterVersion | None) -> None:
-    """Raise RequestError for `alora` in a request that is not to an aLoRA adapter."""
-    if alora is not None and (version is None or version.record.invocation_tokens is None):
+def require_applicable(alora: Alora | None, versions: Sequence[AdapterVersion | None]) -> None:
+    """Raise RequestError for `alora` in a request that is to no aLoRA adapter."""
+    version = next(iter(versions), None)
+    if alora is not None and not any(each is not None and each.record.invocation_tokens for each in versions):
         model = "the base model" if version is None else f"adapter {version.name!r}, which is a plain LoRA"
         message = f"alora says what to do without an aLoRA's invocation, and this request is to {model}"
         raise RequestError("alora_not_applicable", message, "alora")
 
 
-async def invoked(prompts: Sequence[list[int]], version: AdapterVersion | None) -> list[Prompt | None]:
+async def invoked(prompts: Sequence[list[int]], versions: Sequence[AdapterVersion | None]) -> list[Prompt | None]:
     """Each prompt with the place where its adapter begins; None for a prompt that does not invoke its aLoRA."""
-    if version is None:
-        return [Prompt(token_ids) for token_ids in prompts]
+    records = [None if version is None else version.record for version in versions]
     if sum(map(len, prompts)) < LONG_PROMPT:
-        return [_invoked(token_ids, version.record) for token_ids in prompts]
-    return await asyncio.to_thread(lambda: [_invoked(token_ids, version.record) for token_ids in prompts])
+        return list(map(_invoked, prompts, records))
+    return await asyncio.to_thread(lambda: list(map(_invoked, prompts, records)))
 
 
-def _invoked(token_ids: list[int], record: AdapterRecord) -> Prompt | None:
+def _invoked(token_ids: list[int], record: AdapterRecord | None) -> Prompt | None:
+    if record is None:
+        return Prompt(token_ids)
     if record.invocation_tokens is None:
         return Prompt(token_ids, record.digest, 0, record.leaves_kv)
     start = find_invocation(token_ids, record.invocation_tokens)
@@ -80,10 +82,11 @@ def without_invocation(
 def alora_headers(prompts: Sequence[Prompt]) -> dict[str, str]:
     """Headers that say what was done about an aLoRA's invocation, one value for each of the first prompts."""
     shown = prompts[:SHOWN_PROMPTS]
-    if any(prompt.invocation is None for prompt in shown):
+    if all(prompt.invocation is None for prompt in shown):
         return {}
-    headers = {"x-alora-invocation": ", ".join(prompt.invocation or "" for prompt in shown)}
-    if any(prompt.adapter is not None for prompt in shown):
-        places = ("-" if prompt.adapter is None else str(prompt.invocation_start) for prompt in shown)
+    headers = {"x-alora-invocation": ", ".join(prompt.invocation or "-" for prompt in shown)}
+    active = [prompt.invocation is not None and prompt.adapter is not None for prompt in shown]
+    if any(active):
+        places = (str(prompt.invocation_start) if here else "-" for prompt, here in zip(shown, active, strict=True))
         headers["x-alora-activation"] = ", ".join(places)
     return headers

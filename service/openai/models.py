@@ -1,31 +1,141 @@
 """What clients may call a model: the base, an adapter by name, by name and digest, or after the base's name."""
 
+import math
 import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.catalog.mixes import Mixes, Weighted
 from service.catalog.record import AdapterVersion
 from service.catalog.versions import Versions
 from service.errors import RequestError
 from service.http import json_response
+from service.metrics import MIX, SEVERAL
 from service.openai.schemas import GenerationRequest, ModelCard, ModelList
 from service.services import services_of
 
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
+FIELDS = ("lora_path", "adapter_id")  # two names for one thing
+SHOWN_PROMPTS, SHOWN_DIGITS = 64, 16  # of a request whose prompts have different adapters; proxies bound headers
 
 
-def resolve(request: GenerationRequest, base: str, versions: Versions) -> AdapterVersion | None:
-    """The adapter that a request asks for, None for the base. Raises RequestError, also if it asks for two."""
-    asked = {field: name for field in ("lora_path", "adapter_id") if (name := getattr(request, field)) is not None}
-    version = find_version(request.model, base, versions, "model")
-    for field, name in asked.items():
-        other = find_version(name, base, versions, field)
-        if version is not None and other is not version:
-            message = f"model {request.model!r} and {field} {name!r} are different adapters: name one"
-            raise RequestError("conflicting_adapters", message, field)
-        version = other
-    return version
+class Adapters(NamedTuple):
+    """What the prompts of a request run on; None is the base."""
+
+    versions: tuple[AdapterVersion | None, ...]  # one for all prompts, or one for each
+    field: str | None = None  # the field that names one for each
+    mixed: bool = False  # the one is a mix
+
+    def of_prompts(self, count: int) -> Sequence[AdapterVersion | None]:
+        """The adapter of each prompt. Raises RequestError if the field has another number of them."""
+        if self.field is None:
+            return self.versions * count
+        if len(self.versions) != count:
+            message = (
+                f"{self.field} names {len(self.versions)} adapters and there are {count} prompts: name one for each "
+                "prompt (null for the base), or one for all without a list"
+            )
+            raise RequestError("invalid_field", message, self.field)
+        return self.versions
+
+    @property
+    def label(self) -> str | None:
+        """The series of metrics that the request counts in; None is the base's."""
+        names = {None if version is None else version.name for version in self.versions}
+        return MIX if self.mixed else SEVERAL if len(names) > 1 else names.pop()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which content the request ran on; one value for each of the first prompts if they differ."""
+        digests = [None if version is None else version.digest for version in self.versions]
+        if len(set(digests)) > 1:
+            shown = ("-" if digest is None else digest[:SHOWN_DIGITS] for digest in digests[:SHOWN_PROMPTS])
+            return {"x-adapter-digests": ", ".join(shown)}
+        return {} if digests[0] is None else {"x-adapter-digest": digests[0]}
+
+
+@asynccontextmanager
+async def adapters_in_use(
+    request: GenerationRequest, base: str, versions: Versions, mixes: Mixes
+) -> AsyncIterator[Adapters]:
+    """The adapters that a request asks for, kept also if their names are meanwhile given to other versions.
+
+    Raises RequestError, also if the request asks for an adapter in two ways.
+    """
+    async with AsyncExitStack() as kept:
+        adapters = _resolve(request, base, versions)
+        parts = _parts(request, base, versions)
+        if parts is not None and not all(version is None for version in adapters.versions):
+            message = (
+                f"adapters is a mix, and model {request.model!r} is an adapter: send the base model's name, {base!r}"
+            )
+            raise RequestError("conflicting_adapters", message, "adapters")
+        used = adapters.versions if parts is None else [part.version for part in parts]
+        for version in {version.name: version for version in used if version is not None}.values():
+            kept.enter_context(versions.using(version))
+        if parts and (len(parts) > 1 or parts[0].weight != 1.0):
+            adapters = Adapters((await kept.enter_async_context(mixes.using(parts)),), mixed=True)
+        elif parts:
+            adapters = Adapters((parts[0].version,))
+        yield adapters
+
+
+def _resolve(request: GenerationRequest, base: str, versions: Versions) -> Adapters:
+    """What model, lora_path and adapter_id name. Raises RequestError, also if they name different adapters."""
+    named = find_version(request.model, base, versions, "model")
+    asked = {field: value for field in FIELDS if (value := getattr(request, field, None)) is not None}
+    if len(asked) > 1 and any(isinstance(value, list) for value in asked.values()):
+        first, second = asked.values()
+        if first != second:
+            message = "lora_path and adapter_id name different adapters: send one of them"
+            raise RequestError("conflicting_adapters", message, "adapter_id")
+    adapters = Adapters((named,))
+    for field, value in asked.items():
+        if not isinstance(value, list):
+            adapters = Adapters((_other(request.model, named, field, value, base, versions),))
+            named = adapters.versions[0]
+            continue
+        places = [f"{field}[{index}]" for index in range(len(value))]
+        found = (_other(request.model, named, *each, base, versions) for each in zip(places, value, strict=True))
+        adapters = Adapters(tuple(found), field)
+    return adapters
+
+
+def _other(
+    model: str, named: AdapterVersion | None, field: str, name: str | None, base: str, versions: Versions
+) -> AdapterVersion | None:
+    """The adapter that another field names; it may only repeat the one that is named already."""
+    other = None if name is None else find_version(name, base, versions, field)
+    if named is not None and other is not named:
+        shown = "null, the base," if name is None else repr(name)
+        message = f"model {model!r} and {field} {shown} are different adapters: name one"
+        raise RequestError("conflicting_adapters", message, field)
+    return other
+
+
+def _parts(request: GenerationRequest, base: str, versions: Versions) -> list[Weighted] | None:
+    """The parts of the mix that a request asks for, without those of weight 0; None if it asks for none."""
+    if request.adapters is None:
+        return None
+    if given := [field for field in FIELDS if getattr(request, field, None) is not None]:
+        message = f"adapters is a mix, and {given[0]} names an adapter too: send one of them"
+        raise RequestError("conflicting_adapters", message, "adapters")
+    parts = []
+    for name, weight in request.adapters.items():
+        field = f"adapters.{name}"
+        version = find_version(name, base, versions, field)
+        if version is None:
+            message = f"{field} is the base model: the weights are of adapters, whose sum is added to the base"
+            raise RequestError("invalid_field", message, field)
+        if not math.isfinite(weight):
+            raise RequestError("invalid_field", f"{field} is {weight}, expected a finite weight", field)
+        if weight:
+            parts.append(Weighted(name, version, weight))
+    return parts
 
 
 def find_version(name: str, base: str, versions: Versions, param: str) -> AdapterVersion | None:

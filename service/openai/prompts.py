@@ -27,13 +27,13 @@ class PromptEncoder:
         self._on_missing = on_missing  # an aLoRA's invocation, if neither request nor adapter says what then
 
     async def text_prompts(
-        self, prompt: str | list[str | int | list[int]], version: AdapterVersion | None, alora: Alora | None
+        self, prompt: str | list[str | int | list[int]], versions: Sequence[AdapterVersion | None], alora: Alora | None
     ) -> list[Prompt]:
-        """The prompts of a completion, each with its own invocation."""
+        """The prompts of a completion, each with its own invocation; there is a version for each."""
         prompts = await self._encode_prompts(prompt)
         answer_length(None, None, max(map(len, prompts)), self._max_model_len, "prompt")  # before they are searched
         encoded = []
-        for token_ids, found in zip(prompts, await invoked(prompts, version), strict=True):
+        for token_ids, version, found in zip(prompts, versions, await invoked(prompts, versions), strict=True):
             if found is None:
                 assert version is not None
                 found = without_invocation(token_ids, version, self._wanted(alora, version), self._tokenizer, "prompt")
@@ -52,7 +52,7 @@ class PromptEncoder:
         An invocation that is to be appended replaces the generation prompt (the assistant's header).
         """
         token_ids = await self.encode_chat(messages, tools, generation_prompt=True)
-        [prompt] = await invoked([token_ids], version)
+        [prompt] = await invoked([token_ids], [version])
         if prompt is not None:
             return prompt
         assert version is not None
@@ -70,7 +70,7 @@ class PromptEncoder:
         # A template may end a conversation with tokens that are absent when it goes on, and so may the tokenizer
         pairs = takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False))
         shared = _some([token_id for token_id, _ in pairs])
-        found, later = await invoked([shared, answered], version)
+        found, later = await invoked([shared, answered], [version, version])
         if later is not None and (found is None or found.invocation_start < later.invocation_start):
             # The generation prompt itself contains the invocation, so every token before it uses the base model
             assert version is not None
@@ -124,6 +124,11 @@ class PromptEncoder:
         for token_ids in prompts:
             check_token_ids(token_ids, self._vocab_size, "prompt")
         return prompts
+
+
+def number_of(prompt: str | list[str | int | list[int]]) -> int:
+    """How many prompts a field holds: a list of token ids is one."""
+    return 1 if isinstance(prompt, str) or all(isinstance(item, int) for item in prompt) else len(prompt)
 
 
 def _some(token_ids: list[int]) -> list[int]:

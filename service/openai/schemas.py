@@ -30,6 +30,7 @@ StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopText = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]  # an empty one stops nothing
 Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
+Mix = Annotated[dict[Name, float], Meta(max_length=8)]  # adapters by name, each with its weight
 
 
 class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,8 +113,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
-    lora_path: Name | None = None
-    adapter_id: Name | None = None
+    adapters: Mix | None = None
     alora: Alora | None = None
     # What the answer must look like: OpenAI's field, vLLM's, its older ones, and SGLang's
     response_format: ResponseFormat | None = None
@@ -137,6 +137,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     max_tokens: Count | None = None  # 0: nothing is generated
+    lora_path: Name | list[Name | None] | None = None  # a list has one for each prompt, null for the base
+    adapter_id: Name | list[Name | None] | None = None
     logprobs: Logprobs | None = None
     echo: bool | None = None  # the prompt before the answer; with logprobs its tokens' too
     prompt_logprobs: Logprobs | None = None
@@ -202,6 +204,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt_logprobs: Any = None
     echo: Any = None
     return_token_ids: Any = None
+    lora_path: Name | None = None
+    adapter_id: Name | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None

@@ -11,12 +11,11 @@ from starlette.types import Send
 
 from runtime.messages import SamplingParams
 from service.access import access_record
-from service.catalog.record import AdapterVersion
 from service.errors import EngineError, error_body
 from service.http import encode_json, json_response, until_disconnect
 from service.openai.generation import Counted, Delta, Generation, Plan
 from service.openai.invocation import Prompt, alora_headers, require_applicable
-from service.openai.models import resolve
+from service.openai.models import Adapters, adapters_in_use
 from service.openai.sampling_params import refuse_unbuilt, stop_strings
 from service.openai.schemas import GenerationRequest, Usage
 from service.services import Services
@@ -41,8 +40,8 @@ class Call(Protocol):
     @property
     def body(self) -> GenerationRequest: ...
 
-    async def inputs(self, version: AdapterVersion | None) -> Inputs:
-        """Check the call's own fields and encode its prompts for the model. Raises RequestError naming the field."""
+    async def inputs(self, adapters: Adapters) -> Inputs:
+        """Check the call's own fields and encode its prompts. Raises RequestError naming the field."""
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
         """One server-sent event; None if there is nothing to say."""
@@ -78,12 +77,12 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
     body, record = call.body, access_record(request)
     record.id, record.model = call.id, body.model
     async with AsyncExitStack() as source:
-        version = resolve(body, services.settings.served_name, services.catalog.versions)
-        if version is not None:  # in use from here on, also if its name is meanwhile given to another version
-            source.enter_context(services.catalog.versions.using(version))
+        catalog = services.catalog
+        in_use = adapters_in_use(body, services.settings.served_name, catalog.versions, catalog.mixes)
+        adapters = await source.enter_async_context(in_use)
         refuse_unbuilt(body, built=call.built)
-        require_applicable(body.alora, version)
-        prompts, params, special = await call.inputs(version)
+        require_applicable(body.alora, adapters.versions)
+        prompts, params, special = await call.inputs(adapters)
         plan = Plan(
             request_id=call.id,
             prompts=prompts,
@@ -94,11 +93,10 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
             special=special,
             include_stop=bool(body.include_stop_str_in_output),
         )
-        metrics, name = services.metrics, None if version is None else version.name
-        counted = Counted(metrics.series(name), metrics.vllm, record)
+        counted = Counted(services.metrics.series(adapters.label), services.metrics.vllm, record)
         generation = Generation(plan, services.engine, services.tokenizer, counted, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))
-        headers = {} if version is None else {"x-adapter-digest": version.digest, **alora_headers(prompts)}
+        headers = adapters.headers | alora_headers(prompts)
         if not body.stream:
             return await _whole(call, generation, deltas, headers)
         first = await anext(deltas)  # before the status goes out, so that a refusal has a status of its own
