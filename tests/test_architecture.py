@@ -99,6 +99,7 @@ INNER = {
     "service.adapters": {
         "service.catalog",
         "service.ingest",
+        "service.text",
         "service.errors",
         "service.http",
         "service.services",
