@@ -25,7 +25,7 @@ class TemplateSandbox:
         """The prompt. Raises InvalidChat, also for a template that takes longer than the limit."""
         job = framed(Job(template=template, conversation=conversation, seconds=self._seconds))
         async with self._places:
-            process = self._idle.pop() if self._idle else await _started()
+            process = self._take() or await _started()
             try:
                 answer = await _ask(process, job)
             except (asyncio.IncompleteReadError, ConnectionError):
@@ -41,6 +41,14 @@ class TemplateSandbox:
     async def close(self) -> None:
         while self._idle:
             await _end(self._idle.pop())
+
+    def _take(self) -> asyncio.subprocess.Process | None:
+        """An idle process that runs."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.returncode is None:
+                return process
+        return None
 
     def _reason(self, status: int) -> str:
         if status == -signal.SIGPROF:
