@@ -53,7 +53,12 @@ BUNDLE = {
     "multipart/form-data": {
         "type": "object",
         "required": ["adapter_config.json", "adapter_model.safetensors"],
-        "properties": {"adapter_config.json": {"type": "string"}, "adapter_model.safetensors": BINARY},
+        "properties": {
+            "adapter_config.json": {"type": "string"},
+            "adapter_model.safetensors": BINARY,
+            "chat_template.jinja": {"type": "string", "description": "used in place of the base's"},
+            "tokenizer_config.json": {"type": "string", "description": "its chat_template, if no chat_template.jinja"},
+        },
     },
     "application/x-tar": BINARY,
     "application/vnd.safetensors": BINARY,
@@ -182,7 +187,7 @@ OPERATIONS = {
         answer_headers=GENERATED,
     ),
     ("POST", "/v1/chat/completions"): Operation(
-        "Answer a conversation, formatted by the model's chat template.",
+        "Answer a conversation, formatted by the chat template of the model or of the adapter.",
         {200: ChatCompletion},
         body=ChatRequest,
         streams=(ChatChunk,),

@@ -42,6 +42,7 @@ from service.responses import routes as responses
 from service.responses.store import ResponseStore
 from service.services import Services
 from service.settings import Settings
+from service.text.chat_templates import ChatTemplates
 from service.text.tokenizer import Tokenizer
 from storage.store import StoreError
 
@@ -135,7 +136,14 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(engine.close)
         starting = asyncio.create_task(engine.start())
         stack.callback(starting.cancel)
-        tokenizer = await asyncio.to_thread(Tokenizer, directory, settings.tool_call_parser)
+        tokenizer = await asyncio.to_thread(Tokenizer, directory)
+        templates = ChatTemplates(
+            tokenizer.chat_templates if settings.chat_template is None else {"default": settings.chat_template},
+            tokenizer.special_tokens,
+            family=settings.tool_call_parser,
+            reasoning=settings.reasoning_parser,
+        )
+        stack.push_async_callback(templates.close)
         catalog = await Catalog.open(
             await asyncio.to_thread(opened_storage, settings),
             engine,
@@ -163,7 +171,14 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             sources=sources,
             imports=imports,
             tokenizer=tokenizer,
-            prompts=PromptEncoder(tokenizer, vocab_size, max_model_len, settings.alora_on_missing),
+            prompts=PromptEncoder(
+                tokenizer,
+                templates,
+                vocab_size,
+                max_model_len,
+                settings.alora_on_missing,
+                request_templates=settings.allow_request_chat_template,
+            ),
             grammars=Grammars(),
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),

@@ -13,6 +13,8 @@ from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
 from service.catalog.record import OnMissing
 from service.option_parser import AbsentOption, Parser, declared
 from service.source_urls import AllowedSources, store_of
+from service.text.chat_templates import template_text
+from service.text.reasoning import ReasoningFamily
 from service.tool_calls.syntax import Family
 
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/,\s]+")
@@ -69,6 +71,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tool_call_parser: Annotated[
         Family | None, Option("how the model writes tool calls", "model", unset="as its chat template does")
     ] = None
+    reasoning_parser: Annotated[
+        ReasoningFamily | None,
+        Option("how the model writes its thoughts", "model", unset="as its chat template does"),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        Option("file of a chat template, or its text", "model", unset="the model's own", parse=template_text),
+    ] = None
+    allow_request_chat_template: Annotated[
+        bool, Option("let requests bring a chat template, which is rendered in a sandbox", "model")
+    ] = False
     store: Annotated[
         str | None,
         Option("s3://bucket[/prefix] that keeps adapters", "adapters", unset="the data directory", parse=store_url),

@@ -100,6 +100,7 @@ INNER = {
     "service.adapters": {
         "service.catalog",
         "service.ingest",
+        "service.text",
         "service.errors",
         "service.http",
         "service.services",

@@ -1,4 +1,4 @@
-"""From the two files of a bundle to a name: check them completely, write the canonical file, publish it."""
+"""From the files of a bundle to a name: check them completely, write the canonical file, publish it."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ from starlette.requests import Request
 
 from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
+from runtime.adapter_format.errors import InvalidAdapter
 from service.catalog.record import Condition, OnMissing, Upload
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
@@ -15,6 +16,7 @@ from service.ingest.throttle import Throttle
 from service.ingest.upload_body import read_bundle
 from service.services import Services
 from service.source_urls import Source
+from service.text.rendering import InvalidTemplate, names_in
 
 
 class UploadOptions(NamedTuple):
@@ -77,6 +79,11 @@ async def remove(services: Services, name: str, condition: Condition, *, force: 
 
 def _checked(services: Services, bundle: Bundle, source: str, options: UploadOptions, throttle: Throttle) -> Upload:
     """Check a bundle completely and write its canonical file beside it. Blocks. Raises InvalidAdapter."""
+    if bundle.template is not None:
+        try:
+            names_in(bundle.template.text)
+        except InvalidTemplate as error:
+            raise InvalidAdapter(bundle.template.file, f"the chat template does not parse: {error}") from None
     target = bundle.weights.with_name("canonical.safetensors")
     engine = services.settings.engine
     summary = canonicalise(
@@ -93,4 +100,5 @@ def _checked(services: Services, bundle: Bundle, source: str, options: UploadOpt
         message = "alora_on_missing says what to do without an aLoRA's invocation, and this adapter is a plain LoRA"
         raise RequestError("alora_not_applicable", message, "alora_on_missing")
     preload, pin, ephemeral, on_missing = options
-    return Upload(summary, target, source, ephemeral, preload, pin, on_missing)
+    template = None if bundle.template is None else bundle.template.text
+    return Upload(summary, target, source, ephemeral, preload, pin, on_missing, template)

@@ -56,6 +56,7 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
         OnMissing | None,
         Meta(description="what is done for a prompt without the invocation; null: as the server's option says"),
     ]
+    chat_template: Annotated[bool, Meta(description="it brings a chat template, which is used in place of the base's")]
     kv_blocks: Annotated[
         int | None,
         Meta(
@@ -130,6 +131,7 @@ def adapter_resource(
         requests_in_flight=version.requests,
         invocation_tokens=record.invocation_tokens,
         alora_on_missing=record.alora_on_missing,
+        chat_template=record.chat_template is not None,
         kv_blocks=None if stats is None else _kv_blocks(stats, record.digest),
         warnings=record.warnings,
     )
@@ -184,6 +186,7 @@ def _imported(job: Import) -> Adapter:
         requests_in_flight=0,
         invocation_tokens=None,
         alora_on_missing=None,
+        chat_template=False,
         kv_blocks=None,
         warnings=[],
     )

@@ -137,6 +137,7 @@ def _recipe(parts: Sequence[Weighted], max_rank: int) -> Recipe:
 def _record(parts: Sequence[Weighted], mix: Mix, base: str) -> AdapterRecord:
     """What is known of a mix; its name is for messages only."""
     records = [part.version.record for part in parts]
+    templates = {record.chat_template for record in records}
     return AdapterRecord(
         name=" + ".join(f"{part.weight:g} {part.name}" for part in parts),
         digest=mix.digest,
@@ -152,4 +153,5 @@ def _record(parts: Sequence[Weighted], mix: Mix, base: str) -> AdapterRecord:
         base=base,
         invocation_tokens=records[0].invocation_tokens,
         leaves_kv=all(record.leaves_kv for record in records),
+        chat_template=templates.pop() if len(templates) == 1 else None,
     )

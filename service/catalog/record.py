@@ -12,6 +12,8 @@ from runtime.messages import Tier
 # Words that `/`, `@` or `:` join: org/name, model@7, team:poet
 NAME_PATTERN = r"^(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._-]*([/@:][A-Za-z0-9][A-Za-z0-9._-]*)*\Z"
 
+MAX_TEMPLATE_BYTES = 64 << 10  # of a chat template, which a record holds whole
+
 OnMissing = Literal["error", "base", "append"]  # what to do for a prompt that does not invoke its aLoRA
 
 
@@ -34,6 +36,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     invocation_tokens: list[int] | None = None  # of an aLoRA
     leaves_kv: bool = False  # its K/V equal the base's
     alora_on_missing: OnMissing | None = None  # for requests that do not say; None: as the server's option
+    chat_template: str | None = None  # in place of the base's
 
     @property
     def pin(self) -> Tier | None:
@@ -81,6 +84,7 @@ class Upload(NamedTuple):
     preload: bool = False  # load it to the device at once
     pin: bool | None = None  # pin it to the device; None keeps the pin of the name
     alora_on_missing: OnMissing | None = None  # None keeps that of the name
+    chat_template: str | None = None
 
 
 def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -> AdapterRecord:
@@ -99,6 +103,7 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
             base=base,
             leaves_kv=summary.kv_is_base,
             alora_on_missing=on_missing,
+            chat_template=upload.chat_template,
         )
     return AdapterRecord(
         name=name,
@@ -117,4 +122,5 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         invocation_tokens=None if summary.invocation_tokens is None else list(summary.invocation_tokens),
         leaves_kv=summary.kv_is_base,
         alora_on_missing=on_missing,
+        chat_template=upload.chat_template,
     )

@@ -1,13 +1,27 @@
-"""The two files of an adapter, as a client or a source sends them."""
+"""The files of an adapter, as a client or a source sends them."""
 
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from runtime.adapter_format.errors import shown
+import msgspec
+
+from runtime.adapter_format.errors import InvalidAdapter, shown
+from service.catalog.record import MAX_TEMPLATE_BYTES
 from service.errors import RequestError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
+# Either may bring a chat template; the first wins
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+REQUIRED, OPTIONAL = (CONFIG, WEIGHTS), (TEMPLATE, TOKENIZER)
+# In bytes, of all but the weights
+LIMITS = {CONFIG: 1 << 20, TEMPLATE: MAX_TEMPLATE_BYTES, TOKENIZER: 4 << 20}
+
+
+class TemplateFile(NamedTuple):
+    """A chat template, and the file that it is in."""
+
+    file: str
+    text: str
 
 
 class Bundle(NamedTuple):
@@ -15,17 +29,29 @@ class Bundle(NamedTuple):
 
     weights: Path
     config: bytes
+    template: TemplateFile | None = None
+
+
+class NamedTemplate(msgspec.Struct, frozen=True):
+    name: str
+    template: str
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True):
+    """All that matters here of a tokenizer's configuration, which belongs to the base model."""
+
+    chat_template: str | list[NamedTemplate] | None = None
 
 
 class BundleFiles:
-    """Writes the two files of a bundle as they arrive: no others, each once, each within its limit.
+    """Writes the files of a bundle as they arrive: no others, each once, each within its limit.
 
     Every method blocks and may raise RequestError.
     """
 
     def __init__(self, directory: Path, max_weights_bytes: int) -> None:
         self._directory = directory
-        self._limits = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: max_weights_bytes}  # in bytes
+        self._limits = {**LIMITS, WEIGHTS: max_weights_bytes}  # in bytes
         self._complete: set[str] = set()
         self._name = ""  # of the open file
         self._file: BinaryIO | None = None
@@ -34,7 +60,7 @@ class BundleFiles:
     def begin(self, name: str, size: int = 0) -> None:
         """Open a file that its container calls `name`; `size` is its size in bytes, 0 if the container does not say."""
         if name not in self._limits:
-            message = f"{shown(name)!r} is not expected: only {CONFIG} and {WEIGHTS} are"
+            message = f"{shown(name)!r} is not expected: only {', '.join((*REQUIRED, *OPTIONAL))} are"
             raise RequestError("unexpected_file", message, shown(name))
         if name in self._complete:
             raise RequestError("duplicate_file", f"{name} comes twice", name)
@@ -63,11 +89,40 @@ class BundleFiles:
             self._file = None
 
     def bundle(self) -> Bundle:
-        """Both files. Raises RequestError if one is missing or incomplete."""
-        for name in self._limits:
+        """The files. Raises RequestError if one is missing or incomplete, InvalidAdapter as `bundle_in` does."""
+        for name in REQUIRED:
             if name not in self._complete:
                 raise RequestError("missing_file", f"the upload has no {name}, or it is cut off", name)
-        return Bundle(self._directory / WEIGHTS, (self._directory / CONFIG).read_bytes())
+        return bundle_in(self._directory)
+
+
+def bundle_in(directory: Path) -> Bundle:
+    """The bundle whose files are in a directory. Raises InvalidAdapter if the file of a template is none."""
+    return Bundle(directory / WEIGHTS, (directory / CONFIG).read_bytes(), _template_in(directory))
+
+
+def _template_in(directory: Path) -> TemplateFile | None:
+    if (file := directory / TEMPLATE).exists():
+        try:
+            return TemplateFile(TEMPLATE, file.read_text("utf-8"))
+        except UnicodeDecodeError:
+            raise InvalidAdapter(TEMPLATE, "expected a Jinja template in UTF-8") from None
+    if not (file := directory / TOKENIZER).exists():
+        return None
+    try:
+        found = msgspec.json.decode(file.read_bytes(), type=TokenizerConfig).chat_template
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidAdapter(TOKENIZER, f"expected a tokenizer's configuration as JSON: {error}") from None
+    if isinstance(found, list):
+        named = {each.name: each.template for each in found}
+        if "default" not in named:
+            raise InvalidAdapter(TOKENIZER, 'chat_template has several templates: expected one named "default"')
+        found = named["default"]
+    if not found:
+        return None
+    if len(found.encode(errors="replace")) > MAX_TEMPLATE_BYTES:
+        raise InvalidAdapter(TOKENIZER, f"chat_template has more than {MAX_TEMPLATE_BYTES} bytes")
+    return TemplateFile(TOKENIZER, found)
 
 
 def too_large(limit: int, name: str | None = None) -> RequestError:

@@ -1,11 +1,13 @@
-"""A multipart form of the two files."""
+"""A multipart form of the files."""
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
-from service.ingest.bundle import CONFIG, WEIGHTS, BundleFiles
+from service.ingest.bundle import OPTIONAL, REQUIRED, BundleFiles
+
+NAMES = frozenset((*REQUIRED, *OPTIONAL))
 
 
 def read_multipart(body: BodyReader, files: BundleFiles, boundary: bytes) -> None:
@@ -64,9 +66,9 @@ class _Form:
     def on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
         field, file = (options.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
-        if {field, file} == {CONFIG, WEIGHTS}:
+        if field != file and {field, file} <= NAMES:
             raise _invalid(f"the part {field} holds the file {file}", field)
-        self._files.begin(file if file in (CONFIG, WEIGHTS) else field)
+        self._files.begin(file if file in NAMES else field)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._files.write(memoryview(data)[start:end])

@@ -1,4 +1,4 @@
-"""A source that is a directory of the server. Its two files are read without following a link."""
+"""A source that is a directory of the server. Its files are read without following a link."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from service.errors import RequestError
-from service.ingest.bundle import CONFIG, WEIGHTS, BundleFiles
+from service.ingest.bundle import OPTIONAL, REQUIRED, WEIGHTS, BundleFiles
 from storage.store import OnProgress
 
 _COPY_BYTES = 1 << 20
@@ -16,13 +16,14 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def copy_files(root: Path, below: Sequence[str], files: BundleFiles, on_progress: OnProgress) -> None:
-    """Copy the two files of a directory, so that they cannot change while they are checked. Blocks.
+    """Copy the files of a directory, so that they cannot change while they are checked. Blocks.
 
     `below` are the names that lead from `root` to the directory. A link below the root is refused, because it may lead
     out of the root. Raises RequestError: links, missing files, files over their limits; and what `on_progress` raises.
     """
     with _directory(root, below) as directory:
-        for name in (CONFIG, WEIGHTS):
+        present = set(os.listdir(directory))
+        for name in (*(name for name in OPTIONAL if name in present), *REQUIRED):
             with _open_plain(name, directory) as file:
                 size, done = os.fstat(file.fileno()).st_size, 0
                 files.begin(name, size)

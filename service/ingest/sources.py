@@ -1,4 +1,4 @@
-"""Fetching the two files of an adapter from the source that a client names."""
+"""Fetching the files of an adapter from the source that a client names."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from service.errors import RequestError
-from service.ingest.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
+from service.ingest.bundle import LIMITS, OPTIONAL, WEIGHTS, Bundle, BundleFiles, bundle_in, too_large
 from service.ingest.source_files import copy_files
 from service.source_urls import AllowedSources, Source, check_revision, source_of
 from storage.huggingface import HubRepository
@@ -67,7 +67,7 @@ class Sources:
         return source
 
     def fetch(self, source: Source, directory: Path, on_progress: OnProgress) -> Fetched:
-        """Fetch the two files of a checked source into a directory, which the caller removes in any case. Blocks.
+        """Fetch the files of a checked source into a directory, which the caller removes in any case. Blocks.
 
         `on_progress` gets the bytes of the weights so far; its exceptions end the fetch. Raises RequestError if the
         source is missing, unreadable, too large, changes during the fetch, or its store fails; StoreFull, OSError.
@@ -112,15 +112,20 @@ class Sources:
 
     def _copy(self, reader: Reader, directory: Path, on_progress: OnProgress) -> Bundle:
         """Fetch the configuration first: it is small, and the file that is most often missing."""
-        limits = ((CONFIG, MAX_CONFIG_BYTES, None), (WEIGHTS, self._max_bytes, on_progress))
-        for name, limit, listener in limits:
+        limits = {**LIMITS, WEIGHTS: self._max_bytes}
+        for name, limit in limits.items():
+            listener = on_progress if name == WEIGHTS else None
             try:
                 reader.fetch(name, directory / name, max_bytes=limit, on_progress=listener)
-            except NotFound:
+            except (NotFound, AccessDenied) as error:
+                if name in OPTIONAL:  # S3 denies access to what is missing, unless the reader may list the bucket
+                    continue
+                if isinstance(error, AccessDenied):
+                    raise
                 raise RequestError("source_not_found", f"the source has no {name}", "src") from None
             except ObjectTooLarge:
                 raise too_large(limit, name) from None
-        return Bundle(directory / WEIGHTS, (directory / CONFIG).read_bytes())
+        return bundle_in(directory)
 
 
 def _with_revision(source: Source, revision: str) -> Source:

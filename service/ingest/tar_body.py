@@ -1,4 +1,4 @@
-"""A plain tar archive of the two files."""
+"""A plain tar archive of the files."""
 
 import tarfile
 
@@ -35,7 +35,7 @@ _REFUSED = {
 
 
 def read_tar(body: BodyReader, files: BundleFiles) -> None:
-    """Read an archive's members; only the two plain files at its top are accepted. Blocks. Raises RequestError.
+    """Read an archive's members; only the plain files at its top are accepted. Blocks. Raises RequestError.
 
     `tarfile` parses the headers only. Its stream mode (`tarfile.open(mode="r|")`) is not safe for a stranger's archive:
     it holds pax headers and long names of any size in memory, applies them, and takes a broken header for the end.

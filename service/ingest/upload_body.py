@@ -8,7 +8,7 @@ from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import read_header
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
-from service.ingest.bundle import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Bundle, BundleFiles, too_large
+from service.ingest.bundle import CONFIG, LIMITS, WEIGHTS, Bundle, BundleFiles, too_large
 from service.ingest.multipart_body import read_multipart
 from service.ingest.tar_body import read_tar
 
@@ -19,7 +19,8 @@ def read_bundle(body: BodyReader, directory: Path) -> Bundle:
     """Read a body into `directory`, which the caller removes in any case. Blocks.
 
     Raises RequestError: `unsupported_media_type`, `body_too_large`, or an error of the container format; InvalidAdapter
-    for a safetensors body without a configuration; and as `BodyReader.read` does.
+    for a safetensors body without a configuration, and as `BodyReader.read` and
+    `BundleFiles.bundle` do.
     """
     announced = body.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > body.max_bytes:
@@ -52,8 +53,8 @@ def _read_safetensors(body: BodyReader, files: BundleFiles, directory: Path) -> 
     if config is None:
         raise InvalidAdapter("__metadata__", f'has no "adapter_config", expected the JSON of {CONFIG}')
     content = config.encode()
-    if len(content) > MAX_CONFIG_BYTES:
-        raise too_large(MAX_CONFIG_BYTES, CONFIG)
+    if len(content) > LIMITS[CONFIG]:
+        raise too_large(LIMITS[CONFIG], CONFIG)
     files.begin(CONFIG)
     files.write(content)
     files.end()

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from service.errors import RequestError
 from service.http import read_body
+from service.openai.conversations import template_fields, text_of
 from service.openai.generation import Delta
 from service.openai.grammars import Source, source_of
 from service.openai.known_fields import decode_request
@@ -37,6 +38,8 @@ from service.openai.schemas import (
 from service.openai.streaming import Inputs, answer
 from service.openai.tool_choice import calls_schema, check_tools, forced_tools, usable_tools
 from service.services import Services, services_of
+from service.text.chat_templates import ChatTemplate
+from service.text.reasoning import END, TAIL, ReasoningFamily, ReasoningSplitter, splitter_after
 from service.tool_calls.parser import Arguments, Begun, Text, ToolCallParser
 
 
@@ -47,12 +50,15 @@ async def chat_completions(request: Request) -> Response:
 
 
 class Turn:
-    """One choice's message: its text, and its calls as they come."""
+    """One choice's message: its thoughts, its text, and its calls as they come."""
 
-    def __init__(self, parser: ToolCallParser | None, *, several: bool, short_ids: bool) -> None:
-        self.content = ""
+    def __init__(
+        self, splitter: ReasoningSplitter | None, parser: ToolCallParser | None, *, several: bool, short_ids: bool
+    ) -> None:
+        self.content = self.reasoning = ""
+        self.thought = ""  # what the last delta added to the reasoning
         self.told = False  # whether the client has had a chunk of it
-        self._parser, self._several, self._short_ids = parser, several, short_ids
+        self._splitter, self._parser, self._several, self._short_ids = splitter, parser, several, short_ids
         self._names: list[str] = []
         self._arguments: list[str] = []
         self._ids: list[str] = []
@@ -64,10 +70,11 @@ class Turn:
 
     def push(self, delta: Delta) -> list[str | ToolCallDelta]:
         """The content and the calls that the message gains, in their order."""
+        text = self._after_thoughts(delta)
         if self._parser is None:
-            self.content += delta.text
-            return [delta.text] if delta.text else []
-        pieces = self._parser.push(delta.text)
+            self.content += text
+            return [text] if text else []
+        pieces = self._parser.push(text)
         if delta.finish_reason is not None:
             pieces += self._parser.flush()
         gained: list[str | ToolCallDelta] = []
@@ -84,6 +91,17 @@ class Turn:
 
     def finish_reason(self, delta: Delta) -> FinishReason | None:
         return "tool_calls" if self._names and delta.finish_reason == "stop" else delta.finish_reason
+
+    def _after_thoughts(self, delta: Delta) -> str:
+        """The text of a delta that is no thought."""
+        if self._splitter is None:
+            return delta.text
+        self.thought, text = self._splitter.push(delta.text)
+        if delta.finish_reason is not None:
+            rest = self._splitter.flush()
+            self.thought, text = self.thought + rest.reasoning, text + rest.content
+        self.reasoning += self.thought
+        return text
 
     def _begin(self, name: str) -> list[ToolCallDelta]:
         self._names.append(name)
@@ -129,6 +147,9 @@ class Chat:
         self._services, self._tokenizer = services, services.tokenizer
         self._created = int(time.time())
         self._turns: dict[int, Turn] = {}  # by choice
+        self._template: ChatTemplate  # known once the inputs are
+        self._reasoning: ReasoningFamily = "none"
+        self._prompt_end = ""
 
     async def inputs(self, adapters: Adapters) -> Inputs:
         body, services = self.body, self._services
@@ -140,7 +161,9 @@ class Chat:
         check_tools(body)
         tools = usable_tools(body)
         [version] = adapters.of_prompts(1)
-        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora, tools)
+        fields = template_fields(body)
+        self._template = template = await services.prompts.template(version, tools, fields)
+        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora, tools, fields)
         asked = body.max_completion_tokens or body.max_tokens
         length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         length = len(prompt.token_ids)
@@ -148,8 +171,18 @@ class Chat:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         grammar = await self._grammar()
         params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
-        marked = bool(tools) and self._tokenizer.is_special(self._tokenizer.syntax.begin)
+        # A grammar holds from the first token on: such an answer has no thoughts
+        if grammar is None and body.separate_reasoning is not False:
+            self._reasoning = template.reasoning
+        self._prompt_end = self._tokenizer.shown(prompt.token_ids[-TAIL:])
+        marks = [template.syntax.begin] if tools else []
+        marks += [] if self._splitter() is None else [END]
+        marked = any(map(self._tokenizer.is_special, marks))
         return Inputs([prompt], params, marked or body.skip_special_tokens is False)
+
+    def _splitter(self) -> ReasoningSplitter | None:
+        continued = text_of(self.body.messages[-1]) if self.body.continue_final_message else None
+        return splitter_after(self._reasoning, self._prompt_end, continued or "")
 
     async def _grammar(self) -> str | None:
         """The grammar of the answer: of the calls that it must consist of, or of what a field asks for."""
@@ -168,7 +201,8 @@ class Chat:
         gained = turn.push(delta)
         content = "".join(each for each in gained if isinstance(each, str))
         calls = _merged([each for each in gained if isinstance(each, ToolCallDelta)])
-        if not (content or calls or delta.logprobs or delta.finish_reason):
+        thought = (turn.thought if self._tells_thoughts else "") or None
+        if not (content or calls or thought or delta.logprobs or delta.finish_reason):
             return None
         begins, turn.told = not turn.told, True
         choice = ChatChunkChoice(
@@ -177,6 +211,8 @@ class Chat:
                 role="assistant" if begins else None,
                 content=content if content or (begins and not calls) else None,
                 tool_calls=calls or None,
+                reasoning_content=thought,
+                reasoning=thought,
             ),
             logprobs=self.logprobs([delta]),
             finish_reason=turn.finish_reason(delta),
@@ -187,13 +223,18 @@ class Chat:
         if choice not in self._turns:
             body, parser = self.body, None
             if usable_tools(body):
-                parser = ToolCallParser(self._tokenizer.syntax, inside=bool(forced_tools(body)))
-            self._turns[choice] = Turn(parser, several=body.parallel_tool_calls is not False, short_ids=self._short_ids)
+                parser = ToolCallParser(self._template.syntax, inside=bool(forced_tools(body)))
+            several = body.parallel_tool_calls is not False
+            self._turns[choice] = Turn(self._splitter(), parser, several=several, short_ids=self._short_ids)
         return self._turns[choice]
 
     @property
     def _short_ids(self) -> bool:
-        return self._tokenizer.family == "mistral"  # its chat template takes ids of 9 characters only
+        return self._template.family == "mistral"  # its chat template takes ids of 9 characters only
+
+    @property
+    def _tells_thoughts(self) -> bool:
+        return self.body.include_reasoning is not False
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         return self._chunk([], usage)
@@ -211,13 +252,16 @@ class Chat:
             turn.push(delta)
         reason = turn.finish_reason(deltas[-1])
         assert reason is not None
+        thoughts = (turn.reasoning if self._tells_thoughts else "") or msgspec.UNSET
         return ChatChoice(
             index=deltas[0].choice,
             message=ChatMessage(
                 role="assistant",
-                content=turn.content if turn.content or not turn.calls else None,
+                content=turn.content if turn.content or not (turn.calls or turn.reasoning) else None,
                 refusal=None,
                 tool_calls=turn.calls or msgspec.UNSET,
+                reasoning_content=thoughts,
+                reasoning=thoughts,
             ),
             logprobs=self.logprobs(deltas),
             finish_reason=reason,

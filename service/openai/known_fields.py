@@ -137,7 +137,7 @@ IGNORED = frozenset(
         *("repeat_last_n", "preserved_tokens", "chat_format", "reasoning_budget_start_tag", "reasoning_budget_end_tag"),
         *("reasoning_budget_message", "reasoning_budget_arm_immediately", "routed_experts_prompt_start"),
         *("routed_experts_start_len", "return_token_offsets", "return_mm_kwargs", "return_text_in_logprobs"),
-        # reasoning, which is part of the text
+        # reasoning, which is told in its own field as it comes; in a completion it is part of the text
         *("reasoning", "reasoning_effort", "reasoning_format", "include_reasoning", "separate_reasoning"),
         *("stream_reasoning", "chat_template_content_format"),
     }

@@ -2,29 +2,38 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
-
-import msgspec
 
 from service.catalog.record import AdapterVersion, OnMissing
 from service.errors import RequestError
+from service.openai.conversations import conversation_of
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
-from service.openai.sampling_params import answer_length, check_token_ids, refuse_unbuilt
-from service.openai.schemas import Alora, Message, Tool, ToolCall
-from service.openai.tool_choice import as_json, calls_as_text, with_description
-from service.text.tokenizer import InvalidChat, Tokenizer
+from service.openai.sampling_params import answer_length, check_token_ids
+from service.openai.schemas import Alora, Message, TemplateFields, Tool
+from service.text.chat_templates import ChatTemplate, ChatTemplates
+from service.text.rendering import InvalidChat, InvalidTemplate
+from service.text.tokenizer import Tokenizer
+
+NO_FIELDS = TemplateFields()
 
 
 class PromptEncoder:
     """Encodes prompts and finds in each where its adapter begins to apply. All methods raise RequestError."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, on_missing: OnMissing = "error"
+        self,
+        tokenizer: Tokenizer,
+        templates: ChatTemplates,
+        vocab_size: int,
+        max_model_len: int,
+        on_missing: OnMissing = "error",
+        *,
+        request_templates: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._templates = tokenizer, templates
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len  # tokens of prompt and answer together
         self._on_missing = on_missing  # an aLoRA's invocation, if neither request nor adapter says what then
+        self._request_templates = request_templates  # whether requests may bring one
 
     async def text_prompts(
         self, prompt: str | list[str | int | list[int]], versions: Sequence[AdapterVersion | None], alora: Alora | None
@@ -46,27 +55,28 @@ class PromptEncoder:
         version: AdapterVersion | None,
         alora: Alora | None,
         tools: Sequence[Tool] = (),
+        fields: TemplateFields = NO_FIELDS,
     ) -> Prompt:
         """A conversation up to where the assistant's answer begins.
 
         An invocation that is to be appended replaces the generation prompt (the assistant's header).
         """
-        token_ids = await self.encode_chat(messages, tools, generation_prompt=True)
+        token_ids = await self.encode_chat(messages, version, tools, fields)
         [prompt] = await invoked([token_ids], [version])
         if prompt is not None:
             return prompt
         assert version is not None
         wanted = self._wanted(alora, version)
         if wanted == "append":
-            token_ids = await self.encode_chat(messages, tools, generation_prompt=False)
+            token_ids = await self.encode_chat(messages, version, tools, fields, header=False)
         return without_invocation(token_ids, version, wanted, self._tokenizer, "messages")
 
     async def chat_prefix(
         self, messages: Sequence[Message], version: AdapterVersion | None, alora: Alora | None
     ) -> Prompt:
         """The tokens that every later request with these first messages begins with."""
-        whole = await self.encode_chat(messages, generation_prompt=False)
-        answered = await self.encode_chat(messages, generation_prompt=True)
+        whole = await self.encode_chat(messages, version, header=False)
+        answered = await self.encode_chat(messages, version)
         # A template may end a conversation with tokens that are absent when it goes on, and so may the tokenizer
         pairs = takewhile(lambda pair: pair[0] == pair[1], zip(whole, answered, strict=False))
         shared = _some([token_id for token_id, _ in pairs])
@@ -88,23 +98,48 @@ class PromptEncoder:
         return on_missing(alora, version, self._on_missing)
 
     async def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        version: AdapterVersion | None,
+        tools: Sequence[Tool] = (),
+        fields: TemplateFields = NO_FIELDS,
+        *,
+        header: bool = True,
     ) -> list[int]:
-        """A conversation's token ids, with the header of the assistant's answer or without."""
-        for index, turn in enumerate(messages):
-            refuse_unbuilt(turn, f"messages[{index}].")
-        plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-        template, syntax = self._tokenizer.chat_template, self._tokenizer.syntax
-        if "tool_calls" not in template:
-            plain = [calls_as_text(message, syntax) for message in plain]
-        if "tools" not in template:
-            plain, tools = with_description(plain, tools, syntax), ()
+        """A conversation's token ids, with the header of the assistant's answer, unless `fields` want none, or not."""
+        template = await self.template(version, tools, fields)
+        conversation = conversation_of(messages, tools, fields, template, header=header)
         try:
-            token_ids = await self._tokenizer.encode_chat(plain, generation_prompt, [as_json(tool) for tool in tools])
+            text = await self._templates.render(template, conversation)
         except InvalidChat as error:
             raise RequestError("invalid_chat", str(error), "messages") from None
+        [token_ids] = await self._tokenizer.encode_texts([text], add_special_tokens=False)
         check_token_ids(_some(token_ids), self._vocab_size, "messages")
         return token_ids
+
+    async def template(
+        self, version: AdapterVersion | None, tools: Sequence[Tool] = (), fields: TemplateFields = NO_FIELDS
+    ) -> ChatTemplate:
+        """The template of a request: its own, else its adapter's, else the server's."""
+        param = "messages" if fields.chat_template is None else "chat_template"
+        if fields.chat_template is not None and not self._request_templates:
+            message = (
+                "chat_template: this server takes no templates from requests; leave it out, "
+                "or start the server with --allow-request-chat-template"
+            )
+            raise RequestError("unsupported_parameter", message, param)
+        text = fields.chat_template or (None if version is None else version.record.chat_template)
+        try:
+            template = await self._templates.of(text, tools=bool(tools))
+        except InvalidTemplate as error:
+            raise RequestError("invalid_chat", f"the chat template does not parse: {error}", param) from None
+        if template is None:
+            message = (
+                "the model has no chat template: use /v1/completions, or start the server with --chat-template, "
+                "or upload the adapter with a chat_template.jinja"
+            )
+            raise RequestError("invalid_chat", message, param)
+        return template
 
     async def _encode_prompts(self, prompt: str | list[str | int | list[int]]) -> list[list[int]]:
         """The token ids of a prompt in any of its four forms."""
@@ -135,31 +170,3 @@ def _some(token_ids: list[int]) -> list[int]:
     if not token_ids:
         raise RequestError("empty_prompt", "messages: the chat template makes no tokens of them", "messages")
     return token_ids
-
-
-def _plain(message: Message, place: str) -> dict[str, Any]:
-    """A message as chat templates know it: content is one string, a call's arguments a mapping. Raises RequestError."""
-    content = message.content
-    if content is None:
-        if not message.tool_calls:
-            raise RequestError("missing_field", f"{place}.content is required without tool_calls", f"{place}.content")
-        content = ""
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    plain: dict[str, Any] = {"role": message.role, "content": text}
-    if message.name is not None:
-        plain["name"] = message.name
-    if message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        calls = enumerate(message.tool_calls)
-        plain["tool_calls"] = [_plain_call(call, f"{place}.tool_calls[{index}]") for index, call in calls]
-    return plain
-
-
-def _plain_call(call: ToolCall, place: str) -> dict[str, Any]:
-    field = f"{place}.function.arguments"
-    try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise RequestError("invalid_field", f"{field} must be a JSON object as text: {error}", field) from None
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

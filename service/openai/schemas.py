@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from service.catalog.record import OnMissing
+from service.catalog.record import MAX_TEMPLATE_BYTES, OnMissing
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every piece of text is searched for each stop string
@@ -30,6 +30,7 @@ StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopText = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]  # an empty one stops nothing
 Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Name = Annotated[str, Meta(min_length=1)]
+TemplateText = Annotated[str, Meta(min_length=1, max_length=MAX_TEMPLATE_BYTES)]
 Mix = Annotated[dict[Name, float], Meta(max_length=8)]  # adapters by name, each with its weight
 
 
@@ -148,9 +149,12 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt_embeds: Any = None
 
 
-class TextPart(msgspec.Struct, frozen=True, kw_only=True):
-    type: Literal["text"]
+class TextPart(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="text"):
     text: str
+
+
+class RefusalPart(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="refusal"):
+    refusal: str
 
 
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,8 +170,11 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     role: Name
-    content: str | list[TextPart] | None = None  # none only beside tool calls
+    content: str | list[TextPart | RefusalPart] | None = None  # none only beside tool calls and a refusal
     name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None  # what the assistant thought, for the chat template
+    reasoning: str | None = None  # another name of it
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None  # of the call that a message of the role tool answers
     function_call: Any = None
@@ -199,6 +206,17 @@ class FunctionChoice(msgspec.Struct, frozen=True, kw_only=True):
     function: ChosenFunction
 
 
+class TemplateFields(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request may tell the chat template besides messages and tools; `ChatRequest` has the same fields."""
+
+    chat_template: TemplateText | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None  # None: it is added, unless the last message is continued
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None  # for templates that know it
+
+
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     prompt_logprobs: Any = None
@@ -219,14 +237,17 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     modalities: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    documents: Any = None
-    chat_template: Any = None
-    chat_template_kwargs: Any = None
-    continue_final_message: Any = None
-    add_generation_prompt: Any = None
+    chat_template: TemplateText | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None  # false: the thoughts are left out
+    separate_reasoning: bool | None = None  # false: the thoughts stay in the content
 
 
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+class TokenizeRequest(TemplateFields, frozen=True, kw_only=True):
     """A prompt or the messages of a chat; fields that clients of vLLM send."""
 
     model: Name | None = None
@@ -234,7 +255,6 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None  # of a prompt; None: they are added
-    add_generation_prompt: bool | None = None  # of a chat; None: it is added
     return_token_strs: bool | None = None
 
 
@@ -274,11 +294,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "web_search_options": (),
-    "documents": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
 }
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -354,6 +369,8 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None
     refusal: None
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET  # what a reasoning model thought before it answered
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET  # the same, as newer clients call it
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -375,6 +392,8 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list["ToolCallDelta"] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

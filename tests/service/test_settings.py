@@ -90,6 +90,9 @@ OPTIONS = {
     "--responses-store-bytes": ("5M", "responses_store_bytes", 5 * MIB),
     "--served-model-name": ("base", "served_name", "base"),
     "--tool-call-parser": ("mistral", "tool_call_parser", "mistral"),
+    "--reasoning-parser": ("deepseek_r1", "reasoning_parser", "deepseek_r1"),
+    "--chat-template": ("{{ messages }}", "chat_template", "{{ messages }}"),
+    "--allow-request-chat-template": ("yes", "allow_request_chat_template", True),
     "--store": ("s3://bucket/team/", "store", "s3://bucket/team"),
     "--data-directory": ("/data", "data_directory", Path("/data")),
     "--cache-directory": ("/cache", "cache_directory", Path("/cache")),
@@ -141,7 +144,7 @@ def test_every_option_is_in_the_list_above() -> None:
 def test_an_option_is_set_by_its_flag_and_by_its_variable(option: str) -> None:
     text, field, value = OPTIONS[option]
     assert value_of(field) != value
-    flag = [option.replace("--", "--no-")] if value is False else [option, text]
+    flag = [option.replace("--", "--no-")] if value is False else [option] if value is True else [option, text]
     assert value_of(field, *flag) == value
     variable = "ROOTSTOCK_" + option.removeprefix("--").upper().replace("-", "_")
     assert value_of(field, **{variable: text}) == value

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import httpx
@@ -112,6 +113,46 @@ def test_a_bucket_is_a_source(service: Service, put_object: Callable[[str, bytes
     assert response.json()["source"] == "s3://bucket/team-a/poet"
     assert service.put("uploaded").json()["digest"] == response.json()["digest"]
     assert post(service, "s3://bucket/team-a/poet").json()["generation"] == 1
+
+
+def test_a_bucket_and_a_repository_may_have_a_chat_template(
+    service: Service, put_object: Callable[[str, bytes], Any], hub: FakeHub
+) -> None:
+    def kept() -> str | None:
+        version = service.catalog.versions.resolve("poet")
+        assert version is not None
+        return version.record.chat_template
+
+    put_object("team-a/poet/tokenizer_config.json", b'{"chat_template": "of the bucket"}')
+    assert post(service, "s3://bucket/team-a/poet").json()["chat_template"] is True
+    assert kept() == "of the bucket"
+    hub.commit({**FILES, "chat_template.jinja": b"of the hub", "tokenizer_config.json": b"{}"})
+    assert post(service, f"hf://{REPOSITORY}").json()["chat_template"] is True
+    assert kept() == "of the hub"
+    hub.commit({**FILES, "README.md": b"no template"})
+    assert post(service, f"hf://{REPOSITORY}").json()["chat_template"] is False
+    put_object("team-a/poet/chat_template.jinja", b"\n{{")
+    refused = post(service, "s3://bucket/team-a/poet")
+    assert error(refused) == (422, "invalid_adapter", "chat_template.jinja")
+    assert "line 2" in refused.json()["error"]["message"]
+
+
+def test_a_bucket_that_denies_what_it_has_not_is_a_source_all_the_same(tmp_path: Path) -> None:
+    """As S3 does for readers that may not list the bucket."""
+
+    def denying(request: BaseHTTPRequestHandler) -> None:
+        content = FILES.get(urlsplit(request.path).path.rpartition("/")[2])
+        if content is None:
+            loopback.send(request, 403, b"<Error><Code>AccessDenied</Code></Error>")
+        else:
+            loopback.send(request, 200, content, ETag='"1"')
+
+    with (
+        loopback.serving(denying) as address,
+        serving(tmp_path / "data", allowed_sources=("s3://bucket",), sources=fetching(s3=address)) as service,
+    ):
+        response = post(service, "s3://bucket/poet")
+        assert (response.status_code, response.json()["chat_template"]) == (201, False)
 
 
 def test_a_bucket_is_read_only_below_what_is_allowed(service: Service, put_object: Callable[[str, bytes], Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from service.kv import prefixes
 from service.openai.prompts import PromptEncoder
 from service.openai.schemas import Message
+from service.text.chat_templates import ChatTemplates
 from service.text.tokenizer import Tokenizer
 from tests.service.alora_service import HEADER, INVOCATION, alora_server, encode
 from tests.service.kv.held_prefixes import error, get, gone, hold, in_flight, listed, post
@@ -101,7 +102,9 @@ def test_a_chat_prefix_is_what_later_requests_begin_with(live: LiveServer) -> No
 
 def test_a_chat_prefix_of_the_default_model_is_one_of_what_later_requests_render(default_model_path: Path) -> None:
     """With the tokenizer and the template that people use: the last token too is the later request's own."""
-    prompts = PromptEncoder(Tokenizer(default_model_path), vocab_size=10**6, max_model_len=8192)
+    tokenizer = Tokenizer(default_model_path)
+    templates = ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens)
+    prompts = PromptEncoder(tokenizer, templates, vocab_size=10**6, max_model_len=8192)
     turns = [Message(role=turn["role"], content=turn["content"]) for turn in TURNS]
     prefix = asyncio.run(prompts.chat_prefix(turns, None, None)).token_ids
     for more in ([], [Message(role="user", content="and then?")]):

@@ -11,14 +11,7 @@ from tokenizers import decoders
 from tokenizers.models import BPE
 
 from service.text.token_bytes import TokenBytes
-from service.text.tokenizer import LONG_TEXT, InvalidChat, Tokenizer, TokenizerMissing
-
-MESSAGES = [
-    {"role": "system", "content": "You are brief."},
-    {"role": "user", "content": "  What is 12 + 7?\n"},
-    {"role": "assistant", "content": "19"},
-    {"role": "user", "content": "Grüße! <|im_end|> 😀"},
-]
+from service.text.tokenizer import LONG_TEXT, Tokenizer, TokenizerMissing
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +19,18 @@ def tokenizer(default_model_path: Path) -> Tokenizer:
     return Tokenizer(default_model_path)
 
 
-def test_prompts_and_chats_are_those_of_transformers(tokenizer: Tokenizer, default_model_path: Path) -> None:
+def test_prompts_are_those_of_transformers(tokenizer: Tokenizer, default_model_path: Path) -> None:
     from transformers import AutoTokenizer  # imports torch, which the service must not
 
     oracle = AutoTokenizer.from_pretrained(default_model_path)
     for text in ("Hello  world", "", " 1234 \n\n<|im_start|>", "東京 😀" * 20):
         assert tokenizer.encode(text) == oracle(text)["input_ids"]
-    for messages in (MESSAGES, MESSAGES[:2], MESSAGES[1:2]):
-        expected = oracle.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        assert tokenizer.chat(messages) == expected
 
 
 def test_long_texts_are_encoded_as_short_ones_are(tokenizer: Tokenizer) -> None:
     text = "The quick brown fox. " * (LONG_TEXT // 10)
 
-    async def encode() -> list[list[int]]:
-        [prompt] = await tokenizer.encode_texts([text])
-        return [prompt, await tokenizer.encode_chat([{"role": "user", "content": text}])]
-
-    prompt, chat = asyncio.run(encode())
-    assert prompt == tokenizer.encode(text)
-    assert chat == tokenizer.chat([{"role": "user", "content": text}])
+    assert asyncio.run(tokenizer.encode_texts([text])) == [tokenizer.encode(text)]
 
 
 def test_special_tokens_are_left_out_of_text_but_shown_one_by_one(tokenizer: Tokenizer) -> None:
@@ -67,12 +51,6 @@ def test_sentencepieces_tokens_keep_their_space_and_their_bytes() -> None:
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     found = TokenBytes(backend)
     assert [found.of(i) for i in range(1, 6)] == [b" Hello", b"\xf0", b"\x9f", b"wor", b" "]
-
-
-def test_a_model_without_a_chat_template_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
-    with pytest.raises(InvalidChat, match="no chat template"):
-        Tokenizer(tmp_path).chat(MESSAGES)
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
