@@ -138,7 +138,7 @@ IGNORED = frozenset(
         *("reasoning_budget_message", "reasoning_budget_arm_immediately", "routed_experts_prompt_start"),
         *("routed_experts_start_len", "return_token_offsets", "return_mm_kwargs", "return_text_in_logprobs"),
         # reasoning, which is told in its own field as it comes; in a completion it is part of the text
-        *("reasoning", "reasoning_effort", "reasoning_format", "include_reasoning", "separate_reasoning"),
+        *("reasoning", "reasoning_format"),
         *("stream_reasoning", "chat_template_content_format"),
     }
 )

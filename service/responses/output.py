@@ -28,7 +28,7 @@ class Output:
     def __init__(self, chat: Chat) -> None:
         self.items: list[OutputItem] = []  # those that are done
         self.next_number = 0
-        self._chat, self._turn = chat, chat.turn(0)
+        self._chat = chat
         self._message: Message | None = None  # the item that grows: a message
         self._call: Call | None = None  # or a call
         self._untold: list[TokenLogprob] = []  # of tokens whose text is not decided on
@@ -42,7 +42,11 @@ class Output:
         """The events of what the answer gains; they must be used up."""
         logprobs = self._chat.logprobs([delta])
         self._untold += logprobs.content if logprobs else ()
-        for gained in self._turn.push(delta):
+        turn = self._chat.turn(0)
+        gains = turn.push(delta)
+        if turn.thought and not gains:  # thoughts are no item here
+            self._untold = []
+        for gained in gains:
             if isinstance(gained, str):
                 yield from self._say(gained)
             elif gained.id is not None:

@@ -1,5 +1,6 @@
 """Responses of a given form and with tools, by the real engine on a tiny model whose free text is noise."""
 
+import asyncio
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from runtime.messages import TokenLogprobs
 from service.openai.chat import Chat
 from service.openai.generation import Delta
+from service.openai.models import Adapters
 from service.openai.schemas import ChatRequest, Function, Message, Tool
 from service.responses.output import Output
 from tests.openapi.contract_hook import HOOKS
@@ -228,7 +230,9 @@ def output_of(server: LiveServer, *texts: str, several: bool = True) -> tuple[Ou
         parallel_tool_calls=several,
         logprobs=True,
     )
-    output = Output(Chat(server.services, chat))
+    answering = Chat(server.services, chat)
+    asyncio.run(answering.inputs(Adapters((None,))))
+    output = Output(answering)
     events = []
     for index, text in enumerate(texts):
         reason = "stop" if index == len(texts) - 1 else None
