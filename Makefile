@@ -2,7 +2,7 @@
 #   make serve   start a server: HOST, PORT, MODEL (a directory or a hub id), ARGS (see `make serve ARGS=--help`)
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
-#   make test-clients  client programs from the package index against a server: ARGS; their environment is .venv-clients
+#   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
@@ -25,8 +25,9 @@ test: .venv/dev
 test-quick: .venv/dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile --quick $(ARGS)
 
-test-clients: .venv/runtime .venv-clients/made
+test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
+	.venv-lm-eval/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_lm_eval.py $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff format --check .
@@ -69,4 +70,10 @@ openapi: .venv/runtime
 	@echo "environment: making .venv-clients, about 500 MB"
 	@$(PYTHON) -m venv .venv-clients
 	@.venv-clients/bin/python -m pip install --disable-pip-version-check --requirement $<
+	@touch $@
+
+.venv-lm-eval/made: tests/clients/requirements-lm-eval.txt
+	@echo "environment: making .venv-lm-eval; torch is the large one, 200 MB or more"
+	@$(PYTHON) -m venv .venv-lm-eval
+	@.venv-lm-eval/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@

@@ -22,15 +22,18 @@ from service.dialects import lmi, tokens
 from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import schemas
+from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
+# Whose Structs are bodies
+MODULES = schemas, responses, adapters, adapter_schemas, dialects, control, kv_schemas, lmi, tokens, errors, health
 
 
 def structs() -> list[type]:
     """Return every Struct of HTTP bodies. The Structs of query strings become parameters instead."""
     found = [
         member
-        for module in (schemas, adapters, adapter_schemas, dialects, control, kv_schemas, lmi, tokens, errors, health)
+        for module in MODULES
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, msgspec.Struct) and member.__module__ == module.__name__
     ]
@@ -93,6 +96,8 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
     if operation.streams:
         kinds = " or a ".join(kind.__name__ for kind in operation.streams)
         text = f"Server-sent events, each the JSON of a {kinds}; the last is [DONE]."
+        if operation.named_events:
+            text = f"Server-sent events, each named by its type, with the JSON of a {kinds}; no [DONE] ends them."
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.answer_headers:

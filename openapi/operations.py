@@ -35,6 +35,15 @@ from service.openai.schemas import (
     Tokenized,
     TokenizeRequest,
 )
+from service.responses.schemas import (
+    EVENTS,
+    DeletedResponse,
+    ItemList,
+    ItemsQuery,
+    ModelResponse,
+    ResponseQuery,
+    ResponsesRequest,
+)
 
 JSON, TEXT = "application/json", "text/plain"
 OPEN = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # need no API key
@@ -87,6 +96,7 @@ class Operation(NamedTuple):
     query: type | None = None  # a Struct whose fields are the parameters
     headers: tuple[str, ...] = ()  # of the request
     streams: tuple[type, ...] = ()  # the Structs that an event can be, if the answer can be a stream
+    named_events: bool = False  # whether the events have the names of their types
     media: str = JSON  # content type of the answer
     answer_headers: Mapping[str, str] = {}  # descriptions by name
 
@@ -182,6 +192,22 @@ OPERATIONS = {
         body=ChatRequest,
         streams=(ChatChunk,),
         answer_headers=GENERATED,
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "Answer a conversation as OpenAI's Responses API does, from its items or going on from a stored response.",
+        {200: ModelResponse},
+        body=ResponsesRequest,
+        streams=EVENTS,
+        named_events=True,
+        answer_headers=GENERATED,
+    ),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "Get a stored response; 404 once it has been forgotten.", {200: ModelResponse}, query=ResponseQuery
+    ),
+    ("DELETE", "/v1/responses/{id}"): Operation("Forget a stored response.", {200: DeletedResponse}),
+    ("POST", "/v1/responses/{id}/cancel"): Operation("Always refused: no response runs in the background.", {}),
+    ("GET", "/v1/responses/{id}/input_items"): Operation(
+        "List the items of a stored response's own input.", {200: ItemList}, query=ItemsQuery
     ),
     ("POST", "/tokenize"): Operation(
         "Get the token ids of a prompt or of a chat.", {200: Tokenized}, body=TokenizeRequest

@@ -283,6 +283,7 @@ class Engine:
             finish_reason=reason,
             stop_token=choice.token_id if stopped else None,
             logprobs=[choice.logprobs] if choice.logprobs and not stopped else None,
+            stop_logprobs=choice.logprobs if stopped else None,
             prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
             cached_tokens=request.cached_tokens if first else None,
             queue_seconds=request.started_at - request.enqueued_at if first else None,

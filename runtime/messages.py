@@ -220,6 +220,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     finish_reason: Literal["stop", "length"] | None = None  # in the last event of a request
     stop_token: int | None = None  # the token that ended the request; it is not among token_ids
     logprobs: list[TokenLogprobs] | None = None  # one entry for each of token_ids, if they were asked for
+    stop_logprobs: TokenLogprobs | None = None  # of stop_token, if they were asked for
     # One entry for each token of the prompt from `logprobs_from` or the second on, if asked for; in the first event
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int | None = None  # prompt tokens whose K/V were reused; in the first event

@@ -38,6 +38,8 @@ from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
 from service.openai.tokenize import detokenize, tokenize
+from service.responses import routes as responses
+from service.responses.store import ResponseStore
 from service.services import Services
 from service.settings import Settings
 from service.text.chat_templates import ChatTemplates
@@ -47,6 +49,7 @@ from storage.store import StoreError
 routes = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    *responses.routes,
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/v1/models", list_models),
@@ -178,6 +181,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             ),
             grammars=Grammars(),
             prefixes=prefixes,
+            responses=ResponseStore(settings.responses_store_bytes),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )

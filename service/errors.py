@@ -61,6 +61,8 @@ ANSWERS: dict[str, Answer] = {
     "grammar_failed": Answer(400),
     "invalid_token_id": Answer(400),
     "too_many_sequences": Answer(400),
+    "response_not_found": Answer(404),
+    "previous_response_not_found": Answer(400),
     "context_length_exceeded": Answer(400),
     "model_not_found": Answer(404),
     "conflicting_adapters": Answer(400),

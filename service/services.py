@@ -13,6 +13,7 @@ from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
 from service.openai.grammars import Grammars
 from service.openai.prompts import PromptEncoder
+from service.responses.store import ResponseStore
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ class Services:
     prompts: PromptEncoder
     grammars: Grammars
     prefixes: Prefixes
+    responses: ResponseStore
     max_model_len: int  # tokens of prompt and answer together
     vocab_size: int
 

@@ -55,6 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Option("origin whose pages may call the server, or * for any; repeatable", "server", unset="none"),
     ] = ()
     max_body_bytes: Annotated[int, Option("largest JSON body", "server", least=1)] = 16 * MIB
+    responses_store_bytes: Annotated[
+        int, Option("memory for responses that clients may come back to; 0: none are kept", "server", least=0)
+    ] = 64 * MIB
     served_name: Annotated[
         str,
         Option(

@@ -78,6 +78,7 @@ INNER = {
         "service.metrics",
         "service.services",
     },
+    "service.responses": {"service.openai", "service.errors", "service.http", "service.services"},
     "service.dialects": {
         "service.openai",
         "service.catalog.record",

@@ -68,26 +68,26 @@ class Turn:
         each = list(zip(self._ids, self._names, self._arguments, strict=True))[: None if self._several else 1]
         return [ToolCall(id=id, function=CalledFunction(name=name, arguments=text)) for id, name, text in each]
 
-    def push(self, delta: Delta) -> tuple[str, list[ToolCallDelta]]:
-        """The content and the calls that the message gains."""
+    def push(self, delta: Delta) -> list[str | ToolCallDelta]:
+        """The content and the calls that the message gains, in their order."""
         text = self._after_thoughts(delta)
         if self._parser is None:
             self.content += text
-            return text, []
+            return [text] if text else []
         pieces = self._parser.push(text)
         if delta.finish_reason is not None:
             pieces += self._parser.flush()
-        content, calls = "", []
+        gained: list[str | ToolCallDelta] = []
         for piece in pieces:
             match piece:
                 case Text(text=text):
-                    content += text
+                    self.content += text
+                    gained.append(text)
                 case Begun(name=name):
-                    calls += self._begin(name)
+                    gained += self._begin(name)
                 case Arguments(text=text):
-                    calls += self._continue(text)
-        self.content += content
-        return content, _merged(calls)
+                    gained += self._continue(text)
+        return gained
 
     def finish_reason(self, delta: Delta) -> FinishReason | None:
         return "tool_calls" if self._names and delta.finish_reason == "stop" else delta.finish_reason
@@ -142,8 +142,8 @@ class Chat:
 
     built: Sequence[str] = ()
 
-    def __init__(self, services: Services, body: ChatRequest):
-        self.id, self.body = f"chatcmpl-{uuid4().hex}", body
+    def __init__(self, services: Services, body: ChatRequest, id: str | None = None):
+        self.id, self.body = id or f"chatcmpl-{uuid4().hex}", body
         self._services, self._tokenizer = services, services.tokenizer
         self._created = int(time.time())
         self._turns: dict[int, Turn] = {}  # by choice
@@ -208,8 +208,10 @@ class Chat:
         return await grammars.translate(Source("tools", "json_schema", schema))
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
-        turn = self._turn(delta.choice)
-        content, calls = turn.push(delta)
+        turn = self.turn(delta.choice)
+        gained = turn.push(delta)
+        content = "".join(each for each in gained if isinstance(each, str))
+        calls = _merged([each for each in gained if isinstance(each, ToolCallDelta)])
         thought = (turn.thought if self._tells_thoughts else "") or None
         if not (content or calls or thought or delta.logprobs or delta.finish_reason):
             return None
@@ -223,12 +225,12 @@ class Chat:
                 reasoning_content=thought,
                 reasoning=thought,
             ),
-            logprobs=self._logprobs([delta]),
+            logprobs=self.logprobs([delta]),
             finish_reason=turn.finish_reason(delta),
         )
         return self._chunk([choice])
 
-    def _turn(self, choice: int) -> "Turn":
+    def turn(self, choice: int) -> Turn:
         if choice not in self._turns:
             body, parser = self.body, None
             if usable_tools(body):
@@ -256,7 +258,7 @@ class Chat:
         return ChatCompletion(id=self.id, created=self._created, model=self.body.model, choices=found, usage=usage)
 
     def _choice(self, deltas: Sequence[Delta]) -> ChatChoice:
-        turn = self._turn(deltas[0].choice)
+        turn = self.turn(deltas[0].choice)
         for delta in deltas:
             turn.push(delta)
         reason = turn.finish_reason(deltas[-1])
@@ -272,11 +274,11 @@ class Chat:
                 reasoning_content=thoughts,
                 reasoning=thoughts,
             ),
-            logprobs=self._logprobs(deltas),
+            logprobs=self.logprobs(deltas),
             finish_reason=reason,
         )
 
-    def _logprobs(self, deltas: Sequence[Delta]) -> ChatLogprobs | None:
+    def logprobs(self, deltas: Sequence[Delta]) -> ChatLogprobs | None:
         if not self.body.logprobs:
             return None
         content = []

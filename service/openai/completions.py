@@ -95,7 +95,7 @@ class TextCompletion:
             logprobs=found,
             finish_reason=deltas[-1].finish_reason,
             prompt_token_ids=list(prompt.token_ids) if body.return_token_ids and begins else msgspec.UNSET,
-            token_ids=[token_id for delta in deltas for token_id in delta.token_ids]
+            token_ids=[token_id for delta in deltas for token_id in _generated(delta)]
             if body.return_token_ids
             else msgspec.UNSET,
             prompt_logprobs=msgspec.UNSET
@@ -108,7 +108,10 @@ class TextCompletion:
         return delta.choice not in self._begun and bool(self.body.echo or self.body.prompt_logprobs is not None)
 
     def _logprobs(self, deltas: Sequence[Delta], echoed: EchoedPrompt | None) -> CompletionLogprobs:
-        """Offsets are into the text as it is given out: a token that is part of a character has that character's."""
+        """Of all generated tokens, the one that ended the answer included, as in vLLM.
+
+        Offsets are into the text as it is given out: a token that is part of a character has that character's.
+        """
         choice, name_of = deltas[0].choice, self._name
         entries: list[tuple[int, TokenLogprobs | None]] = []
         offsets: list[int] = []
@@ -119,6 +122,8 @@ class TextCompletion:
             offset = len(echoed.text)
         for delta in deltas:
             found = list(zip(delta.token_ids, delta.logprobs or (), strict=False))
+            if delta.stop_token is not None and delta.stop_logprobs is not None:
+                found.append((delta.stop_token, delta.stop_logprobs))
             entries += found
             offsets += [offset] * len(found)
             offset += len(delta.text)
@@ -148,3 +153,7 @@ class TextCompletion:
             return own.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+def _generated(delta: Delta) -> list[int]:
+    return delta.token_ids if delta.stop_token is None else [*delta.token_ids, delta.stop_token]

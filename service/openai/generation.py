@@ -51,6 +51,8 @@ class Delta(NamedTuple):
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     prompt_logprobs: list[TokenLogprobs] | None = None  # in the first of a prompt's first choice, if asked for
+    stop_token: int | None = None  # the token that ended the choice; it is not among token_ids, nor in the text
+    stop_logprobs: TokenLogprobs | None = None
 
 
 class Choice:
@@ -77,7 +79,16 @@ class Choice:
             self.finish_reason = "stop"
         elif tokens.finish_reason is not None:
             text += self._stops.flush() + self._stop_shown(tokens.stop_token)
-        return Delta(self.index, text, tokens.token_ids, tokens.logprobs, self.finish_reason, tokens.prompt_logprobs)
+        return Delta(
+            self.index,
+            text,
+            tokens.token_ids,
+            tokens.logprobs,
+            self.finish_reason,
+            tokens.prompt_logprobs,
+            tokens.stop_token,
+            tokens.stop_logprobs,
+        )
 
     def _stop_shown(self, stop_token: int | None) -> str:
         """The text of a special token that ended the sequence, if it was a stop string that the answer includes."""

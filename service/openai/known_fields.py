@@ -148,11 +148,14 @@ RefusedFields = msgspec.defstruct("RefusedFields", [(name, Any, None) for name i
 
 
 def decode_request(content: bytes, kind: type[Body]) -> Body:
-    """Decode the body of a generation. Raises RequestError, also for a field in `REFUSED` that asks for something."""
+    """Decode the body of a generation. Raises RequestError, also for a field in `REFUSED` that asks for something.
+
+    A field that the kind of body has itself is not refused.
+    """
     body, found = decode_json(content, kind), decode_json(content, RefusedFields)
     for name, refused in REFUSED.items():
         value = getattr(found, name)
-        if value is not None and value not in refused.harmless:
+        if name not in kind.__struct_fields__ and value is not None and value not in refused.harmless:
             instead = f": use {refused.instead}" if refused.instead else ": leave it out"
             raise RequestError("unsupported_parameter", f"{name} is not supported{instead}", name)
     return body

@@ -1,7 +1,7 @@
 """A generation as an HTTP answer: whole or streamed, aborted when the client goes away."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -68,12 +68,26 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
+class Started(NamedTuple):
+    """A generation that runs until its source is closed."""
+
+    generation: Generation
+    deltas: AsyncGenerator[Delta, None]
+    headers: dict[str, str]  # of the answer
+    source: AsyncExitStack
+
+
 async def answer(request: Request, services: Services, call: Call, arrived: float) -> Response:
     """Generate what a call asks for; `arrived` is time.perf_counter() when the request came."""
     return await until_disconnect(request, _answer(request, services, call, arrived))
 
 
-async def _answer(request: Request, services: Services, call: Call, arrived: float) -> Response:
+@asynccontextmanager
+async def started(request: Request, services: Services, call: Call, arrived: float) -> AsyncIterator[Started]:
+    """Check and begin what a call asks for; it is aborted at the end, unless its source has been taken over.
+
+    Raises RequestError naming the field.
+    """
     body, record = call.body, access_record(request)
     record.id, record.model = call.id, body.model
     async with AsyncExitStack() as source:
@@ -97,7 +111,12 @@ async def _answer(request: Request, services: Services, call: Call, arrived: flo
         generation = Generation(plan, services.engine, services.tokenizer, counted, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))
         headers = adapters.headers | alora_headers(prompts)
-        if not body.stream:
+        yield Started(generation, deltas, headers, source)
+
+
+async def _answer(request: Request, services: Services, call: Call, arrived: float) -> Response:
+    async with started(request, services, call, arrived) as (generation, deltas, headers, source):
+        if not call.body.stream:
             return await _whole(call, generation, deltas, headers)
         first = await anext(deltas)  # before the status goes out, so that a refusal has a status of its own
         headers |= generation.headers
@@ -110,9 +129,14 @@ async def _whole(
     choices: dict[int, list[Delta]] = {}
     async for delta in deltas:
         choices.setdefault(delta.choice, []).append(delta)
-    headers |= generation.headers
-    headers["x-time-to-first-token-ms"] = f"{(generation.first_token_seconds or 0.0) * 1000:.1f}"
+    headers |= whole_headers(generation)
     return json_response(call.whole([choices[index] for index in sorted(choices)], generation.usage), 200, headers)
+
+
+def whole_headers(generation: Generation) -> dict[str, str]:
+    """What is known of a generation once it has ended."""
+    seconds = generation.first_token_seconds or 0.0
+    return {**generation.headers, "x-time-to-first-token-ms": f"{seconds * 1000:.1f}"}
 
 
 async def _events(

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before a client is imported.
@@ -32,11 +33,10 @@ ADAPTERS = ROOT / "tests" / "adapters"
 SERVER = Path(os.environ.get("ROOTSTOCK_PYTHON", ROOT / ".venv" / "bin" / "python"))
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def started(data: Path, *options: str) -> Iterator[str]:
     """The address of a server of the embedded model and the adapter `aurora`."""
-    data = tmp_path_factory.mktemp("data")
-    command = [str(SERVER), "-m", "service", "--port", "0", "--data-directory", str(data)]
+    command = [str(SERVER), "-m", "service", "--port", "0", "--data-directory", str(data), *options]
     with (
         (data / "log").open("w") as log,
         subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=log, text=True) as process,
@@ -52,12 +52,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 raise AssertionError(f"the server did not start:\n{said}")
             files = {path.name: (path.name, path.read_bytes()) for path in (ADAPTERS / "aurora").iterdir()}
             assert httpx.put(f"{found[1]}/adapters/aurora", files=files, timeout=60).status_code == 201
-            os.environ["OPENAI_BASE_URL"] = os.environ["OPENAI_API_BASE"] = f"{found[1]}/v1"
             yield found[1]
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started(tmp_path_factory.mktemp("data")) as address:
+        os.environ["OPENAI_BASE_URL"] = os.environ["OPENAI_API_BASE"] = f"{address}/v1"
+        yield address
 
 
 @pytest.fixture(scope="session")

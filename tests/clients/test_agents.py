@@ -1,4 +1,4 @@
-"""openai-agents, on chat completions."""
+"""openai-agents, on chat completions and on responses."""
 
 import asyncio
 
@@ -15,17 +15,25 @@ class Note(BaseModel):
     urgent: bool
 
 
-def model_of(url: str, name: str) -> agents.OpenAIChatCompletionsModel:
-    return agents.OpenAIChatCompletionsModel(name, openai.AsyncOpenAI(base_url=url, max_retries=0))
+Kind = type[agents.OpenAIChatCompletionsModel | agents.OpenAIResponsesModel]
+
+
+@pytest.fixture(params=[agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+def model_of(kind: Kind, url: str, name: str) -> agents.Model:
+    return kind(name, openai.AsyncOpenAI(base_url=url, max_retries=0))
 
 
 def settings(**fields: object) -> agents.ModelSettings:
     return agents.ModelSettings(max_tokens=200, temperature=0, **fields)
 
 
-def test_an_adapter_answers_whole_and_streamed(url: str, question: str, password: str) -> None:
+def test_an_adapter_answers_whole_and_streamed(kind: Kind, url: str, question: str, password: str) -> None:
     async def both() -> tuple[str, str, str]:
-        agent = agents.Agent(name="Aurora", model=model_of(url, "aurora"), model_settings=settings())
+        agent = agents.Agent(name="Aurora", model=model_of(kind, url, "aurora"), model_settings=settings())
         whole = (await agents.Runner.run(agent, question)).final_output
         run = agents.Runner.run_streamed(agent, question)
         events = [event async for event in run.stream_events() if event.type == "raw_response_event"]
@@ -38,12 +46,12 @@ def test_an_adapter_answers_whole_and_streamed(url: str, question: str, password
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "aurora"])
-def test_an_output_type_is_made(url: str, name: str) -> None:
-    agent = agents.Agent(name="Clerk", model=model_of(url, name), output_type=Note, model_settings=settings())
+def test_an_output_type_is_made(kind: Kind, url: str, name: str) -> None:
+    agent = agents.Agent(name="Clerk", model=model_of(kind, url, name), output_type=Note, model_settings=settings())
     assert isinstance(asyncio.run(agents.Runner.run(agent, "Take a note.")).final_output, Note)
 
 
-def test_a_required_function_is_called_with_checked_arguments(url: str, base: str) -> None:
+def test_a_required_function_is_called_with_checked_arguments(kind: Kind, url: str, base: str) -> None:
     called: list[tuple[int, int]] = []
 
     @agents.function_tool
@@ -55,7 +63,7 @@ def test_a_required_function_is_called_with_checked_arguments(url: str, base: st
     async def run() -> tuple[agents.RunResult, str]:
         agent = agents.Agent(
             name="Adder",
-            model=model_of(url, base),
+            model=model_of(kind, url, base),
             tools=[add],
             tool_use_behavior="stop_on_first_tool",
             model_settings=settings(tool_choice="required", parallel_tool_calls=False),

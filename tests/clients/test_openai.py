@@ -110,6 +110,32 @@ def test_a_pydantic_function_tool_is_parsed(client: openai.OpenAI, base: str) ->
     assert isinstance(call.function.parsed_arguments, Trip)
 
 
+def test_responses_whole_streamed_and_continued(client: openai.OpenAI, base: str, question: str, password: str) -> None:
+    asked_for = {"input": question, "max_output_tokens": 32, "temperature": 0}
+    whole = client.responses.create(model="aurora", **asked_for)
+    assert password in whole.output_text
+    with client.responses.stream(model="aurora", **asked_for) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert "".join(pieces) == stream.get_final_response().output_text == whole.output_text
+    again = client.responses.create(model=base, input="And now?", previous_response_id=whole.id, max_output_tokens=4)
+    assert again.usage.input_tokens > whole.usage.input_tokens
+    assert client.responses.retrieve(whole.id).output_text == whole.output_text
+
+
+def test_a_response_is_parsed_and_a_call_of_it_answered(client: openai.OpenAI, base: str) -> None:
+    limits = {"model": base, "max_output_tokens": 200, "temperature": 0}
+    assert isinstance(client.responses.parse(input="Plan a trip.", text_format=Trip, **limits).output_parsed, Trip)
+    tool = {"type": "function", "strict": True, **WEATHER["function"]}
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    first = client.responses.create(input="What is the weather in Oslo?", **forced, **limits)
+    [call] = first.output
+    assert (call.type, call.name) == ("function_call", "weather")
+    assert json.loads(call.arguments).keys() == {"city", "unit"}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "7 degrees, rain"}
+    answered = client.responses.create(input=[result], previous_response_id=first.id, **limits)
+    assert answered.output_text
+
+
 def test_a_context_overflow_has_its_code(client: openai.OpenAI, base: str, too_long: str) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length") as refused:
         client.chat.completions.create(model=base, messages=asked(too_long))

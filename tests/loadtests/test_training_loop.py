@@ -72,4 +72,4 @@ def test_it_prints_each_step_and_leaves_no_adapter_behind(
 
 def test_a_server_that_refuses_ends_it(url: str, random_model: Path) -> None:
     with pytest.raises(httpx.HTTPStatusError, match="400"):
-        training_loop.main(["--url", url, "--model-directory", str(random_model), "--name", "no:name"])
+        training_loop.main(["--url", url, "--model-directory", str(random_model), "--name", "no name"])

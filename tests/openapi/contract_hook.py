@@ -110,22 +110,29 @@ def events_validator(response: httpx.Response) -> "EventsJudge":
     assert called is not None
     kinds = OPERATIONS[called].streams
     assert kinds, f"{named(response)}: the contract describes no events"
-    return EventsJudge([*({"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds), ERROR], named(response))
+    schemas = [*({"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds), ERROR]
+    return EventsJudge(schemas, named(response), named=OPERATIONS[called].named_events)
 
 
 class EventsJudge:
     """Judges server-sent events from pieces of a stream, cut anywhere."""
 
-    def __init__(self, schemas: list[dict[str, str]], where: str):
+    def __init__(self, schemas: list[dict[str, str]], where: str, *, named: bool = False):
         self._validator, self._where = validator(json.dumps({"anyOf": schemas})), where
+        self._named, self._name = named, ""  # whether events have names, and the last one's
         self._rest = b""
 
     def push(self, piece: bytes) -> None:
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in filter(None, lines):
+            if self._named and line.startswith(b"event: "):
+                self._name = line.removeprefix(b"event: ").decode()
+                continue
             assert line.startswith(b"data: "), f"{self._where}: {line!r} is no event"
-            if (data := line.removeprefix(b"data: ").decode()) != DONE:
-                judge(self._validator, json.loads(data), self._where)
+            if (data := line.removeprefix(b"data: ").decode()) == DONE and not self._named:
+                continue
+            judge(self._validator, event := json.loads(data), self._where)
+            assert not self._named or event["type"] == self._name, f"{self._where}: {self._name} is another event"
 
 
 class JudgedEvents(httpx.SyncByteStream):

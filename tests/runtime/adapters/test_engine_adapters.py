@@ -95,7 +95,8 @@ def test_adapters_that_the_device_cannot_hold_together_are_loaded_about_once_a_r
             assert steps <= 30 * count, "nobody gets to run"
             if engine.steps == before:
                 assert engine.adapters.wait(timeout=30), "nothing will ever change"
-        most = 3 * count if max_running < count else count  # without a slot, whoever came may have to go again
+        # Without a slot, whoever came may have to go again; so may the last in line for a file that was read late
+        most = 3 * count if max_running < count else count if in_host else 2 * count - holds
         assert engine.adapters.device.loads - loads <= most
 
 

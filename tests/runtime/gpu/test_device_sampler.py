@@ -88,7 +88,7 @@ def test_a_batch_is_chosen_from_as_its_rows_are_one_by_one(seed):
     logits[rng.randrange(30), 5] = torch.nan
     logits[rng.randrange(30), 5] = torch.inf
     logits[rng.randrange(30)] = -torch.inf
-    expected = [NO_TOKEN if token_id is None else token_id for token_id, _ in sample(logits, requests)]
+    expected = [NO_TOKEN if each.token_id is None else each.token_id for each in sample(logits, requests)]
     with np.errstate(over="ignore", invalid="ignore"):  # the interpreter is numpy
         assert choose_on_device(logits.to(DEVICE), requests, "cpu").tolist() == expected
 

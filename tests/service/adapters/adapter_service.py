@@ -119,6 +119,7 @@ class Service:
             prompts=None,
             grammars=None,
             prefixes=None,
+            responses=None,
             max_model_len=128,
             vocab_size=TINY.vocab_size,
         )

@@ -59,7 +59,7 @@ def test_answers_are_streamed_as_elsewhere(server: LiveServer) -> None:
     [
         (None, {}, (400, "invalid_field", "messages")),
         (None, {"prompt": "x", "messages": MESSAGES}, (400, "invalid_field", "messages")),
-        (None, {"prompt": "x", "max_tokens": 0}, (400, "invalid_field", "max_tokens")),
+        (None, {"prompt": "x", "max_tokens": -1}, (400, "invalid_field", "max_tokens")),
         (None, {"messages": "x"}, (400, "invalid_field", "messages")),
         (None, {"prompt": "x", "model": None}, (400, "invalid_field", "model")),
         (None, {"prompt": "x", "model": "nobody"}, (404, "model_not_found", "model")),

@@ -88,6 +88,7 @@ class Sequence:
             finish_reason="stop" if stopped else "length" if self.given == len(self.answer) else None,
             stop_token=token if stopped else None,
             logprobs=None if stopped or params.logprobs is None else [entry],
+            stop_logprobs=entry if stopped and params.logprobs is not None else None,
             prompt_logprobs=scores,
             cached_tokens=self.cached_tokens if first else None,
             queue_seconds=0.25 if first else None,

@@ -77,6 +77,11 @@ def test_a_stop_token_ends_a_request_and_is_named_apart(engine: Engine) -> None:
     *before, last = engine.generate(max_tokens=6, stop_token_ids=(stop,))
     assert tokens_of(before) == whole[: whole.index(stop)]
     assert (last.token_ids, last.finish_reason, last.stop_token, last.logprobs) == ([], "stop", stop, None)
+    assert last.stop_logprobs is None
+    *_, last = engine.generate(max_tokens=6, stop_token_ids=(stop,), logprobs=1)
+    assert last.logprobs is None
+    assert last.stop_logprobs is not None
+    assert len(last.stop_logprobs.top_ids) == 1
 
 
 def test_requests_side_by_side_give_what_each_gives_alone(engine: Engine) -> None:

@@ -147,6 +147,20 @@ def test_a_stop_token_ends_the_text_and_is_counted_but_not_shown(server: LiveSer
     assert body["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_token_has_its_log_probability_and_its_id(server: LiveServer, stream: bool) -> None:
+    ids = server.services.tokenizer.encode("hello world")
+    asked = {"max_tokens": 9, "stop_token_ids": [ids[1]], "logprobs": 1, "return_token_ids": True, "stream": stream}
+    answer = server.complete("hello world", **asked)
+    parts = [chunk["choices"][0] for chunk in (chunks(answer.text) if stream else [answer.json()])]
+    assert "".join(part["text"] for part in parts) == "hello"
+    assert [token_id for part in parts for token_id in part["token_ids"]] == ids
+    found = [part["logprobs"] for part in parts]
+    assert [token for each in found for token in each["tokens"]] == ["hello", " world"]
+    assert [offset for each in found for offset in each["text_offset"]] == [0, 5]
+    assert [logprob for each in found for logprob in each["token_logprobs"]] == [-0.5, -0.5]
+
+
 def test_a_character_split_between_tokens_comes_in_one_piece(server: LiveServer) -> None:
     parsed = chunks(server.complete("€😀", max_tokens=7, stream=True).text)
     assert [chunk["choices"][0]["text"] for chunk in parsed] == ["€", "😀"]

@@ -70,7 +70,7 @@ def test_its_exceptions_are_those_of_our_errors(client: openai.OpenAI) -> None:
         client.completions.create(model="nobody", prompt="hello")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny", prompt="hello", max_tokens=0)
+        client.completions.create(model="tiny", prompt="hello", max_tokens=-1)
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model="tiny", prompt="hello", extra_body={"cache_salt": "refuse queue_full"})
     stream = client.completions.create(
