@@ -13,7 +13,7 @@ from service.errors import RequestError
 from service.http import read_body
 from service.openai.conversations import template_fields, text_of
 from service.openai.generation import Delta
-from service.openai.grammars import Source, source_of
+from service.openai.grammars import Source, ThoughtTokens, after_thoughts, source_of
 from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
 from service.openai.sampling_params import answer_length, sampling_params
@@ -39,7 +39,7 @@ from service.openai.streaming import Inputs, answer
 from service.openai.tool_choice import calls_schema, check_tools, forced_tools, usable_tools
 from service.services import Services, services_of
 from service.text.chat_templates import ChatTemplate
-from service.text.reasoning import END, TAIL, ReasoningFamily, ReasoningSplitter, splitter_after
+from service.text.reasoning import BEGIN, END, TAIL, ReasoningFamily, ReasoningSplitter, splitter_after
 from service.tool_calls.parser import Arguments, Begun, Text, ToolCallParser
 
 
@@ -169,16 +169,27 @@ class Chat:
         length = len(prompt.token_ids)
         max_tokens = answer_length(asked, None, length, services.max_model_len, "messages", length_param)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        grammar = await self._grammar()
-        params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
-        # A grammar holds from the first token on: such an answer has no thoughts
-        if grammar is None and body.separate_reasoning is not False:
-            self._reasoning = template.reasoning
         self._prompt_end = self._tokenizer.shown(prompt.token_ids[-TAIL:])
+        self._reasoning = "none" if body.separate_reasoning is False else template.reasoning
+        grammar = self._after_thoughts(await self._grammar())
+        params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
         marks = [template.syntax.begin] if tools else []
         marks += [] if self._splitter() is None else [END]
         marked = any(map(self._tokenizer.is_special, marks))
         return Inputs([prompt], params, marked or body.skip_special_tokens is False)
+
+    def _after_thoughts(self, grammar: str | None) -> str | None:
+        """The grammar, from the end of the thoughts on; from the first token on if no tokens mark the thoughts."""
+        splitter = self._splitter()
+        if grammar is None or splitter is None:
+            return grammar
+        token_id, special = self._tokenizer.token_id, self._tokenizer.special_tokens
+        begin, end = token_id(BEGIN), token_id(END)
+        if begin is None or end is None:
+            self._reasoning = "none"  # such an answer has no thoughts
+            return grammar
+        tokens = ThoughtTokens(begin, end, token_id(special.get("eos_token", "")))
+        return after_thoughts(grammar, tokens, inside=splitter.inside)
 
     def _splitter(self) -> ReasoningSplitter | None:
         continued = text_of(self.body.messages[-1]) if self.body.continue_final_message else None

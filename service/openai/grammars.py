@@ -71,6 +71,26 @@ class Grammars:
         return grammar
 
 
+class ThoughtTokens(NamedTuple):
+    """The tokens around a model's thoughts, by id."""
+
+    begin: int
+    end: int
+    eos: int | None  # which no thought contains
+
+
+def after_thoughts(grammar: str, tokens: ThoughtTokens, *, inside: bool) -> str:
+    """A grammar for an answer whose form begins after the thoughts; `inside` if the prompt has begun them."""
+    others = f"<[^{tokens.end}{'' if tokens.eos is None else f',{tokens.eos}'}]>"
+    thoughts = f"{others}* <[{tokens.end}]> /[ \\t\\r\\n]{{0,8}}/"
+    start = thoughts if inside else f"(<[{tokens.begin}]> {thoughts})?"
+    is_json = grammar.lstrip().startswith("{")
+    form = msgspec.json.decode(grammar) if is_json else {"grammars": [{"lark_grammar": grammar}]}
+    body, *rest = form["grammars"]
+    grammars = [{"lark_grammar": f"start: {start} @answer"}, {**body, "name": "answer"}, *rest]
+    return json.dumps({**form, "grammars": grammars})
+
+
 def source_of(body: GenerationRequest) -> Source | None:
     """The one field of a request that says what the answer must look like. Raises RequestError if there are several."""
     asked = [*_response_format(body), *_structured_outputs(body.structured_outputs), *_named(body)]

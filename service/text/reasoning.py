@@ -41,7 +41,7 @@ class ReasoningSplitter:
     """
 
     def __init__(self, *, inside: bool) -> None:
-        self._inside = inside
+        self.inside = inside
         self._state: Literal["start", "thinking", "answering"] = "start"
         self._held = ""  # text that has not been decided on
         self._begun = False  # whether the part that is being read has any text yet
@@ -81,7 +81,7 @@ class ReasoningSplitter:
         begin = self._held.lstrip()
         if begin.startswith(BEGIN):
             self._held, self._state = begin.removeprefix(BEGIN), "thinking"
-        elif self._inside:
+        elif self.inside:
             self._state = "thinking"
         else:
             self._state, self._begun = "answering", True  # an answer without thoughts is told as it is

@@ -60,6 +60,10 @@ class Tokenizer:
         """Whether a text is one special token."""
         return text in self._special
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is a text as it is, special or not; None if there is none."""
+        return self._backend.token_to_id(text)
+
     async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Encode several prompts; long ones on a thread, so that they do not block the event loop."""
         return await _off_loop(sum(map(len, texts)), partial(self.encode_all, texts, add_special_tokens))

@@ -243,7 +243,7 @@ def test_calls_come_after_thoughts_and_none_are_found_in_them(live: LiveServer, 
     assert "".join(call["function"]["arguments"] for call in message["tool_calls"]) == '{"x":1}'
 
 
-def test_an_answer_that_a_grammar_forces_has_no_thoughts(live: LiveServer) -> None:
+def test_where_the_tags_are_no_tokens_a_form_holds_from_the_first_token_on(live: LiveServer) -> None:
     text = "<think>a</think>b"
     assert thoughts_of(live, text, regex=".*") == [(None, text)]
     assert thoughts_of(live, text, response_format={"type": "text"}) == [("a", "b")]

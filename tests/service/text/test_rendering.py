@@ -1,6 +1,7 @@
 """Chat templates give the text that transformers makes of them, and no more than their limits allow."""
 
 import asyncio
+import itertools
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from service.text import rendering, sandbox
 from service.text.chat_templates import ChatTemplates, template_text
 from service.text.rendering import Conversation, InvalidChat, InvalidTemplate, names_in, render
 from service.text.sandbox import TemplateSandbox
+from service.text.tokenizer import Tokenizer
 from tests.service.text.reasoning_templates import DEEPSEEK, QWEN
 
 MESSAGES = [
@@ -96,6 +98,24 @@ def test_a_prompt_is_what_transformers_makes(name: str, case: dict[str, Any], or
     assert rendered(TEMPLATES[name], case, oracle) == text
 
 
+def test_the_tokens_of_the_default_models_chats_are_those_of_transformers(default_model_path: Path) -> None:
+    tokenizer = Tokenizer(default_model_path)
+    oracle = PreTrainedTokenizerFast.from_pretrained(default_model_path)
+
+    async def tokens(messages: list[dict[str, Any]], *, header: bool) -> list[int]:
+        templates = ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens)
+        template = await templates.of(None)
+        assert template is not None
+        text = await templates.render(template, Conversation(messages=messages, header=header))
+        [token_ids] = await tokenizer.encode_texts([text], add_special_tokens=False)
+        return token_ids
+
+    long = [{"role": "user", "content": "The quick brown fox. " * 2000}]  # rendered on a thread
+    for messages, header in itertools.product((MESSAGES, MESSAGES[:2], MESSAGES[1:2], long), (True, False)):
+        expected = oracle.apply_chat_template(messages, add_generation_prompt=header, return_dict=False)
+        assert asyncio.run(tokens(messages, header=header)) == expected
+
+
 def test_an_open_message_ends_where_its_content_does(oracle: PreTrainedTokenizerFast) -> None:
     case = {"messages": [{"role": "assistant", "content": "It is 1 "}], "header": False, "continued": True}
     assert rendered("{{ messages[0].content }}<end>", case, oracle) == "It is 1 "
@@ -166,10 +186,10 @@ def test_a_prompt_of_the_sandbox_is_the_same(case: dict[str, Any]) -> None:
 LOOP = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [LOOP, "{{ lipsum(n=100000000) }}", "{{ (10**300000) | string | length }}" * 900])
+@pytest.mark.parametrize("template", [LOOP, "{{ lipsum(n=100000000) }}"])
 def test_a_template_that_runs_for_too_long_is_ended(template: str) -> None:
     begun = time.perf_counter()
-    with pytest.raises(InvalidChat, match=r"takes longer than 0\.2 s|Exceeds the limit"):
+    with pytest.raises(InvalidChat, match=r"takes longer than 0\.2 s"):
         in_sandbox(template, 0.2)
     assert time.perf_counter() - begun < 10
 
@@ -237,7 +257,7 @@ def children() -> list[int]:
     return found
 
 
-def test_at_most_a_few_processes_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_a_few_processes_run() -> None:
     async def run() -> int:
         processes = TemplateSandbox()
         texts = await asyncio.gather(*(processes.render("{{ 1 }}", Conversation(messages=MESSAGES)) for _ in range(20)))
