@@ -18,6 +18,7 @@ from service.openai.generation import Delta
 from service.openai.models import Adapters
 from service.openai.schemas import ChatRequest, Function, Message, Tool
 from service.responses.output import Output
+from service.tool_calls.syntax import SYNTAXES
 from tests.openapi.contract_hook import HOOKS
 from tests.service.live_server import NAME, LiveServer, fake_settings, live_server
 from tests.service.tiny_model import make_tokenizer, write_tiny_model
@@ -242,7 +243,7 @@ def output_of(server: LiveServer, *texts: str, several: bool = True) -> tuple[Ou
 
 
 def test_text_and_calls_are_items_in_the_order_in_which_they_were_written(server: LiveServer) -> None:
-    begin, end = server.services.tokenizer.syntax.begin, server.services.tokenizer.syntax.end
+    begin, end, _ = SYNTAXES["hermes"]
     call = f'{begin}{{"name": "f", "arguments": {{"x": 1}}}}{end}'
     for pieces in (["before", call, "after"], list(f"before{call}after"), [f"before{call}after"]):
         output, events = output_of(server, *pieces)
@@ -258,7 +259,7 @@ def test_text_and_calls_are_items_in_the_order_in_which_they_were_written(server
 
 
 def test_the_log_probabilities_of_a_call_belong_to_no_text(server: LiveServer) -> None:
-    begin, end = server.services.tokenizer.syntax.begin, server.services.tokenizer.syntax.end
+    begin, end, _ = SYNTAXES["hermes"]
     output, events = output_of(server, "be", "fore", begin, '{"name": "f", "arguments": {', "}}", end, "after", "")
     told = [(item.content[0].text, [entry.logprob for entry in item.content[0].logprobs]) for item in output.items[::2]]
     assert told[0] == ("before", [0.0, -1.0])
