@@ -21,12 +21,25 @@ from service.app import routes
 from service.dialects import lmi, tokens
 from service.kv import control
 from service.kv import schemas as kv_schemas
-from service.openai import schemas
+from service.openai import models, schemas
 from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
 # Whose Structs are bodies
-MODULES = schemas, responses, adapters, adapter_schemas, dialects, control, kv_schemas, lmi, tokens, errors, health
+MODULES = (
+    schemas,
+    models,
+    responses,
+    adapters,
+    adapter_schemas,
+    dialects,
+    control,
+    kv_schemas,
+    lmi,
+    tokens,
+    errors,
+    health,
+)
 
 
 def structs() -> list[type]:

@@ -22,6 +22,7 @@ from service.dialects.tokens import TokensAnswer, TokensRequest
 from service.health import Version
 from service.kv.control import Paused, PauseQuery, Sleeping, Status, WorldSize
 from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
+from service.openai.models import ModelCard, ModelList
 from service.openai.schemas import (
     ChatChunk,
     ChatCompletion,
@@ -30,10 +31,9 @@ from service.openai.schemas import (
     CompletionRequest,
     Detokenized,
     DetokenizeRequest,
-    ModelCard,
-    ModelList,
     Tokenized,
     TokenizeRequest,
+    TokenizerInfo,
 )
 from service.responses.schemas import (
     EVENTS,
@@ -212,6 +212,7 @@ OPERATIONS = {
     ("POST", "/tokenize"): Operation(
         "Get the token ids of a prompt or of a chat.", {200: Tokenized}, body=TokenizeRequest
     ),
+    ("GET", "/tokenizer_info"): Operation("What clients that tokenize themselves have to know.", {200: TokenizerInfo}),
     ("POST", "/detokenize"): Operation("Get the text of token ids.", {200: Detokenized}, body=DetokenizeRequest),
     ("GET", "/kv"): Operation("Get the state of the K/V cache, as a whole and by namespace.", {200: KvCache}),
     ("GET", "/kv/prefixes"): Operation("List the held prefixes.", {200: PrefixList}),

@@ -37,7 +37,7 @@ from service.openai.completions import completions
 from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
-from service.openai.tokenize import detokenize, tokenize
+from service.openai.tokenize import detokenize, tokenize, tokenizer_info
 from service.responses import routes as responses
 from service.responses.store import ResponseStore
 from service.services import Services
@@ -52,6 +52,7 @@ routes = [
     *responses.routes,
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/tokenizer_info", tokenizer_info),
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),
     *adapters.routes,

@@ -16,6 +16,7 @@ from service.openai.generation import Delta
 from service.openai.grammars import Source, ThoughtTokens, after_thoughts, source_of
 from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
+from service.openai.prompts import encoding_of
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import (
     CalledFunction,
@@ -163,8 +164,9 @@ class Chat:
         [version] = adapters.of_prompts(1)
         fields = template_fields(body)
         self._template = template = await services.prompts.template(version, tools, fields)
-        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora, tools, fields)
         asked = body.max_completion_tokens or body.max_tokens
+        encoding = encoding_of(body, asked)
+        prompt = await services.prompts.chat_prompt(body.messages, version, body.alora, tools, fields, encoding)
         length_param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         length = len(prompt.token_ids)
         max_tokens = answer_length(asked, None, length, services.max_model_len, "messages", length_param)

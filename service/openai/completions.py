@@ -15,7 +15,7 @@ from service.openai.echo import EchoedPrompt
 from service.openai.generation import Delta
 from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
-from service.openai.prompts import number_of
+from service.openai.prompts import encoding_of, number_of
 from service.openai.sampling_params import answer_length, sampling_params
 from service.openai.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from service.openai.streaming import Inputs, answer
@@ -43,18 +43,29 @@ class TextCompletion:
         self._prompts: list[EchoedPrompt] = []
         self._begun: set[int] = set()  # the choices that have had a delta
         self._offsets: dict[int, int] = {}  # by choice: the characters that it has had
+        self._each = max(body.best_of or 1, body.n or 1)  # sequences for each prompt
 
     async def inputs(self, adapters: Adapters) -> Inputs:
         body, services = self.body, self._services
         versions = adapters.of_prompts(number_of(body.prompt))
-        prompts = await services.prompts.text_prompts(body.prompt, versions, body.alora)
-        if len(prompts) * (body.n or 1) > MAX_SEQUENCES:
-            message = f"{len(prompts)} prompts with n={body.n or 1} are more than {MAX_SEQUENCES} sequences"
+        prompts = await services.prompts.text_prompts(
+            body.prompt, versions, body.alora, encoding_of(body, body.max_tokens)
+        )
+        if body.best_of is not None and body.best_of < (body.n or 1):
+            message = f"best_of ({body.best_of}) is less than n ({body.n}): generate at least as many as are given out"
+            raise RequestError("invalid_field", message, "best_of")
+        if body.stream and self._each > (body.n or 1):
+            message = "best_of cannot be streamed, since the best are known in the end: leave out stream or best_of"
+            raise RequestError("unsupported_parameter", message, "best_of")
+        if len(prompts) * self._each > MAX_SEQUENCES:
+            what = f"best_of={self._each}" if self._each > (body.n or 1) else f"n={self._each}"
+            message = f"{len(prompts)} prompts with {what} are more than {MAX_SEQUENCES} sequences"
             raise RequestError("too_many_sequences", message, "prompt")
         longest = max(len(prompt.token_ids) for prompt in prompts)
         max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
         grammar = await services.grammars.of(body)
-        params = sampling_params(body, max_tokens, body.logprobs, services.vocab_size, grammar, self._tokenizer)
+        logprobs = 0 if body.logprobs is None and self._each > (body.n or 1) else body.logprobs  # to choose by
+        params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
         given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         texts = [text if isinstance(text, str) else None for text in given[: len(prompts)]]
         self._prompts = [
@@ -63,7 +74,7 @@ class TextCompletion:
         scored = [body.prompt_logprobs, body.logprobs if body.echo else None]
         alternatives = max((each for each in scored if each is not None), default=None)
         params = msgspec.structs.replace(params, prompt_logprobs=alternatives)
-        return Inputs(prompts, params, body.skip_special_tokens is False)
+        return Inputs(prompts, params, body.skip_special_tokens is False, self._each)
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
         tokens = delta.token_ids if self.body.return_token_ids else delta.logprobs
@@ -75,14 +86,22 @@ class TextCompletion:
         return self._completion([], usage)
 
     def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
-        return self._completion([self._choice(deltas) for deltas in choices], usage)
+        each, given = self._each, self.body.n or 1
+        answers = [self._choice(deltas) for deltas in choices]
+        if each > given:
+            likeliest: list[CompletionChoice] = []
+            for first in range(0, len(choices), each):
+                order = sorted(range(first, first + each), key=lambda choice: -_likelihood(choices[choice]))
+                likeliest += [answers[choice] for choice in order[:given]]
+            answers = [msgspec.structs.replace(answer, index=index) for index, answer in enumerate(likeliest)]
+        return self._completion(answers, usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(id=self.id, created=self._created, model=self.body.model, choices=choices, usage=usage)
 
     def _choice(self, deltas: Sequence[Delta]) -> CompletionChoice:
         body, choice = self.body, deltas[0].choice
-        prompt = self._prompts[choice // (body.n or 1)]
+        prompt = self._prompts[choice // self._each]
         if deltas[0].prompt_logprobs is not None:
             prompt.scores = deltas[0].prompt_logprobs
         begins = choice not in self._begun
@@ -157,3 +176,11 @@ class TextCompletion:
 
 def _generated(delta: Delta) -> list[int]:
     return delta.token_ids if delta.stop_token is None else [*delta.token_ids, delta.stop_token]
+
+
+def _likelihood(deltas: Sequence[Delta]) -> float:
+    """The mean log-probability of a choice's tokens, the one that ended it included."""
+    entries = [
+        entry for delta in deltas for entry in (*(delta.logprobs or ()), delta.stop_logprobs) if entry is not None
+    ]
+    return sum(entry.logprob for entry in entries) / len(entries) if entries else 0.0

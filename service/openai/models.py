@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,12 +16,25 @@ from service.catalog.versions import Versions
 from service.errors import RequestError
 from service.http import json_response
 from service.metrics import MIX, SEVERAL
-from service.openai.schemas import GenerationRequest, ModelCard, ModelList
+from service.openai.schemas import GenerationRequest
 from service.services import services_of
 
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 FIELDS = ("lora_path", "adapter_id")  # two names for one thing
 SHOWN_PROMPTS, SHOWN_DIGITS = 64, 16  # of a request whose prompts have different adapters; proxies bound headers
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="model"):
+    id: str
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
+    data: list[ModelCard]
 
 
 class Adapters(NamedTuple):

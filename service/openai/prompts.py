@@ -2,18 +2,38 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 from service.catalog.record import AdapterVersion, OnMissing
 from service.errors import RequestError
 from service.openai.conversations import conversation_of
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling_params import answer_length, check_token_ids
-from service.openai.schemas import Alora, Message, TemplateFields, Tool
+from service.openai.schemas import Alora, GenerationRequest, Message, TemplateFields, TokenizeRequest, Tool
 from service.text.chat_templates import ChatTemplate, ChatTemplates
 from service.text.rendering import InvalidChat, InvalidTemplate
 from service.text.tokenizer import Tokenizer
 
 NO_FIELDS = TemplateFields()
+
+
+class Encoding(NamedTuple):
+    """How prompts become tokens."""
+
+    special: bool | None = None  # whether special tokens are put around a text; None: around prompts, not around chats
+    most: int | None = None  # the last so many tokens stay; -1: as many as leave room for the answer
+    answer: int | None = None  # tokens of the answer that are asked for
+
+
+PLAIN = Encoding()
+
+
+def encoding_of(body: GenerationRequest | TokenizeRequest, answer: int | None = None) -> Encoding:
+    """What a request says of it. Raises RequestError."""
+    if body.truncate_prompt_tokens == 0:
+        message = "truncate_prompt_tokens is 0, expected how many tokens stay, or -1 for as many as fit"
+        raise RequestError("invalid_field", message, "truncate_prompt_tokens")
+    return Encoding(body.add_special_tokens, body.truncate_prompt_tokens, answer)
 
 
 class PromptEncoder:
@@ -36,11 +56,16 @@ class PromptEncoder:
         self._request_templates = request_templates  # whether requests may bring one
 
     async def text_prompts(
-        self, prompt: str | list[str | int | list[int]], versions: Sequence[AdapterVersion | None], alora: Alora | None
+        self,
+        prompt: str | list[str | int | list[int]],
+        versions: Sequence[AdapterVersion | None],
+        alora: Alora | None,
+        encoding: Encoding = PLAIN,
     ) -> list[Prompt]:
         """The prompts of a completion, each with its own invocation; there is a version for each."""
-        prompts = await self._encode_prompts(prompt)
-        answer_length(None, None, max(map(len, prompts)), self._max_model_len, "prompt")  # before they are searched
+        prompts = [self._cut(token_ids, encoding) for token_ids in await self._encode_prompts(prompt, encoding)]
+        least = 0 if encoding.answer == 0 else None
+        answer_length(least, None, max(map(len, prompts)), self._max_model_len, "prompt")  # before they are searched
         encoded = []
         for token_ids, version, found in zip(prompts, versions, await invoked(prompts, versions), strict=True):
             if found is None:
@@ -56,19 +81,20 @@ class PromptEncoder:
         alora: Alora | None,
         tools: Sequence[Tool] = (),
         fields: TemplateFields = NO_FIELDS,
+        encoding: Encoding = PLAIN,
     ) -> Prompt:
         """A conversation up to where the assistant's answer begins.
 
         An invocation that is to be appended replaces the generation prompt (the assistant's header).
         """
-        token_ids = await self.encode_chat(messages, version, tools, fields)
+        token_ids = await self.encode_chat(messages, version, tools, fields, encoding)
         [prompt] = await invoked([token_ids], [version])
         if prompt is not None:
             return prompt
         assert version is not None
         wanted = self._wanted(alora, version)
         if wanted == "append":
-            token_ids = await self.encode_chat(messages, version, tools, fields, header=False)
+            token_ids = await self.encode_chat(messages, version, tools, fields, encoding, header=False)
         return without_invocation(token_ids, version, wanted, self._tokenizer, "messages")
 
     async def chat_prefix(
@@ -103,6 +129,7 @@ class PromptEncoder:
         version: AdapterVersion | None,
         tools: Sequence[Tool] = (),
         fields: TemplateFields = NO_FIELDS,
+        encoding: Encoding = PLAIN,
         *,
         header: bool = True,
     ) -> list[int]:
@@ -113,9 +140,21 @@ class PromptEncoder:
             text = await self._templates.render(template, conversation)
         except InvalidChat as error:
             raise RequestError("invalid_chat", str(error), "messages") from None
-        [token_ids] = await self._tokenizer.encode_texts([text], add_special_tokens=False)
+        [token_ids] = await self._tokenizer.encode_texts([text], add_special_tokens=encoding.special is True)
         check_token_ids(_some(token_ids), self._vocab_size, "messages")
-        return token_ids
+        return self._cut(token_ids, encoding)
+
+    def _cut(self, token_ids: list[int], encoding: Encoding) -> list[int]:
+        """The last tokens of a prompt, if it is to be truncated."""
+        if encoding.most is None:
+            return token_ids
+        room = self._max_model_len - (1 if encoding.answer is None else encoding.answer)
+        return token_ids[-(encoding.most if encoding.most > 0 else max(room, 1)) :]
+
+    async def encode_text(self, text: str, encoding: Encoding) -> list[int]:
+        """A text's token ids; none for an empty one."""
+        [token_ids] = await self._tokenizer.encode_texts([text], add_special_tokens=encoding.special is not False)
+        return self._cut(token_ids, encoding)
 
     async def template(
         self, version: AdapterVersion | None, tools: Sequence[Tool] = (), fields: TemplateFields = NO_FIELDS
@@ -141,12 +180,11 @@ class PromptEncoder:
             raise RequestError("invalid_chat", message, param)
         return template
 
-    async def _encode_prompts(self, prompt: str | list[str | int | list[int]]) -> list[list[int]]:
+    async def _encode_prompts(self, prompt: str | list[str | int | list[int]], encoding: Encoding) -> list[list[int]]:
         """The token ids of a prompt in any of its four forms."""
-        if isinstance(prompt, str):
-            prompts = await self._tokenizer.encode_texts([prompt])
-        elif all(isinstance(item, str) for item in prompt):
-            prompts = await self._tokenizer.encode_texts([item for item in prompt if isinstance(item, str)])
+        texts = [prompt] if isinstance(prompt, str) else [item for item in prompt if isinstance(item, str)]
+        if isinstance(prompt, str) or (texts and len(texts) == len(prompt)):
+            prompts = await self._tokenizer.encode_texts(texts, add_special_tokens=encoding.special is not False)
         elif all(isinstance(item, int) for item in prompt):
             prompts = [[item for item in prompt if isinstance(item, int)]]
         elif all(isinstance(item, list) for item in prompt):

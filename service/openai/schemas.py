@@ -29,6 +29,7 @@ Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopText = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]  # an empty one stops nothing
 Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
+Truncation = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Name = Annotated[str, Meta(min_length=1)]
 TemplateText = Annotated[str, Meta(min_length=1, max_length=MAX_TEMPLATE_BYTES)]
 Mix = Annotated[dict[Name, float], Meta(max_length=8)]  # adapters by name, each with its weight
@@ -109,6 +110,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     allowed_token_ids: list[Count] | None = None  # only these are generated
     bad_words: list[StopString] | None = None  # never generated
     ignore_eos: bool | None = None
+    # The last so many tokens of each prompt; -1: as many as leave room for the answer
+    truncate_prompt_tokens: Truncation | None = None
+    add_special_tokens: bool | None = None  # those around a prompt's text; None: of completions, not of chats
     skip_special_tokens: bool | None = None  # of the text; None: they are skipped
     return_tokens_as_token_ids: bool | None = None  # log-probabilities name tokens token_id:7
     stream: bool | None = None
@@ -130,8 +134,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     structural_tag: Any = None
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
-    truncate_prompt_tokens: Any = None
-    add_special_tokens: Any = None
     spaces_between_special_tokens: Any = None
 
 
@@ -144,8 +146,8 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     echo: bool | None = None  # the prompt before the answer; with logprobs its tokens' too
     prompt_logprobs: Logprobs | None = None
     return_token_ids: bool | None = None  # the prompt's and the answer's
+    best_of: Choices | None = None  # so many are generated for each prompt, and the n likeliest given out
     suffix: Any = None
-    best_of: Any = None
     prompt_embeds: Any = None
 
 
@@ -254,7 +256,8 @@ class TokenizeRequest(TemplateFields, frozen=True, kw_only=True):
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     tools: list[Tool] | None = None
-    add_special_tokens: bool | None = None  # of a prompt; None: they are added
+    add_special_tokens: bool | None = None  # None: to a prompt, not to a chat
+    truncate_prompt_tokens: Truncation | None = None
     return_token_strs: bool | None = None
 
 
@@ -263,6 +266,19 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients that tokenize themselves have to know; vLLM shows the tokenizer's configuration."""
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -277,8 +293,6 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 # The values of the fields above that ask for nothing; None always does
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
-    "truncate_prompt_tokens": (),
-    "add_special_tokens": (),  # the default differs between the two calls
     "spaces_between_special_tokens": (True,),
     "return_token_ids": (False,),  # of chats
     "prompt_logprobs": (),  # of chats
@@ -286,7 +300,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (),
     "echo": (False,),  # of chats
     "suffix": ("",),
-    "best_of": (1,),
     "prompt_embeds": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -425,16 +438,3 @@ class ChatChunk(
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-
-
-class ModelCard(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="model"):
-    id: str
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-    max_model_len: int
-
-
-class ModelList(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
-    data: list[ModelCard]

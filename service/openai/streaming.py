@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     prompts: list[Prompt]
     params: SamplingParams
     special: bool  # whether the text has the special tokens too
+    choices: int | None = None  # sequences for each prompt; None: as many as are given out
 
 
 class Call(Protocol):
@@ -96,12 +97,12 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
         adapters = await source.enter_async_context(in_use)
         refuse_unbuilt(body, built=call.built)
         require_applicable(body.alora, adapters.versions)
-        prompts, params, special = await call.inputs(adapters)
+        prompts, params, special, choices = await call.inputs(adapters)
         plan = Plan(
             request_id=call.id,
             prompts=prompts,
             params=params,
-            choices=body.n or 1,
+            choices=choices or body.n or 1,
             stops=stop_strings(body),
             cache_salt=body.cache_salt or "",
             special=special,

@@ -8,9 +8,12 @@ from service.errors import RequestError
 from service.http import json_response, read_json
 from service.openai.conversations import template_fields
 from service.openai.models import find_version
+from service.openai.prompts import encoding_of
 from service.openai.sampling_params import check_token_ids
-from service.openai.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from service.openai.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 from service.services import Services, services_of
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 async def tokenize(request: Request) -> Response:
@@ -22,11 +25,11 @@ async def tokenize(request: Request) -> Response:
             "invalid_field", "expected either prompt or messages", "messages" if body.prompt else "prompt"
         )
     if body.messages is not None:
-        token_ids = await services.prompts.encode_chat(body.messages, version, body.tools or (), template_fields(body))
+        fields, encoding = template_fields(body), encoding_of(body)
+        token_ids = await services.prompts.encode_chat(body.messages, version, body.tools or (), fields, encoding)
     else:
         assert body.prompt is not None
-        special = body.add_special_tokens is not False
-        [token_ids] = await services.tokenizer.encode_texts([body.prompt], add_special_tokens=special)
+        token_ids = await services.prompts.encode_text(body.prompt, encoding_of(body))
     names = [services.tokenizer.token_bytes(i).decode(errors="replace") for i in token_ids]
     return json_response(
         Tokenized(
@@ -36,6 +39,20 @@ async def tokenize(request: Request) -> Response:
             token_strs=names if body.return_token_strs else None,
         )
     )
+
+
+async def tokenizer_info(request: Request) -> Response:
+    services = services_of(request)
+    tokenizer = services.tokenizer
+    tokens = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
+    info = TokenizerInfo(
+        tokenizer_class=tokenizer.kind,
+        vocab_size=services.vocab_size,
+        model_max_length=services.max_model_len,
+        chat_template=services.settings.chat_template or tokenizer.chat_templates.get("default"),
+        **tokens,
+    )
+    return json_response(info)
 
 
 async def detokenize(request: Request) -> Response:

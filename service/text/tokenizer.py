@@ -52,6 +52,11 @@ class Tokenizer:
         return {"default": templates} if isinstance(templates, str) else dict(templates)
 
     @property
+    def kind(self) -> str:
+        """The class that transformers has for it."""
+        return type(self._tokenizer).__name__
+
+    @property
     def special_tokens(self) -> dict[str, str]:
         """The special tokens by the names that chat templates know: bos_token and the like."""
         return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
