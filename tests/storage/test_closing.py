@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PART = 64 << 10
 BIG = bytes(range(256)) * 1000
 DIGEST = blake3(BIG).hexdigest()
-READ_TIMEOUT_SECONDS = 1.0
+READ_TIMEOUT_SECONDS = 2.0
 AT_MOST_SECONDS = 3.0  # a retry of a transfer that is not ended would take longer
 
 
@@ -199,7 +199,7 @@ def test_closing_a_repository_ends_its_downloads(hub: FakeHub, tmp_path: Path) -
 
 def test_a_closed_repository_does_not_ask_a_silent_hub_again(hub: FakeHub, tmp_path: Path) -> None:
     hub.commit({"small": b"small"})
-    repository = HubRepository(REPOSITORY, endpoint=hub.endpoint, timeout_seconds=1.0, attempts=10)
+    repository = HubRepository(REPOSITORY, endpoint=hub.endpoint, timeout_seconds=READ_TIMEOUT_SECONDS, attempts=10)
     asked = len(hub.requests)
     hub.silent = True
     with ThreadPoolExecutor(1) as threads:

@@ -24,7 +24,7 @@ from tests.storage.faulty_s3 import Answer, FaultyS3, Request, cut, lost, preced
 PART = 64 << 10
 BIG = bytes(range(256)) * 1000  # four parts, the last one short
 ATTEMPTS = 2
-AT_MOST_SECONDS = 8.0
+AT_MOST_SECONDS = 20.0
 
 # Every call that there is, on an object that exists.
 CALLS: dict[str, Callable[[S3Store, Path], object]] = {
@@ -38,21 +38,26 @@ CALLS: dict[str, Callable[[S3Store, Path], object]] = {
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 
+def opened(proxy: FaultyS3, bucket: str, patience_seconds: float) -> S3Store:
+    """A store behind the proxy that reads in small parts."""
+    return S3Store(
+        bucket,
+        endpoint=proxy.endpoint,
+        connect_timeout_seconds=patience_seconds,
+        read_timeout_seconds=patience_seconds,
+        attempts=ATTEMPTS,
+        part_bytes=PART,
+        split_after_seconds=0.0,
+    )
+
+
 @pytest.fixture(scope="module")
 def proxied(s3_server: str, s3_client: Any, aws_environment: None) -> Iterator[tuple[FaultyS3, S3Store, str]]:
-    """A proxy, a store behind it that has little patience and small parts, and its bucket."""
+    """A proxy, a store behind it, and its bucket. The store waits for a machine that is busy."""
     with FaultyS3(s3_server).running() as proxy, new_bucket(s3_client) as bucket:
-        opened = S3Store(
-            bucket,
-            endpoint=proxy.endpoint,
-            connect_timeout_seconds=0.5,
-            read_timeout_seconds=0.5,
-            attempts=ATTEMPTS,
-            part_bytes=PART,
-            split_after_seconds=0.0,
-        )
-        yield proxy, opened, bucket
-        opened.close()
+        patient = opened(proxy, bucket, 5.0)
+        yield proxy, patient, bucket
+        patient.close()
 
 
 @pytest.fixture
@@ -77,6 +82,14 @@ def s3(proxied: tuple[FaultyS3, S3Store, str]) -> Iterator[FaultyS3]:
 @pytest.fixture
 def store(proxied: tuple[FaultyS3, S3Store, str], bucket: str) -> S3Store:
     return proxied[1]
+
+
+@pytest.fixture
+def impatient(proxied: tuple[FaultyS3, S3Store, str], bucket: str) -> Iterator[S3Store]:
+    """A store for servers that stall."""
+    store = opened(proxied[0], bucket, 0.5)
+    yield store
+    store.close()
 
 
 @pytest.fixture(autouse=True)
@@ -125,10 +138,10 @@ def test_a_refusal_is_final(
 
 @every_call
 def test_a_server_that_says_nothing_is_given_up(
-    s3: FaultyS3, store: S3Store, tmp_path: Path, call: Callable[[S3Store, Path], object]
+    s3: FaultyS3, impatient: S3Store, tmp_path: Path, call: Callable[[S3Store, Path], object]
 ) -> None:
     s3.always = lambda request, forward: s3.stall()
-    fails(call, store, tmp_path, StoreUnavailable)
+    fails(call, impatient, tmp_path, StoreUnavailable)
     assert len(s3.requests) == ATTEMPTS
 
 
@@ -227,7 +240,7 @@ def test_bodies_that_always_break_off_are_given_up(s3: FaultyS3, store: S3Store,
     assert len(s3.requests) == ATTEMPTS
 
 
-def test_a_body_that_stalls_is_given_up(s3: FaultyS3, store: S3Store, tmp_path: Path) -> None:
+def test_a_body_that_stalls_is_given_up(s3: FaultyS3, impatient: S3Store, tmp_path: Path) -> None:
     def stalls(request: Request, forward: Callable[[], Answer]) -> None:
         whole = forward()
         write(request, whole, whole.body[: len(whole.body) // 2])
@@ -235,8 +248,8 @@ def test_a_body_that_stalls_is_given_up(s3: FaultyS3, store: S3Store, tmp_path: 
         s3.stall()
 
     s3.always = stalls
-    fails(lambda store, path: store.fetch("blobs/big", path), store, tmp_path, StoreUnavailable)
-    fails(lambda store, path: store.get("blobs/big"), store, tmp_path, StoreUnavailable)
+    fails(lambda store, path: store.fetch("blobs/big", path), impatient, tmp_path, StoreUnavailable)
+    fails(lambda store, path: store.get("blobs/big"), impatient, tmp_path, StoreUnavailable)
 
 
 @pytest.mark.parametrize("length", ["10", "65535", "65537", "10000000"])

@@ -73,20 +73,16 @@ def hub() -> Iterator[FakeHub]:
         yield hub
 
 
-def fetching(
-    s3: str = "http://127.0.0.1:9", hub: str = "http://127.0.0.1:9", patience_seconds: float = 0.5
-) -> Callable[[Settings], Sources]:
+def fetching(s3: str = "http://127.0.0.1:9", hub: str = "http://127.0.0.1:9") -> Callable[[Settings], Sources]:
     """Sources whose buckets and repositories are at these addresses; nothing is tried twice."""
 
     def sources(settings: Settings) -> Sources:
         return Sources(
             settings.allowed_sources,
             settings.max_upload_bytes,
-            lambda bucket, prefix: S3Store(
-                bucket, prefix, endpoint=s3, read_timeout_seconds=patience_seconds, attempts=1
-            ),
+            lambda bucket, prefix: S3Store(bucket, prefix, endpoint=s3, read_timeout_seconds=20, attempts=1),
             lambda repo, revision, folder: HubRepository(
-                repo, revision, folder, endpoint=hub, timeout_seconds=patience_seconds, attempts=1
+                repo, revision, folder, endpoint=hub, timeout_seconds=20, attempts=1
             ),
         )
 
@@ -96,7 +92,7 @@ def fetching(
 @pytest.fixture
 def service(tmp_path: Path, s3: str, hub: FakeHub) -> Iterator[Service]:
     allowed = ("s3://bucket/team-a", f"hf://{ORGANISATION}")
-    with serving(tmp_path / "data", allowed_sources=allowed, sources=fetching(s3, hub.endpoint, 20)) as running:
+    with serving(tmp_path / "data", allowed_sources=allowed, sources=fetching(s3, hub.endpoint)) as running:
         yield running
 
 
