@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from service.errors import RequestError
 from service.http import read_body
-from service.openai.conversations import template_fields, text_of
+from service.openai.conversations import echo_of, template_fields, text_of
+from service.openai.echo import EchoedPrompt
 from service.openai.generation import Delta
 from service.openai.grammars import Source, ThoughtTokens, after_thoughts, source_of
 from service.openai.known_fields import decode_request
@@ -141,7 +142,7 @@ def _merged(deltas: list[ToolCallDelta]) -> list[ToolCallDelta]:
 class Chat:
     """One chat request: reads its fields, and formats its answer as OpenAI's API does."""
 
-    built: Sequence[str] = ()
+    built: Sequence[str] = ("echo", "prompt_logprobs", "return_token_ids")
 
     def __init__(self, services: Services, body: ChatRequest, id: str | None = None):
         self.id, self.body = id or f"chatcmpl-{uuid4().hex}", body
@@ -149,8 +150,10 @@ class Chat:
         self._created = int(time.time())
         self._turns: dict[int, Turn] = {}  # by choice
         self._template: ChatTemplate  # known once the inputs are
+        self._prompt: EchoedPrompt
         self._reasoning: ReasoningFamily = "none"
         self._prompt_end = ""
+        self._echo = echo_of(body) if body.echo else ""
 
     async def inputs(self, adapters: Adapters) -> Inputs:
         body, services = self.body, self._services
@@ -159,6 +162,9 @@ class Chat:
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             message = f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ"
             raise RequestError("invalid_field", message, "max_completion_tokens")
+        if body.stream and body.prompt_logprobs is not None:
+            message = "prompt_logprobs of a chat are not streamed: leave out stream or prompt_logprobs"
+            raise RequestError("unsupported_parameter", message, "prompt_logprobs")
         check_tools(body)
         tools = usable_tools(body)
         [version] = adapters.of_prompts(1)
@@ -171,10 +177,12 @@ class Chat:
         length = len(prompt.token_ids)
         max_tokens = answer_length(asked, None, length, services.max_model_len, "messages", length_param)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        self._prompt = EchoedPrompt(prompt.token_ids, None, self._tokenizer)
         self._prompt_end = self._tokenizer.shown(prompt.token_ids[-TAIL:])
         self._reasoning = "none" if body.separate_reasoning is False else template.reasoning
         grammar = self._after_thoughts(await self._grammar())
         params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
+        params = msgspec.structs.replace(params, prompt_logprobs=body.prompt_logprobs)
         marks = [template.syntax.begin] if tools else []
         marks += [] if self._splitter() is None else [END]
         marked = any(map(self._tokenizer.is_special, marks))
@@ -210,14 +218,19 @@ class Chat:
         return await grammars.translate(Source("tools", "json_schema", schema))
 
     def chunk(self, delta: Delta) -> msgspec.Struct | None:
-        turn = self.turn(delta.choice)
+        turn, tells_ids = self.turn(delta.choice), self.body.return_token_ids
+        first = not any(turn.told for turn in self._turns.values())
         gained = turn.push(delta)
         content = "".join(each for each in gained if isinstance(each, str))
         calls = _merged([each for each in gained if isinstance(each, ToolCallDelta)])
         thought = (turn.thought if self._tells_thoughts else "") or None
-        if not (content or calls or thought or delta.logprobs or delta.finish_reason):
+        begins = not turn.told
+        if begins:
+            content = self._echo + content
+        tokens = delta.generated if tells_ids else delta.logprobs
+        if not (content or calls or thought or tokens or delta.logprobs or delta.finish_reason):
             return None
-        begins, turn.told = not turn.told, True
+        turn.told = True
         choice = ChatChunkChoice(
             index=delta.choice,
             delta=ChatDelta(
@@ -229,8 +242,9 @@ class Chat:
             ),
             logprobs=self.logprobs([delta]),
             finish_reason=turn.finish_reason(delta),
+            token_ids=delta.generated if tells_ids else msgspec.UNSET,
         )
-        return self._chunk([choice])
+        return self._chunk([choice], prompt=list(self._prompt.token_ids) if tells_ids and first else None)
 
     def turn(self, choice: int) -> Turn:
         if choice not in self._turns:
@@ -252,12 +266,30 @@ class Chat:
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         return self._chunk([], usage)
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self.id, created=self._created, model=self.body.model, choices=choices, usage=usage)
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | None = None, prompt: list[int] | None = None
+    ) -> ChatChunk:
+        return ChatChunk(
+            id=self.id,
+            created=self._created,
+            model=self.body.model,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=prompt,
+        )
 
     def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
-        found = [self._choice(deltas) for deltas in choices]
-        return ChatCompletion(id=self.id, created=self._created, model=self.body.model, choices=found, usage=usage)
+        body, prompt = self.body, self._prompt
+        prompt.scores = choices[0][0].prompt_logprobs or []
+        return ChatCompletion(
+            id=self.id,
+            created=self._created,
+            model=body.model,
+            choices=[self._choice(deltas) for deltas in choices],
+            usage=usage,
+            prompt_logprobs=msgspec.UNSET if body.prompt_logprobs is None else prompt.logprobs(body.prompt_logprobs),
+            prompt_token_ids=list(prompt.token_ids) if body.return_token_ids else msgspec.UNSET,
+        )
 
     def _choice(self, deltas: Sequence[Delta]) -> ChatChoice:
         turn = self.turn(deltas[0].choice)
@@ -266,11 +298,12 @@ class Chat:
         reason = turn.finish_reason(deltas[-1])
         assert reason is not None
         thoughts = (turn.reasoning if self._tells_thoughts else "") or msgspec.UNSET
+        content = self._echo + turn.content
         return ChatChoice(
             index=deltas[0].choice,
             message=ChatMessage(
                 role="assistant",
-                content=turn.content if turn.content or not (turn.calls or turn.reasoning) else None,
+                content=content if content or not (turn.calls or turn.reasoning) else None,
                 refusal=None,
                 tool_calls=turn.calls or msgspec.UNSET,
                 reasoning_content=thoughts,
@@ -278,6 +311,9 @@ class Chat:
             ),
             logprobs=self.logprobs(deltas),
             finish_reason=reason,
+            token_ids=[each for delta in deltas for each in delta.generated]
+            if self.body.return_token_ids
+            else msgspec.UNSET,
         )
 
     def logprobs(self, deltas: Sequence[Delta]) -> ChatLogprobs | None:

@@ -114,7 +114,7 @@ class TextCompletion:
             logprobs=found,
             finish_reason=deltas[-1].finish_reason,
             prompt_token_ids=list(prompt.token_ids) if body.return_token_ids and begins else msgspec.UNSET,
-            token_ids=[token_id for delta in deltas for token_id in _generated(delta)]
+            token_ids=[each for delta in deltas for each in delta.generated]
             if body.return_token_ids
             else msgspec.UNSET,
             prompt_logprobs=msgspec.UNSET
@@ -172,10 +172,6 @@ class TextCompletion:
             return own.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
-
-
-def _generated(delta: Delta) -> list[int]:
-    return delta.token_ids if delta.stop_token is None else [*delta.token_ids, delta.stop_token]
 
 
 def _likelihood(deltas: Sequence[Delta]) -> float:

@@ -71,6 +71,16 @@ def text_of(message: Message) -> str | None:
     return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
 
 
+def echo_of(body: ChatRequest) -> str:
+    """What `echo` puts before the answer, as in vLLM: the last message, if the answer has its role.
+
+    An answer that begins no message of its own has the role of the last one.
+    """
+    last = body.messages[-1]
+    begins = body.add_generation_prompt is not False and not body.continue_final_message
+    return "" if begins and last.role != "assistant" else text_of(last) or ""
+
+
 def _plain(message: Message, place: str, template: ChatTemplate) -> dict[str, Any]:
     """A message as chat templates know it: content is one string, a call's arguments a mapping. Raises RequestError."""
     content = text_of(message)

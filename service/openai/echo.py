@@ -1,4 +1,4 @@
-"""A prompt in its completion's answer: its text, where each token begins in it, and its log-probabilities."""
+"""A prompt in its answer: its text, where each token begins in it, and its log-probabilities."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -6,7 +6,7 @@ from functools import cached_property
 from msgspec.structs import replace
 
 from runtime.messages import TokenLogprobs
-from service.openai.schemas import PromptLogprob
+from service.openai.schemas import PromptLogprob, PromptLogprobs
 from service.text.tokenizer import Tokenizer
 
 
@@ -46,9 +46,9 @@ class EchoedPrompt:
             for each in self.scores
         ]
 
-    def logprobs(self, alternatives: int) -> list[dict[str, PromptLogprob] | None]:
+    def logprobs(self, alternatives: int) -> PromptLogprobs:
         """The scores in vLLM's form: of each token and of the likeliest, by token id."""
-        found: list[dict[str, PromptLogprob] | None] = [None]
+        found: PromptLogprobs = [None]
         for token_id, each in zip(self.token_ids[1:], self.first(alternatives), strict=True):
             ranked = zip(each.top_ids, each.top_logprobs, range(1, alternatives + 1), strict=True)
             entries = {str(other): self._entry(other, logprob, rank) for other, logprob, rank in ranked}

@@ -54,6 +54,11 @@ class Delta(NamedTuple):
     stop_token: int | None = None  # the token that ended the choice; it is not among token_ids, nor in the text
     stop_logprobs: TokenLogprobs | None = None
 
+    @property
+    def generated(self) -> list[int]:
+        """All its tokens, the one that ended the choice included."""
+        return self.token_ids if self.stop_token is None else [*self.token_ids, self.stop_token]
+
 
 class Choice:
     """The text of one sequence: whole characters, cut at a stop string."""

@@ -221,9 +221,9 @@ class TemplateFields(msgspec.Struct, frozen=True, kw_only=True):
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
-    prompt_logprobs: Any = None
-    echo: Any = None
-    return_token_ids: Any = None
+    prompt_logprobs: Logprobs | None = None  # not in a stream
+    echo: bool | None = None  # the last message before the answer, if it is of the answer's role
+    return_token_ids: bool | None = None
     lora_path: Name | None = None
     adapter_id: Name | None = None
     max_completion_tokens: Positive | None = None
@@ -294,11 +294,11 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "spaces_between_special_tokens": (True,),
-    "return_token_ids": (False,),  # of chats
-    "prompt_logprobs": (),  # of chats
+    "return_token_ids": (False,),  # of calls whose answers have no place for them
+    "prompt_logprobs": (),
     "structural_tag": (),
     "guided_whitespace_pattern": (),
-    "echo": (False,),  # of chats
+    "echo": (False,),
     "suffix": ("",),
     "prompt_embeds": (),
     "functions": ([],),
@@ -336,13 +336,16 @@ class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
     decoded_token: str
 
 
+# For each token of a prompt those of it and of the likeliest, by token id; null for the first
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    # For each token of the prompt, the log-probabilities of it and of the likeliest, by token id; null for the first
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # in the first chunk of a stream
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -391,6 +394,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="chat.completion"):
@@ -399,6 +403,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True, tag_field="objec
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -428,6 +434,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(
@@ -438,3 +445,4 @@ class ChatChunk(
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None  # in the first chunk

@@ -1,4 +1,4 @@
-"""Prompts in the answers of completions, on an engine whose log-probability of a prompt's token i is -i."""
+"""Prompts in the answers of completions and chats, on an engine whose log-probability of a prompt's token i is -i."""
 
 import pytest
 
@@ -71,13 +71,6 @@ def test_prompt_logprobs_have_vllms_form(server: LiveServer) -> None:
     ]
 
 
-def test_chats_refuse_all_three_by_name(server: LiveServer) -> None:
-    for field, value in (("echo", True), ("prompt_logprobs", 1), ("return_token_ids", True)):
-        refused = server.chat("hello", **{field: value})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
-        assert field in refused.json()["error"]["message"]
-
-
 @pytest.mark.parametrize("text", ["hello world", "w\u00f6rld \U0001f31f"])
 def test_token_ids_of_prompt_and_answer_whole_and_streamed(server: LiveServer, text: str) -> None:
     ids = server.services.tokenizer.encode(text)
@@ -89,3 +82,86 @@ def test_token_ids_of_prompt_and_answer_whole_and_streamed(server: LiveServer, t
     assert [part.get("prompt_token_ids") for part in parts] == [ids] + [None] * (len(parts) - 1)
     [without] = server.complete(text, max_tokens=1).json()["choices"]
     assert not {"prompt_token_ids", "token_ids"} & set(without)
+
+
+def prompt_of(server: LiveServer, **more: object) -> list[int]:
+    return server.post("/tokenize", messages=[{"role": "user", "content": "hello"}], **more).json()["tokens"]
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_token_ids_of_a_chat_and_its_choices_whole_and_streamed(server: LiveServer, choices: int) -> None:
+    ids = prompt_of(server)
+    asked = {"max_tokens": len(ids), "n": choices, "return_token_ids": True, "ignore_eos": True}
+    whole = server.chat("hello", **asked).json()
+    assert whole["prompt_token_ids"] == ids
+    assert [choice["token_ids"] for choice in whole["choices"]] == [ids] * choices
+    parts = chunks(server.chat("hello", stream=True, **asked).text)
+    assert [part.get("prompt_token_ids") for part in parts] == [ids] + [None] * (len(parts) - 1)
+    for index in range(choices):
+        told = [part["choices"][0] for part in parts if part["choices"][0]["index"] == index]
+        assert [token_id for choice in told for token_id in choice["token_ids"]] == ids
+        assert (
+            "".join(choice["delta"].get("content") or "" for choice in told)
+            == (whole["choices"][index]["message"]["content"])
+        )
+    without = server.chat("hello", max_tokens=1).json()
+    assert not {"prompt_token_ids", "token_ids", "prompt_logprobs"} & {*without, *without["choices"][0]}
+
+
+def test_the_token_that_ends_a_chat_is_among_its_token_ids(server: LiveServer) -> None:
+    ids = prompt_of(server)
+    asked = {"stop_token_ids": [ids[1]], "return_token_ids": True}
+    assert server.chat("hello", **asked).json()["choices"][0]["token_ids"] == ids[:2]
+    parts = chunks(server.chat("hello", stream=True, **asked).text)
+    assert [token_id for part in parts for token_id in part["choices"][0]["token_ids"]] == ids[:2]
+
+
+def test_a_chats_prompt_is_scored_in_vllms_form(server: LiveServer) -> None:
+    ids, tokenizer = prompt_of(server), server.services.tokenizer
+    body = server.chat("hello", max_tokens=1, prompt_logprobs=0, n=2).json()
+    assert body["prompt_logprobs"] == [
+        None,
+        *(
+            {str(token_id): {"logprob": -float(place), "rank": 3, "decoded_token": tokenizer.shown([token_id])}}
+            for place, token_id in enumerate(ids[1:], 1)
+        ),
+    ]
+    assert [len(entry) for entry in server.chat("hello", prompt_logprobs=2).json()["prompt_logprobs"][1:]] == [
+        len({5, 6, token_id}) for token_id in ids[1:]
+    ]
+    refused = server.chat("hello", prompt_logprobs=1, stream=True)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_logprobs")
+    assert "stream" in refused.json()["error"]["message"]
+
+
+def told(server: LiveServer, messages: list[dict[str, str]], **fields: object) -> list[str]:
+    """The contents of a chat's choices; the stream has the same."""
+    asked = {"model": "tiny", "messages": messages, "max_tokens": 3, "n": 2, **fields}
+    contents = [
+        choice["message"]["content"] for choice in server.post("/v1/chat/completions", **asked).json()["choices"]
+    ]
+    parts = chunks(server.post("/v1/chat/completions", stream=True, **asked).text)
+    for index, content in enumerate(contents):
+        mine = [part["choices"][0]["delta"] for part in parts if part["choices"][0]["index"] == index]
+        assert "".join(delta.get("content") or "" for delta in mine) == content
+        assert [delta.get("role") for delta in mine] == ["assistant"] + [None] * (len(mine) - 1)
+    return contents
+
+
+@pytest.mark.parametrize(
+    ("role", "fields", "echoed"),
+    [
+        ("user", {}, False),
+        ("assistant", {}, True),
+        ("user", {"add_generation_prompt": False}, True),
+        ("assistant", {"continue_final_message": True}, True),
+    ],
+)
+def test_a_last_message_of_the_answers_role_is_echoed_before_it(
+    server: LiveServer, role: str, fields: dict[str, bool], echoed: bool
+) -> None:
+    messages = [{"role": "system", "content": "short"}, {"role": role, "content": "hello w\u00f6rld"}]
+    answers = told(server, messages, **fields)
+    assert told(server, messages, echo=True, **fields) == [
+        ("hello w\u00f6rld" if echoed else "") + answer for answer in answers
+    ]
