@@ -19,6 +19,7 @@ from service.adapters import routes as adapters
 from service.adapters import schemas as adapter_schemas
 from service.app import routes
 from service.dialects import lmi, tokens
+from service.grammars import tags
 from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import models, schemas
@@ -28,6 +29,7 @@ CONTRACT = Path(__file__).with_name("openapi.json")
 # Whose Structs are bodies
 MODULES = (
     schemas,
+    tags,
     models,
     responses,
     adapters,

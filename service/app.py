@@ -24,6 +24,8 @@ from service.dialects.sagemaker import invocations
 from service.dialects.tokens import generate
 from service.engine.client import EngineClient
 from service.errors import RequestError
+from service.grammars.grammars import Grammars
+from service.grammars.structural_tags import Markers
 from service.health import health, metrics, openapi, ready, version
 from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
@@ -34,7 +36,6 @@ from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
 from service.openai.chat import chat_completions
 from service.openai.completions import completions
-from service.openai.grammars import Grammars
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
 from service.openai.tokenize import detokenize, tokenize, tokenizer_info
@@ -180,7 +181,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 settings.alora_on_missing,
                 request_templates=settings.allow_request_chat_template,
             ),
-            grammars=Grammars(),
+            grammars=Grammars(Markers(tokenizer.markers, tokenizer.special)),
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),
             max_model_len=max_model_len,

@@ -7,11 +7,11 @@ from starlette.requests import Request
 from runtime.models.config import ModelConfig
 from service.catalog.catalog import Catalog
 from service.engine.client import EngineClient
+from service.grammars.grammars import Grammars
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
 from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
-from service.openai.grammars import Grammars
 from service.openai.prompts import PromptEncoder
 from service.responses.store import ResponseStore
 from service.settings import Settings

@@ -65,8 +65,10 @@ INNER = {
         "service.source_urls",
     },
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
+    "service.grammars": {"service.errors"},
     "service.openai": {
         "service.engine",
+        "service.grammars",
         "service.tool_calls",
         "service.text",
         "service.catalog.record",

@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RequestError
+from service.grammars.grammars import Source, ThoughtTokens, after_thoughts
 from service.http import read_body
 from service.openai.conversations import echo_of, template_fields, text_of
 from service.openai.echo import EchoedPrompt
+from service.openai.forms import grammar_of, source_of
 from service.openai.generation import Delta
-from service.openai.grammars import Source, ThoughtTokens, after_thoughts, source_of
 from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
 from service.openai.prompts import encoding_of
@@ -210,7 +211,7 @@ class Chat:
         body, grammars = self.body, self._services.grammars
         forced = forced_tools(body)
         if not forced:
-            return await grammars.of(body)
+            return await grammar_of(body, grammars)
         if (other := source_of(body)) is not None:
             message = f"tool_choice and {other.field} each say what the answer must look like: send one of them"
             raise RequestError("invalid_field", message, other.field)

@@ -12,6 +12,7 @@ from runtime.messages import TokenLogprobs
 from service.errors import RequestError
 from service.http import read_body
 from service.openai.echo import EchoedPrompt
+from service.openai.forms import grammar_of
 from service.openai.generation import Delta
 from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
@@ -63,7 +64,7 @@ class TextCompletion:
             raise RequestError("too_many_sequences", message, "prompt")
         longest = max(len(prompt.token_ids) for prompt in prompts)
         max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
-        grammar = await services.grammars.of(body)
+        grammar = await grammar_of(body, services.grammars)
         logprobs = 0 if body.logprobs is None and self._each > (body.n or 1) else body.logprobs  # to choose by
         params = sampling_params(body, max_tokens, logprobs, services.vocab_size, grammar, self._tokenizer)
         given = [body.prompt] if isinstance(body.prompt, str) else body.prompt

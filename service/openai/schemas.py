@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from service.catalog.record import MAX_TEMPLATE_BYTES, OnMissing
+from service.grammars.tags import StructuralTag
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every piece of text is searched for each stop string
@@ -68,7 +69,7 @@ class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     json_schema: NamedSchema
 
 
-ResponseFormat = TextFormat | JsonObject | JsonSchema
+ResponseFormat = TextFormat | JsonObject | JsonSchema | StructuralTag
 AnySchema = dict[str, Any] | bool | str  # a string holds it as JSON
 Choice = Annotated[str, Meta(min_length=1)]
 ChoiceList = Annotated[list[Choice], Meta(min_length=1)]
@@ -82,6 +83,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     regex: str | None = None
     choice: ChoiceList | None = None
     grammar: str | None = None  # GBNF or Lark
+    structural_tag: StructuralTag | str | None = None  # a string holds it as JSON
     # vLLM's options for its own engines, without an effect here
     disable_fallback: bool | None = None
     disable_any_whitespace: bool | None = None
@@ -130,8 +132,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: AnySchema | None = None
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: StructuralTag | str | None = None
     # Known to others, and not built here: refused by name unless they ask for nothing
-    structural_tag: Any = None
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
     spaces_between_special_tokens: Any = None
@@ -296,7 +298,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "return_token_ids": (False,),  # of calls whose answers have no place for them
     "prompt_logprobs": (),
-    "structural_tag": (),
     "guided_whitespace_pattern": (),
     "echo": (False,),
     "suffix": ("",),

@@ -34,7 +34,14 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._bytes = TokenBytes(self._backend)
-        self._special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        added = self._tokenizer.added_tokens_decoder.items()
+        self.special = frozenset(token.content for _, token in added if token.special)  # which a text may leave out
+        # The tokens that are no text to a grammar, by what they show: llguidance takes any <...> for one
+        self.markers = {
+            token.content: token_id
+            for token_id, token in added
+            if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+        }
 
     def encode(self, text: str) -> list[int]:
         """Return a prompt's token ids, with the special tokens that the tokenizer adds (for many models: a BOS)."""
@@ -63,7 +70,7 @@ class Tokenizer:
 
     def is_special(self, text: str) -> bool:
         """Whether a text is one special token."""
-        return text in self._special
+        return text in self.special
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is a text as it is, special or not; None if there is none."""

@@ -78,8 +78,8 @@ def error_of(server: LiveServer, content: bytes | str, path: str = "/v1/completi
         ({"ebnf": "root ::= other"}, "invalid_grammar", "ebnf"),
         ({"regex": "a", "json_schema": "{}"}, "invalid_field", "regex"),
         ({"structured_outputs": {}}, "invalid_field", "structured_outputs"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "unknown_field", "structured_outputs.structural_tag"),
-        ({"structural_tag": "x"}, "unsupported_parameter", "structural_tag"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "invalid_grammar", "structured_outputs.structural_tag"),
+        ({"structural_tag": "x"}, "invalid_grammar", "structural_tag"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(server: LiveServer, fields: dict, code: str, param: str) -> None:

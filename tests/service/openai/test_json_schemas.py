@@ -20,7 +20,7 @@ import pytest
 
 from runtime.grammar.grammars import Grammars as CompiledGrammars
 from service.errors import RequestError
-from service.openai.grammars import Grammars, Source
+from service.grammars.grammars import Grammars, Source
 from tests.service.live_server import LiveServer, fake_settings, live_server
 from tests.service.openai.test_fuzz import Fuzz
 from tests.service.tiny_model import make_tokenizer

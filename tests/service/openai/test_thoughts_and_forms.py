@@ -12,7 +12,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from service.openai.grammars import Source, ThoughtTokens, _translate, after_thoughts
+from service.grammars.grammars import Source, ThoughtTokens, _translate, after_thoughts
 from tests.service.live_server import LiveServer, fake_settings, live_server
 from tests.service.openai.test_structured import ENDS, ENGINE, PERSON, STOP
 from tests.service.text.reasoning_templates import DEEPSEEK, QWEN
