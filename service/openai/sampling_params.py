@@ -68,6 +68,12 @@ def sampling_params(
 ) -> SamplingParams:
     """The parameters of one request. Raises RequestError naming the field."""
     check_token_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
+    if body.spaces_between_special_tokens is False and not tokenizer.joins_special:
+        message = (
+            "spaces_between_special_tokens: this model's tokenizer puts spaces between special tokens; leave it out, "
+            "or ask for return_token_ids and decode them yourself"
+        )
+        raise RequestError("unsupported_parameter", message, "spaces_between_special_tokens")
     if (body.min_tokens or 0) > max_tokens:
         message = f"min_tokens ({body.min_tokens}) is more than max_tokens ({max_tokens})"
         raise RequestError("invalid_field", message, "min_tokens")

@@ -116,6 +116,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt_tokens: Truncation | None = None
     add_special_tokens: bool | None = None  # those around a prompt's text; None: of completions, not of chats
     skip_special_tokens: bool | None = None  # of the text; None: they are skipped
+    spaces_between_special_tokens: bool | None = None  # false: none, as most tokenizers have it either way
     return_tokens_as_token_ids: bool | None = None  # log-probabilities name tokens token_id:7
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -136,7 +137,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     # Known to others, and not built here: refused by name unless they ask for nothing
     guided_whitespace_pattern: Any = None
     use_beam_search: Any = None
-    spaces_between_special_tokens: Any = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -295,7 +295,6 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 # The values of the fields above that ask for nothing; None always does
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
-    "spaces_between_special_tokens": (True,),
     "return_token_ids": (False,),  # of calls whose answers have no place for them
     "prompt_logprobs": (),
     "guided_whitespace_pattern": (),

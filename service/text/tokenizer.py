@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,6 +67,17 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, str]:
         """The special tokens by the names that chat templates know: bos_token and the like."""
         return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+
+    @cached_property
+    def joins_special(self) -> bool:
+        """Whether special tokens are shown without spaces between them, as all but WordPiece's decoders have it.
+
+        transformers takes `spaces_between_special_tokens`, and gives it no meaning for a fast tokenizer; vLLM leaves
+        out the spaces that the decoder puts between two added tokens.
+        """
+        texts = sorted(self.special)[:2] * 2
+        ids = [token_id for text in texts if (token_id := self.token_id(text)) is not None]
+        return self.shown(ids) == "".join(texts)
 
     def is_special(self, text: str) -> bool:
         """Whether a text is one special token."""

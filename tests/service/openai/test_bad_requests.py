@@ -59,7 +59,7 @@ def error_of(server: LiveServer, content: bytes | str, path: str = "/v1/completi
         ({"prompt": [5] * 200}, "context_length_exceeded", "prompt"),
         ({"prompt": ["hello"] * 9, "n": 128}, "too_many_sequences", "prompt"),
         ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search"),
-        ({"spaces_between_special_tokens": False}, "unsupported_parameter", "spaces_between_special_tokens"),
+        ({"spaces_between_special_tokens": 1}, "invalid_field", "spaces_between_special_tokens"),
         ({"prompt_logprobs": 21}, "invalid_field", "prompt_logprobs"),
         ({"suffix": "end"}, "unsupported_parameter", "suffix"),
         ({"logit_bias": {"5": 101}}, "invalid_field", "logit_bias[...]"),

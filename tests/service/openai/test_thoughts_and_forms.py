@@ -58,6 +58,12 @@ def told(response: httpx.Response) -> dict[str, Any]:
 
 
 SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": PERSON}}}
+TAGGED = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<f>", "schema": PERSON, "end": "</f>"}],
+    "triggers": ["<f"],
+    "at_least_one": False,
+}
 # Random weights think for ever: what ends the thoughts is made likely
 THINKS = ENDS | {str(END): 4.0}
 
@@ -106,6 +112,7 @@ def test_forced_calls_come_after_the_thoughts(server: LiveServer) -> None:
         (Source("f", "choice", ["yes", "no"]), "yes", "maybe"),
         (Source("f", "grammar", 'start: "x" NAME\nNAME: /[a-z]+/'), "xy", "yx"),
         (Source("f", "grammar", 'root ::= "a" | b\nb ::= "bb"'), "bb", "c"),
+        (Source("f", "structural_tag", json.dumps(TAGGED)), 'so <f>{"name":"a","age":1}</f>', "so <f>1</f>"),
     ],
 )
 def test_every_kind_of_grammar_may_follow_thoughts(source: Source, good: str, bad: str, tmp_path: Path) -> None:

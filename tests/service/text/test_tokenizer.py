@@ -1,17 +1,24 @@
 """Prompts and chats become the tokens that transformers makes of them."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
 
+from service.errors import RequestError
+from service.openai.sampling_params import sampling_params
+from service.openai.schemas import CompletionRequest
 from service.text.token_bytes import TokenBytes
 from service.text.tokenizer import LONG_TEXT, Tokenizer, TokenizerMissing
+from tests.service.tiny_model import make_tokenizer, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,45 @@ def test_sentencepieces_tokens_keep_their_space_and_their_bytes() -> None:
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     found = TokenBytes(backend)
     assert [found.of(i) for i in range(1, 6)] == [b" Hello", b"\xf0", b"\x9f", b"wor", b" "]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "joins"),
+    [
+        (decoders.ByteLevel(), True),
+        (decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]), True),
+        (decoders.Metaspace(), True),
+        (decoders.WordPiece(), False),
+        (None, False),
+    ],
+    ids=["byte level", "SentencePiece", "Metaspace", "WordPiece", "none"],
+)
+def test_special_tokens_are_joined_as_transformers_joins_them_with_spaces_and_without(
+    tmp_path: Path, decoder: Any, joins: bool
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    write_tiny_model(tmp_path)
+    backend = make_tokenizer()
+    if decoder is None:
+        saved = json.loads(backend.to_str()) | {"decoder": None}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    else:
+        backend.decoder = decoder
+        backend.save(str(tmp_path / "tokenizer.json"))
+    oracle, tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    for spaces in (True, False):
+        assert tokenizer.shown([1, 2, 1]) == oracle.decode([1, 2, 1], spaces_between_special_tokens=spaces)
+    assert (" " not in tokenizer.shown([1, 2, 1])) is joins
+    assert tokenizer.joins_special is joins
+    body = CompletionRequest(model="m", prompt="x", spaces_between_special_tokens=False)
+    if joins:
+        sampling_params(body, 5, None, 100, None, tokenizer)
+    else:
+        with pytest.raises(RequestError, match="puts spaces between special tokens") as refused:
+            sampling_params(body, 5, None, 100, None, tokenizer)
+        assert refused.value.param == "spaces_between_special_tokens"
+    sampling_params(msgspec.structs.replace(body, spaces_between_special_tokens=True), 5, None, 100, None, tokenizer)
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
