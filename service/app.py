@@ -127,6 +127,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
 
 
+def _markers(tokenizer: Tokenizer, model: ModelConfig, vocab_size: int) -> Markers:
+    """The tokens that are no text to a grammar. One that ends an answer is no part of free text either."""
+    ids = {text: token_id for text, token_id in tokenizer.markers.items() if token_id < vocab_size}
+    ends = {text for text, token_id in ids.items() if token_id in model.eos_token_ids}
+    return Markers(ids, tokenizer.special | ends)
+
+
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Services]:
     """The parts of the service, started together and ended in reverse order."""
@@ -181,7 +188,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 settings.alora_on_missing,
                 request_templates=settings.allow_request_chat_template,
             ),
-            grammars=Grammars(Markers(tokenizer.markers, tokenizer.special)),
+            grammars=Grammars(_markers(tokenizer, model, vocab_size)),
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),
             max_model_len=max_model_len,

@@ -31,7 +31,7 @@ class Markers(NamedTuple):
     """The tokens that are no text to a grammar, by their text."""
 
     ids: Mapping[str, int] = {}
-    special: frozenset[str] = frozenset()  # those of them that an answer does not show
+    special: frozenset[str] = frozenset()  # those of them that are never free text
 
 
 NO_MARKERS = Markers()
@@ -95,6 +95,7 @@ class _Builder:
         self._lines: list[str] = [f"ANY: {ANY}", f"RUN: {RUN}"]
         self._beside: list[dict[str, Any]] = []
         self._bodies: dict[str, str] = {}  # by the place of a tag's content
+        self._regexes: dict[str, str] = {}  # by pattern, since each format around one looks at it
         self._formats = self._levels = 0
         texts = sorted(markers.ids, key=len, reverse=True)
         self._marker = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
@@ -276,7 +277,7 @@ class _Builder:
     def _others(self, stops: Sequence[str]) -> str:
         """Free text that ends in a token which is none to the grammar, any number of times.
 
-        It is such a token that an answer shows, and of which no stop can be a part, nor have one.
+        It is none that is special, and none that could be a part of a stop, or have one.
         """
         shown = [text for text in self._markers.ids if text not in self._markers.special]
         ids = [self._markers.ids[text] for text in shown if not any(_overlap(text, stop) for stop in stops)]
@@ -306,7 +307,9 @@ class _Builder:
             case tags.ConstStringFormat(value=value):
                 found = None if self._marker.search(value) else _quoted(value)
             case tags.RegexFormat(pattern=pattern):
-                found = self._parts.regex(f"{place}.pattern", pattern)
+                if pattern not in self._regexes:
+                    self._regexes[pattern] = self._parts.regex(f"{place}.pattern", pattern)
+                found = self._regexes[pattern]
             case tags.SequenceFormat(elements=elements) | tags.OrFormat(elements=elements):
                 each = [self._regular(one, f"{place}.elements[{index}]") for index, one in enumerate(elements)]
                 known = [one for one in each if one is not None]
