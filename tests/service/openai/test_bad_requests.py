@@ -99,7 +99,9 @@ def test_what_is_not_built_into_chat_is_refused_by_name(server: LiveServer, fiel
 def test_the_types_of_a_response_format_are_named(server: LiveServer) -> None:
     asked = {"model": "tiny", "prompt": "x", "response_format": {"type": "jsonschema"}}
     _, error = error_of(server, json.dumps(asked))
-    assert error["message"].endswith("Invalid value 'jsonschema', expected one of text, json_object, json_schema")
+    assert error["message"].endswith(
+        "Invalid value 'jsonschema', expected one of text, json_object, json_schema, structural_tag"
+    )
 
 
 def test_a_context_overflow_is_told_as_openai_tells_it(server: LiveServer) -> None:
