@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+CANNOT_START, BROKEN = 3, 4  # exit statuses of an engine; the last line that it has written says why
+
 Tier = Literal["device", "host"]  # where an adapter's weights are ready: device memory, or host memory to copy from
 
 # Why a command or a request failed: every code that the engine sends in Failed and Answer.
@@ -72,7 +74,10 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     adapter: str | None = None  # digest; None for the base
     invocation_start: int = 0  # index of the first prompt token that the adapter applies to
     kv_is_base: bool = False  # the adapter leaves every K and V as the base's, so that they share blocks
-    cache_salt: str = ""  # only requests with the same salt share K/V
+    cache_salt: str = ""  # only requests with the same salt share K/V; it also says whose turn to run it is
+    call: str = (
+        ""  # the client's request, of which this may be one sequence of many; empty: of which it is the only one
+    )
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):

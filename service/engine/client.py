@@ -38,6 +38,7 @@ RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # backoff between attempts in a r
 STEADY_SECONDS = 60.0  # an engine that lived this long resets the backoff
 RECENT_SECONDS = 1.0  # a snapshot is current for so long
 STATS_SECONDS = 0.8  # how long to wait for a snapshot: the engine answers between two steps
+SILENT_SECONDS = 10.0  # without a sign of life, after which the last snapshot is told no longer
 
 
 class Stream(NamedTuple):
@@ -50,8 +51,15 @@ class Stream(NamedTuple):
 class EngineClient:
     """Generates through an engine process, restarts it when it dies, and owns the open token streams."""
 
-    def __init__(self, config: EngineConfig, command: Sequence[str], metrics: Metrics):
+    def __init__(
+        self,
+        config: EngineConfig,
+        command: Sequence[str],
+        metrics: Metrics,
+        timeout_seconds: float | None = None,  # without a sign of life, after which an engine is killed
+    ):
         self._connection = Connection()
+        self._metrics, self._timeout_seconds = metrics, timeout_seconds
         self.adapters = EngineAdapters(self._connection, metrics)
         self.prefixes = EnginePrefixes(self._connection)
         self._config, self._command = config, command
@@ -71,6 +79,12 @@ class EngineClient:
     def pid(self) -> int | None:
         """The process id of the engine that runs now."""
         return None if self._connection.process is None else self._connection.process.pid
+
+    @property
+    def answers(self) -> bool:
+        """Whether an engine serves that has given a sign of life lately."""
+        process = self._connection.process
+        return self.ready is not None and process is not None and process.silent_seconds < SILENT_SECONDS
 
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises EngineStartFailed with the engine's reason."""
@@ -145,12 +159,12 @@ class EngineClient:
         return await asyncio.shield(self._asked_stats)
 
     async def latest_stats(self) -> Stats | None:
-        """A fresh snapshot, or the last one where a busy engine takes too long; None while there is no engine."""
+        """A fresh snapshot, or the last one where a busy engine takes too long; None while no engine answers."""
         try:
             async with asyncio.timeout(STATS_SECONDS):
                 return await self.stats()
         except TimeoutError:
-            return self._last_stats
+            return self._last_stats if self.answers else None
         except EngineError:
             return None
 
@@ -176,15 +190,16 @@ class EngineClient:
         self.adapters.tell_all()
 
     async def _supervise(self) -> None:
-        """Wait for the engine to die, fail the requests that ran on it, and start another, for ever."""
+        """Wait for the engine to end or to hang, fail the requests that ran on it, start another, for ever."""
         loop = asyncio.get_running_loop()
         delays = _delays()
         while True:
             born = loop.time()
             assert self._connection.process is not None
-            status = await self._connection.process.died()
-            _log.error("the engine died (%s) with %d requests running; restarting it", status, len(self._streams))
-            self._lost(EngineError("engine_died", f"the engine died ({status}); it is being restarted"))
+            kind, reason = await self._connection.process.ended(self._timeout_seconds)
+            _log.error("the engine %s (%s) with %d requests running; restarting it", kind, reason, len(self._streams))
+            self._metrics.engine_ends[kind].inc()
+            self._lost(EngineError("engine_died", f"the engine {kind} ({reason}); it is being restarted"))
             await self._connection.process.close()
             if loop.time() - born > STEADY_SECONDS:
                 delays = _delays()

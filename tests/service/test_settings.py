@@ -88,6 +88,7 @@ OPTIONS = {
     "--cors-origins": ("https://example.org", "cors_origins", ("https://example.org",)),
     "--max-body-bytes": ("1000", "max_body_bytes", 1000),
     "--responses-store-bytes": ("5M", "responses_store_bytes", 5 * MIB),
+    "--engine-timeout-seconds": ("60", "engine_timeout_seconds", 60.0),
     "--served-model-name": ("base", "served_name", "base"),
     "--tool-call-parser": ("mistral", "tool_call_parser", "mistral"),
     "--reasoning-parser": ("deepseek_r1", "reasoning_parser", "deepseek_r1"),
