@@ -67,6 +67,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             least=1,
         ),
     ] = None
+    request_timeout_seconds: Annotated[
+        float, Option("a generation that takes longer is ended with status 504; 0: none is", "scheduling", least=0)
+    ] = 0.0
+    max_queue_seconds: Annotated[
+        float,
+        Option(
+            "a generation whose turn is expected to come later gets status 429 at once; 0: none does",
+            "scheduling",
+            least=0,
+        ),
+    ] = 0.0
     served_name: Annotated[
         str,
         Option(

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import NamedTuple
 
 from runtime.config import EngineConfig
@@ -26,6 +26,7 @@ from runtime.messages import (
     Tokens,
 )
 from service.engine.adapters import EngineAdapters
+from service.engine.backlog import Backlog
 from service.engine.connection import Connection, fail, succeed
 from service.engine.prefixes import EnginePrefixes
 from service.engine.process import EngineProcess, EngineStartFailed
@@ -48,6 +49,13 @@ class Stream(NamedTuple):
     events: asyncio.Queue[Tokens | EngineError]
 
 
+class Deadline(NamedTuple):
+    """When a request has to have ended."""
+
+    seconds: float  # after it came in
+    at: float  # time.perf_counter()
+
+
 class EngineClient:
     """Generates through an engine process, restarts it when it dies, and owns the open token streams."""
 
@@ -57,12 +65,14 @@ class EngineClient:
         command: Sequence[str],
         metrics: Metrics,
         timeout_seconds: float | None = None,  # without a sign of life, after which an engine is killed
+        max_queue_seconds: float = 0.0,  # that a request may be expected to wait; 0: any time
     ):
         self._connection = Connection()
         self._metrics, self._timeout_seconds = metrics, timeout_seconds
         self.adapters = EngineAdapters(self._connection, metrics)
         self.prefixes = EnginePrefixes(self._connection)
         self._config, self._command = config, command
+        self._backlog, self._max_queue_seconds = Backlog(config.max_running), max_queue_seconds
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}  # by request id
         self._last_stats: Stats | None = None
@@ -104,26 +114,53 @@ class EngineClient:
         """Whether any request runs or waits."""
         return bool(self._streams)
 
-    async def generate(self, command: Generate) -> AsyncGenerator[Tokens, None]:
+    def refuse_long_wait(self, tenant: str, adapters: Collection[str | None]) -> None:
+        """Raise EngineError if a new call on these adapters would wait longer for its turn than is allowed."""
+        if not self._max_queue_seconds:
+            return
+        seconds = max(self._backlog.wait_seconds(tenant, adapter) for adapter in adapters)
+        if seconds > self._max_queue_seconds:
+            longest = self._max_queue_seconds
+            message = f"this request's turn would come in about {seconds:.0f} s, later than the {longest:g} s allowed"
+            later = math.ceil(seconds - longest)
+            raise EngineError("queue_full", f"{message}: try again in {later} s", retry_seconds=later)
+
+    async def generate(self, command: Generate, deadline: Deadline | None = None) -> AsyncGenerator[Tokens, None]:
         """Run one sequence and yield its tokens as they come; closing the generator aborts it.
 
-        Raises EngineError when the engine refuses it, fails at it, or dies.
+        Raises EngineError when the engine refuses it, fails at it, or dies, and at the deadline.
         """
         process = self._connection.require()
         stream = self._streams[command.request_id] = Stream(command.adapter, asyncio.Queue())
+        timer = None if deadline is None else self._timer(command.request_id, deadline)
         ended = False
         try:
+            self._backlog.queued(command)
             process.send(command)
             while not ended:
                 event = await stream.events.get()
                 ended = isinstance(event, EngineError) or event.finish_reason is not None
                 if isinstance(event, EngineError):
                     raise event
+                self._backlog.started(command.request_id)
                 yield event
         finally:
+            if timer is not None:
+                timer.cancel()
+            self._backlog.ended(command.request_id)
             del self._streams[command.request_id]
             if not ended and process is self._connection.process:
                 self._connection.send(Abort(request_id=command.request_id))
+
+    def _timer(self, request_id: str, deadline: Deadline) -> asyncio.TimerHandle:
+        """Ends a request at its deadline, unless it is cancelled."""
+
+        def expire() -> None:
+            self._connection.send(Abort(request_id=request_id))
+            message = f"the request did not end within its {deadline.seconds:g} s"
+            self._streams[request_id].events.put_nowait(EngineError("timeout", message))
+
+        return asyncio.get_running_loop().call_later(deadline.at - time.perf_counter(), expire)
 
     async def pause(self) -> None:
         """Let the engine compute nothing until `resume`. Raises EngineError."""

@@ -120,7 +120,7 @@ class EngineProcess:
         finally:
             exited.cancel()
         if self._child.returncode == BROKEN:
-            await asyncio.wait(self._tasks[:1])  # of standard error: all of it has been read then
+            await asyncio.wait(self._tasks[:1], timeout=1.0)  # until all of standard error has been read
             return End("failed", self._reason())
         return End("died", self._status())
 

@@ -89,6 +89,8 @@ OPTIONS = {
     "--max-body-bytes": ("1000", "max_body_bytes", 1000),
     "--responses-store-bytes": ("5M", "responses_store_bytes", 5 * MIB),
     "--engine-timeout-seconds": ("60", "engine_timeout_seconds", 60.0),
+    "--request-timeout-seconds": ("60", "request_timeout_seconds", 60.0),
+    "--max-queue-seconds": ("2.5", "max_queue_seconds", 2.5),
     "--served-model-name": ("base", "served_name", "base"),
     "--tool-call-parser": ("mistral", "tool_call_parser", "mistral"),
     "--reasoning-parser": ("deepseek_r1", "reasoning_parser", "deepseek_r1"),
