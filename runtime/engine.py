@@ -82,7 +82,8 @@ class Engine:
         )
         self.prefixes = HeldPrefixes(self.blocks, block_size=config.block_size, longest=runner.max_model_len)
         self.tallies = Tallies()
-        self.steps = 0
+        self.steps = 0  # that were launched
+        self.completed_steps = 0  # whose results were committed
         self._own_adapters = OwnAdapters(runner.model)
         self._launched: Launched | None = None
         self._paused = False
@@ -236,6 +237,7 @@ class Engine:
         step, self._launched = self._launched, None
         if step is not None:
             self._events += self._commit(step.chunks, step.results())
+            self.completed_steps += 1
 
     def _commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[Event]:
         """Commit the chunks of a step. Returns one event for each request that got a token, ended or is held."""

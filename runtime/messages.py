@@ -8,6 +8,9 @@ from typing import Literal
 
 import msgspec
 
+CANNOT_START, BROKEN = 3, 4  # exit statuses of an engine; the last line that it has written says why
+
+Group = tuple[str | None, ...]  # of requests: a tenant's salt; with an adapter of it; with a call on that
 Tier = Literal["device", "host"]  # where an adapter's weights are ready: device memory, or host memory to copy from
 
 # Why a command or a request failed: every code that the engine sends in Failed and Answer.
@@ -72,7 +75,14 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     adapter: str | None = None  # digest; None for the base
     invocation_start: int = 0  # index of the first prompt token that the adapter applies to
     kv_is_base: bool = False  # the adapter leaves every K and V as the base's, so that they share blocks
-    cache_salt: str = ""  # only requests with the same salt share K/V
+    cache_salt: str = ""  # only requests with the same salt share K/V; it also says whose turn to run it is
+    call: str = ""  # the client's request, which may have many sequences; empty: this is the only one
+
+    @property
+    def groups(self) -> tuple[Group, Group, Group]:
+        """Whose turn it is when this runs: a tenant's, an adapter's of it, a call's on that."""
+        tenant, adapter, call = self.cache_salt, self.adapter, self.call or self.request_id
+        return (tenant,), (tenant, adapter), (tenant, adapter, call)
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):

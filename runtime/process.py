@@ -2,7 +2,8 @@
 
 usage: python -m runtime.process [--parent=PID] ENDPOINT
 
-The first message is the EngineConfig. An engine that cannot start prints the reason to stderr and exits with status 3.
+The first message is the EngineConfig. An engine that cannot start prints the reason to stderr and exits with status 3;
+one whose steps fail for good exits with status 4. It dies with its parent, whatever it is doing.
 """
 
 import argparse
@@ -10,18 +11,21 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import select
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import zmq
 
 from runtime.config import LOG_FORMAT, EngineConfig
-from runtime.engine import Engine
 from runtime.messages import (
+    BROKEN,
+    CANNOT_START,
     Abort,
     Answer,
     Command,
@@ -43,25 +47,42 @@ from runtime.messages import (
     decode_command,
     encode,
 )
+from runtime.parent import die_with
 from runtime.request import RequestRefused
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
 
 _log = logging.getLogger("runtime.process")  # not __name__, which is __main__ in the engine's process
 
-CANNOT_START = 3
+FAILED_STEPS = 3  # in a row, with none between them that was computed: the engine will not recover
+# What CUDA says of errors after which no call of the process succeeds, in the words of cudaGetErrorString
+LASTING = re.compile(
+    "illegal memory access|unspecified launch failure|uncorrectable (ECC|NVLink) error|launch timed out|"
+    "device-side assert|hardware stack error|illegal instruction|misaligned address|invalid program counter|"
+    "not supported on global/shared address space|context is destroyed"
+)
 # Each operation of a step acquires the interpreter's lock again, and waits for it up to this long while a loader thread
 # runs Python; the default of 5 ms is a fifth of a decode step.
 SWITCH_SECONDS = 0.0005
 PARENT_CHECK_MILLISECONDS = 1000
+SIGN_SECONDS = 1.0  # the loop sends a message at least this often, if no step takes longer: it is how one sees it alive
+
+
+class EngineBroken(RuntimeError):
+    """No later step can succeed in this process; the message is the reason."""
 
 
 class EngineServer:
     """Runs an engine by the commands from a socket: steps while there is work, and sleeps otherwise."""
 
-    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]", parent: int):
+    def __init__(self, engine: "Engine", socket: "zmq.Socket[bytes]", parent: int):
         self.engine = engine
         self.socket = socket
         self.parent = parent  # the process id of the service
         self.stopping = False
+        self._failed_steps = 0  # in a row
+        self._sent_at = 0.0  # time.monotonic() of the last message
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         engine.watch(self._wake)
         self.poller = zmq.Poller()
@@ -69,7 +90,7 @@ class EngineServer:
         self.poller.register(self._wake_reader, zmq.POLLIN)
 
     def run(self) -> None:
-        """Run until a Shutdown, or until the parent process is gone."""
+        """Run until a Shutdown, or until the parent process is gone. Raises EngineBroken."""
         self._send([self.engine.ready])
         progressed = False
         while not self.stopping and os.getppid() == self.parent:
@@ -82,11 +103,25 @@ class EngineServer:
             self._send(events + stepped)
 
     def _step(self) -> list[Event]:
+        completed = self.engine.completed_steps
         try:
-            return self.engine.step()
-        except Exception:  # an error in a step ends the requests, not the engine
+            events = self.engine.step()
+        except Exception as error:  # an error in a step ends the requests, not the engine
             _log.exception("a step failed")
+            self._failed_steps += 1
+            self._refuse_to_go_on(error)
             return self.engine.fail_all("engine_error", "the engine failed while it computed this request")
+        if self.engine.completed_steps > completed:
+            self._failed_steps = 0
+        return events
+
+    def _refuse_to_go_on(self, error: Exception) -> None:
+        """Raise EngineBroken if later steps would fail as well: a new process may do better."""
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if LASTING.search(str(error)):
+            raise EngineBroken(f"the device failed: {reason}") from error
+        if self._failed_steps >= FAILED_STEPS:
+            raise EngineBroken(f"{FAILED_STEPS} steps in a row failed: {reason}") from error
 
     def _sleep(self) -> None:
         """Wait for a command, or for the end of a load or a reload."""
@@ -106,8 +141,11 @@ class EngineServer:
                 return
 
     def _send(self, events: list[Event]) -> None:
-        if events:
+        """Send events; a message without any says that the loop goes round."""
+        now = time.monotonic()
+        if events or now - self._sent_at >= SIGN_SECONDS:
             self.socket.send(encode(events))
+            self._sent_at = now
 
     def _obey(self, command: Command) -> list[Event]:
         engine = self.engine
@@ -160,24 +198,31 @@ def main(endpoint: str, parent: int) -> None:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(endpoint)
-    while not socket.poll(PARENT_CHECK_MILLISECONDS):
-        if os.getppid() != parent:
-            return  # the service died before it sent the configuration
     config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    from runtime.engine import Engine  # which takes seconds; what comes before it is to be ready at once
+
     start = time.monotonic()
     try:
         engine = Engine(config)
     except (ValueError, OSError) as error:
-        print(f"engine: {error}", file=sys.stderr)
-        sys.exit(CANNOT_START)
+        _end(CANNOT_START, str(error))
     _log.info("started with %s in %.1f s", config.model, time.monotonic() - start)
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # these objects stay for ever; collecting among them took 150 ms while requests ran
-    EngineServer(engine, socket, parent).run()
+    try:
+        EngineServer(engine, socket, parent).run()
+    except EngineBroken as broken:
+        _end(BROKEN, str(broken))
     engine.close()
     socket.close()
+
+
+def _end(status: int, reason: str) -> NoReturn:
+    """End the process at once: threads that wait for a broken device would hold up any other end."""
+    print(f"engine: {reason}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -186,4 +231,5 @@ if __name__ == "__main__":
     arguments.add_argument("--parent", type=int, default=os.getppid(), help="process id of the service")
     arguments.add_argument("endpoint", help="ZeroMQ endpoint of the service")
     given = arguments.parse_args()
+    die_with(given.parent)
     main(given.endpoint, given.parent)

@@ -90,6 +90,7 @@ class Request:
         self.params = params
         self.adapter = command.adapter  # digest; None for the base
         self.invocation_start = command.invocation_start  # first position that the adapter applies to; never changes
+        self.groups = command.groups
         self.prefix_id = prefix_id  # the prefix is computed to be held, and nothing is generated
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.constraint = constraint  # of `params.grammar`

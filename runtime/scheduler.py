@@ -1,15 +1,17 @@
 """Which tokens the next step computes: continuous batching with chunked prefill under a token budget."""
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
+from runtime.fair_queue import FairQueue, in_turn
 from runtime.grammar.constraint import GrammarFailed
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.offload import Offload
+from runtime.messages import Group
 from runtime.request import FinishReason, Request
 
 
@@ -41,8 +43,18 @@ class QueueFull(Exception):
 Rejected = list[tuple[Request, AdapterUnavailable | GrammarFailed]]
 
 
+class Swap(NamedTuple):
+    """A running request that gives its place to a waiting one."""
+
+    waits: Request
+    runs: Request
+
+
 class Scheduler:
     """Owns all requests, and with them every reference to blocks and adapters.
+
+    Waiting requests start in turn by tenant, adapter and call (`FairQueue`). Where all places are taken, a group that
+    waits and runs nothing gets one from the group beside it that runs most.
 
     A request is admitted with blocks for all its tokens; decoding takes one block at a time. When no block is left,
     the youngest request is preempted: its blocks are freed, its tokens kept, and its K/V found in the prefix cache or
@@ -70,9 +82,10 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.clock = clock
         self.requests: dict[str, Request] = {}  # by id: all that run or wait
-        self.waiting: deque[Request] = deque()
+        self.waiting = FairQueue()
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
+        self._swap: Swap | None = None  # to be done when the next step is scheduled
         self._scorable = SCORED_ROWS  # rows that the step being scheduled may still score
 
     def __contains__(self, request: Request) -> bool:
@@ -88,41 +101,91 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> tuple[list[Chunk], Rejected]:
-        """Choose the next step's chunks: of running requests, oldest first, then of waiting ones.
+        """Choose the next step's chunks: of running requests, then of waiting ones in turn.
 
         Also returns the requests that ended because their adapter or grammar failed, with the reason.
         """
         chunks: list[Chunk] = []
         rejected: Rejected = []
-        preemptions = self.preemptions
         self._scorable = SCORED_ROWS
+        self._do_swap()
+        preemptions = self.preemptions
         budget = self._continue_running(chunks, rejected)
         if self.preemptions == preemptions:  # else an admitted request would be the next one to be preempted
-            budget = self._admit(chunks, rejected, budget)
+            budget, crowded = self._admit(chunks, rejected, budget)
             self._spend(chunks, budget)
+            self._swap = self._find_swap() if crowded else None
         return chunks, rejected
+
+    def _do_swap(self) -> None:
+        """Let a waiting request start in this step, unless it has ended since it was chosen."""
+        swap, self._swap = self._swap, None
+        if swap is None or swap.waits not in self:
+            return
+        if swap.runs in self.running:
+            self._requeue(swap.runs)
+            self.preemptions += 1
+        self.waiting.prefer(swap.waits)
+
+    def _find_swap(self) -> Swap | None:
+        """A waiting request of a group that runs nothing, and the youngest of a group beside it that runs several.
+
+        Groups are beside each other as tenants, as adapters of one tenant or as calls on one adapter, in this order.
+        """
+        runs = Counter(group for request in self.running for group in request.groups)
+        most: dict[Group, Group] = {}  # by group, that inside it which runs most
+        for group, count in runs.items():
+            if count > 1 and count > runs[most.get(group[:-1], ())]:
+                most[group[:-1]] = group
+        for parent in sorted(most, key=len):
+            youngest = next(request for request in reversed(self.running) if most[parent] in request.groups)
+            for group, requests in self.waiting.inside(parent):
+                waits = None if runs[group] else next(filter(self._could_start, requests), None)
+                if waits is not None and self._is_worth_it(waits, most[parent]):
+                    return Swap(waits, youngest)
+        return None
+
+    def _could_start(self, request: Request) -> bool:
+        """Whether nothing but a place is missing, as far as one can say before its K/V are looked for."""
+        try:
+            ready = request.constraint is None or request.constraint.ready
+            return ready and (request.adapter is None or self.adapters.ready(request.adapter))
+        except (AdapterUnavailable, GrammarFailed):
+            return False  # it ends when its turn comes
+
+    def _is_worth_it(self, waits: Request, group: Group) -> bool:
+        """Whether a place is missing, or else blocks, of which the group holds more than the request would."""
+        if len(self.running) >= self.max_running:
+            return True
+        held = sum(len(request.blocks) for request in self.running if group in request.groups)
+        return held > len(waits) // self.block_manager.block_size + 1
 
     def _continue_running(self, chunks: list[Chunk], rejected: Rejected) -> int:
         """Add a chunk for each running request that can go on. Returns the tokens that are left of the budget."""
-        prompts = sum(request.missing > 1 for request in self.running)
-        budget = self.max_batch_tokens - (len(self.running) - prompts)  # each decoding request is sure of its token
+        prompts: list[Request] = []
         index = 0
         while index < len(self.running):
             request = self.running[index]
             if request.is_whole:
                 index += 1
                 continue
-            missing = request.missing
-            prompts -= missing > 1
             if request.lacks_adapter and not self._can_continue(request, rejected):
                 continue
             if not self._grow(request):
                 break
             index += 1
-            if missing == 1:
+            if request.missing == 1:
                 chunks.append(self._chunk(request, 1))
-                continue
-            length = self._scored_length(request, min(request.reach, self._share(budget, prompts)))
+            else:
+                prompts.append(request)
+        return self._continue_prompts(chunks, prompts, self.max_batch_tokens - len(chunks))
+
+    def _continue_prompts(self, chunks: list[Chunk], prompts: list[Request], budget: int) -> int:
+        """Divide what decoding has left of the budget among running prompts; a quarter is left for waiting ones."""
+        kept = budget // 4 if self.waiting and len(self.running) < self.max_running else 0
+        for index, request in enumerate(in_turn(prompts)):
+            share = min(self._share(budget, len(prompts) - index - 1), max(budget - kept, 0))
+            length = self._scored_length(request, min(request.reach, share))
             budget -= length
             if length:
                 chunks.append(self._chunk(request, length))
@@ -190,43 +253,39 @@ class Scheduler:
         self._release(request, waits=True)
         self.waiting.appendleft(request)
 
-    def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> int:
-        """Start waiting requests, and end those that cannot start. Returns the rest of the budget."""
-        skipped: list[Request] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            request = self.waiting.popleft()
+    def _admit(self, chunks: list[Chunk], rejected: Rejected, budget: int) -> tuple[int, bool]:
+        """Start waiting requests, and end those that cannot start.
+
+        Returns the rest of the budget, and whether a request waits for a place or for blocks.
+        """
+        for request in self.waiting:
+            if budget <= 0 or len(self.running) >= self.max_running:
+                return budget, len(self.running) >= self.max_running
             try:
                 if request.constraint is not None and not request.constraint.ready:
-                    skipped.append(request)
                     continue
                 ready = request.adapter is None or self.adapters.ready(request.adapter)
             except (AdapterUnavailable, GrammarFailed) as error:
-                del self.requests[request.request_id]
-                self._release_adapter(request)
+                self.remove(request)
                 rejected.append((request, error))
                 continue
             if request.scores and not self._scorable:
-                skipped.append(request)
                 continue
             if not ready and not self._starts_early(request):
-                skipped.append(request)
                 continue
             spare = len(self.running)  # a block for each: the newcomer is not preempted when they need their next one
             if self.offload.waits_for_reload(request, spare):
                 request.may_start_early |= not ready  # it may try again once its K/V are on the device
-                skipped.append(request)
                 continue
             if not self.block_manager.allocate(request, spare):
-                self.waiting.appendleft(request)
-                break
+                return budget, True
             if ready:
                 self._acquire_adapter(request)
             self._start(request)
             length = self._scored_length(request, min(request.reach, self._share(budget, 0)))
             chunks.append(self._chunk(request, length))
             budget -= chunks[-1].length
-        self.waiting.extendleft(reversed(skipped))
-        return budget
+        return budget, False
 
     def _starts_early(self, request: Request) -> bool:
         """Whether a request without its adapter has tokens before `invocation_start` to compute; once for each wait.
@@ -240,6 +299,7 @@ class Scheduler:
         return self.block_manager.known_tokens(self.block_manager.find(request)) < request.invocation_start
 
     def _start(self, request: Request) -> None:
+        self.waiting.take(request)
         self.running.append(request)
         if request.started_at is None:
             request.started_at = self.clock()
@@ -258,6 +318,8 @@ class Scheduler:
 
         It cannot if a request might be preempted or queued again: its blocks are registered only with the results.
         """
+        if self._swap is not None:
+            return False
         if self.block_manager.pool.available < len(self.running):
             return False
         return not any(request.needs_tokens or request.lacks_adapter for request in self.running)
@@ -331,6 +393,7 @@ class Scheduler:
         """Recount queues, requests and block references; `others` are the references of other holders."""
         assert sorted(map(id, self.requests.values())) == sorted(map(id, [*self.running, *self.waiting]))
         assert all(request.request_id == request_id for request_id, request in self.requests.items())
+        self.waiting.check()
         self.block_manager.check(self.requests.values(), others)
         assert len(self.running) <= self.max_running
         assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)

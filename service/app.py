@@ -140,7 +140,13 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
     started_at, directory = time.time(), Path(settings.engine.model)
     model, metrics = ModelConfig.from_directory(directory), Metrics(settings.served_name)
     sources, imports = Sources(settings.allowed_sources, settings.max_upload_bytes), Imports(settings.max_uploads)
-    engine = EngineClient(settings.engine, settings.engine_command, metrics)
+    engine = EngineClient(
+        settings.engine,
+        settings.engine_command,
+        metrics,
+        timeout_seconds=settings.engine_timeout_seconds,
+        max_queue_seconds=settings.max_queue_seconds,
+    )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
         starting = asyncio.create_task(engine.start())

@@ -58,7 +58,7 @@ class EngineMetrics(Collector):
             ("generation_tokens", "Tokens generated.", stats.generated_tokens),
             ("prefix_cache_queries", "Tokens looked for in the prefix cache.", stats.prompt_tokens),
             ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.cached_tokens),
-            ("num_preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
+            ("num_preemptions", "Sequences set back: blocks ran out, or another client had none.", stats.preemptions),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=VLLM_LABELS)
             counter.add_metric(labels, count)
@@ -71,7 +71,7 @@ class EngineMetrics(Collector):
         )
         for name, text, count in (
             ("steps", "Batches computed.", stats.steps),
-            ("preemptions", "Sequences set back because blocks ran out.", stats.preemptions),
+            ("preemptions", "Sequences set back: blocks ran out, or another client had none.", stats.preemptions),
             ("adapter_loads", "Adapters made resident on the device.", stats.device.loads),
         ):
             yield CounterMetricFamily(f"rootstock_{name}", text, count)

@@ -18,11 +18,12 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class RequestError(Exception):
     """A request that is refused, or that failed. It knows its reason; only `ANSWERS` knows HTTP."""
 
-    def __init__(self, code: str, message: str, param: str | None = None):
+    def __init__(self, code: str, message: str, param: str | None = None, retry_seconds: int | None = None):
         super().__init__(message)
         self.code = code  # a key of ANSWERS
         self.message = message  # for a person: names the field, what is expected and the next step
         self.param = param  # the field, header or query parameter that is wrong
+        self.retry_seconds = retry_seconds  # when to come again, where this error knows it better than the table
 
 
 class EngineError(RequestError):
@@ -114,6 +115,7 @@ ANSWERS: dict[str, Answer] = {
     "generation_paused": Answer(503),
     "adapter_deleted": Answer(404),
     "queue_full": Answer(429),
+    "timeout": Answer(504),
     "prefixes_full": Answer(409),
     "prefix_dropped": Answer(409),
     "prefix_cache_off": Answer(409),
@@ -152,7 +154,7 @@ class Error(msgspec.Struct, frozen=True, kw_only=True):
 def answer_of(error: RequestError) -> Answer:
     """The HTTP answer of an error; its headers are complete."""
     found = ANSWERS[error.code]
-    seconds = found.retry_seconds or (RETRY_SECONDS if found.status in (429, 503) else None)
+    seconds = error.retry_seconds or found.retry_seconds or (RETRY_SECONDS if found.status in (429, 503) else None)
     return found if seconds is None else found._replace(headers={**found.headers, "retry-after": str(seconds)})
 
 

@@ -66,6 +66,7 @@ async def openapi(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     services = services_of(request)
     stats, engine = await services.engine.latest_stats(), services.engine.ready
+    services.metrics.engine_up.set(services.engine.answers)
     snapshot = None
     if stats is not None and engine is not None:
         named = services.catalog.versions.list()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
@@ -207,6 +207,10 @@ class Metrics:
         self._query_tokens = self._by_kind("prefix_cache_query_tokens", text)
         text = "Tokens of prompts that were found in the prefix cache."
         self._hit_tokens = self._by_kind("prefix_cache_hit_tokens", text)
+        text = "Engines that ended and were replaced: died, hung without a sign of life, or failed at every step."
+        ended = Counter("rootstock_engine_restarts", text, ["reason"], registry=self.registry)
+        self.engine_ends = {kind: ended.labels(kind) for kind in ("died", "hung", "failed")}
+        self.engine_up = Gauge("rootstock_engine_up", "1 while an engine serves and answers.", registry=self.registry)
         self._namespaces: dict[str, tuple[Kind, KvNamespace]] = {}
         self._series: dict[str, Series] = {}
         text = "Of one adapter, by stage: download from a remote store, read and verify, pack, copy to the device."

@@ -58,6 +58,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     responses_store_bytes: Annotated[
         int, Option("memory for responses that clients may come back to; 0: none are kept", "server", least=0)
     ] = 64 * MIB
+    engine_timeout_seconds: Annotated[
+        float | None,
+        Option(
+            "an engine that gives no sign of life for so long is killed, and another started",
+            "server",
+            unset="ten times the longest step, at least 30",
+            least=1,
+        ),
+    ] = None
+    request_timeout_seconds: Annotated[
+        float, Option("a generation that takes longer is ended with status 504; 0: none is", "scheduling", least=0)
+    ] = 0.0
+    max_queue_seconds: Annotated[
+        float,
+        Option(
+            "a generation whose turn is expected to come later gets status 429 at once; 0: none does",
+            "scheduling",
+            least=0,
+        ),
+    ] = 0.0
     served_name: Annotated[
         str,
         Option(

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import NamedTuple
 
 from runtime.config import EngineConfig
@@ -26,6 +26,7 @@ from runtime.messages import (
     Tokens,
 )
 from service.engine.adapters import EngineAdapters
+from service.engine.backlog import Backlog
 from service.engine.connection import Connection, fail, succeed
 from service.engine.prefixes import EnginePrefixes
 from service.engine.process import EngineProcess, EngineStartFailed
@@ -38,6 +39,7 @@ RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0, 30.0)  # backoff between attempts in a r
 STEADY_SECONDS = 60.0  # an engine that lived this long resets the backoff
 RECENT_SECONDS = 1.0  # a snapshot is current for so long
 STATS_SECONDS = 0.8  # how long to wait for a snapshot: the engine answers between two steps
+SILENT_SECONDS = 10.0  # without a sign of life, after which the last snapshot is told no longer
 
 
 class Stream(NamedTuple):
@@ -47,14 +49,30 @@ class Stream(NamedTuple):
     events: asyncio.Queue[Tokens | EngineError]
 
 
+class Deadline(NamedTuple):
+    """When a request has to have ended."""
+
+    seconds: float  # after it came in
+    at: float  # time.perf_counter()
+
+
 class EngineClient:
     """Generates through an engine process, restarts it when it dies, and owns the open token streams."""
 
-    def __init__(self, config: EngineConfig, command: Sequence[str], metrics: Metrics):
+    def __init__(
+        self,
+        config: EngineConfig,
+        command: Sequence[str],
+        metrics: Metrics,
+        timeout_seconds: float | None = None,  # without a sign of life, after which an engine is killed
+        max_queue_seconds: float = 0.0,  # that a request may be expected to wait; 0: any time
+    ):
         self._connection = Connection()
+        self._metrics, self._timeout_seconds = metrics, timeout_seconds
         self.adapters = EngineAdapters(self._connection, metrics)
         self.prefixes = EnginePrefixes(self._connection)
         self._config, self._command = config, command
+        self._backlog, self._max_queue_seconds = Backlog(config.max_running), max_queue_seconds
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}  # by request id
         self._last_stats: Stats | None = None
@@ -71,6 +89,12 @@ class EngineClient:
     def pid(self) -> int | None:
         """The process id of the engine that runs now."""
         return None if self._connection.process is None else self._connection.process.pid
+
+    @property
+    def answers(self) -> bool:
+        """Whether an engine serves that has given a sign of life lately."""
+        process = self._connection.process
+        return self.ready is not None and process is not None and process.silent_seconds < SILENT_SECONDS
 
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises EngineStartFailed with the engine's reason."""
@@ -90,26 +114,53 @@ class EngineClient:
         """Whether any request runs or waits."""
         return bool(self._streams)
 
-    async def generate(self, command: Generate) -> AsyncGenerator[Tokens, None]:
+    def refuse_long_wait(self, tenant: str, adapters: Collection[str | None]) -> None:
+        """Raise EngineError if a new call on these adapters would wait longer for its turn than is allowed."""
+        if not self._max_queue_seconds:
+            return
+        seconds = max(self._backlog.wait_seconds(tenant, adapter) for adapter in adapters)
+        if seconds > self._max_queue_seconds:
+            longest = self._max_queue_seconds
+            message = f"this request's turn would come in about {seconds:.0f} s, later than the {longest:g} s allowed"
+            later = math.ceil(seconds - longest)
+            raise EngineError("queue_full", f"{message}: try again in {later} s", retry_seconds=later)
+
+    async def generate(self, command: Generate, deadline: Deadline | None = None) -> AsyncGenerator[Tokens, None]:
         """Run one sequence and yield its tokens as they come; closing the generator aborts it.
 
-        Raises EngineError when the engine refuses it, fails at it, or dies.
+        Raises EngineError when the engine refuses it, fails at it, or dies, and at the deadline.
         """
         process = self._connection.require()
         stream = self._streams[command.request_id] = Stream(command.adapter, asyncio.Queue())
+        timer = None if deadline is None else self._timer(command.request_id, deadline)
         ended = False
         try:
+            self._backlog.queued(command)
             process.send(command)
             while not ended:
                 event = await stream.events.get()
                 ended = isinstance(event, EngineError) or event.finish_reason is not None
                 if isinstance(event, EngineError):
                     raise event
+                self._backlog.started(command.request_id)
                 yield event
         finally:
+            if timer is not None:
+                timer.cancel()
+            self._backlog.ended(command.request_id)
             del self._streams[command.request_id]
             if not ended and process is self._connection.process:
                 self._connection.send(Abort(request_id=command.request_id))
+
+    def _timer(self, request_id: str, deadline: Deadline) -> asyncio.TimerHandle:
+        """Ends a request at its deadline, unless it is cancelled."""
+
+        def expire() -> None:
+            self._connection.send(Abort(request_id=request_id))
+            message = f"the request did not end within its {deadline.seconds:g} s"
+            self._streams[request_id].events.put_nowait(EngineError("timeout", message))
+
+        return asyncio.get_running_loop().call_later(deadline.at - time.perf_counter(), expire)
 
     async def pause(self) -> None:
         """Let the engine compute nothing until `resume`. Raises EngineError."""
@@ -145,12 +196,12 @@ class EngineClient:
         return await asyncio.shield(self._asked_stats)
 
     async def latest_stats(self) -> Stats | None:
-        """A fresh snapshot, or the last one where a busy engine takes too long; None while there is no engine."""
+        """A fresh snapshot, or the last one where a busy engine takes too long; None while no engine answers."""
         try:
             async with asyncio.timeout(STATS_SECONDS):
                 return await self.stats()
         except TimeoutError:
-            return self._last_stats
+            return self._last_stats if self.answers else None
         except EngineError:
             return None
 
@@ -176,15 +227,16 @@ class EngineClient:
         self.adapters.tell_all()
 
     async def _supervise(self) -> None:
-        """Wait for the engine to die, fail the requests that ran on it, and start another, for ever."""
+        """Wait for the engine to end or to hang, fail the requests that ran on it, start another, for ever."""
         loop = asyncio.get_running_loop()
         delays = _delays()
         while True:
             born = loop.time()
             assert self._connection.process is not None
-            status = await self._connection.process.died()
-            _log.error("the engine died (%s) with %d requests running; restarting it", status, len(self._streams))
-            self._lost(EngineError("engine_died", f"the engine died ({status}); it is being restarted"))
+            kind, reason = await self._connection.process.ended(self._timeout_seconds)
+            _log.error("the engine %s (%s) with %d requests running; restarting it", kind, reason, len(self._streams))
+            self._metrics.engine_ends[kind].inc()
+            self._lost(EngineError("engine_died", f"the engine {kind} ({reason}); it is being restarted"))
             await self._connection.process.close()
             if loop.time() - born > STEADY_SECONDS:
                 delays = _delays()

@@ -2,20 +2,39 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import zmq
 import zmq.asyncio
 
 from runtime.config import EngineConfig
-from runtime.messages import Command, Event, Ready, Shutdown, decode_events, encode
+from runtime.messages import BROKEN, Command, Event, Ready, Shutdown, decode_events, encode
 from storage.scratch import private_scratch
+
+_log = logging.getLogger(__name__)
 
 REASON_BYTES = 4096  # of standard error, kept for the reason why an engine did not start
 SHUTDOWN_SECONDS = 3.0  # for an engine to end by itself before it is killed
+KILL_SECONDS = 10.0  # for the kernel to end it; a process that waits for a driver may stay longer
+WATCH_SECONDS = 0.5
+# Of silence, if none is configured: so many times the longest one after which the engine went on, within these limits.
+# An engine sends something each second or, if that is longer, after each step.
+SILENCES, LEAST_SILENCE_SECONDS, MOST_SILENCE_SECONDS = 10, 30.0, 600.0
+
+EndKind = Literal["died", "hung", "failed"]
+
+
+class End(NamedTuple):
+    """How an engine process ended."""
+
+    kind: EndKind  # failed: by itself, because its steps failed for good
+    reason: str
 
 
 class EngineStartFailed(RuntimeError):
@@ -35,6 +54,7 @@ class EngineProcess:
         self._child: asyncio.subprocess.Process | None = None
         self._stderr = b""  # the last bytes of standard error
         self._ready = False  # an engine that is not ready would not read a Shutdown message
+        self._silence = Silence(time.monotonic())
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -81,11 +101,28 @@ class EngineProcess:
         """Send a command. It does not block: the socket has no limit."""
         self._socket.send(encode(command))
 
-    async def died(self) -> str:
-        """Wait for the end of the process; returns its signal or its exit status."""
+    @property
+    def silent_seconds(self) -> float:
+        """How long the engine, which is ready, has given no sign of life."""
+        return self._silence.seconds
+
+    async def ended(self, timeout_seconds: float | None = None) -> End:
+        """Wait for the end of the process. One that gives no sign of life for so long is killed; None: a long time."""
         assert self._child is not None
-        await self._child.wait()
-        return self._status()
+        exited = asyncio.ensure_future(self._child.wait())
+        try:
+            while not exited.done():
+                await asyncio.wait((exited,), timeout=WATCH_SECONDS)
+                self._silence.tick(time.monotonic())
+                if not exited.done() and self._silence.is_too_long(timeout_seconds):
+                    self._kill()
+                    return End("hung", f"no sign of life for {self._silence.seconds:.0f} s")
+        finally:
+            exited.cancel()
+        if self._child.returncode == BROKEN:
+            await asyncio.wait(self._tasks[:1], timeout=1.0)  # until all of standard error has been read
+            return End("failed", self._reason())
+        return End("died", self._status())
 
     async def close(self) -> None:
         """End the process, by a message and then by a signal, and wait for its end. Safe to call at any time."""
@@ -110,16 +147,26 @@ class EngineProcess:
         except TimeoutError:
             pass
         finally:  # also when cancelled: the engine must not outlive the service
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-        await child.wait()
+            self._kill()
+        try:
+            await asyncio.wait_for(child.wait(), KILL_SECONDS)
+        except TimeoutError:
+            _log.error("the engine process %d does not end although it was killed: a driver may hold it", child.pid)
+
+    def _kill(self) -> None:
+        """Kill the process and all that it has started."""
+        assert self._child is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
 
     async def _greet(self, config: EngineConfig) -> list[Event]:
         await self._socket.send(encode(config))  # waits for the engine to connect, which it may never do
         return await self._receive()
 
     async def _receive(self) -> list[Event]:
-        return decode_events(await self._socket.recv())
+        events = decode_events(await self._socket.recv())
+        self._silence.end()
+        return events
 
     async def _read(self, events: list[Event], on_event: Callable[[Event], None]) -> None:
         while True:
@@ -144,3 +191,26 @@ class EngineProcess:
         assert self._child is not None
         code = self._child.returncode or 0
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+
+
+class Silence:
+    """How long an engine has said nothing, as far as this process was awake to hear it."""
+
+    def __init__(self, now: float) -> None:
+        self.seconds = 0.0
+        self._longest = 0.0  # of those that ended
+        self._ticked_at = now
+
+    def end(self) -> None:
+        """The engine said something."""
+        self._longest, self.seconds = max(self._longest, self.seconds), 0.0
+
+    def tick(self, now: float) -> None:
+        """Add the time since the last tick, but little of one in which this process was held up itself."""
+        self.seconds += min(now - self._ticked_at, 2 * WATCH_SECONDS)
+        self._ticked_at = now
+
+    def is_too_long(self, limit_seconds: float | None) -> bool:
+        if limit_seconds is None:
+            limit_seconds = min(max(LEAST_SILENCE_SECONDS, SILENCES * self._longest), MOST_SILENCE_SECONDS)
+        return self.seconds > limit_seconds

@@ -10,7 +10,7 @@ import msgspec
 
 from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from service.access import AccessRecord
-from service.engine.client import EngineClient
+from service.engine.client import Deadline, EngineClient
 from service.errors import EngineError
 from service.metrics import Finish, SequenceTimes, Series, VllmSeries
 from service.openai.invocation import Prompt
@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     cache_salt: str
     special: bool = False  # whether the text has the special tokens too
     include_stop: bool = False  # whether it has the stop string that ended it
+    seconds: float | None = None  # that it may take from the arrival of its request
 
 
 class Counted(NamedTuple):
@@ -116,6 +117,7 @@ class Generation:
     ):
         self._plan, self._engine, self._tokenizer = plan, engine, tokenizer
         self._series, self._vllm, self._record = counted
+        self._deadline = None if plan.seconds is None else Deadline(plan.seconds, arrived + plan.seconds)
         self._longest = [0] * len(plan.prompts)  # tokens of each prompt's longest choice
         self._arrived = self._last = arrived  # time.perf_counter() when the request came in, and at its last token
         self._completion_tokens = self._computed_prompts = 0
@@ -196,7 +198,7 @@ class Generation:
         text, times = Choice(index, self._plan, self._tokenizer), SequenceTimes(self._vllm, self._arrived)
         finish: Finish = "abort"
         try:
-            async with aclosing(self._engine.generate(self._command(index, choice, prompt))) as events:
+            async with aclosing(self._engine.generate(self._command(index, choice, prompt), self._deadline)) as events:
                 times.sent()
                 async for tokens in events:
                     computed.set()
@@ -227,6 +229,7 @@ class Generation:
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,
             cache_salt=self._plan.cache_salt,
+            call=self._plan.request_id,
         )
 
     def _count(self, tokens: Tokens, counts_prompt: bool) -> None:

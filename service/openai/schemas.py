@@ -32,6 +32,7 @@ StopText = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]  # an empty one stop
 Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Truncation = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Name = Annotated[str, Meta(min_length=1)]
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 TemplateText = Annotated[str, Meta(min_length=1, max_length=MAX_TEMPLATE_BYTES)]
 Mix = Annotated[dict[Name, float], Meta(max_length=8)]  # adapters by name, each with its weight
 
@@ -120,6 +121,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_tokens_as_token_ids: bool | None = None  # log-probabilities name tokens token_id:7
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timeout: Seconds | None = None  # seconds that the request may take; at most the server's own limit
     cache_salt: str | None = None
     adapters: Mix | None = None
     alora: Alora | None = None

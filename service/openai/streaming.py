@@ -107,12 +107,19 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
             cache_salt=body.cache_salt or "",
             special=special,
             include_stop=bool(body.include_stop_str_in_output),
+            seconds=_shortest(body.timeout, services.settings.request_timeout_seconds),
         )
+        services.engine.refuse_long_wait(plan.cache_salt, {prompt.adapter for prompt in prompts})
         counted = Counted(services.metrics.series(adapters.label), services.metrics.vllm, record)
         generation = Generation(plan, services.engine, services.tokenizer, counted, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))
         headers = adapters.headers | alora_headers(prompts)
         yield Started(generation, deltas, headers, source)
+
+
+def _shortest(*limits: float | None) -> float | None:
+    """The shortest of the time limits that are given; 0 is none."""
+    return min(filter(None, limits), default=None)
 
 
 async def _answer(request: Request, services: Services, call: Call, arrived: float) -> Response:

@@ -82,7 +82,7 @@ def scheduler(blocks=64, running=8, waiting=8, budget=16, adapters=None, offload
 names = itertools.count()
 
 
-def request(tokens, max_tokens=8, adapter=None, limit=64, invocation_start=0, first=0, **params):
+def request(tokens, max_tokens=8, adapter=None, limit=64, invocation_start=0, first=0, call="", salt="", **params):
     token_ids = list(range(first, first + tokens)) if isinstance(tokens, int) else tokens
     command = Generate(
         request_id=f"r{next(names)}",
@@ -90,6 +90,8 @@ def request(tokens, max_tokens=8, adapter=None, limit=64, invocation_start=0, fi
         params=SamplingParams(max_tokens=max_tokens, seed=0, **params),
         adapter=adapter,
         invocation_start=invocation_start,
+        cache_salt=salt,
+        call=call,
     )
     made = Request(command, max_tokens=limit)
     made.enqueued_at = 0.0

@@ -16,60 +16,102 @@ from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.messages import (
     Failed,
+    Ready,
     Shutdown,
     Tokens,
     decode_events,
     encode,
 )
-from runtime.process import EngineServer
+from runtime.process import FAILED_STEPS, EngineBroken, EngineServer
 from tests.runtime.engine_peer import DEADLINE_MS, Peer, generate
+from tests.runtime.failing_engine import FailingRunner
 from tests.runtime.tiny_model import TINY
 
 
-class StumblingRunner:
-    """A runner whose first step fails."""
+class Served:
+    """An engine server in this process, on a thread, and the service's end of its socket."""
 
-    def __init__(self, runner):
-        self._runner, self._stumbled = runner, False
+    def __init__(self, directory, failures):
+        (directory / "config.json").write_text(json.dumps(TINY))
+        config = EngineConfig(model=str(directory), load_format="dummy", kv_cache_bytes=2**22, max_model_len=128)
+        self.engine = Engine(config)
+        self.engine.runner = FailingRunner(self.engine.runner, failures)
+        self.ours, self._theirs = (zmq.Context.instance().socket(zmq.PAIR) for _ in range(2))
+        self.ours.bind("inproc://served")
+        self._theirs.connect("inproc://served")
+        self.broken = None  # the reason
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
 
-    def __getattr__(self, name):
-        return getattr(self._runner, name)
+    def _run(self):
+        try:
+            EngineServer(self.engine, self._theirs, os.getppid()).run()
+        except EngineBroken as broken:
+            self.broken = str(broken)
 
-    def launch(self):
-        if not self._stumbled:
-            self._stumbled = True
-            raise RuntimeError("the device stumbled")
-        return self._runner.launch()
+    def end_of(self, name):
+        """Run a request; its last event, or None if the engine broke."""
+        self.ours.send(encode(generate(name)))
+        while self._thread.is_alive():
+            if self.ours.poll(100):
+                for event in decode_events(self.ours.recv()):
+                    if isinstance(event, Failed) or (isinstance(event, Tokens) and event.finish_reason):
+                        return event
+        return None
+
+    def close(self):
+        if self.broken is None:
+            self.ours.send(encode(Shutdown()))
+        self._thread.join(timeout=20)
+        assert not self._thread.is_alive()
+        self.engine.close()
+        self.ours.close(linger=0)
+        self._theirs.close(linger=0)
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_engine_serves_on(tmp_path):
+    served = Served(tmp_path, ["the device stumbled", "the device stumbled", None, "once more", "once more"])
+    ends = [served.end_of(f"r{index}") for index in range(2)]
+    assert {event.code for event in ends} == {"engine_error"}
+    assert served.end_of("fails in its second step").code == "engine_error"
+    assert served.end_of("fails in its first step").code == "engine_error"
+    assert served.end_of("good").finish_reason == "length"
+    served.close()
+    assert served.broken is None
+    served.engine.check()
+    assert served.engine.blocks.used == 0
+
+
+def test_an_engine_whose_steps_fail_again_and_again_gives_up_with_the_reason(tmp_path):
+    served = Served(tmp_path, ["no kernel image\nlook at the driver"] * FAILED_STEPS)
+    assert [served.end_of(f"r{index}") for index in range(FAILED_STEPS)][-1] is None
+    served.close()
+    assert served.broken == "3 steps in a row failed: RuntimeError: no kernel image"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA error: uncorrectable ECC error encountered",
+    ],
+)
+def test_an_engine_whose_device_failed_for_good_gives_up_at_once(tmp_path, failure):
+    served = Served(tmp_path, [failure])
+    assert served.end_of("r") is None
+    served.close()
+    assert served.broken == f"the device failed: RuntimeError: {failure.splitlines()[0]}"
+
+
+def test_an_idle_engine_gives_signs_of_life(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    engine = Engine(EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_bytes=2**22, max_model_len=128))
-    engine.runner = StumblingRunner(engine.runner)
-    ours, theirs = (zmq.Context.instance().socket(zmq.PAIR) for _ in range(2))
-    ours.bind("inproc://stumbling")
-    theirs.connect("inproc://stumbling")
-    for command in (generate("a"), generate("b")):
-        ours.send(encode(command))
-    thread = threading.Thread(target=EngineServer(engine, theirs, os.getppid()).run)
-    thread.start()
-    events = []
-    while not any(isinstance(event, Failed) for event in events):
-        assert ours.poll(DEADLINE_MS)
-        events += decode_events(ours.recv())
-    assert {(event.request_id, event.code) for event in events if isinstance(event, Failed)} >= {("a", "engine_error")}
-    ours.send(encode(generate("c")))
-    while not any(isinstance(event, Tokens) and event.finish_reason for event in events):
-        assert ours.poll(DEADLINE_MS)
-        events += decode_events(ours.recv())
-    ours.send(encode(Shutdown()))
-    thread.join(timeout=20)
-    assert not thread.is_alive()
-    engine.check()
-    assert engine.blocks.used == 0
+    engine = Peer(tmp_path)
+    engine.next(Ready)
+    for _ in range(2):
+        assert engine.socket.poll(DEADLINE_MS)
+        assert decode_events(engine.socket.recv()) == []
     engine.close()
-    ours.close()
-    theirs.close()
 
 
 def test_an_engine_that_cannot_start_says_why(tmp_path):

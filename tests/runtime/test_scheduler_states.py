@@ -23,9 +23,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         adapter=st.sampled_from([None, "a", "b", "c"]),
         invocation_start=st.integers(0, 9),
+        whose=st.sampled_from([{}, {"call": "many"}, {"call": "more"}, {"salt": "tenant"}]),
     )
-    def add(self, tokens, max_tokens, adapter, invocation_start):
-        new = request(tokens, max_tokens, adapter, limit=12 * B, invocation_start=min(invocation_start, len(tokens)))
+    def add(self, tokens, max_tokens, adapter, invocation_start, whose):
+        start = min(invocation_start, len(tokens))
+        new = request(tokens, max_tokens, adapter, limit=12 * B, invocation_start=start, **whose)
         full = len(self.s.waiting) + len(self.s.running) >= 7
         try:
             self.s.add(new)

@@ -120,7 +120,7 @@ class Engine:
         return self.next(Stats)
 
     def died(self) -> str:
-        return self._runner.run(asyncio.wait_for(self.process.died(), DEADLINE_SECONDS))
+        return self._runner.run(asyncio.wait_for(self.process.ended(), DEADLINE_SECONDS)).reason
 
 
 def request(request_id: str, token_ids: list[int] = PROMPT, max_tokens: int = 5, **fields: Any) -> Generate:

@@ -1,6 +1,7 @@
 """An engine process without a model: it speaks runtime.messages, and its answers are the prompt over again.
 
-A request's `cache_salt` scripts it: "die" ends the process, "hold" gives one token and then nothing, "silent" gives
+A request's `cache_salt` scripts it: "die" ends the process, "hang" lets it do nothing more, "break" ends it as one
+whose device failed, "hold" gives one token and then nothing, "silent" gives
 nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round, and leaves out
 what is before its invocation. A load is done at once if the file is there; one adapter can be pinned. A
 prefix is held at once; half of the blocks can be held. test_engine_contract.py holds that it speaks as the real one.
@@ -9,6 +10,7 @@ Command line: python -m tests.service.engine.fake_engine [--cannot-start] ENDPOI
 
 import os
 import sys
+import threading
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import zmq
 from runtime.config import EngineConfig
 from runtime.kv.held_prefixes import as_generate
 from runtime.messages import (
+    BROKEN,
     Abort,
     Answer,
     DropNamespace,
@@ -132,6 +135,11 @@ class FakeEngine:
         match command:
             case Generate(cache_salt="die") | HoldPrefix(cache_salt="die"):
                 os._exit(9)
+            case Generate(cache_salt="hang"):
+                threading.Event().wait()
+            case Generate(cache_salt="break"):
+                print("engine: the device failed: as scripted", file=sys.stderr, flush=True)
+                os._exit(BROKEN)
             case Generate():
                 return self.refused(command) or self.add(command)
             case Abort(request_id=request_id):
@@ -257,8 +265,7 @@ def main(endpoint: str) -> None:
         asked = socket.poll(0 if events else 100)
         events = engine.obey(decode_command(socket.recv())) if asked else []
         events += engine.step()
-        if events:
-            socket.send(encode(events))
+        socket.send(encode(events))  # without events it is a sign of life
 
 
 if __name__ == "__main__":
