@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -90,7 +91,6 @@ errors = {
     RecursionError: on_error,
     HTTPException: on_http_exception,
     ClientDisconnect: on_client_disconnect,
-    Exception: on_unhandled,
 }
 
 
@@ -107,6 +107,8 @@ def create_app(settings: Settings) -> Starlette:
                 expose_headers=SHOWN_HEADERS,
             )
         )
+    # Starlette's own one is outside of all middleware: a page could not read its answer
+    middleware.append(Middleware(ServerErrorMiddleware, handler=on_unhandled))
     if settings.api_key is not None:
         middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)

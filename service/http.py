@@ -142,10 +142,8 @@ async def on_client_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def on_unhandled(request: Request, error: Exception) -> Response:
-    """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it and closes the connection."""
-    response = error_response(RequestError("internal_error", "an internal error; the server's log has it"))
-    response.headers[REQUEST_ID] = request.state.request_id  # Starlette answers this one outside of all middleware
-    return response
+    """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it."""
+    return error_response(RequestError("internal_error", "an internal error; the server's log has it"))
 
 
 def _methods(request: Request) -> set[str]:

@@ -28,6 +28,7 @@ from service.openai.schemas import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    CompletionTokensDetails,
     FinishReason,
     FunctionDelta,
     TokenLogprob,
@@ -58,8 +59,10 @@ class Turn:
     ) -> None:
         self.content = self.reasoning = ""
         self.thought = ""  # what the last delta added to the reasoning
+        self.reasoning_tokens = 0  # with those of the tags
         self.told = False  # whether the client has had a chunk of it
         self._splitter, self._parser, self._several, self._short_ids = splitter, parser, several, short_ids
+        self._undecided = 0  # tokens that came before it was known whether they are thoughts
         self._names: list[str] = []
         self._arguments: list[str] = []
         self._ids: list[str] = []
@@ -97,11 +100,15 @@ class Turn:
         """The text of a delta that is no thought."""
         if self._splitter is None:
             return delta.text
+        if not self._splitter.answering:
+            self._undecided += len(delta.token_ids)
         self.thought, text = self._splitter.push(delta.text)
         if delta.finish_reason is not None:
             rest = self._splitter.flush()
             self.thought, text = self.thought + rest.reasoning, text + rest.content
         self.reasoning += self.thought
+        if self._splitter.has_thoughts:
+            self.reasoning_tokens, self._undecided = self.reasoning_tokens + self._undecided, 0
         return text
 
     def _begin(self, name: str) -> list[ToolCallDelta]:
@@ -214,7 +221,7 @@ class Chat:
         gained = turn.push(delta)
         content = "".join(each for each in gained if isinstance(each, str))
         calls = _merged([each for each in gained if isinstance(each, ToolCallDelta)])
-        thought = (turn.thought if self._tells_thoughts else "") or None
+        thought = (turn.thought if self.tells_thoughts else "") or None
         if not (content or calls or thought or delta.logprobs or delta.finish_reason):
             return None
         begins, turn.told = not turn.told, True
@@ -246,18 +253,33 @@ class Chat:
         return self._template.family == "mistral"  # its chat template takes ids of 9 characters only
 
     @property
-    def _tells_thoughts(self) -> bool:
+    def tells_thoughts(self) -> bool:
         return self.body.include_reasoning is not False
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of all choices, as far as they have come."""
+        return sum(turn.reasoning_tokens for turn in self._turns.values())
+
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
-        return self._chunk([], usage)
+        return self._chunk([], self._with_details(usage))
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(id=self.id, created=self._created, model=self.body.model, choices=choices, usage=usage)
 
     def whole(self, choices: list[list[Delta]], usage: Usage) -> msgspec.Struct:
         found = [self._choice(deltas) for deltas in choices]
-        return ChatCompletion(id=self.id, created=self._created, model=self.body.model, choices=found, usage=usage)
+        return ChatCompletion(
+            id=self.id,
+            created=self._created,
+            model=self.body.model,
+            choices=found,
+            usage=self._with_details(usage),
+        )
+
+    def _with_details(self, usage: Usage) -> Usage:
+        details = CompletionTokensDetails(reasoning_tokens=self.reasoning_tokens)
+        return msgspec.structs.replace(usage, completion_tokens_details=details)
 
     def _choice(self, deltas: Sequence[Delta]) -> ChatChoice:
         turn = self.turn(deltas[0].choice)
@@ -265,7 +287,7 @@ class Chat:
             turn.push(delta)
         reason = turn.finish_reason(deltas[-1])
         assert reason is not None
-        thoughts = (turn.reasoning if self._tells_thoughts else "") or msgspec.UNSET
+        thoughts = (turn.reasoning if self.tells_thoughts else "") or msgspec.UNSET
         return ChatChoice(
             index=deltas[0].choice,
             message=ChatMessage(
