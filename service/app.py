@@ -159,6 +159,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(catalog.close)
         stack.push_async_callback(imports.close)
         stack.callback(sources.close)
+        grammars = Grammars()
+        stack.push_async_callback(grammars.close)
         prefixes = Prefixes(engine.prefixes, catalog.versions)
         stack.push_async_callback(prefixes.close)
         await starting
@@ -182,7 +184,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 settings.alora_on_missing,
                 request_templates=settings.allow_request_chat_template,
             ),
-            grammars=Grammars(),
+            grammars=grammars,
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),
             max_model_len=max_model_len,

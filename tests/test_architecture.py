@@ -65,8 +65,12 @@ INNER = {
         "service.source_urls",
     },
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
+    "service.sandbox": set(),
+    "service.grammar": {"service.sandbox"},
     "service.openai": {
         "service.engine",
+        "service.grammar",
+        "service.sandbox",
         "service.tool_calls",
         "service.text",
         "service.catalog.record",
@@ -87,7 +91,7 @@ INNER = {
         "service.services",
     },
     "service.tool_calls": set(),
-    "service.text": {"service.tool_calls"},
+    "service.text": {"service.tool_calls", "service.sandbox"},
     "service.kv": {
         "service.engine",
         "service.catalog.record",

@@ -10,10 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RequestError
+from service.grammar.translation import Source
 from service.http import read_body
 from service.openai.conversations import template_fields, text_of
 from service.openai.generation import Delta
-from service.openai.grammars import Source, ThoughtTokens, after_thoughts, source_of
+from service.openai.grammars import ThoughtTokens, after_thoughts, source_of
 from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
 from service.openai.prompts import encoding_of
