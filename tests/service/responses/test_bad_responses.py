@@ -146,6 +146,14 @@ def test_messages_say_what_is_expected_in_the_clients_own_words(server: LiveServ
         "Invalid value 'computer_call', "
         "expected one of message, function_call, function_call_output, reasoning, item_reference"
     )
+    part = {"type": "input_image", "image_url": "x"}
+    message = refusal(server, input=[{"role": "user", "content": [part]}])["message"]
+    assert message.endswith("Invalid value 'input_image', expected one of input_text, text, output_text, refusal")
+    message = refusal(server, input=[{"type": "reasoning", "content": [part]}])["message"]
+    assert message.endswith("Invalid value 'input_image', expected one of reasoning_text")
+    broken = b'{"model": "tiny", "input": "x", "truncation": "middle", '
+    error = server.client.post("/v1/responses", content=broken).json()["error"]
+    assert error["message"].endswith("expected one of auto, disabled")
 
 
 def test_fields_that_change_no_answer_are_taken(server: LiveServer) -> None:
