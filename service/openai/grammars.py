@@ -13,8 +13,8 @@ from service.openai.schemas import GenerationRequest, JsonObject, JsonSchema, St
 from service.sandbox.sandbox import JobFailed, Sandbox
 
 MAX_GRAMMAR_BYTES = 256 << 10
-CHECK_SECONDS = 2.0  # of processor time for one grammar
-PLACES = 2  # grammars that are checked at one time; others wait
+CHECK_SECONDS = 5.0  # of processor time for one grammar; the largest schemas take one second
+PLACES = 4  # grammars that are checked at one time; others wait
 KEPT = 256  # grammars that were found good
 
 
