@@ -89,6 +89,7 @@ def test_langchain_has_a_block_of_them(thinking: str, base: str) -> None:
         model=base,
         base_url=thinking,
         use_responses_api=True,
+        output_version="responses/v1",
         max_tokens=32,
         temperature=0,
         extra_body=STOP,

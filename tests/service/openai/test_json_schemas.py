@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -239,7 +240,7 @@ KILLERS = [
 
 def test_what_would_end_the_compilers_process_is_refused_and_others_are_not_disturbed() -> None:
     async def run() -> None:
-        grammars, schema = Grammars(seconds=0.5), iter(range(10_000))
+        grammars, schema = Grammars(seconds=0.5), itertools.count()
         try:
             killers = [asyncio.ensure_future(grammars.translate(source)) for source, _ in KILLERS]
             while not all(killer.done() for killer in killers):
