@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -91,7 +92,6 @@ errors = {
     RecursionError: on_error,
     HTTPException: on_http_exception,
     ClientDisconnect: on_client_disconnect,
-    Exception: on_unhandled,
 }
 
 
@@ -108,6 +108,8 @@ def create_app(settings: Settings) -> Starlette:
                 expose_headers=SHOWN_HEADERS,
             )
         )
+    # Starlette's own one is outside of all middleware: a page could not read its answer
+    middleware.append(Middleware(ServerErrorMiddleware, handler=on_unhandled))
     if settings.api_key is not None:
         middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
@@ -176,6 +178,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await starting
         assert engine.ready is not None
         max_model_len, vocab_size = engine.ready.max_model_len, engine.ready.vocab_size
+        grammars = Grammars(_markers(tokenizer, model, vocab_size))
+        stack.push_async_callback(grammars.close)
         yield Services(
             settings=settings,
             started_at=started_at,
@@ -194,7 +198,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
                 settings.alora_on_missing,
                 request_templates=settings.allow_request_chat_template,
             ),
-            grammars=Grammars(_markers(tokenizer, model, vocab_size)),
+            grammars=grammars,
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),
             max_model_len=max_model_len,

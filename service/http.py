@@ -54,7 +54,7 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     try:
         return _decoded(body, kind)
     except msgspec.ValidationError as error:
-        _refuse_type(kind, str(error))
+        _refuse_type(kind, str(error), body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         _refuse_syntax(body, str(error))
     except RecursionError:
@@ -142,10 +142,8 @@ async def on_client_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def on_unhandled(request: Request, error: Exception) -> Response:
-    """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it and closes the connection."""
-    response = error_response(RequestError("internal_error", "an internal error; the server's log has it"))
-    response.headers[REQUEST_ID] = request.state.request_id  # Starlette answers this one outside of all middleware
-    return response
+    """Answer a fault of ours. Starlette raises it again after that, and uvicorn logs it."""
+    return error_response(RequestError("internal_error", "an internal error; the server's log has it"))
 
 
 def _methods(request: Request) -> set[str]:
@@ -155,7 +153,7 @@ def _methods(request: Request) -> set[str]:
     return {"OPTIONS"}.union(*(route.methods or () for route in matching))
 
 
-def _refuse_type(kind: Any, reason: str) -> NoReturn:
+def _refuse_type(kind: Any, reason: str, body: bytes) -> NoReturn:
     """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"."""
     complaint, _, place = reason.partition(" - at `$")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", complaint)
@@ -169,28 +167,43 @@ def _refuse_type(kind: Any, reason: str) -> NoReturn:
         raise RequestError("unknown_field", f"{param} is not a field of this request", param)
     complaint = complaint.replace("`", "")
     if complaint.startswith(("Invalid enum value", "Invalid value")):
-        choices = _choices(msgspec.inspect.type_info(kind), re.findall(r"[^.\[\]]+", path))
+        steps, value = re.findall(r"[^.\[\]]+", path), None
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # of what comes after the complaint
+            value = msgspec.json.decode(body)
+        choices = dict.fromkeys(_choices(msgspec.inspect.type_info(kind), steps, value))
         complaint += f", expected one of {', '.join(map(str, choices))}"
     raise RequestError("invalid_field", f"{path or 'the body'}: {complaint}", path or None)
 
 
-def _choices(place: msgspec.inspect.Type, steps: Sequence[str]) -> Iterator[Any]:
-    """The values of the Literal, or the tags of Structs, that `steps` lead to from a type: fields and indices."""
+def _choices(place: msgspec.inspect.Type, steps: Sequence[str], value: Any) -> Iterator[Any]:
+    """The values of the Literal, or the tags of Structs, that `steps` lead to from a type: fields and indices.
+
+    `value` is what the client sent there; its tags say which Structs it is.
+    """
     if isinstance(place, msgspec.inspect.Metadata):
-        yield from _choices(place.type, steps)
+        yield from _choices(place.type, steps, value)
     elif isinstance(place, msgspec.inspect.UnionType):
         for each in place.types:
-            yield from _choices(each, steps)
+            yield from _choices(each, steps, value)
     elif isinstance(place, msgspec.inspect.LiteralType) and not steps:
         yield from place.values
     elif isinstance(place, msgspec.inspect.ListType) and steps:
-        yield from _choices(place.item_type, steps[1:])
+        yield from _choices(place.item_type, steps[1:], _inside(value, steps[0]))
     elif isinstance(place, msgspec.inspect.StructType) and steps == [place.tag_field]:
         yield place.tag
     elif isinstance(place, msgspec.inspect.StructType) and steps:
+        if isinstance(value, dict) and value.get(place.tag_field, place.tag) != place.tag:
+            return
         for field in place.fields:
             if field.encode_name == steps[0]:
-                yield from _choices(field.type, steps[1:])
+                yield from _choices(field.type, steps[1:], _inside(value, steps[0]))
+
+
+def _inside(value: Any, step: str) -> Any:
+    """What is at a field or an index; None where a path does not tell which."""
+    if isinstance(value, dict):
+        return value.get(step)
+    return value[int(step)] if isinstance(value, list) and step.isdigit() else None
 
 
 def _refuse_syntax(body: bytes, reason: str) -> NoReturn:

@@ -65,7 +65,8 @@ INNER = {
         "service.source_urls",
     },
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
-    "service.grammars": {"service.errors"},
+    "service.sandbox": set(),
+    "service.grammars": {"service.errors", "service.sandbox"},
     "service.openai": {
         "service.engine",
         "service.grammars",
@@ -89,7 +90,7 @@ INNER = {
         "service.services",
     },
     "service.tool_calls": set(),
-    "service.text": {"service.tool_calls"},
+    "service.text": {"service.tool_calls", "service.sandbox"},
     "service.kv": {
         "service.engine",
         "service.catalog.record",

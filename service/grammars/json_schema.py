@@ -1,7 +1,6 @@
 """The grammar of a JSON schema, or the place of the keyword that cannot be followed."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -10,16 +9,14 @@ from typing import Any
 import msgspec
 from llguidance import LLMatcher
 
-from service.errors import RequestError
 from service.grammars.equivalents import equivalent, original_place
+from service.grammars.source import InvalidGrammar
 
 PLACE_SECONDS = 0.5  # for finding where in a schema a fault is
 # Between the parts of a JSON text; without a bound a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
-MAX_NUMBER = 2**53  # the compiler computes with floats, and ends the process at an integer of -2**63 and below
+MAX_NUMBER = 2**53  # the compiler computes with floats
 MAX_DIGITS = 15
-MAX_LEVELS = 2500  # that references may lead down; the compiler's stack has room for about thrice as many
-MAX_STEPS = 20_000  # states of the automaton that counts multiples; a hundred times as many take minutes
 ANNOTATIONS = ("default", "examples", "example")
 NOT_APART = (
     "a value might fit two of these schemas: give each a type of its own, constants of its own, or objects with a "
@@ -30,7 +27,14 @@ HOLDERS = ("$defs", "definitions", "properties", "patternProperties", "anyOf", "
 
 
 def of_schema(field: str, content: Any) -> str:
-    """The grammar of a JSON schema. Raises RequestError naming the keyword, ValueError, RecursionError."""
+    """The grammar of a JSON schema. Raises InvalidGrammar naming the keyword."""
+    try:
+        return _of_schema(field, content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidGrammar(field, str(error)) from None
+
+
+def _of_schema(field: str, content: Any) -> str:
     schema = _read(content) if isinstance(content, str) else content
     if schema is False:
         raise ValueError("the schema false allows no value")
@@ -38,12 +42,11 @@ def of_schema(field: str, content: Any) -> str:
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object, true or false")
     _check_numbers(field, schema)
-    _check_references(schema)
     given, schema = schema, equivalent(schema)
     if (fault := _fault(schema)) is not None:
         place = _place(schema, fault, time.monotonic() + PLACE_SECONDS)
         place = "".join(f"/{part}" for part in original_place(given, place))
-        raise RequestError("invalid_grammar", f"{field}{place and ' at '}{place}: {fault}", field)
+        raise InvalidGrammar(f"{field}{place and ' at '}{place}", fault)
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS)
 
 
@@ -54,23 +57,8 @@ def _read(text: str) -> Any:
         raise ValueError(f"a string must hold a JSON schema as JSON: {error}") from None
 
 
-def _check_references(schema: dict[str, Any]) -> None:
-    """Raise ValueError for references that may lead deeper than the compiler's stack, which ends its process."""
-    deepest: dict[str, int] = {}  # by what is referred to: the deepest place of a reference
-    rest: list[tuple[Any, int]] = [(schema, 1)]
-    while rest:
-        value, depth = rest.pop()
-        if isinstance(value, dict) and isinstance(target := value.get("$ref"), str):
-            deepest[target] = max(depth, deepest.get(target, 0))
-        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        rest += ((entry, depth + 1) for entry in entries)
-    if sum(deepest.values()) > MAX_LEVELS:
-        raise ValueError(f"$ref: {len(deepest)} places are referred to, from {MAX_LEVELS} levels or more together")
-
-
 def _check_numbers(field: str, schema: dict[str, Any]) -> None:
-    """Raise RequestError for a number that the compiler would round, follow for minutes, or fall over."""
-    steps = 1
+    """Raise InvalidGrammar for a number that the compiler would round."""
     for place, number in _numbers(schema):
         fault = None
         digits = Decimal(repr(number)).normalize().as_tuple().digits
@@ -78,14 +66,8 @@ def _check_numbers(field: str, schema: dict[str, Any]) -> None:
             fault = f"{number} is not exact: numbers of a schema go to {MAX_NUMBER} and down to its negative"
         elif isinstance(number, float) and len(digits) > MAX_DIGITS:
             fault = f"{number} is not exact: numbers with a point have at most {MAX_DIGITS} digits"
-        elif place[-1] == "multipleOf":
-            steps = math.lcm(steps, int("".join(map(str, digits))) or 1)
-            if steps > MAX_STEPS:
-                fault = (
-                    f"the numbers of multipleOf have more than {MAX_STEPS} as their common multiple, points left out"
-                )
         if fault is not None:
-            raise RequestError("invalid_grammar", f"{field} at /{'/'.join(place)}: {fault}", field)
+            raise InvalidGrammar(f"{field} at /{'/'.join(place)}", fault)
 
 
 def _numbers(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int | float]]:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from service.errors import RequestError
 from service.grammars import tags
+from service.grammars.source import InvalidGrammar
 from service.grammars.tags import StructuralTag
 
 MAX_FORMATS = 500
@@ -38,7 +38,7 @@ NO_MARKERS = Markers()
 
 
 class Parts(NamedTuple):
-    """How the grammars of parts are made, each given its place; they raise RequestError naming it."""
+    """How the grammars of parts are made, each given its place; they raise InvalidGrammar naming it."""
 
     schema: Callable[[str, Any], str]  # llguidance's JSON
     regex: Callable[[str, str], str]  # a regex literal of Lark
@@ -53,13 +53,9 @@ class Tag(NamedTuple):
     ends: Sequence[str]
 
 
-def grammar_of(field: str, content: StructuralTag | str, parts: Parts, markers: Markers) -> str:
-    """The grammar of a structural tag. Raises RequestError naming the place of what is wrong."""
-    if isinstance(content, str):
-        try:
-            content = msgspec.json.decode(content, type=StructuralTag)
-        except msgspec.DecodeError as error:
-            _refuse(field, f"a string must hold a structural tag as JSON: {error}")
+def grammar_of(field: str, content: Any, parts: Parts, markers: Markers) -> str:
+    """The grammar of a structural tag. Raises InvalidGrammar naming the place of what is wrong."""
+    content = _read(field, content)
     builder = _Builder(parts, markers, "schema" if content.format is None else "json_schema")
     if content.format is not None:
         for name in ("structures", "triggers", "at_least_one"):
@@ -83,8 +79,17 @@ def grammar_of(field: str, content: StructuralTag | str, parts: Parts, markers: 
     return builder.whole(start)
 
 
+def _read(field: str, content: Any) -> StructuralTag:
+    if not isinstance(content, str):
+        return msgspec.convert(content, StructuralTag)  # which a request's body has been checked to be
+    try:
+        return msgspec.json.decode(content, type=StructuralTag)
+    except msgspec.DecodeError as error:
+        _refuse(field, f"a string must hold a structural tag as JSON: {error}")
+
+
 def _refuse(place: str, message: str) -> NoReturn:
-    raise RequestError("invalid_grammar", f"{place}: {message}", place)
+    raise InvalidGrammar(place, message)
 
 
 class _Builder:
@@ -346,7 +351,7 @@ class _Builder:
 
 
 def _check_apart(ways: Sequence[tuple[str, Sequence[str] | None]]) -> None:
-    """Raise RequestError for alternatives that may begin alike; each has its place and the constants it begins with."""
+    """Raise InvalidGrammar for ways that may begin alike; each has its place and the constants it begins with."""
     for (first, some), (second, others) in combinations(ways, 2):
         if some is None or others is None or any(_same(one, other) for one in some for other in others):
             _refuse(second, f"it cannot be told from {first} by the constant text that it begins with")

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RequestError
-from service.grammars.grammars import Source, ThoughtTokens, after_thoughts
+from service.grammars.grammars import ThoughtTokens, after_thoughts
+from service.grammars.source import Source
 from service.http import read_body
 from service.openai.conversations import echo_of, template_fields, text_of
 from service.openai.echo import EchoedPrompt
@@ -30,6 +31,7 @@ from service.openai.schemas import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    CompletionTokensDetails,
     FinishReason,
     FunctionDelta,
     TokenLogprob,
@@ -60,8 +62,10 @@ class Turn:
     ) -> None:
         self.content = self.reasoning = ""
         self.thought = ""  # what the last delta added to the reasoning
+        self.reasoning_tokens = 0  # with those of the tags
         self.told = False  # whether the client has had a chunk of it
         self._splitter, self._parser, self._several, self._short_ids = splitter, parser, several, short_ids
+        self._undecided = 0  # tokens that came before it was known whether they are thoughts
         self._names: list[str] = []
         self._arguments: list[str] = []
         self._ids: list[str] = []
@@ -99,11 +103,15 @@ class Turn:
         """The text of a delta that is no thought."""
         if self._splitter is None:
             return delta.text
+        if not self._splitter.answering:
+            self._undecided += len(delta.token_ids)
         self.thought, text = self._splitter.push(delta.text)
         if delta.finish_reason is not None:
             rest = self._splitter.flush()
             self.thought, text = self.thought + rest.reasoning, text + rest.content
         self.reasoning += self.thought
+        if self._splitter.has_thoughts:
+            self.reasoning_tokens, self._undecided = self.reasoning_tokens + self._undecided, 0
         return text
 
     def _begin(self, name: str) -> list[ToolCallDelta]:
@@ -224,7 +232,7 @@ class Chat:
         gained = turn.push(delta)
         content = "".join(each for each in gained if isinstance(each, str))
         calls = _merged([each for each in gained if isinstance(each, ToolCallDelta)])
-        thought = (turn.thought if self._tells_thoughts else "") or None
+        thought = (turn.thought if self.tells_thoughts else "") or None
         begins = not turn.told
         if begins:
             content = self._echo + content
@@ -261,11 +269,16 @@ class Chat:
         return self._template.family == "mistral"  # its chat template takes ids of 9 characters only
 
     @property
-    def _tells_thoughts(self) -> bool:
+    def tells_thoughts(self) -> bool:
         return self.body.include_reasoning is not False
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of all choices, as far as they have come."""
+        return sum(turn.reasoning_tokens for turn in self._turns.values())
+
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
-        return self._chunk([], usage)
+        return self._chunk([], self._with_details(usage))
 
     def _chunk(
         self, choices: list[ChatChunkChoice], usage: Usage | None = None, prompt: list[int] | None = None
@@ -287,10 +300,14 @@ class Chat:
             created=self._created,
             model=body.model,
             choices=[self._choice(deltas) for deltas in choices],
-            usage=usage,
+            usage=self._with_details(usage),
             prompt_logprobs=msgspec.UNSET if body.prompt_logprobs is None else prompt.logprobs(body.prompt_logprobs),
             prompt_token_ids=list(prompt.token_ids) if body.return_token_ids else msgspec.UNSET,
         )
+
+    def _with_details(self, usage: Usage) -> Usage:
+        details = CompletionTokensDetails(reasoning_tokens=self.reasoning_tokens)
+        return msgspec.structs.replace(usage, completion_tokens_details=details)
 
     def _choice(self, deltas: Sequence[Delta]) -> ChatChoice:
         turn = self.turn(deltas[0].choice)
@@ -298,7 +315,7 @@ class Chat:
             turn.push(delta)
         reason = turn.finish_reason(deltas[-1])
         assert reason is not None
-        thoughts = (turn.reasoning if self._tells_thoughts else "") or msgspec.UNSET
+        thoughts = (turn.reasoning if self.tells_thoughts else "") or msgspec.UNSET
         content = self._echo + turn.content
         return ChatChoice(
             index=deltas[0].choice,

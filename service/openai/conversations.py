@@ -53,6 +53,8 @@ def conversation_of(
     variables: dict[str, Any] = {}
     if fields.reasoning_effort is not None and "reasoning_effort" in template.names:
         variables["reasoning_effort"] = fields.reasoning_effort
+    elif fields.reasoning_effort == "none" and "enable_thinking" in template.names:
+        variables["enable_thinking"] = False
     return Conversation(
         messages=plain,
         tools=[as_json(tool) for tool in tools],

@@ -1,7 +1,8 @@
 """What an answer must look like, in the dialects of OpenAI, vLLM and SGLang."""
 
 from service.errors import RequestError
-from service.grammars.grammars import Grammars, Source
+from service.grammars.grammars import Grammars
+from service.grammars.source import Source
 from service.grammars.tags import StructuralTag
 from service.openai.schemas import GenerationRequest, JsonObject, JsonSchema, StructuredOutputs
 

@@ -16,6 +16,7 @@ from service.responses.schemas import (
     Item,
     MessageItem,
     OutputText,
+    ReasoningItem,
     Refusal,
     SentCall,
     SentCallOutput,
@@ -43,11 +44,10 @@ def items_of(given: str | list[dict[str, Any]]) -> list[Item]:
         return [_message(SentMessage(role="user", content=given))]
     typed = [item if item.get("type") else {**item, "type": "message"} for item in given]
     sent = decode_json(encode_json({"input": typed}), SentItems).input
-    items = [_item(item, f"input[{index}]") for index, item in enumerate(sent)]
-    return [item for item in items if item is not None]
+    return [_item(item, f"input[{index}]") for index, item in enumerate(sent)]
 
 
-def _item(sent: SentItem, place: str) -> Item | None:
+def _item(sent: SentItem, place: str) -> Item:
     match sent:
         case SentMessage():
             return _message(sent)
@@ -68,7 +68,12 @@ def _item(sent: SentItem, place: str) -> Item | None:
             message = f"{place}: item_reference is not supported: send the item itself, or previous_response_id"
             raise RequestError("unsupported_parameter", message, place)
         case SentReasoning():
-            return None
+            return ReasoningItem(
+                id=sent.id or new_id("rs"),
+                summary=sent.summary or [],
+                content=sent.content or [],
+                status="completed",
+            )
 
 
 def _message(sent: SentMessage) -> MessageItem:
@@ -92,22 +97,32 @@ def _check_arguments(text: str, field: str) -> None:
 
 
 def messages_of(items: Sequence[Item]) -> list[Message]:
-    """The messages that a chat template is given: calls belong to the assistant's message before them."""
+    """The messages that a chat template is given.
+
+    Calls belong to the assistant's message before them, thoughts to the one that they led to: without one they are
+    left out, as those of an answer that was cut off.
+    """
     messages: list[Message] = []
+    thoughts: str | None = None  # of a message that is still to come
     for item in items:
         match item:
+            case ReasoningItem():
+                thoughts = "\n".join(part.text for part in item.content or item.summary) or None
+                continue
             case MessageItem(role=role):
                 # Chat templates know no developers
                 role_name = "system" if role == "developer" else role
-                messages.append(Message(role=role_name, content=_text(item)))
+                own = thoughts if role == "assistant" else None
+                messages.append(Message(role=role_name, content=_text(item), reasoning_content=own))
             case CallOutputItem():
                 messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
             case CallItem():
                 call = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
-                if not messages or messages[-1].role != "assistant":
-                    messages.append(Message(role="assistant", tool_calls=[]))
+                if not messages or messages[-1].role != "assistant" or thoughts is not None:
+                    messages.append(Message(role="assistant", tool_calls=[], reasoning_content=thoughts))
                 last = messages[-1]
                 messages[-1] = msgspec.structs.replace(last, tool_calls=[*(last.tool_calls or ()), call])
+        thoughts = None
     return messages
 
 

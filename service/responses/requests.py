@@ -40,6 +40,14 @@ UNBUILT = {
     "function_call": Refused(("none", "auto"), "tool_choice"),
     "echo": Refused((False,)),
     "prompt_logprobs": Refused(),
+    "reasoning_effort": Refused((), "reasoning.effort"),
+    "add_generation_prompt": Refused((True,)),
+    "continue_final_message": Refused((False,)),
+    "return_token_ids": Refused((False,)),
+    "modalities": Refused((["text"],)),
+    "audio": Refused(),
+    "prediction": Refused(),
+    "web_search_options": Refused(),
 }
 # Fields of one name in both that differ in form
 OWN = {"tools", "tool_choice", *UNBUILT}
@@ -53,6 +61,7 @@ WORDS = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
     "messages": "input",
+    "reasoning_effort": "reasoning.effort",
 }
 _WORD = re.compile(rf"(?<![\w.'\"])(?:{'|'.join(map(re.escape, WORDS))})(?![\w'\"])")
 
@@ -77,13 +86,17 @@ def check_request(body: ResponsesRequest) -> None:
 def chat_request(body: ResponsesRequest, items: Sequence[Item]) -> ChatRequest:
     """The chat of a conversation's items and the request's own instructions."""
     instructions = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
+    messages = [*instructions, *messages_of(items)]
+    if not messages:
+        raise RequestError("invalid_field", "input holds thoughts alone: send a message too", "input")
     included = LOGPROBS in (body.include or ())
     fields = {name: getattr(body, name) for name in SHARED}
     return ChatRequest(
         **{
             **fields,
-            "messages": [*instructions, *messages_of(items)],
+            "messages": messages,
             "max_completion_tokens": body.max_output_tokens,
+            "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
             "logprobs": included,
             "top_logprobs": body.top_logprobs if included else None,
             "response_format": _response_format(body),

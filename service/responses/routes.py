@@ -117,17 +117,17 @@ class Answer:
             tools=body.tools or [],
             top_logprobs=body.top_logprobs or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            usage=None if usage is None else _usage(usage),
+            usage=None if usage is None else _usage(usage, self.chat.reasoning_tokens),
             user=body.user,
         )
 
 
-def _usage(usage: Usage) -> ResponseUsage:
+def _usage(usage: Usage, reasoning_tokens: int) -> ResponseUsage:
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(),
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=reasoning_tokens),
         total_tokens=usage.total_tokens,
     )
 

@@ -3,7 +3,7 @@
 Unknown fields of a request are ignored and null means the default, as in chats.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from service.openai.schemas import (
     Logprobs,
     Name,
     Positive,
+    TemplateText,
     TextFormat,
     TokenLogprob,
 )
@@ -61,8 +62,20 @@ class SentCallOutput(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     id: str | None = None
 
 
+class SummaryText(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="summary_text"):
+    text: str
+
+
+class ReasoningText(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning_text"):
+    text: str
+
+
 class SentReasoning(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
-    """Other servers' models wrote it; it is not shown to the model."""
+    """Thoughts of an earlier answer. What another server has encrypted is not shown to the model."""
+
+    id: str | None = None
+    summary: list[SummaryText] | None = None
+    content: list[ReasoningText] | None = None
 
 
 class SentReference(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="item_reference"):
@@ -91,6 +104,13 @@ class SchemaFormat(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
     format: TextFormat | JsonObject | SchemaFormat | None = None
     verbosity: Any = None
+
+
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+    effort: str | None = None  # for templates that know it
+    # Thoughts are told whole, so that none are summed up; the older field is another name
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class FunctionTool(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,14 +144,19 @@ class ResponsesRequest(GenerationRequest, frozen=True, kw_only=True):
     tools: list[FunctionTool] | None = None
     tool_choice: ToolChoice | None = None  # None: auto if there are tools
     parallel_tool_calls: bool | None = None  # whether there may be several calls; None: there may
-    # Without reasoning items there is no encrypted content of them to include
+    # Thoughts are not encrypted: their text is in the reasoning items
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: Logprobs | None = None
     store: bool | None = None  # None: it is stored
     metadata: Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)] | None = None
     user: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    reasoning: dict[str, Any] | None = None  # accepted; the model reasons as its template has it
+    reasoning: Reasoning | None = None
+    chat_template: TemplateText | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    include_reasoning: bool | None = None  # false: the thoughts are left out
+    separate_reasoning: bool | None = None  # false: the thoughts stay in the text
     lora_path: Name | None = None
     adapter_id: Name | None = None
     # Without an effect here: they limit tools that are not built, and caches that keep more
@@ -153,6 +178,14 @@ class ResponsesRequest(GenerationRequest, frozen=True, kw_only=True):
     function_call: Any = None
     echo: Any = None
     prompt_logprobs: Any = None
+    reasoning_effort: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    return_token_ids: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
 
 
 # What clients get
@@ -179,6 +212,13 @@ class MessageItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     content: list[InputText | OutputText | Refusal]
 
 
+class ReasoningItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
+    id: str
+    summary: list[SummaryText] = []  # empty but in a client's own items
+    content: list[ReasoningText]
+    status: ItemStatus
+
+
 class CallItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function_call"):
     id: str
     call_id: str
@@ -194,8 +234,8 @@ class CallOutputItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     status: ItemStatus
 
 
-OutputItem = MessageItem | CallItem
-Item = MessageItem | CallItem | CallOutputItem
+OutputItem = MessageItem | ReasoningItem | CallItem
+Item = MessageItem | ReasoningItem | CallItem | CallOutputItem
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -204,7 +244,7 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    reasoning_tokens: int = 0  # reasoning is part of the text
+    reasoning_tokens: int  # of the thoughts, with the tags around them
 
 
 class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,7 +280,7 @@ class ModelResponse(msgspec.Struct, frozen=True, kw_only=True, tag_field="object
     output: list[OutputItem]
     parallel_tool_calls: bool
     previous_response_id: str | None
-    reasoning: dict[str, Any] | None
+    reasoning: Reasoning | None
     store: bool
     temperature: float
     text: TextOptions
@@ -299,7 +339,25 @@ class PartEvent(msgspec.Struct, frozen=True, kw_only=True):
     item_id: str
     output_index: int
     content_index: int = 0
-    part: OutputText
+    part: OutputText | ReasoningText
+
+
+class ReasoningDelta(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["response.reasoning_text.delta"] = "response.reasoning_text.delta"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    delta: str
+
+
+class ReasoningDone(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["response.reasoning_text.done"] = "response.reasoning_text.done"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int = 0
+    text: str
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,5 +397,15 @@ class ArgumentsDone(msgspec.Struct, frozen=True, kw_only=True):
     arguments: str
 
 
-Event = ResponseEvent | ItemEvent | PartEvent | TextDelta | TextDone | ArgumentsDelta | ArgumentsDone
-EVENTS = (ResponseEvent, ItemEvent, PartEvent, TextDelta, TextDone, ArgumentsDelta, ArgumentsDone)
+Event = (
+    ResponseEvent
+    | ItemEvent
+    | PartEvent
+    | ReasoningDelta
+    | ReasoningDone
+    | TextDelta
+    | TextDone
+    | ArgumentsDelta
+    | ArgumentsDone
+)
+EVENTS = get_args(Event)

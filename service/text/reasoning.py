@@ -42,9 +42,15 @@ class ReasoningSplitter:
 
     def __init__(self, *, inside: bool) -> None:
         self.inside = inside
+        self.has_thoughts = False  # also empty ones
         self._state: Literal["start", "thinking", "answering"] = "start"
         self._held = ""  # text that has not been decided on
         self._begun = False  # whether the part that is being read has any text yet
+
+    @property
+    def answering(self) -> bool:
+        """Whether all that comes now is content."""
+        return self._state == "answering"
 
     def push(self, text: str) -> Thought:
         """What is now certain."""
@@ -85,6 +91,7 @@ class ReasoningSplitter:
             self._state = "thinking"
         else:
             self._state, self._begun = "answering", True  # an answer without thoughts is told as it is
+        self.has_thoughts = self._state == "thinking"
 
     def _part(self, text: str) -> str:
         """A piece of a part, without line feeds before its first text."""

@@ -1,28 +1,16 @@
-"""A process that renders chat templates of strangers: python -m service.text.template_process
-
-It reads jobs from its input and writes an answer to each. A template that runs for too long ends the process, by a
-timer of the system that no code of the template can hold up; one that wants too much memory does not get it.
-"""
-
-import resource
-import signal
-import struct
-import sys
-from typing import BinaryIO
+"""A process that renders chat templates of strangers: python -m service.text.template_process"""
 
 import msgspec
 
+from service.sandbox.worker import Worker
 from service.text.rendering import Conversation, InvalidChat, render
 
 MEMORY_BYTES = 1 << 30
-LENGTH = struct.Struct("<Q")  # before each message, in bytes
-STARTED = b"+"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     template: str
     conversation: Conversation
-    seconds: float  # of processor time
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,26 +18,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     refusal: str | None = None
 
 
-def framed(message: msgspec.Struct) -> bytes:
-    content = msgspec.msgpack.encode(message)
-    return LENGTH.pack(len(content)) + content
-
-
-def main(jobs: BinaryIO, answers: BinaryIO) -> None:
+def main() -> None:
     """Answer jobs until there are no more."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the server ends this process
-    answers.write(STARTED)
-    answers.flush()
-    while length := jobs.read(LENGTH.size):
-        job = msgspec.msgpack.decode(jobs.read(LENGTH.unpack(length)[0]), type=Job)
-        signal.setitimer(signal.ITIMER_PROF, job.seconds)
-        answer = _answer(job)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(framed(answer))
-        answers.flush()
+    worker = Worker(MEMORY_BYTES)
+    while (job := worker.next_job()) is not None:
+        worker.answer(msgspec.json.encode(_answer(msgspec.json.decode(job, type=Job))))
 
 
 def _answer(job: Job) -> Answer:
@@ -60,4 +33,4 @@ def _answer(job: Job) -> Answer:
 
 
 if __name__ == "__main__":
-    main(sys.stdin.buffer, sys.stdout.buffer)
+    main()

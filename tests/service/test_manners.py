@@ -7,8 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.app import routes
 from service.services import Services
-from tests.service.live_server import LiveServer, fake_settings, live_server
+from tests.service.live_server import LiveServer, fake_settings, live_server, wait_until
 
 ORIGIN, KEY = "https://app.example.org", "secret"
 COMPLETION = {"model": "tiny", "prompt": "hello", "max_tokens": 2}
@@ -42,13 +43,22 @@ def test_the_request_id_of_a_client_comes_back(server: LiveServer) -> None:
         assert server.client.get(path, headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
 
 
-def test_a_fault_of_ours_has_the_request_id_too(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
-        raise AssertionError("a fault")
+@pytest.mark.parametrize("fault", [AssertionError("a fault"), OSError("of no kind that is known"), RuntimeError("a")])
+def test_a_fault_of_ours_is_answered_as_all_else_and_logged(
+    open_server: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
+) -> None:
+    def fail(self: object, name: str) -> None:
+        raise fault
 
     monkeypatch.setattr(Services, "__getattribute__", fail)
-    answer = server.client.get("/v1/models", headers={"x-request-id": "mine-2"})
-    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-2")
+    headers = {"x-request-id": "mine-2", "origin": ORIGIN, "authorization": f"Bearer {KEY}"}
+    answer = open_server.client.get("/v1/models", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert (answer.headers["x-request-id"], answer.headers["access-control-allow-origin"]) == ("mine-2", ORIGIN)
+    # uvicorn logs it after the answer
+    wait_until(lambda: any(record.exc_info and record.exc_info[1] is fault for record in list(caplog.records)))
+    monkeypatch.undo()
+    assert open_server.client.get("/v1/models", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -67,6 +77,14 @@ def test_options_tells_the_methods_of_a_path(server: LiveServer, path: str, meth
     wrong = httpx.request("TRACE", f"{server.url}{path}")
     assert (wrong.status_code, set(wrong.headers["allow"].split(", "))) == (405, methods)
     assert httpx.options(f"{server.url}/nowhere").status_code == 404
+
+
+def test_a_method_that_a_path_has_not_is_told_all_that_it_has(server: LiveServer) -> None:
+    for path in {re.sub("{.*?}", "x", route.path) for route in routes}:
+        allowed = {"OPTIONS"}.union(*(route.methods or () for route in routes if route.path_regex.match(path)))
+        answer = httpx.request("TRACE", f"{server.url}{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed"), path
+        assert set(answer.headers["allow"].split(", ")) == allowed, path
 
 
 def test_no_origin_is_allowed_by_default(server: LiveServer) -> None:
@@ -94,6 +112,25 @@ def test_a_browser_may_ask_without_the_key_and_call_with_it(open_server: LiveSer
 def test_a_browser_may_read_why_it_was_refused(open_server: LiveServer) -> None:
     answer = open_server.client.post("/v1/completions", json=COMPLETION, headers={"origin": ORIGIN})
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, ORIGIN)
+
+
+def test_every_status_may_be_read_by_a_page_that_is_allowed(open_server: LiveServer) -> None:
+    key = {"origin": ORIGIN, "authorization": f"Bearer {KEY}"}
+    too_large = b"x" * (open_server.services.settings.max_body_bytes + 1)
+    paused = COMPLETION | {"cache_salt": "refuse adapter_failed"}
+    calls = {
+        200: ("GET", "/v1/models", {}),
+        400: ("POST", "/v1/completions", {"content": b"{"}),
+        404: ("GET", "/nowhere", {}),
+        405: ("TRACE", "/v1/models", {}),
+        413: ("POST", "/v1/completions", {"content": too_large}),
+        503: ("POST", "/v1/completions", {"json": paused}),
+    }
+    for status, (method, path, body) in calls.items():
+        answer = open_server.client.request(method, path, **body, headers=key)
+        assert answer.status_code == status, answer.text
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+        assert answer.headers["x-request-id"]
 
 
 def test_another_origin_is_refused(open_server: LiveServer) -> None:

@@ -1,6 +1,5 @@
 """The grammars of structural tags: exactly the texts of the form can be written, judged by Python's `re`."""
 
-import asyncio
 import random
 import re
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from service.errors import RequestError
-from service.grammars.grammars import Grammars, Source
+from service.grammars import translation
+from service.grammars.source import InvalidGrammar, Source
 from service.grammars.structural_tags import NO_MARKERS, Markers
 from service.grammars.tags import StructuralTag
 from tests.service.tiny_model import SPECIAL, make_tokenizer
@@ -42,7 +41,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> LLTokenizer:
 
 def translated(asked: dict[str, Any] | str, markers: Markers = NO_MARKERS) -> str:
     tag = asked if isinstance(asked, str) else msgspec.convert({"type": "structural_tag", **asked}, StructuralTag)
-    return asyncio.run(Grammars(markers).translate(Source("tag", "structural_tag", tag)))
+    source = Source("tag", "structural_tag", tag if isinstance(tag, str) else msgspec.to_builtins(tag))
+    return translation.translated(source, markers)
 
 
 def of_format(form: dict[str, Any], markers: Markers = NO_MARKERS) -> str:
@@ -319,9 +319,9 @@ def test_other_tokens_that_an_answer_shows_are_free_text_and_special_ones_are_no
     ],
 )
 def test_a_fault_is_told_with_its_place(asked: dict[str, Any], place: str, said: str) -> None:
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(InvalidGrammar) as refused:
         translated(asked, MARKERS)
-    assert (refused.value.code, refused.value.param) == ("invalid_grammar", place)
+    assert refused.value.place == place
     assert str(refused.value).startswith(place)
     assert said in str(refused.value)
 
@@ -335,6 +335,6 @@ def test_deep_and_many_formats_are_refused_in_time() -> None:
     for _ in range(20):  # each tag is begun in two ways
         wide = {"type": "triggered_tags", "triggers": ["<call>"], "tags": [tag("<call>", wide, "</call>")]}
     for form in (deep, many):
-        with pytest.raises(RequestError, match="at most"):
+        with pytest.raises(InvalidGrammar, match="at most"):
             of_format(form)
     assert len(of_format(wide, MARKERS)) < 20_000

@@ -99,6 +99,9 @@ def test_variables_reach_the_template(live: LiveServer) -> None:
     both = {"chat_template_kwargs": {"reasoning_effort": "high"}, "reasoning_effort": "low"}
     assert prompt_of(live, [USER], chat_template=template, **both) == "False,,<|end|>,high"
     assert prompt_of(live, [USER], reasoning_effort="low", chat_template_kwargs={}) == "user=hello;me="
+    switch = "{{ enable_thinking }}"
+    assert prompt_of(live, [USER], chat_template=switch, reasoning_effort="none") == "False"
+    assert prompt_of(live, [USER], chat_template="{{ style }}", chat_template_kwargs={"style": 2**70}) == str(2**70)
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt", "chat_template"])

@@ -12,7 +12,9 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from service.grammars.grammars import Source, ThoughtTokens, _translate, after_thoughts
+from service.grammars.grammars import ThoughtTokens, after_thoughts
+from service.grammars.source import Source
+from service.grammars.translation import translated
 from tests.service.live_server import LiveServer, fake_settings, live_server
 from tests.service.openai.test_structured import ENDS, ENGINE, PERSON, STOP
 from tests.service.text.reasoning_templates import DEEPSEEK, QWEN
@@ -123,7 +125,7 @@ def test_every_kind_of_grammar_may_follow_thoughts(source: Source, good: str, ba
     tokens = ThoughtTokens(BEGIN, END, eos)
 
     def fits(text: str, *, inside: bool) -> bool:
-        matcher = LLMatcher(tokenizer, after_thoughts(_translate(source), tokens, inside=inside))
+        matcher = LLMatcher(tokenizer, after_thoughts(translated(source), tokens, inside=inside))
         assert not matcher.is_error(), matcher.get_error()
         ids = backend.encode(text).ids
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()

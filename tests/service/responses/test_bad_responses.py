@@ -6,6 +6,7 @@ import pytest
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 
 from service.openai.known_fields import IGNORED, REFUSED
+from service.openai.schemas import ChatRequest
 from service.responses.requests import UNBUILT
 from service.responses.schemas import ResponsesRequest
 from tests.service.live_server import LiveServer
@@ -19,6 +20,7 @@ def test_every_field_of_the_official_client_is_built_refused_or_harmless() -> No
     known |= set(ResponseCreateParamsStreaming.__annotations__)
     assert {"input", "stream", "truncation", "conversation"} <= known
     assert known - {*ResponsesRequest.__struct_fields__, *REFUSED, *IGNORED} == set()
+    assert set(ChatRequest.__struct_fields__) - set(ResponsesRequest.__struct_fields__) == set()
     assert UNBUILT.keys() <= set(ResponsesRequest.__struct_fields__)
 
 
@@ -79,6 +81,13 @@ def test_what_is_not_built_is_refused_by_name_unless_it_asks_for_nothing(server:
         ({"top_logprobs": 21}, "invalid_field", "top_logprobs"),
         ({"top_logprobs": 2}, "invalid_field", "top_logprobs"),
         ({"include": ["file_search_call.results"]}, "invalid_field", "include[0]"),
+        ({"reasoning": "low"}, "invalid_field", "reasoning"),
+        ({"reasoning": {"effort": 5}}, "invalid_field", "reasoning.effort"),
+        ({"reasoning": {"summary": "long"}}, "invalid_field", "reasoning.summary"),
+        ({"input": [{"type": "reasoning", "content": [{"type": "x"}]}]}, "invalid_field", "input[0].content[0].type"),
+        ({"input": [{"type": "reasoning", "content": [{"text": "x"}]}]}, "invalid_field", "input"),
+        ({"input": [{"type": "reasoning", "content": "x"}]}, "invalid_field", "input[0].content"),
+        ({"chat_template_kwargs": {"tools": []}}, "invalid_field", "chat_template_kwargs.tools"),
         ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
         ({"truncation": "middle"}, "invalid_field", "truncation"),
         ({"metadata": {"a": 5}}, "invalid_field", "metadata[...]"),
@@ -137,6 +146,14 @@ def test_messages_say_what_is_expected_in_the_clients_own_words(server: LiveServ
         "Invalid value 'computer_call', "
         "expected one of message, function_call, function_call_output, reasoning, item_reference"
     )
+    part = {"type": "input_image", "image_url": "x"}
+    message = refusal(server, input=[{"role": "user", "content": [part]}])["message"]
+    assert message.endswith("Invalid value 'input_image', expected one of input_text, text, output_text, refusal")
+    message = refusal(server, input=[{"type": "reasoning", "content": [part]}])["message"]
+    assert message.endswith("Invalid value 'input_image', expected one of reasoning_text")
+    broken = b'{"model": "tiny", "input": "x", "truncation": "middle", '
+    error = server.client.post("/v1/responses", content=broken).json()["error"]
+    assert error["message"].endswith("expected one of auto, disabled")
 
 
 def test_fields_that_change_no_answer_are_taken(server: LiveServer) -> None:
