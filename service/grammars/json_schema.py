@@ -41,8 +41,8 @@ def of_schema(field: str, content: Any) -> str:
     _check_references(schema)
     given, schema = schema, equivalent(schema)
     if (fault := _fault(schema)) is not None:
-        place = _place(schema, fault, time.monotonic() + PLACE_SECONDS)
-        place = "".join(f"/{part}" for part in original_place(given, place))
+        found = original_place(given, _place(schema, fault, time.monotonic() + PLACE_SECONDS))
+        place = "".join(f"/{part}" for part in found)
         raise RequestError("invalid_grammar", f"{field}{place and ' at '}{place}: {fault}", field)
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS)
 
