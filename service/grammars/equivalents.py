@@ -15,8 +15,10 @@ FORMATS = {
     *("relative-json-pointer", "regex", "color"),
 }
 # The keywords whose value is a schema, a list of schemas, and schemas by name
-ONE = ("items", "additionalProperties", "additionalItems", "contains", "propertyNames", "not", "if", "then", "else")
-ONE += ("unevaluatedItems", "unevaluatedProperties")
+ONE = {
+    *("items", "additionalProperties", "additionalItems", "contains", "propertyNames", "not", "if", "then", "else"),
+    *("unevaluatedItems", "unevaluatedProperties"),
+}
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 MAX_LOOKS = 10_000  # pairs of schemas that are compared

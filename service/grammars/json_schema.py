@@ -44,8 +44,8 @@ def _of_schema(field: str, content: Any) -> str:
     _check_numbers(field, schema)
     given, schema = schema, equivalent(schema)
     if (fault := _fault(schema)) is not None:
-        place = _place(schema, fault, time.monotonic() + PLACE_SECONDS)
-        place = "".join(f"/{part}" for part in original_place(given, place))
+        found = original_place(given, _place(schema, fault, time.monotonic() + PLACE_SECONDS))
+        place = "".join(f"/{part}" for part in found)
         raise InvalidGrammar(f"{field}{place and ' at '}{place}", fault)
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS)
 

@@ -120,8 +120,8 @@ class _Builder:
         return found
 
     def _closed(self, form: tags.AnyFormat, place: str, ends: Sequence[str] | None) -> str:
-        if (regular := self._regular(form, place, ends)) is not None:
-            return self._terminal(regular) if regular else ""
+        if (regular := self._regular(form, place)) is not None:
+            return self._ended(regular, ends or ())
         match form:
             case tags.AnyTextFormat():
                 return self._until(ends) if ends else self._free([])
@@ -144,6 +144,8 @@ class _Builder:
                     for index, each in enumerate(elements)
                 ]
                 return " ".join(filter(None, written))
+            case tags.OrFormat(elements=[only]):
+                return self.closed(only, f"{place}.elements[0]", ends)
             case tags.OrFormat(elements=elements):
                 if all(isinstance(each, tags.JsonSchemaFormat) for each in elements):
                     _refuse(place, "send one json_schema with anyOf instead of several in or")
@@ -154,6 +156,17 @@ class _Builder:
                     )
                 )
         return " ".join(filter(None, [self._part(form, place), self._end(ends)]))
+
+    def _ended(self, regular: str, ends: Sequence[str]) -> str:
+        """A regular format and one of the ends, which is written out or has tokens of its own."""
+        spelled = " ".join(filter(None, [regular, _one_of([_quoted(end) for end in ends])]))
+        ways = [self._terminal(spelled)] if spelled else []
+        for end in ends:
+            if (token := self._marker.search(end)) is not None:
+                text = " ".join(filter(None, [regular, _quoted(end[: token.start()])]))
+                parts = [text and self._terminal(text), self._token(token[0]), self._literal(end, token.end())]
+                ways.append(" ".join(filter(None, parts)))
+        return self._rule(" | ".join(ways)) if len(ways) > 1 else "".join(ways)
 
     def _part(self, form: tags.AnyFormat, place: str) -> str:
         """A format that ends by itself."""

@@ -230,7 +230,11 @@ CALL, LLAC, NOTE = (MARKERS.ids[mark] for mark in MARKS)
 CALLS = {
     "type": "triggered_tags",
     "triggers": ["<call>"],
-    "tags": [tag("<call>a ", ONE, "</call>"), tag("<call>b ", {"type": "any_text"}, "\n</call>")],
+    "tags": [
+        tag("<call>a ", ONE, "</call>"),
+        tag("<call>b ", {"type": "any_text"}, "\n</call>"),
+        tag("<call>r ", {"type": "or", "elements": [{"type": "regex", "pattern": "[0-9a-z<]*"}]}, "</call>"),
+    ],
 }
 
 
@@ -245,6 +249,8 @@ def test_a_tag_may_be_a_token_and_its_characters(
     assert fits(compiled, grammar, tokens("so ", begin, "a 1", end, " and")) is good
     assert fits(compiled, grammar, tokens(begin, "b c", end)) is False  # the end has a line of its own
     assert fits(compiled, grammar, tokens(begin, "b c\nd\n", end)) is good
+    assert fits(compiled, grammar, tokens(begin, "r 12<", end)) is good
+    assert not fits(compiled, grammar, tokens(begin, "r 12;", end))
     assert not fits(compiled, grammar, tokens(begin, "c 1", end))
     assert not fits(compiled, grammar, tokens("so ", begin))
     assert fits(compiled, grammar, tokens("<", "so", "<c"))
@@ -312,7 +318,7 @@ def test_other_tokens_that_an_answer_shows_are_free_text_and_special_ones_are_no
             "at /pattern: ",
         ),
         (
-            {"format": {**CALLS, "triggers": ["<call>a", "<call>b"]}},
+            {"format": {**CALLS, "triggers": ["<call>a", "<call>b", "<call>r"]}},
             "tag.format.triggers",
             "make the token the trigger",
         ),
