@@ -15,6 +15,7 @@ from service.grammars.source import InvalidGrammar
 PLACE_SECONDS = 0.5  # for finding where in a schema a fault is
 # Between the parts of a JSON text; without a bound a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
+OPTIONS = "x-guidance"  # a keyword by which a schema sets the compiler's options, of which some are not exact
 MAX_NUMBER = 2**53  # the compiler computes with floats
 MAX_DIGITS = 15
 ANNOTATIONS = ("default", "examples", "example")
@@ -42,7 +43,8 @@ def _of_schema(field: str, content: Any) -> str:
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object, true or false")
     _check_numbers(field, schema)
-    given, schema = schema, equivalent(schema)
+    without_options = {key: value for key, value in schema.items() if key != OPTIONS}
+    given, schema = schema, equivalent(without_options)
     if (fault := _fault(schema)) is not None:
         found = original_place(given, _place(schema, fault, time.monotonic() + PLACE_SECONDS))
         place = "".join(f"/{part}" for part in found)

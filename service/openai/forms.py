@@ -42,17 +42,17 @@ def _structured_outputs(asked: StructuredOutputs | None) -> list[Source]:
     if asked is None:
         return []
     sources = [
-        Source("json", "json_schema", asked.json),
-        Source("json_object", "json_schema", {"type": "object"} if asked.json_object else None),
-        Source("regex", "regex", asked.regex),
-        Source("choice", "choice", asked.choice),
-        Source("grammar", "grammar", asked.grammar),
-        Source("structural_tag", "structural_tag", asked.structural_tag),
+        Source("structured_outputs.json", "json_schema", asked.json),
+        Source("structured_outputs.json_object", "json_schema", {"type": "object"} if asked.json_object else None),
+        Source("structured_outputs.regex", "regex", asked.regex),
+        Source("structured_outputs.choice", "choice", asked.choice),
+        Source("structured_outputs.grammar", "grammar", asked.grammar),
+        Source("structured_outputs.structural_tag", "structural_tag", asked.structural_tag),
     ]
-    found = [each._replace(field=f"structured_outputs.{each.field}") for each in sources if each.content is not None]
+    found = [source for source in sources if source.content is not None]
     if not found:
-        message = f"structured_outputs needs one of {', '.join(source.field for source in sources)}"
-        raise RequestError("invalid_field", message, "structured_outputs")
+        fields = ", ".join(source.field.partition(".")[2] for source in sources)
+        raise RequestError("invalid_field", f"structured_outputs needs one of {fields}", "structured_outputs")
     return found
 
 

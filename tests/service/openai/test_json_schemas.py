@@ -360,3 +360,11 @@ def test_the_server_lives_on_when_a_grammar_ends_its_process(live: LiveServer) -
         answer = live.complete("hello", ebnf=rules(length), max_tokens=1)
         assert answer.status_code == 200 if length <= 500 else answer.status_code in (200, 400), answer.text
     assert live.complete("hello", regex="[ab]{3}", max_tokens=9).status_code == 200
+
+
+def test_a_schema_does_not_set_the_compilers_options() -> None:
+    fits_both = {"oneOf": [{"type": "integer"}, {"type": "number"}], "x-guidance": {"coerce_one_of": True}}
+    with pytest.raises(InvalidGrammar, match="oneOf"):
+        translated(fits_both)
+    plain = {"type": "integer"}
+    assert translated({**plain, "x-guidance": {"whitespace_pattern": "x*"}}) == translated(plain)
