@@ -2,8 +2,9 @@
 
 A request's `cache_salt` scripts it: "die" ends the process, "break" ends it as one whose device failed, "hold" gives
 one token and then nothing, "silent" gives nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter
-turns the answer round, and leaves out what is before its invocation. A load is done at once if the file is there; one adapter can be pinned. A
-prefix is held at once; half of the blocks can be held. test_engine_contract.py holds that it speaks as the real one.
+turns the answer round, and leaves out what is before its invocation. A load is done at once if the file is there; one
+adapter can be pinned. A prefix is held at once; half of the blocks can be held. test_engine_contract.py holds that it
+speaks as the real one.
 Command line: python -m tests.service.engine.fake_engine [--cannot-start] ENDPOINT.
 """
 
