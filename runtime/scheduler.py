@@ -33,6 +33,7 @@ class Chunk(NamedTuple):
         return range(max(request.unscored - 1 - self.start, 0), stop)
 
 
+KEPT_SHARE = 128  # one in so many places of the queue is for calls that have no request here yet
 SCORED_ROWS = 128  # of a step: logits are large, so those of a long prompt are computed in pieces
 
 
@@ -84,6 +85,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}  # by id: all that run or wait
         self.waiting = FairQueue()
         self.running: list[Request] = []  # in order of admission
+        self._of_call: Counter[Group] = Counter()  # requests that run or wait
         self.preemptions = 0
         self._swap: Swap | None = None  # to be done when the next step is scheduled
         self._scorable = SCORED_ROWS  # rows that the step being scheduled may still score
@@ -93,11 +95,14 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request and prefetch its adapter. Raises QueueFull, and AdapterUnavailable from the prefetch."""
-        if len(self.requests) >= self.max_waiting + self.max_running:
+        free = self.max_waiting + self.max_running - len(self.requests)
+        kept = min(self.max_waiting // KEPT_SHARE, self.max_running) if self._of_call[request.groups[-1]] else 0
+        if free <= kept:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already: try again later")
         if request.adapter is not None:
             self.adapters.prefetch(request.adapter)
         self.requests[request.request_id] = request
+        self._of_call[request.groups[-1]] += 1
         self.waiting.append(request)
 
     def schedule(self) -> tuple[list[Chunk], Rejected]:
@@ -362,6 +367,10 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """End a request that runs or waits, and release all that it holds."""
         del self.requests[request.request_id]
+        call = request.groups[-1]
+        self._of_call[call] -= 1
+        if not self._of_call[call]:
+            del self._of_call[call]
         if request in self.running:
             self._release(request)
         else:
@@ -393,6 +402,7 @@ class Scheduler:
         """Recount queues, requests and block references; `others` are the references of other holders."""
         assert sorted(map(id, self.requests.values())) == sorted(map(id, [*self.running, *self.waiting]))
         assert all(request.request_id == request_id for request_id, request in self.requests.items())
+        assert self._of_call == Counter(request.groups[-1] for request in self.requests.values())
         self.waiting.check()
         self.block_manager.check(self.requests.values(), others)
         assert len(self.running) <= self.max_running

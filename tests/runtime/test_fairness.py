@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from runtime.fair_queue import FairQueue
+from runtime.scheduler import QueueFull
 from tests.runtime.scheduler_fakes import FakeAdapters, request, scheduler, step
 
 
@@ -96,6 +97,19 @@ def test_tenants_share_the_places_and_nobody_loses_the_last_one():
     for _ in range(5):
         step(s)
     assert s.preemptions == swaps, "those who have a place do not take another's"
+
+
+def test_one_call_does_not_fill_the_queue_for_others_but_may_have_as_many_as_one_sends():
+    s = scheduler(running=8, waiting=1024, blocks=4000)
+    for _ in range(1024):
+        s.add(request(1, call="many"))
+    with pytest.raises(QueueFull):
+        s.add(request(1, call="many"))
+    for _ in range(8):
+        s.add(request(1))
+    with pytest.raises(QueueFull):
+        s.add(request(1))
+    s.check()
 
 
 def test_a_client_alone_is_served_in_order_and_never_set_back():

@@ -188,3 +188,39 @@ def test_a_pause_takes_in_what_was_launched_and_requests_go_on_where_they_were(e
     while engine.busy:
         take(engine.step())
     assert [*outputs.values()] == alone
+
+
+def test_a_request_that_gives_its_place_to_another_clients_loses_no_token(engine, prompt_engine):
+    """Both wait for results and do not: a place changes hands only when all results are in."""
+    names = [None, "plain", None, "attention", "linears", None, "plain", None]
+    prompts = [[*prompt(9 + 3 * index, 50 + index)] for index in range(len(names))]
+    wanted = prompt_engine.generate(
+        prompts, params(20), [prompt_engine.digests[name] for name in names], [0] * len(names)
+    )
+    found = {f"r{index}": [] for index in range(len(names))}
+
+    def add(index, **whose):
+        engine.add_request(
+            Generate(
+                request_id=f"r{index}",
+                token_ids=prompts[index],
+                params=params(20),
+                adapter=engine.digests[names[index]],
+                **whose,
+            )
+        )
+
+    for index in range(5):
+        add(index, call="many")
+    steps = 0
+    while engine.busy:
+        for event in engine.step():
+            if isinstance(event, Tokens):
+                found[event.request_id] += event.token_ids
+        engine.check()
+        steps += 1
+        if steps in (8, 12, 16):
+            add(5 + (steps - 8) // 4, cache_salt=f"tenant {steps}")
+    assert engine.scheduler.preemptions > 0
+    assert engine.runner.late > 5
+    assert [found[f"r{index}"] for index in range(len(names))] == [output.token_ids for output in wanted]

@@ -1,16 +1,15 @@
 """An engine process without a model: it speaks runtime.messages, and its answers are the prompt over again.
 
-A request's `cache_salt` scripts it: "die" ends the process, "hang" lets it do nothing more, "break" ends it as one
-whose device failed, "hold" gives one token and then nothing, "silent" gives
-nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter turns the answer round, and leaves out
-what is before its invocation. A load is done at once if the file is there; one adapter can be pinned. A
-prefix is held at once; half of the blocks can be held. test_engine_contract.py holds that it speaks as the real one.
+A request's `cache_salt` scripts it: "die" ends the process, "break" ends it as one whose device failed, "hold" gives
+one token and then nothing, "silent" gives nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter
+turns the answer round, and leaves out what is before its invocation. A load is done at once if the file is there; one
+adapter can be pinned. A prefix is held at once; half of the blocks can be held. test_engine_contract.py holds that it
+speaks as the real one.
 Command line: python -m tests.service.engine.fake_engine [--cannot-start] ENDPOINT.
 """
 
 import os
 import sys
-import threading
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -135,8 +134,6 @@ class FakeEngine:
         match command:
             case Generate(cache_salt="die") | HoldPrefix(cache_salt="die"):
                 os._exit(9)
-            case Generate(cache_salt="hang"):
-                threading.Event().wait()
             case Generate(cache_salt="break"):
                 print("engine: the device failed: as scripted", file=sys.stderr, flush=True)
                 os._exit(BROKEN)
