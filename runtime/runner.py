@@ -1,5 +1,6 @@
 """The model on its device: chunks of a step in, sampled tokens out."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from runtime.models.config import ModelConfig
 from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
+
+_log = logging.getLogger(__name__)
 
 Results = Callable[
     [], list[Sampled]
@@ -52,6 +55,14 @@ class Runner(ABC):
             given = config.host_kv_bytes
             raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
+        self.model = self.model.up_to(self.max_model_len)
+        if self.model.rope.long:
+            _log.warning(
+                "all contexts are computed with longrope's long factors, as max_model_len %d is over the %d tokens "
+                "that the short ones are for",
+                self.max_model_len,
+                self.model.rope.original_max_position,
+            )
         self.weights: Weights = load_weights(
             self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
         )
@@ -60,7 +71,7 @@ class Runner(ABC):
     def _max_model_len(self, config: EngineConfig) -> int:
         """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""
         capacity = (self.num_blocks - 1) * config.block_size
-        limit = config.max_model_len or min(self.model.max_position, max(capacity, 1))
+        limit = config.max_model_len or min(self.model.default_length, max(capacity, 1))
         if limit > self.model.max_position:
             raise ValueError(f"max_model_len is {limit}, but the model takes at most {self.model.max_position} tokens")
         if limit > capacity:

@@ -46,6 +46,11 @@ class CompiledRunner(Runner):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
+        if self.model.gate_up_is_fused and self.model.intermediate_size % PANEL:
+            raise ValueError(
+                f"config.json: intermediate_size is {self.model.intermediate_size}, and kernels (--kernels) compiled "
+                f"take a gate_up_proj of a multiple of {PANEL}; kernels torch take any"
+            )
         self.threads = threads_of(config)
         self.kernels = f"compiled ({instructions()})"
         self._pool = Pool(self.threads)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
-from runtime.models.layers import Linear, RmsNorm
+from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,13 +25,15 @@ class InvalidCheckpoint(ValueError):
 class LayerWeights(NamedTuple):
     """The weights of one layer."""
 
-    attention_norm: RmsNorm
+    attention_norm: RmsNorm | None
     qkv: Linear
-    qk_norm: RmsNorm | None  # a row for each query head and then each key head
+    qk_norm: RmsNorm | ProjectionNorms | None  # of heads: a row for each query head and then each key head
     o: Linear
-    mlp_norm: RmsNorm
+    after_attention: RmsNorm | None
+    mlp_norm: RmsNorm | None
     gate_up: Linear
     down: Linear
+    after_mlp: RmsNorm | None
 
 
 class Weights(NamedTuple):
@@ -81,10 +83,10 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
                 shapes[f"{module}.weight"] = (out, site.in_features)
                 if bias:
                     shapes[f"{module}.bias"] = (out,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        for norm in filter(None, config.norms):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
-        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (config.head_dim,)
+        for norm, heads in _qk_norms(config).items():
+            shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (heads * config.head_dim,)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
@@ -93,6 +95,14 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
 
 def _layer_sites(sites: Sequence[Site], layer: int) -> Sequence[Site]:
     return sites[layer * SITES_PER_LAYER : (layer + 1) * SITES_PER_LAYER]
+
+
+def _qk_norms(config: ModelConfig) -> dict[str, int]:
+    """Return the norms of queries and keys, each with the heads that its weights cover."""
+    if config.qk_norm == "none":
+        return {}
+    whole = config.qk_norm == "projections"
+    return {"q_norm": config.num_heads if whole else 1, "k_norm": config.num_kv_heads if whole else 1}
 
 
 def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
@@ -125,16 +135,18 @@ class _Assembly:
         )
 
     def _layer(self, index: int) -> LayerWeights:
-        prefix = f"model.layers.{index}"
+        prefix, norms = f"model.layers.{index}", self.config.norms
         qkv, o, gate_up, down = map(self._linear, _layer_sites(self.sites, index))
         return LayerWeights(
-            attention_norm=self._norm(f"{prefix}.input_layernorm.weight"),
+            attention_norm=self._layer_norm(prefix, norms.attention),
             qkv=qkv,
-            qk_norm=self._qk_norm(f"{prefix}.self_attn") if self.config.qk_norm else None,
+            qk_norm=self._qk_norm(f"{prefix}.self_attn"),
             o=o,
-            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm.weight"),
+            after_attention=self._layer_norm(prefix, norms.after_attention),
+            mlp_norm=self._layer_norm(prefix, norms.mlp),
             gate_up=gate_up,
             down=down,
+            after_mlp=self._layer_norm(prefix, norms.after_mlp),
         )
 
     def _linear(self, site: Site) -> Linear:
@@ -143,13 +155,21 @@ class _Assembly:
         return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias, pack=self.pack)
 
     def _norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self._stacked([name]), self.config.rms_norm_eps)
+        weight, offset = self._stacked([name]), self.config.norm_offset
+        return RmsNorm(weight.float() + offset if offset else weight, self.config.rms_norm_eps)
 
-    def _qk_norm(self, attention: str) -> RmsNorm:
-        """Build one norm for queries and keys, which lie side by side: a row of weights for each head."""
-        q, k = (self._stacked([f"{attention}.{name}.weight"]) for name in ("q_norm", "k_norm"))
-        heads = torch.cat((q.expand(self.config.num_heads, -1), k.expand(self.config.num_kv_heads, -1)))
-        return RmsNorm(heads, self.config.rms_norm_eps)
+    def _layer_norm(self, layer: str, name: str | None) -> RmsNorm | None:
+        return None if name is None else self._norm(f"{layer}.{name}.weight")
+
+    def _qk_norm(self, attention: str) -> RmsNorm | ProjectionNorms | None:
+        """Build the norm of queries and keys, which lie side by side: of heads, a row of weights for each."""
+        if self.config.qk_norm == "none":
+            return None
+        q, k = (self._norm(f"{attention}.{name}.weight") for name in ("q_norm", "k_norm"))
+        if self.config.qk_norm == "projections":
+            return ProjectionNorms(q, k)
+        heads = (q.plain.expand(self.config.num_heads, -1), k.plain.expand(self.config.num_kv_heads, -1))
+        return RmsNorm(torch.cat(heads), self.config.rms_norm_eps)
 
     def _stacked(self, names: Sequence[str]) -> Tensor:
         """Stack the named tensors along the first dimension, each copied from the file into the result directly."""

@@ -15,8 +15,8 @@ from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import load
 from kernels.cpu.compiled.panels import TYPES, Panels
 
-Form = Literal["store", "add", "gated"]
-FORMS: tuple[Form, ...] = ("store", "add", "gated")
+Form = Literal["store", "add", "gated", "gated_gelu", "capped"]
+FORMS: tuple[Form, ...] = ("store", "add", "gated", "gated_gelu", "capped")
 NO_SITE = -1
 
 
@@ -61,9 +61,15 @@ class Program:
         self._keep(weight)
         self._add(structs.Embed(self._rows(out), weight.address, weight.k, weight.type, site, scale))
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False) -> None:
-        """out = RMSNorm(x) for all rows, or for those whose logits are computed. `weight` is float32."""
-        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), weight.shape[-1], of_logits, eps))
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False, add: bool = False
+    ) -> None:
+        """out = RMSNorm(x) for all rows, or for those whose logits are computed; with `add`, out += that.
+
+        `weight` is float32.
+        """
+        kinds = weight.shape[-1], of_logits, add
+        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), *kinds, eps))
 
     def linear(
         self,
@@ -81,7 +87,7 @@ class Program:
         for weight, bias in parts:
             self._keep(weight)
             described.append(structs.LinearPart(weight.address, self._keep(bias), weight.columns, first))
-            first += 0 if form == "gated" else weight.columns
+            first += 0 if form.startswith("gated") else weight.columns
         weight = parts[0].weight
         operation = structs.Linear(
             self._rows(x), self._rows(out), (structs.LinearPart * structs.MOST_PARTS)(*described)
@@ -91,27 +97,50 @@ class Program:
         self._add(operation)
 
     def rotate_write(
-        self, qkv: Tensor, kv: Tensor, heads: int, norms: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        heads: int,
+        norms: tuple[Tensor, Tensor] | None = None,
+        eps: float = 0.0,
+        *,
+        rope: int = 0,
+        turned: int | None = None,
+        interleaved: bool = False,
     ) -> None:
         """Rotate queries and keys of `qkv` in place, and write keys and values to `kv` (slots, 2, kv_heads, d).
 
         `kv` has that many items, in the order that kv.h describes.
 
-        `norms` are the weights of an RMSNorm of each query head and each key head, before the rotation.
+        `norms` are the weights of an RMSNorm of each query head and each key head, (d,), or of all of them together,
+        (heads · d,) and (kv_heads · d,), before the rotation. The first `turned` dimensions of a head turn, by default
+        all, by the angles of the step's rope of that index; a pair are those turned / 2 apart, or neighbours.
         """
         query, key = (None, None) if norms is None else (self._keep(norms[0]), self._keep(norms[1]))
         kv_heads, head_dim = kv.shape[2:]
-        self._add(
-            structs.RotateWrite(
-                self._rows(qkv), self._keep(kv), query, key, heads, kv_heads, head_dim, TYPES[kv.dtype], eps
-            )
-        )
+        whole = norms is not None and len(norms[0]) != head_dim
+        kinds = heads, kv_heads, head_dim, TYPES[kv.dtype]
+        turning = whole, rope, head_dim if turned is None else turned, interleaved
+        self._add(structs.RotateWrite(self._rows(qkv), self._keep(kv), query, key, *kinds, *turning, eps))
 
-    def attention(self, q: Tensor, kv: Tensor, out: Tensor, heads: int, block_size: int, scale: float) -> None:
-        """Attend from the first `heads` heads of `q` over each row's context in `kv`, as `rotate_write` writes it."""
+    def attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        heads: int,
+        block_size: int,
+        scale: float,
+        window: int = 0,
+        cap: float = 0.0,
+    ) -> None:
+        """Attend from the first `heads` heads of `q` over each row's context in `kv`, as `rotate_write` writes it.
+
+        With a `window`, a row sees the last so many tokens of its context; a `cap` other than 0 caps the scores.
+        """
         kv_heads, head_dim = kv.shape[2:]
-        kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype]
-        self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale))
+        kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype], window
+        self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale, cap))
 
     def find_best(self, logits: Tensor, best: "ctypes.Array[structs.Best]") -> None:
         """Find each row's highest logit, and the logarithm of the sum of all exponentials."""

@@ -100,8 +100,7 @@ class RmsNorm(ctypes.Structure):
         ("x", Rows),
         ("out", Rows),
         ("weight", c_void_p),
-        ("size", c_int32),
-        ("logits", c_int32),
+        *[(name, c_int32) for name in ("size", "logits", "add")],
         ("eps", c_float),
     ]
 
@@ -113,6 +112,7 @@ class RotateWrite(ctypes.Structure):
         ("qkv", Rows),
         *[(name, c_void_p) for name in ("kv", "query_norm", "key_norm")],
         *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "type")],
+        *[(name, c_int32) for name in ("whole", "rope", "turned", "interleaved")],
         ("eps", c_float),
     ]
 
@@ -124,8 +124,8 @@ class Attention(ctypes.Structure):
         ("q", Rows),
         ("out", Rows),
         ("kv", c_void_p),
-        *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "block_size", "type")],
-        ("scale", c_float),
+        *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "block_size", "type", "window")],
+        *[(name, c_float) for name in ("scale", "cap")],
     ]
 
 

@@ -85,7 +85,13 @@ def test_only_the_rows_asked_for_get_logits(tmp_path: Path) -> None:
     groups = driver.groups([(0, tokens, 0)])
     with torch.inference_mode():
         logits = driver.decoder.forward(
-            torch.tensor(tokens), torch.arange(9), driver.slots[0, :9], driver.kv, groups, torch.tensor([8, 2]), None
+            torch.tensor(tokens),
+            torch.arange(9),
+            driver.slots[0, :9],
+            driver.kv,
+            {0: groups},
+            torch.tensor([8, 2]),
+            None,
         )
     assert_close(logits, expected(model, tokens)[[8, 2]])
 
