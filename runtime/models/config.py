@@ -102,6 +102,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm_offset: float = 0.0  # added to the weights of norms
     attention_cap: float = 0.0  # of scores, cap · tanh(score / cap); 0: none
     logits_cap: float = 0.0
+    vision: bool = False  # whether the checkpoint has a part that sees images, which is not loaded
     rounds_embedding_multiplier: bool = False  # to the dtype of the weights, before the product
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None  # None: 1/sqrt(head_dim)
@@ -139,6 +140,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             fused=tuple(sorted(family.fused)),
             unrotated=_unrotated(file, family),
             windows=_windows(file, family),
+            vision=family.vision,
             local_rope=_rope(file, file.local_rope, family) if family.local_rope else None,
             **(_granite(file) if family.multipliers else {}),
             **(_gemma(file, family) if family.gemma else {}),
@@ -290,9 +292,9 @@ def _gemma(file: ConfigFile, family: Family) -> dict[str, Any]:
         "attention_multiplier": file.query_pre_attn_scalar**-0.5,
         "norm_offset": 1.0,
         "gelu": True,
-        # transformers caps no scores of Gemma 3, whatever its configuration says
+        # transformers caps no scores of Gemma 3, and no logits of one that sees images, whatever config.json says
         "attention_cap": 0.0 if family.local_rope else file.attn_logit_softcapping or 0.0,
-        "logits_cap": file.final_logit_softcapping or 0.0,
+        "logits_cap": 0.0 if family.vision else file.final_logit_softcapping or 0.0,
     }
 
 

@@ -17,6 +17,7 @@ TokenIds = int | list[int] | None
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 OLDER_ROPE_TYPES = {"su": "longrope"}
+TEXT_MODELS = ("gemma3_text", "mistral", "qwen2_5_vl_text")  # of models that see images
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -51,6 +52,8 @@ class RopeFile(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kind(self) -> str:
         kind = self.rope_type or self.type or "default"
+        if self.mrope_section is not None and kind == "mrope":
+            return "default"
         return OLDER_ROPE_TYPES.get(kind, kind)
 
 
@@ -133,14 +136,14 @@ def read_config(directory: Path) -> tuple[ConfigFile, Family]:
     if architecture not in FAMILIES:
         refuse("architectures", architecture, ", ".join(FAMILIES))
     family = FAMILIES[architecture]
-    config = _read(path, ConfigFile, family.defaults)
+    config = _read(path, ConfigFile, family.defaults, text_part=family.vision)
     for field in family.needs:
         if getattr(config, field) is None:
             raise UnsupportedModel(f"config.json lacks {field}, which {architecture} needs")
     _check(config, family)
-    _check_rope(config.rope)
+    _check_rope(config.rope, family)
     if family.local_rope:
-        _check_rope(config.local_rope)
+        _check_rope(config.local_rope, family)
     return config, family
 
 
@@ -180,11 +183,11 @@ def _check(config: ConfigFile, family: Family) -> None:
             refuse(field, named, f"a list with an entry for each of num_hidden_layers ({config.num_hidden_layers})")
 
 
-def _check_rope(rope: RopeFile) -> None:
+def _check_rope(rope: RopeFile, family: Family) -> None:
     kind = rope.kind
     if kind not in ROPE_TYPES:
         refuse("rope_type", kind, ", ".join(ROPE_TYPES))
-    if rope.mrope_section is not None:
+    if rope.mrope_section is not None and not family.vision:
         refuse("mrope_section", rope.mrope_section, "null")
     needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())
     for field in needed:
@@ -197,20 +200,39 @@ def _check_rope(rope: RopeFile) -> None:
         refuse("high_freq_factor", rope.high_freq_factor, "a number other than low_freq_factor")
 
 
-def _read(path: Path, kind: type[T], defaults: Mapping[str, Any] = MappingProxyType({})) -> T:
-    """Read an object from a JSON file; `defaults` are the values of fields that it lacks."""
+def _read(
+    path: Path, kind: type[T], defaults: Mapping[str, Any] = MappingProxyType({}), *, text_part: bool = False
+) -> T:
+    """Read an object from a JSON file; `defaults` are the values of fields that it lacks.
+
+    With `text_part`, the fields of its `text_config`, if it has one, stand for those of the object.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UnsupportedModel(f"{path} cannot be read: {error.strerror}") from error
     values: dict[str, Any] = {}
     try:
-        values = dict(defaults) | msgspec.json.decode(content, type=dict[str, Any])
+        values = msgspec.json.decode(content, type=dict[str, Any])
+        if text_part:
+            values = _text_part(values)
+        values = dict(defaults) | values
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise UnsupportedModel(f"{path.name}: {error}{_found(values, str(error))}") from error
     except msgspec.DecodeError as error:
         raise UnsupportedModel(f"{path} is not valid JSON: {error}") from error
+
+
+def _text_part(values: dict[str, Any]) -> dict[str, Any]:
+    """Merge the text part's fields into the whole model's, which alone says whether the head is tied."""
+    text = values.get("text_config", {})
+    if not isinstance(text, dict):
+        refuse("text_config", text, "an object")
+    if text.get("model_type", TEXT_MODELS[0]) not in TEXT_MODELS:
+        refuse("text_config.model_type", text["model_type"], ", ".join(TEXT_MODELS))
+    whole = {name: values[name] for name in ("architectures", "tie_word_embeddings") if name in values}
+    return values | text | whole
 
 
 def _found(values: Any, complaint: str) -> str:

@@ -34,6 +34,7 @@ class Family(NamedTuple):
     windows: Literal["none", "all", "layers"] = "none"  # which layers slide if there is a sliding_window
     gemma: bool = False  # norms of (1 + weight), scaled embeddings, GELU, and scores by query_pre_attn_scalar
     local_rope: bool = False  # whether sliding layers turn by a rope of their own
+    vision: bool = False  # whether the model has a part that sees images too, which is left out
 
     @property
     def activation(self) -> str:
@@ -55,7 +56,7 @@ GEMMA_NORMS = NormNames(
     "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
 )
 
-FAMILIES: Mapping[str, Family] = {
+_TEXT: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(needs=(), qkv_bias="field", o_bias="field", mlp_bias="field"),
     "MistralForCausalLM": Family(defaults={"sliding_window": 4096}, windows="all"),
     "Qwen2ForCausalLM": Family(qkv_bias="always", windows="layers"),
@@ -128,4 +129,16 @@ FAMILIES: Mapping[str, Family] = {
         gemma=True,
         local_rope=True,
     ),
+}
+
+# The text part of models that see images; of text alone, their positions of three kinds are all the same
+_VISION = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Mistral3ForConditionalGeneration": "MistralForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
+}
+
+FAMILIES: Mapping[str, Family] = {
+    **_TEXT,
+    **{name: _TEXT[text]._replace(vision=True) for name, text in _VISION.items()},
 }

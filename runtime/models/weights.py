@@ -1,6 +1,6 @@
 """Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
+from runtime.models.text_part import is_vision, text_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -41,6 +42,17 @@ class Weights(NamedTuple):
     layers: list[LayerWeights]
     norm: RmsNorm
     lm_head: Linear
+
+
+class _Stored(NamedTuple):
+    """A tensor in an open file, under the file's own name."""
+
+    file: Any
+    name: str
+
+    def tensor(self) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(self.name)
+        return tensor
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -196,27 +208,28 @@ def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
 
 def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack) -> Read:
     """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
-    found: dict[str, Any] = {}
+    found: dict[str, _Stored] = {}
     for path in _files(directory):
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
-        for name in file.offset_keys():
+        for stored_name in file.offset_keys():
+            name = text_name(stored_name)
             if name in found:
                 raise InvalidCheckpoint(f"tensor {name} is in {path.name} and in another file of the checkpoint")
-            found[name] = file
+            found[name] = _Stored(file, stored_name)
     _check_tied_head(config, found)
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq") or (config.vision and is_vision(name))}
     if config.tie_embeddings:
         ignored.add(HEAD)
     _check_names(shapes, found.keys() - ignored)
     for name, shape in shapes.items():
-        _check_tensor(name, shape, found[name].get_slice(name))
+        file, stored_name = found[name]
+        _check_tensor(name, shape, file.get_slice(stored_name))
 
     def read(name: str) -> Tensor:
-        tensor: Tensor = found[name].get_tensor(name)
-        return tensor
+        return found[name].tensor()
 
     return read
 
@@ -254,9 +267,9 @@ def _check_tensor(name: str, shape: tuple[int, ...], entry: Any) -> None:
         raise InvalidCheckpoint(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(FLOATS)}")
 
 
-def _check_tied_head(config: ModelConfig, found: dict[str, Any]) -> None:
+def _check_tied_head(config: ModelConfig, found: Mapping[str, _Stored]) -> None:
     """Refuse a head that differs from the embedding, although the configuration ties them; an equal copy is ignored."""
     if not config.tie_embeddings or not {HEAD, EMBEDDING} <= found.keys():
         return
-    if not torch.equal(found[HEAD].get_tensor(HEAD), found[EMBEDDING].get_tensor(EMBEDDING)):
+    if not torch.equal(found[HEAD].tensor(), found[EMBEDDING].tensor()):
         raise InvalidCheckpoint(f"{HEAD} differs from {EMBEDDING}, although tie_word_embeddings is true")

@@ -56,13 +56,14 @@ class Case:
         module.qkv_write(qkv, self.positions, self.slots, self.frequencies, *self.weights, EPS, kv, *options, **turning)
         return wide, kv
 
-    def exact(self, scale: float, dims: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    def exact(self, scale: float, dims: int | None = None, interleaved: bool = False) -> tuple[Tensor, Tensor]:
         """Turned queries and keys of all tokens, and the sum of the absolute values of the two products of each."""
         x = self.qkv[:, : self.heads + self.kv_heads].double()
         q_weight, k_weight = self.weights
         if q_weight is not None:
             weight = torch.cat((q_weight.expand(self.heads, -1), k_weight.expand(self.kv_heads, -1))).double()
             x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        dims = self.head_dim if dims is None else dims
         x, kept = x[..., :dims], x[..., dims:]
         pairs = torch.arange(dims).view(-1, 2) if interleaved else torch.arange(dims).view(2, -1).T
         a, b = x[..., pairs[:, 0]], x[..., pairs[:, 1]]
@@ -78,7 +79,7 @@ class Case:
     def check(
         self, wide: Tensor, kv: Tensor, scale: float = 1.0, dims: int | None = None, interleaved: bool = False
     ) -> None:
-        exact, products = self.exact(scale, self.head_dim if dims is None else dims, interleaved)
+        exact, products = self.exact(scale, dims, interleaved)
         # Norm, cosine or sine, product and sum are each rounded to the dtype.
         bound = (4 * ROUNDING[kv.dtype] + PRODUCT_ROUNDING) * products + 2**-24
         kept = self.slots >= 0

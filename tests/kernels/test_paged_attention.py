@@ -86,7 +86,7 @@ class Pool:
         exact = (weights * v).sum(1)
         # A score errs by a few units of its partial sums, its weight by twice that, as the total does.
         largest = ((q * k).abs().sum(-1) * SCALE).amax(-1, keepdim=True) if seen else torch.zeros(1)
-        error = ROUNDING[self.dtype] + 8 * 2**-24 * (largest.clamp(max=cap or None) + 1 + 2 * cap)
+        error = ROUNDING[self.dtype] + 8 * 2**-24 * (largest + 1 + 2 * cap)
         bound = ROUNDING[self.dtype] * exact.abs() + error * (weights * v.abs()).sum(1) + 2**-24
         assert ((actual.double().cpu() - exact).abs() <= bound).all()
 

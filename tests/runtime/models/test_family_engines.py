@@ -1,6 +1,5 @@
 """Engines on each family against PEFT: adapters of all linears, and K/V that are shared, evicted and recomputed."""
 
-
 import peft
 import pytest
 import torch
@@ -18,7 +17,7 @@ FAMILIES = ["phi3-partial-longrope", "phi3-window", "smollm3", "olmo2", "glm4", 
 INVOCATIONS = {"plain": None, "alora": [7, 8, 9]}
 TOLERANCE = 1e-4
 BLOCK = 16
-PARAMS = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=3)
+PARAMS = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=3)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -65,7 +64,11 @@ class Family:
         engine.digests = {None: None}
         for name in INVOCATIONS:
             tensors = peft.get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
-            engine.digests[name] = engine.add_adapter(tensors, self.peft.peft_config[name].to_dict())
+            digest = engine.digests[name] = engine.add_adapter(tensors, self.peft.peft_config[name].to_dict())
+            engine.adapters.load(digest, "device")
+            while not engine.adapters.device.holds(digest):  # so that requests need not wait for it
+                engine.wait(timeout=1.0)
+                engine.step()
         return engine
 
     def check(self, name, tokens, completion, invocation_start=None):
@@ -96,11 +99,11 @@ def ask(engine, tokens, name=None):
 @pytest.mark.filterwarnings("ignore:::peft")
 @pytest.mark.parametrize("kernels", ["compiled", "torch"])
 def test_preempted_shared_and_evicted_kv_give_the_numbers_of_peft(family, kernels):
-    """Contexts are longer than the windows; eight blocks hold two thirds of what the requests need."""
-    engine = family.engine(9, kernels=kernels, host_kv_bytes=MIB)
+    """Contexts are longer than the windows; seven blocks hold half of what the requests need."""
+    engine = family.engine(8, kernels=kernels, host_kv_bytes=MIB)
     talk = prompt(28, 1)
     names = [None, "plain", "alora", "alora"]
-    prompts = [talk, talk, [*talk, *INVOCATIONS["alora"]], [*prompt(22, 2), *INVOCATIONS["alora"], 50, 51]]
+    prompts = [talk, prompt(29, 2), [*talk, *INVOCATIONS["alora"]], [*prompt(22, 3), *INVOCATIONS["alora"], 50, 51]]
     outputs = engine.generate(prompts, PARAMS, [engine.digests[name] for name in names])
     assert engine.scheduler.preemptions > 0
     for name, tokens, output, start in zip(names, prompts, outputs, [None, None, 28, 22], strict=True):
@@ -108,14 +111,14 @@ def test_preempted_shared_and_evicted_kv_give_the_numbers_of_peft(family, kernel
     # A second turn under the aLoRA finds what the base has computed of the first
     turn = [*talk, *outputs[0].token_ids, *INVOCATIONS["alora"]]
     after = ask(engine, turn, "alora")
-    assert after.cached_tokens >= 35
-    family.check("alora", turn, after, 36)
+    assert after.cached_tokens == 43
+    family.check("alora", turn, after, 44)
     for seed in range(3):
         ask(engine, prompt(56, 10 + seed))
     loads = engine.stats().host_kv.loads
     again = ask(engine, turn, "alora")
     assert engine.stats().host_kv.loads > loads
     assert again.cached_tokens == len(turn) - 1
-    family.check("alora", turn, again, 36)
+    family.check("alora", turn, again, 44)
     assert engine.blocks.used == 0
     engine.close()
