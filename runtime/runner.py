@@ -39,6 +39,7 @@ class Runner(ABC):
     def __init__(self, config: EngineConfig, device: torch.device):
         directory = Path(config.model)
         self.model = ModelConfig.from_directory(directory)
+        self.check_model()
         self.weight_dtype: torch.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
         if self.weight_dtype == torch.float16 and not self.reads_float16:
             if config.dtype != "auto":
@@ -67,6 +68,9 @@ class Runner(ABC):
             self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
         )
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
+
+    def check_model(self) -> None:  # noqa: B027 - most kernels serve all families
+        """Raise ValueError, which names the field and the kernels that serve it, for a model that these cannot."""
 
     def _max_model_len(self, config: EngineConfig) -> int:
         """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""

@@ -25,6 +25,7 @@ class LoraRows:
     """The rows of a batch under each adapter; the decoder calls it with the input and output of every projection."""
 
     def __init__(self, model: ModelConfig, runs: list[Run], logit_runs: list[Run]):
+        self.model = model
         self.runs = runs
         self.logit_runs = logit_runs
         self.embed_site = model.embed_site
@@ -33,6 +34,13 @@ class LoraRows:
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """y += LoRA(x) in place, on the rows that carry an adapter."""
         grouped_lora(y, x, site, self.runs)
+
+    def of_rows(self, rows: Tensor) -> "LoraRows | None":
+        """The adapters of some rows, (n,) in ascending order, which lie side by side from now on; None for none."""
+        bounds = torch.searchsorted(rows, torch.tensor([[run.start, run.stop] for run in self.runs])).tolist()
+        pairs = zip(self.runs, bounds, strict=True)
+        runs = [Run(first, last, run.sites) for run, (first, last) in pairs if first < last]
+        return LoraRows(self.model, runs, []) if runs else None
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None:
         embedding_lora(x, token_ids, self.embed_site, self.runs)

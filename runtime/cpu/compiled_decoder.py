@@ -9,9 +9,9 @@ from torch import Tensor
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.panels import Panels
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
-from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
+from runtime.models.config import DOWN, GATE_UP, OUT, QKV, ROUTER, SITES_PER_EXPERT, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm, rounded_to
-from runtime.models.weights import LayerWeights, Weights
+from runtime.models.weights import Experts, LayerWeights, Weights
 
 PADDING = 16  # floats between rows: rows of 4 KiB would all lie in the same lines of the first cache
 Pack = Callable[[Tensor], Panels]
@@ -44,6 +44,13 @@ class CompiledDecoder:
         self._qkv = _buffer(rows, q + 2 * kv_width)
         self._mixed = _buffer(rows, q)
         self._inner = _buffer(rows, config.intermediate_size)
+        if config.experts is not None:
+            pairs = rows * config.experts.chosen
+            self._scores = _buffer(rows, config.experts.count)
+            self._gathered, self._expert_inner = (
+                _buffer(pairs, width) for width in (config.hidden_size, config.experts.intermediate_size)
+            )
+        self._sites = config.sites()
         self._last = _buffer(logits, config.hidden_size)
         self.logits = _buffer(logits, config.vocab_size)
         self.best = (structs.Best * logits)()
@@ -56,9 +63,9 @@ class CompiledDecoder:
         multiplier = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
         program.embed(embedding, self._x, config.embed_site, multiplier)
         for index in range(config.num_layers):
-            layer, site = weights.layers.pop(0), index * SITES_PER_LAYER
+            layer = weights.layers.pop(0)
             self._attention(layer, index, kv[index])
-            self._mlp(layer, site)
+            self._mlp(layer, index)
         self._norm(weights.norm, self._x, self._last, of_logits=True)
         # A row's logits are scaled as they are written
         form: Form = "capped" if config.logits_cap else "store"
@@ -92,10 +99,39 @@ class CompiledDecoder:
         # A row for each query head and then each key head, the same within either
         return None if norm is None else (norm.plain[0].float(), norm.plain[self.config.num_heads].float())
 
-    def _mlp(self, layer: LayerWeights, site: int) -> None:
-        normed = self._normed_rows(layer.mlp_norm)
-        self._linear(layer.gate_up, site + GATE_UP, normed, self._inner, "gated_gelu" if self.config.gelu else "gated")
-        self._add(layer.down, site + DOWN, self._inner, layer.after_mlp)
+    def _mlp(self, layer: LayerWeights, index: int) -> None:
+        normed, site = self._normed_rows(layer.mlp_norm), index * SITES_PER_LAYER
+        gate: Form = "gated_gelu" if self.config.gelu else "gated"
+        if isinstance(layer.mlp, Experts):
+            assert layer.after_mlp is None, "no family with experts has such a norm"
+            self._experts(layer.mlp, index, normed, gate)
+            return
+        self._linear(layer.mlp.gate_up, site + GATE_UP, normed, self._inner, gate)
+        self._add(layer.mlp.down, site + DOWN, self._inner, layer.after_mlp)
+
+    def _experts(self, experts: Experts, index: int, normed: Tensor, gate: Form) -> None:
+        config = self.config.experts
+        assert config is not None
+        self._linear(experts.router, index * SITES_PER_LAYER + ROUTER, normed, self._scores)
+        first = self.config.expert_site(index, 0)
+        packed: list[tuple[list[Part], Part]] = []
+        while experts.each:  # each is dropped when it has been packed
+            mlp, site = experts.each.pop(0), first + SITES_PER_EXPERT * len(packed)
+            [down] = self._parts(mlp.down, site + 1)
+            packed.append((self._parts(mlp.gate_up, site), down))
+        self.program.experts(
+            normed,
+            self._scores,
+            self._gathered,
+            self._expert_inner,
+            self._x,
+            packed,
+            first,
+            config.chosen,
+            normalised=config.normalised,
+            gate=gate,
+            scale=self.config.residual_multiplier,
+        )
 
     def _normed_rows(self, norm: RmsNorm | None) -> Tensor:
         """The residual stream as a projection reads it."""
@@ -119,12 +155,15 @@ class CompiledDecoder:
     def _linear(
         self, linear: Linear, site: int, x: Tensor, out: Tensor, form: Form = "store", scale: float = 1.0
     ) -> None:
+        self.program.linear(x, self._parts(linear, site), out, site, form, scale)
+
+    def _parts(self, linear: Linear, site: int) -> list[Part]:
+        """The packed projections of a site."""
         fused = self.config.fused_width(site)
-        widths = [part.out_features for part in self.config.sites()[site].parts] if fused is None else [fused, fused]
+        widths = [part.out_features for part in self._sites[site].parts] if fused is None else [fused, fused]
         biases = [None] * len(widths) if linear.bias is None else torch.split(linear.bias.float(), widths)
         weights = map(self._pack, torch.split(linear.weight, widths))
-        parts = [Part(*part) for part in zip(weights, biases, strict=True)]
-        self.program.linear(x, parts, out, site, form, scale)
+        return [Part(*part) for part in zip(weights, biases, strict=True)]
 
     def forward(self, step: structs.Step) -> None:
         """Write every token's K and V, and `logits` and `best` for the step's rows of logits."""

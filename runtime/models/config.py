@@ -21,14 +21,11 @@ import msgspec
 from runtime.models.config_file import (
     ConfigFile,
     RopeFile,
-    UnsupportedModel,
     read_config,
     read_eos_token_ids,
     refuse,
 )
-from runtime.models.families import Bias, Family, Fused, NormNames, QkNorm
-
-__all__ = ["ModelConfig", "UnsupportedModel"]
+from runtime.models.families import Bias, ExpertNames, Family, Fused, NormNames, QkNorm
 
 
 class Part(NamedTuple):
@@ -48,6 +45,8 @@ class Site(NamedTuple):
 MOST_PARTS = 3  # of a site: q, k and v
 SITES_PER_LAYER = 4  # qkv, o, gate_up, down
 QKV, OUT, GATE_UP, DOWN = range(SITES_PER_LAYER)
+ROUTER = GATE_UP  # of a layer with experts, whose DOWN has no part: the sites of experts come last
+SITES_PER_EXPERT = 2  # gate_up, down
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +71,17 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     def rotary_dim(self, head_dim: int) -> int:
         """Return how many of a head's first dimensions turn."""
         return int(head_dim * self.rotary_fraction)
+
+
+class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The routed experts that some layers have in place of one MLP."""
+
+    count: int  # of each layer
+    chosen: int  # for each token
+    intermediate_size: int
+    normalised: bool  # whether the weights of those chosen add up to 1
+    names: ExpertNames
+    layers: tuple[int, ...]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +112,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm_offset: float = 0.0  # added to the weights of norms
     attention_cap: float = 0.0  # of scores, cap · tanh(score / cap); 0: none
     logits_cap: float = 0.0
+    experts: ExpertsConfig | None = None
     vision: bool = False  # whether the checkpoint has a part that sees images, which is not loaded
     rounds_embedding_multiplier: bool = False  # to the dtype of the weights, before the product
     embedding_multiplier: float = 1.0
@@ -141,6 +152,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             unrotated=_unrotated(file, family),
             windows=_windows(file, family),
             vision=family.vision,
+            experts=None if family.experts is None else _experts(file, family.experts),
             local_rope=_rope(file, file.local_rope, family) if family.local_rope else None,
             **(_granite(file) if family.multipliers else {}),
             **(_gemma(file, family) if family.gemma else {}),
@@ -198,6 +210,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def lm_head_site(self) -> int:
         return SITES_PER_LAYER * self.num_layers + 1
 
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer's MLP is routed experts."""
+        return self.experts is not None and layer in self.experts.layers
+
+    def expert_site(self, layer: int, expert: int) -> int:
+        """Return the first of the sites of an expert: gate_up, and then down."""
+        assert self.experts is not None
+        index = self.experts.layers.index(layer) * self.experts.count + expert
+        return self.lm_head_site + 1 + SITES_PER_EXPERT * index
+
     @property
     def gate_up_is_fused(self) -> bool:
         """Whether gate and up are one module, whose output is the gate and then up."""
@@ -209,7 +231,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.intermediate_size if fused else None
 
     def sites(self) -> list[Site]:
-        """Return every site in index order: four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head."""
+        """Return every site in index order.
+
+        There are four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head, then two for each expert.
+        """
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv = {"qkv_proj": q + 2 * kv} if "qkv_proj" in self.fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
@@ -217,14 +242,35 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         sites = []
         for layer in range(self.num_layers):
             attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            experts = self.experts
             sites += [
                 Site(hidden, tuple(Part(f"{attention}.{name}", width) for name, width in qkv.items())),
                 Site(q, (Part(f"{attention}.o_proj", hidden),)),
+            ]
+            if experts is not None and layer in experts.layers:
+                router = Part(f"model.layers.{layer}.{experts.names.block}.gate", experts.count)
+                sites += [Site(hidden, (router,)), Site(0, ())]
+                continue
+            sites += [
                 Site(hidden, tuple(Part(f"{mlp}.{name}", width) for name, width in gate_up.items())),
                 Site(inner, (Part(f"{mlp}.down_proj", hidden),)),
             ]
         sites.append(Site(self.vocab_size, (Part("model.embed_tokens", hidden),)))
         sites.append(Site(hidden, (Part("lm_head", self.vocab_size),)))
+        return sites + self._expert_sites()
+
+    def _expert_sites(self) -> list[Site]:
+        if self.experts is None:
+            return []
+        hidden, inner, names = self.hidden_size, self.experts.intermediate_size, self.experts.names
+        sites = []
+        for layer in self.experts.layers:
+            for expert in range(self.experts.count):
+                module = f"model.layers.{layer}.{names.block}.experts.{expert}"
+                sites += [
+                    Site(hidden, (Part(f"{module}.{names.gate}", inner), Part(f"{module}.{names.up}", inner))),
+                    Site(inner, (Part(f"{module}.{names.down}", hidden),)),
+                ]
         return sites
 
 
@@ -275,6 +321,23 @@ def _slides(file: ConfigFile, family: Family, layer: int) -> bool:
     )
 
 
+def _experts(file: ConfigFile, names: ExpertNames) -> ExpertsConfig | None:
+    count, chosen = file.num_experts or 0, file.num_experts_per_tok or 0
+    if chosen > count:
+        refuse("num_experts_per_tok", chosen, f"at most num_experts ({count})")
+    step, dense = file.decoder_sparse_step, file.mlp_only_layers or ()
+    layers = tuple(layer for layer in range(step - 1, file.num_hidden_layers, step) if layer not in dense)
+    config = ExpertsConfig(
+        count=count,
+        chosen=chosen,
+        intermediate_size=file.moe_intermediate_size or file.intermediate_size,
+        normalised=file.norm_topk_prob,
+        layers=layers,
+        names=names,
+    )
+    return config if layers else None
+
+
 def _granite(file: ConfigFile) -> dict[str, Any]:
     return {
         "embedding_multiplier": file.embedding_multiplier,
@@ -300,7 +363,7 @@ def _gemma(file: ConfigFile, family: Family) -> dict[str, Any]:
 
 def _rope(file: ConfigFile, rope: RopeFile, family: Family) -> RopeConfig:
     kind = rope.kind
-    original = rope.original_max_position_embeddings or file.original_max_position_embeddings
+    original = file.original_max_position_embeddings or rope.original_max_position_embeddings
     original = original or file.max_position_embeddings
     factor = rope.factor or file.max_position_embeddings / original
     scaling = {"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}.get(kind)

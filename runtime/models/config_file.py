@@ -18,6 +18,7 @@ TokenIds = int | list[int] | None
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 OLDER_ROPE_TYPES = {"su": "longrope"}
 TEXT_MODELS = ("gemma3_text", "mistral", "qwen2_5_vl_text")  # of models that see images
+OTHER_NAMES = {"num_local_experts": "num_experts"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -92,6 +93,12 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     final_logit_softcapping: PositiveFloat | None = None
     use_bidirectional_attention: bool | None = None
     layer_types: list[str] | None = None
+    num_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: PositiveInt = 1  # of so many layers one has experts
+    mlp_only_layers: list[int] | None = None  # which have none nevertheless
     quantization_config: dict[str, Any] | None = None
     embedding_multiplier: float = 1.0
     attention_multiplier: float = 1.0
@@ -168,6 +175,8 @@ def _check(config: ConfigFile, family: Family) -> None:
     activation = config.hidden_activation or config.hidden_act
     if activation != family.activation:
         refuse("hidden_act", activation, family.activation)
+    if family.experts and config.use_sliding_window:
+        refuse("use_sliding_window", True, f"false for {config.architecture}")
     if config.use_bidirectional_attention:
         refuse("use_bidirectional_attention", True, "false")
     if config.quantization_config is not None:
@@ -216,7 +225,7 @@ def _read(
         values = msgspec.json.decode(content, type=dict[str, Any])
         if text_part:
             values = _text_part(values)
-        values = dict(defaults) | values
+        values = dict(defaults) | {OTHER_NAMES.get(name, name): value for name, value in values.items()}
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise UnsupportedModel(f"{path.name}: {error}{_found(values, str(error))}") from error

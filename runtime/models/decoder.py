@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.elementwise import gelu_mul, kv_write, rotary, silu_mul
 from kernels.cpu.paged_attention import AttentionGroup, paged_attention
-from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
+from runtime.models.config import GATE_UP, OUT, QKV, ROUTER, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Angles, Linear, RmsNorm, Rotary, rounded_to
-from runtime.models.weights import LayerWeights, Weights
+from runtime.models.weights import Experts, LayerWeights, Mlp, Weights
 
 Groups = Mapping[int, Sequence[AttentionGroup]]  # by the window of a layer's attention; 0: the whole context
 
@@ -24,6 +25,10 @@ class Lora(Protocol):
     def embed(self, token_ids: Tensor, x: Tensor) -> None: ...
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None: ...
+
+    def of_rows(self, rows: Tensor) -> "Lora | None":
+        """The adapters of some rows, (n,) in ascending order, which lie side by side from now on; None for none."""
+        ...
 
 
 class Decoder:
@@ -64,7 +69,7 @@ class Decoder:
             site = index * SITES_PER_LAYER
             turns = angles[config.rope_of(index)] if config.turned(index) else None
             x = self._attention(layer, site, x, turns, slots, kv[index], groups[config.window(index)], lora)
-            x = self._mlp(layer, site, x, lora)
+            x = self._mlp(layer, index, x, lora)
         x = weights.norm(x.index_select(0, logit_rows))
         logits = weights.lm_head(x)
         if lora is not None:
@@ -101,10 +106,32 @@ class Decoder:
         mixed = paged_attention(heads[:, :q_heads], kv, groups, config.attention_scale, config.attention_cap)
         return self._add(x, _normed(layer.after_attention, _project(layer.o, site + OUT, mixed, lora)))
 
-    def _mlp(self, layer: LayerWeights, site: int, x: Tensor, lora: Lora | None) -> Tensor:
-        normed = _normed(layer.mlp_norm, x)
-        inner = self.gated(_project(layer.gate_up, site + GATE_UP, normed, lora))
-        return self._add(x, _normed(layer.after_mlp, _project(layer.down, site + DOWN, inner, lora)))
+    def _mlp(self, layer: LayerWeights, index: int, x: Tensor, lora: Lora | None) -> Tensor:
+        normed, mlp = _normed(layer.mlp_norm, x), layer.mlp
+        if isinstance(mlp, Experts):
+            out = self._experts(mlp, index, normed, lora)
+        else:
+            out = self._gated_mlp(mlp, index * SITES_PER_LAYER + GATE_UP, normed, lora)
+        return self._add(x, _normed(layer.after_mlp, out))
+
+    def _gated_mlp(self, mlp: Mlp, site: int, x: Tensor, lora: Lora | None) -> Tensor:
+        return _project(mlp.down, site + 1, self.gated(_project(mlp.gate_up, site, x, lora)), lora)
+
+    def _experts(self, experts: Experts, index: int, x: Tensor, lora: Lora | None) -> Tensor:
+        """Each row's chosen experts, weighted: an expert computes its rows together."""
+        config = self.config.experts
+        assert config is not None
+        scores = _project(experts.router, index * SITES_PER_LAYER + ROUTER, x, lora).float().softmax(-1)
+        weights, chosen = scores.topk(config.chosen)
+        if config.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            own = None if lora is None else lora.of_rows(rows)
+            y = self._gated_mlp(experts.each[expert], self.config.expert_site(index, expert), x[rows], own)
+            out.index_add_(0, rows, y * weights[rows, place, None].to(y.dtype))
+        return out
 
     def _add(self, residual: Tensor, y: Tensor) -> Tensor:
         return residual.add_(y, alpha=self.config.residual_multiplier)

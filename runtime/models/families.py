@@ -17,6 +17,15 @@ class NormNames(NamedTuple):
     after_mlp: str | None = None
 
 
+class ExpertNames(NamedTuple):
+    """How a checkpoint names a layer's experts: `mlp.gate` is the router, and `mlp.experts.0.gate_proj` a gate."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
 class Family(NamedTuple):
     """What all models of one family have in common."""
 
@@ -34,6 +43,7 @@ class Family(NamedTuple):
     windows: Literal["none", "all", "layers"] = "none"  # which layers slide if there is a sliding_window
     gemma: bool = False  # norms of (1 + weight), scaled embeddings, GELU, and scores by query_pre_attn_scalar
     local_rope: bool = False  # whether sliding layers turn by a rope of their own
+    experts: ExpertNames | None = None  # of the routed experts that MLPs are, as `num_experts` and its neighbours say
     vision: bool = False  # whether the model has a part that sees images too, which is left out
 
     @property
@@ -66,6 +76,19 @@ _TEXT: Mapping[str, Family] = {
         o_bias="field",
         qk_norm="heads",
         windows="layers",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        defaults={"decoder_sparse_step": 1, "norm_topk_prob": False},
+        needs=("num_key_value_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        qkv_bias="field",
+        o_bias="field",
+        qk_norm="heads",
+        experts=ExpertNames(),
+    ),
+    "MixtralForCausalLM": Family(
+        defaults={"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2},
+        experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+        windows="all",
     ),
     "GraniteForCausalLM": Family(needs=(), qkv_bias="field", o_bias="field", mlp_bias="field", multipliers=True),
     "Phi3ForCausalLM": Family(

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
+from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
 from runtime.models.text_part import is_vision, text_name
 
@@ -32,9 +32,22 @@ class LayerWeights(NamedTuple):
     o: Linear
     after_attention: RmsNorm | None
     mlp_norm: RmsNorm | None
+    mlp: "Mlp | Experts"
+    after_mlp: RmsNorm | None
+
+
+class Mlp(NamedTuple):
+    """One gated MLP."""
+
     gate_up: Linear
     down: Linear
-    after_mlp: RmsNorm | None
+
+
+class Experts(NamedTuple):
+    """Routed experts, each a gated MLP."""
+
+    router: Linear
+    each: list[Mlp]
 
 
 class Weights(NamedTuple):
@@ -91,17 +104,25 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         for site, bias in zip(_layer_sites(sites, layer), _site_biases(config), strict=True):
-            for module, out in site.parts:
-                shapes[f"{module}.weight"] = (out, site.in_features)
-                if bias:
-                    shapes[f"{module}.bias"] = (out,)
+            shapes |= _site_shapes(site, bias)
         for norm in filter(None, config.norms):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
         for norm, heads in _qk_norms(config).items():
             shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (heads * config.head_dim,)
+    for site in sites[config.lm_head_site + 1 :]:
+        shapes |= _site_shapes(site, bias=False)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def _site_shapes(site: Site, bias: bool) -> Shapes:
+    shapes: Shapes = {}
+    for module, out in site.parts:
+        shapes[f"{module}.weight"] = (out, site.in_features)
+        if bias:
+            shapes[f"{module}.bias"] = (out,)
     return shapes
 
 
@@ -148,7 +169,7 @@ class _Assembly:
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, norms = f"model.layers.{index}", self.config.norms
-        qkv, o, gate_up, down = map(self._linear, _layer_sites(self.sites, index))
+        qkv, o = map(self._linear, _layer_sites(self.sites, index)[:GATE_UP])
         return LayerWeights(
             attention_norm=self._layer_norm(prefix, norms.attention),
             qkv=qkv,
@@ -156,10 +177,20 @@ class _Assembly:
             o=o,
             after_attention=self._layer_norm(prefix, norms.after_attention),
             mlp_norm=self._layer_norm(prefix, norms.mlp),
-            gate_up=gate_up,
-            down=down,
+            mlp=self._experts(index)
+            if self.config.has_experts(index)
+            else self._mlp(index * SITES_PER_LAYER + GATE_UP),
             after_mlp=self._layer_norm(prefix, norms.after_mlp),
         )
+
+    def _mlp(self, site: int) -> Mlp:
+        return Mlp(*map(self._linear, self.sites[site : site + 2]))
+
+    def _experts(self, layer: int) -> Experts:
+        assert self.config.experts is not None
+        router = self._linear(self.sites[layer * SITES_PER_LAYER + ROUTER])
+        experts = range(self.config.experts.count)
+        return Experts(router, [self._mlp(self.config.expert_site(layer, expert)) for expert in experts])
 
     def _linear(self, site: Site) -> Linear:
         biases = [f"{part.module}.bias" for part in site.parts]

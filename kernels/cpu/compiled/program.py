@@ -83,6 +83,11 @@ class Program:
         of_logits: bool = False,
     ) -> None:
         """Project `x` by the parts of a site, which lie side by side in `out`, and by the adapters of its rows."""
+        self._add(self._linear(x, parts, out, site, form, scale, of_logits))
+
+    def _linear(
+        self, x: Tensor, parts: Sequence[Part], out: Tensor, site: int, form: Form, scale: float, of_logits: bool
+    ) -> structs.Linear:
         described, first = [], 0
         for weight, bias in parts:
             self._keep(weight)
@@ -94,7 +99,50 @@ class Program:
         )
         operation.parts, operation.k, operation.type = len(parts), weight.k, weight.type
         operation.site, operation.logits, operation.form, operation.scale = site, of_logits, FORMS.index(form), scale
-        self._add(operation)
+        return operation
+
+    def experts(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        gathered: Tensor,
+        inner: Tensor,
+        out: Tensor,
+        experts: Sequence[tuple[Sequence[Part], Part]],
+        first_site: int,
+        chosen: int,
+        *,
+        normalised: bool,
+        gate: Form = "gated",
+        scale: float = 1.0,
+    ) -> None:
+        """out += scale · Σ weight · expert(x), over the `chosen` experts that `scores` (rows, experts) are highest of.
+
+        An expert is its gate and up, and its down; it has two sites, from `first_site` on. The weights are the softmax
+        of a row's scores, of all or, `normalised`, of those chosen. `gathered` (rows · chosen, hidden) and `inner`
+        (rows · chosen, width) are room, which several layers may share.
+        """
+        linears: list[structs.Linear] = []
+        for index, (gate_up, down) in enumerate(experts):
+            site = first_site + 2 * index
+            linears.append(self._linear(gathered, gate_up, inner, site, gate, 1.0, False))
+            linears.append(self._linear(inner, [down], gathered, site + 1, "store", 1.0, False))
+        array = (structs.Linear * len(linears))(*linears)
+        self._kept.append(array)
+        rows, width = len(scores), len(experts)
+        room = [
+            torch.zeros(rows * chosen, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int32, torch.int32)
+        ]
+        room.append(torch.zeros(width + 1, dtype=torch.int32))
+        self._add(
+            structs.Experts(
+                *map(self._rows, (x, scores, gathered, inner, out)),
+                ctypes.addressof(array),
+                *map(self._keep, room),
+                *(width, chosen, x.shape[1], normalised),
+                scale,
+            )
+        )
 
     def rotate_write(
         self,

@@ -141,16 +141,27 @@ class FindBest(ctypes.Structure):
     _fields_ = [("logits", Rows), ("best", c_void_p), ("size", c_int32)]
 
 
+class Experts(ctypes.Structure):
+    """experts.h"""
+
+    _fields_ = [
+        *[(name, Rows) for name in ("x", "scores", "gathered", "inner", "out")],
+        *[(name, c_void_p) for name in ("linears", "choices", "weights", "places", "sources", "firsts")],
+        *[(name, c_int32) for name in ("experts", "chosen", "hidden", "normalised")],
+        ("scale", c_float),
+    ]
+
+
 class Operation(ctypes.Structure):
     """program.cpp"""
 
     _fields_ = [("kind", c_int64), ("arguments", c_void_p)]
 
 
-KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest)  # an operation's kind is its place here
+KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest, Experts)  # an operation's kind is its place here
 
 
 def shared() -> list[int]:
     """What the library has to agree to: constants, and the size of each structure."""
     sizes = [Rows, LoraPart, LoraSite, Run, Queries, Step, LinearPart, Linear, Embed, RmsNorm, RotateWrite, Attention]
-    return [PANEL, PARTITION, TILE, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Operation])]
+    return [PANEL, PARTITION, TILE, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Experts, Operation])]

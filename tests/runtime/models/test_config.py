@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.models.config import ModelConfig, UnsupportedModel
+from runtime.models.config import ModelConfig
+from runtime.models.config_file import UnsupportedModel
 from tests.runtime.models.families import FAMILIES, write_checkpoint
 
 LLAMA: dict[str, Any] = {

@@ -12,7 +12,8 @@ from runtime.adapter_format.errors import InvalidAdapter
 from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import SamplingParams
-from runtime.models.config import ModelConfig, UnsupportedModel
+from runtime.models.config import ModelConfig
+from runtime.models.config_file import UnsupportedModel
 from tests.oracle import logits_of_output
 from tests.runtime.models.test_decoder import assert_close, expected, load
 from tests.runtime.models.vision_language import MODELS, NAMES_OF_THE_MODULE, respell, write_vision_language
