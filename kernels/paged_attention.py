@@ -29,6 +29,12 @@ class PrefillConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def of_heads(self, head_dim: int) -> "PrefillConfig":
+        """The same up to 128; for the sums of wider heads to stay in registers, more warps or fewer rows."""
+        if head_dim <= 128:
+            return self
+        return self._replace(num_warps=8) if self.num_warps < 8 else self._replace(rows=self.rows // 2)
+
 
 DECODE_CANDIDATES = [
     DecodeConfig(splits, keys, 4, num_stages)

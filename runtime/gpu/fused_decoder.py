@@ -114,7 +114,7 @@ class FusedDecoder:
                 self.block_size,
                 scale,
                 out[decodes:],
-                self._tuned("paged_prefill", rows - decodes),
+                self._tuned("paged_prefill", rows - decodes).of_heads(head_dim),
                 window,
                 cap,
             )

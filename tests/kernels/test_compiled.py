@@ -82,6 +82,8 @@ def launches(dtype: str) -> Iterator[Any]:
         (attention.write_case(gemma, 32), {"rotary_dim": 128, "interleaved": True}),
     ):
         config = tuned.lookup("", case.kernel, case.rows, model.dtype).config
+        if case.kernel == "paged_prefill":
+            config = config.of_heads(gemma.head_dim)
         yield partial(case.launch, *case.prepare(0), config=config, **options)
     gates = model.random(0, 32, 2 * model.intermediate)
     yield partial(silu_mul.gelu_mul, gates)
