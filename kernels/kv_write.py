@@ -32,6 +32,8 @@ def qkv_write(
     kv: Tensor,
     rotary_scale: float = 1.0,
     config: QkvWriteConfig = DEFAULT,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
 ) -> None:
     """q ← R(q), in place; kv[slot_mapping[t], 0] = R(k); kv[slot_mapping[t], 1] = v; R is an RMSNorm, then RoPE.
 
@@ -40,7 +42,8 @@ def qkv_write(
     skipped. The norm is x / sqrt(mean(x²) + eps) · weight; `q_weight` and `k_weight` are (d,) of any float dtype, or
     both None for heads without a norm. RoPE turns the halves (a, b) of a head into
     (a cos θ - b sin θ, b cos θ + a sin θ), where θ = position · frequencies, (d / 2,) float32, and cosine and sine are
-    multiplied by `rotary_scale`.
+    multiplied by `rotary_scale`. With a `rotary_dim`, only the first so many dimensions turn, by the first frequencies.
+    `interleaved`: (a, b) are neighbouring dimensions, and not halves.
 
     Norm, cosine, sine and the products with the cosine are each rounded to qkv's dtype, as in
     kernels.reference.kv_write. In float32, kernel and reference differ by a few units in the last place. In bfloat16
@@ -55,12 +58,15 @@ def qkv_write(
     assert qkv.dtype == kv.dtype, f"{qkv.dtype} is written to a cache of {kv.dtype}"
     assert frequencies.shape == (head_dim // 2,), frequencies.shape
     assert (q_weight is None) == (k_weight is None), "queries and keys have a norm, or neither has"
+    turned = head_dim if rotary_dim is None else rotary_dim
+    assert 0 <= turned <= head_dim, turned
     if not tokens:
         return
     _qkv_write_kernel[(tokens, triton.cdiv(rows, config.heads))](
         qkv, positions, slot_mapping, frequencies, q_weight, k_weight, eps, kv, rotary_scale, qkv.stride(0),
         Q_HEADS=rows - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         PAIRS=triton.next_power_of_2(head_dim // 2), HEADS=config.heads, NORM=q_weight is not None,
+        TURNED=turned // 2, INTERLEAVED=interleaved,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -70,7 +76,7 @@ def _qkv_write_kernel(
     qkv: tl.tensor, positions: tl.tensor, slot_mapping: tl.tensor, frequencies: tl.tensor, q_weight: tl.tensor,
     k_weight: tl.tensor, eps: tl.tensor, kv: tl.tensor, rotary_scale: tl.tensor, qkv_row: tl.tensor,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ) -> None:  # fmt: skip
     """HEADS heads of one token: norm and turn queries and keys; store queries in place, keys and values in the slot."""
     token = tl.program_id(0).to(tl.int64)
@@ -80,35 +86,42 @@ def _qkv_write_kernel(
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     inside = (head < Q_HEADS + 2 * KV_HEADS) & (pair < HALF)
-    source = qkv + token * qkv_row + head * (2 * HALF) + pair
-    left, right = tl.load(source, inside, other=0.0), tl.load(source + HALF, inside, other=0.0)
+    # The dimensions of each pair; those that do not turn follow the others, and are paired in any way
+    first, second = pair, pair + HALF
+    if INTERLEAVED:
+        first = tl.where(pair < TURNED, 2 * pair, TURNED + pair)
+        second = tl.where(pair < TURNED, 2 * pair + 1, HALF + pair)
+    elif TURNED < HALF:
+        first = tl.where(pair < TURNED, pair, TURNED + pair)
+        second = tl.where(pair < TURNED, TURNED + pair, HALF + pair)
+    source = qkv + token * qkv_row + head * (2 * HALF)
+    left, right = tl.load(source + first, inside, other=0.0), tl.load(source + second, inside, other=0.0)
     a, b = left.to(tl.float32), right.to(tl.float32)
     dtype: tl.constexpr = qkv.dtype.element_ty
     if NORM:
         length = tl.sqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
-        a = _rounded(a / length * _weight(q_weight, k_weight, head < Q_HEADS, pair, HALF), dtype)
-        b = _rounded(b / length * _weight(q_weight + HALF, k_weight + HALF, head < Q_HEADS, pair, HALF), dtype)
-    angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + pair, pair < HALF, other=0.0)
-    cos, sin = _rounded(tl.cos(angle) * rotary_scale, dtype), _rounded(tl.sin(angle) * rotary_scale, dtype)
+        a = _rounded(a / length * _weight(q_weight, k_weight, head < Q_HEADS, first, pair < HALF), dtype)
+        b = _rounded(b / length * _weight(q_weight, k_weight, head < Q_HEADS, second, pair < HALF), dtype)
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + pair, pair < TURNED, other=0.0)
+    scaling = tl.where(pair < TURNED, rotary_scale, 1.0)
+    cos, sin = _rounded(tl.cos(angle) * scaling, dtype), _rounded(tl.sin(angle) * scaling, dtype)
     turned = head < Q_HEADS + KV_HEADS
     left = tl.where(turned, (_rounded(a * cos, dtype) - b * sin).to(dtype), left)
     right = tl.where(turned, (_rounded(b * cos, dtype) + a * sin).to(dtype), right)
     query = inside & (head < Q_HEADS)
-    tl.store(source, left, query)
-    tl.store(source + HALF, right, query)
+    tl.store(source + first, left, query)
+    tl.store(source + second, right, query)
     cached = inside & (head >= Q_HEADS)
-    target = kv + slot * (4 * KV_HEADS * HALF) + (head - Q_HEADS) * (2 * HALF) + pair  # K's heads, then V's
-    tl.store(target, left, cached)
-    tl.store(target + HALF, right, cached)
+    target = kv + slot * (4 * KV_HEADS * HALF) + (head - Q_HEADS) * (2 * HALF)  # K's heads, then V's
+    tl.store(target + first, left, cached)
+    tl.store(target + second, right, cached)
 
 
 @triton.jit
-def _weight(
-    q_weight: tl.tensor, k_weight: tl.tensor, query: tl.tensor, pair: tl.tensor, HALF: tl.constexpr
-) -> tl.tensor:
-    """The norm's weights for half a head, float32: `q_weight` for query heads, `k_weight` for the others."""
-    q = tl.load(q_weight + pair, pair < HALF, other=0.0).to(tl.float32)
-    k = tl.load(k_weight + pair, pair < HALF, other=0.0).to(tl.float32)
+def _weight(q_weight: tl.tensor, k_weight: tl.tensor, query: tl.tensor, dims: tl.tensor, there: tl.tensor) -> tl.tensor:
+    """The norm's weights of some dimensions, float32: `q_weight` for query heads, `k_weight` for the others."""
+    q = tl.load(q_weight + dims, there, other=0.0).to(tl.float32)
+    k = tl.load(k_weight + dims, there, other=0.0).to(tl.float32)
     return tl.where(query, q, k)
 
 

@@ -29,6 +29,12 @@ class PrefillConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def of_heads(self, head_dim: int) -> "PrefillConfig":
+        """The same up to 128; for the sums of wider heads to stay in registers, more warps or fewer rows."""
+        if head_dim <= 128:
+            return self
+        return self._replace(num_warps=8) if self.num_warps < 8 else self._replace(rows=self.rows // 2)
+
 
 DECODE_CANDIDATES = [
     DecodeConfig(splits, keys, 4, num_stages)
@@ -64,6 +70,8 @@ def paged_decode(
     scale: float,
     out: Tensor,
     config: DecodeConfig = DECODE,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> None:
     """out[s, h] = softmax(q[s, h] Kᵀ · scale) V over sequence s's context, h reading KV head h // (heads / kv_heads).
 
@@ -72,6 +80,9 @@ def paged_decode(
     block_tables[s, p // block_size] · block_size + p % block_size. A context of 0 gives zeros. Slots and table
     entries beyond a context are not read. Sums are float32; the weights are rounded to kv's dtype. The launch depends
     on shapes and `config` alone, so that its CUDA graph serves any contexts.
+
+    With a `window`, a query sees the last so many tokens of its context, its own included, and nothing before them is
+    read. A `cap` other than 0 caps the scores: cap · tanh(q Kᵀ · scale / cap).
     """
     rows, heads, head_dim = q.shape
     layout = _layout(q, kv, block_tables, out, block_size)
@@ -82,15 +93,15 @@ def paged_decode(
         sums = torch.empty((rows, heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((rows, heads, config.splits, 2), dtype=torch.float32, device=q.device)
     _decode_kernel[(layout["KV_HEADS"], config.splits, rows)](
-        q, kv, block_tables, context_lens, out, sums, stats, scale / math.log(2),
-        q.stride(0), block_tables.stride(0), out.stride(0), **layout,
+        q, kv, block_tables, context_lens, out, sums, stats, *_score_factors(scale, cap),
+        q.stride(0), block_tables.stride(0), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
         ROWS=max(MIN_DOT, triton.next_power_of_2(layout["GROUP"])), SPLITS=config.splits, KEYS=config.keys,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if config.splits > 1:
         _reduce_kernel[(heads, rows)](
             sums, stats, context_lens, out, out.stride(0),
-            HEADS=heads, HEAD_DIM=head_dim, DIMS=layout["DIMS"], KEYS=config.keys, SPLITS=config.splits,
+            HEADS=heads, HEAD_DIM=head_dim, DIMS=layout["DIMS"], WINDOW=window, KEYS=config.keys, SPLITS=config.splits,
             SPLITS_PADDED=triton.next_power_of_2(config.splits), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -105,6 +116,8 @@ def paged_prefill(
     scale: float,
     out: Tensor,
     config: PrefillConfig = PREFILL,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> None:
     """As `paged_decode`, for several queries a sequence: the last tokens of its context, with a causal mask.
 
@@ -121,8 +134,8 @@ def paged_prefill(
     queries = tile_rows // layout["GROUP"]
     # One more tile for each sequence, and for the rows of no sequence, because each may end within a tile.
     _prefill_kernel[(rows // queries + sequences + 1, layout["KV_HEADS"])](
-        q, kv, block_tables, context_lens, query_starts, out, scale / math.log(2), sequences, rows,
-        q.stride(0), block_tables.stride(0), out.stride(0), **layout,
+        q, kv, block_tables, context_lens, query_starts, out, *_score_factors(scale, cap), sequences, rows,
+        q.stride(0), block_tables.stride(0), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
         SEQUENCES=max(LEAST_SEQUENCES, triton.next_power_of_2(sequences + 1)), QUERIES=queries, ROWS=tile_rows,
         KEYS=config.keys,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
@@ -148,9 +161,23 @@ def _layout(q: Tensor, kv: Tensor, block_tables: Tensor, out: Tensor, block_size
     }
 
 
+def _score_factors(scale: float, cap: float) -> tuple[float, float]:
+    """What the kernels multiply products by, and the cap, both for powers of 2; see `_scores`."""
+    return (2 * scale / cap / math.log(2), cap / math.log(2)) if cap else (scale / math.log(2), 0.0)
+
+
 # Pointers whose alignment differs from step to step. They are read one number at a time, so alignment gains nothing
 # there, and one compiled kernel serves all alignments.
 _TABLES = ["block_tables", "context_lens", "query_starts"]
+
+
+@triton.jit
+def _scores(products: tl.tensor, scale: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+    """products · scale, or cap · tanh(products · scale / 2), where scale includes log₂ e; NaN stays NaN."""
+    scores = products * scale
+    if CAPPED:
+        scores = cap - 2 * cap / (tl.exp2(tl.where(scores > 120.0, 120.0, scores)) + 1.0)
+    return scores
 
 
 @triton.jit
@@ -161,10 +188,12 @@ def _attend(
     mixed: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
+    begin: tl.tensor,
     stop: tl.tensor,
     kv: tl.tensor,
     table: tl.tensor,
     scale: tl.tensor,
+    cap: tl.tensor,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
@@ -172,16 +201,21 @@ def _attend(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """One step of the running softmax: add KEYS keys, from `first` on, to the state of each row.
 
     The state is peak = max score, total = Σ 2^(score - peak), mixed = Σ 2^(score - peak) V; it is returned. `query` is
     (rows, DIMS), where DIMS is HEAD_DIM padded with zeros. `kv` points at the KV head in slot 0, and `scale` includes
     log₂ e. MASKED: the keys end at `stop`; nothing from there on is read, of the block table neither. CAUSAL, for
-    masked steps: each row sees the keys up to its `last`.
+    masked steps: each row sees the keys up to its `last`. WINDOW, for masked steps: the keys begin at `begin`, and
+    each row sees WINDOW keys up to its `last`.
     """
     keys, dims = first + tl.arange(0, KEYS), tl.arange(0, DIMS)
     held = keys < stop
+    if WINDOW:
+        held = held & (keys >= begin)
     blocks = tl.load(table + keys // BLOCK_SIZE, held, other=0) if MASKED else tl.load(table + keys // BLOCK_SIZE)
     slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
     k_places = kv + slots[:, None] * (2 * KV_HEADS * HEAD_DIM) + dims[None, :]
@@ -193,11 +227,13 @@ def _attend(
         k, v = tl.load(k_places, inside, other=0.0), tl.load(v_places, inside, other=0.0)
     else:
         k, v = tl.load(k_places), tl.load(v_places)
-    scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+    scores = _scores(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, cap, CAPPED)
     if MASKED:
         visible = held[None, :]
         if CAUSAL:
             visible = visible & (keys[None, :] <= last[:, None])
+            if WINDOW:
+                visible = visible & (keys[None, :] > last[:, None] - WINDOW)
             # 0 · NaN is NaN, so a NaN or infinity in V is replaced by 0, and only the rows that see it become NaN.
             finite = tl.abs(v.to(tl.float32)) < float("inf")
             v = tl.where(finite, v, 0.0)
@@ -205,7 +241,9 @@ def _attend(
             total = tl.where(tl.max((visible & broken[None, :]).to(tl.int32), 1) > 0, float("nan"), total)
         scores = tl.where(visible, scores, float("-inf"))
     top = tl.maximum(peak, tl.max(scores, 1))
-    weights, decay = tl.exp2(scores - top[:, None]), tl.exp2(peak - top)
+    # With a window a row may have seen no key yet: its weights are 0, and not NaN
+    shift = tl.where(top == float("-inf"), 0.0, top) if WINDOW else top
+    weights, decay = tl.exp2(scores - shift[:, None]), tl.exp2(peak - shift)
     total = total * decay + tl.sum(weights, 1)
     mixed = tl.dot(weights.to(v.dtype), v, mixed * decay[:, None], input_precision="ieee")
     return top, total, mixed
@@ -218,23 +256,33 @@ def _normalised(mixed: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _span(context: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
+def _span(keys: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
     """Keys of each split: whole steps, so that only the last split in use has a partial step."""
-    return tl.cdiv(tl.cdiv(context, KEYS), SPLITS) * KEYS
+    return tl.cdiv(tl.cdiv(keys, KEYS), SPLITS) * KEYS
+
+
+@triton.jit
+def _first_step(begin: tl.tensor, KEYS: tl.constexpr) -> tl.tensor:
+    """The first key of the step that a key is in."""
+    return tl.maximum(begin, 0) // KEYS * KEYS
 
 
 @triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_TABLES)
 def _decode_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, out: tl.tensor,
-    sums: tl.tensor, stats: tl.tensor, scale: tl.tensor, q_row: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
+    sums: tl.tensor, stats: tl.tensor, scale: tl.tensor, cap: tl.tensor, q_row: tl.tensor, table_row: tl.tensor,
+    out_row: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Peak, total and mixed values (see `_attend`) of a split of one sequence, for all query heads of a KV head."""
     kv_head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + sequence)
-    first = split * _span(context, SPLITS, KEYS)
-    stop = tl.minimum(first + _span(context, SPLITS, KEYS), context)
+    begin = tl.maximum(context - WINDOW, 0) if WINDOW else 0
+    base = _first_step(begin, KEYS) if WINDOW else 0
+    span = _span(context - base, SPLITS, KEYS)
+    first = base + split * span
+    stop = tl.minimum(first + span, context)
     if (split > 0) & (stop <= first):
         return
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
@@ -245,16 +293,17 @@ def _decode_kernel(
     table, kv_places = block_tables + sequence * table_row, kv + kv_head * HEAD_DIM
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, DIMS), tl.float32)
-    whole = first + (stop - first) // KEYS * KEYS
+    # A window begins within a step, so all its steps are masked
+    whole = first if WINDOW else first + (stop - first) // KEYS * KEYS
     for key in range(first, whole, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, rows, stop, kv_places, table, scale,
-            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False,
+            query, peak, total, mixed, key, rows, begin, stop, kv_places, table, scale, cap,
+            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False, WINDOW=0, CAPPED=CAPPED,
         )  # fmt: skip
-    if whole < stop:
+    for key in range(whole, stop, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, whole, rows, stop, kv_places, table, scale,
-            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=False,
+            query, peak, total, mixed, key, rows, begin, stop, kv_places, table, scale, cap,
+            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=False, WINDOW=WINDOW, CAPPED=CAPPED,
         )  # fmt: skip
     if SPLITS > 1:
         part = (sequence * (KV_HEADS * GROUP) + heads) * SPLITS + split
@@ -269,14 +318,15 @@ def _decode_kernel(
 @triton.jit
 def _reduce_kernel(
     sums: tl.tensor, stats: tl.tensor, context_lens: tl.tensor, out: tl.tensor, out_row: tl.tensor,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = Σ 2^(peak - top) sums / Σ 2^(peak - top) total over the splits with keys."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     context = tl.load(context_lens + sequence)
     splits, dims = tl.arange(0, SPLITS_PADDED), tl.arange(0, DIMS)
-    used = (splits < SPLITS) & (splits * _span(context, SPLITS, KEYS) < context)
+    keys = context - _first_step(context - WINDOW, KEYS) if WINDOW else context
+    used = (splits < SPLITS) & (splits * _span(keys, SPLITS, KEYS) < keys)
     part = (sequence * HEADS + head) * SPLITS + splits
     peak = tl.load(stats + part * 2, used, other=float("-inf"))
     total = tl.load(stats + part * 2 + 1, used, other=0.0)
@@ -290,10 +340,11 @@ def _reduce_kernel(
 @triton.jit(do_not_specialize=["sequences", "tokens", "table_row"], do_not_specialize_on_alignment=_TABLES)
 def _prefill_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, query_starts: tl.tensor,
-    out: tl.tensor, scale: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,
+    out: tl.tensor, scale: tl.tensor, cap: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,
     q_row: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = mixed / total (see `_attend`) for QUERIES queries of one sequence and the query heads of a KV head."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -320,14 +371,18 @@ def _prefill_kernel(
     before = context - (stop - start)
     shared = tl.maximum(before + first + 1, 0) // KEYS * KEYS  # whole steps of keys that every row sees
     end = tl.minimum(before + first + QUERIES, context)
-    for key in range(0, shared, KEYS):
+    begin = 0
+    if WINDOW:  # no step is seen by every row, in general
+        begin = tl.maximum(before + first + 1 - WINDOW, 0)
+        shared = _first_step(begin, KEYS)
+    for key in range(0, 0 if WINDOW else shared, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, before + queries, end, kv_places, table, scale,
-            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False,
+            query, peak, total, mixed, key, before + queries, begin, end, kv_places, table, scale, cap,
+            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False, WINDOW=0, CAPPED=CAPPED,
         )  # fmt: skip
     for key in range(shared, end, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, before + queries, end, kv_places, table, scale,
-            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=True,
+            query, peak, total, mixed, key, before + queries, begin, end, kv_places, table, scale, cap,
+            KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=True, WINDOW=WINDOW, CAPPED=CAPPED,
         )  # fmt: skip
     tl.store(out + token * out_row + places, _normalised(mixed, total[:, None]).to(out.dtype.element_ty), inside)

@@ -1,5 +1,6 @@
 """The model on its device: chunks of a step in, sampled tokens out."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from runtime.models.config import ModelConfig
 from runtime.models.weights import Weights, load_weights
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
+
+_log = logging.getLogger(__name__)
 
 Results = Callable[
     [], list[Sampled]
@@ -36,6 +39,7 @@ class Runner(ABC):
     def __init__(self, config: EngineConfig, device: torch.device):
         directory = Path(config.model)
         self.model = ModelConfig.from_directory(directory)
+        self.check_model()
         self.weight_dtype: torch.dtype = getattr(torch, self.model.dtype if config.dtype == "auto" else config.dtype)
         if self.weight_dtype == torch.float16 and not self.reads_float16:
             if config.dtype != "auto":
@@ -52,15 +56,26 @@ class Runner(ABC):
             given = config.host_kv_bytes
             raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
+        self.model = self.model.up_to(self.max_model_len)
+        if self.model.rope.long:
+            _log.warning(
+                "all contexts are computed with longrope's long factors, as max_model_len %d is over the %d tokens "
+                "that the short ones are for",
+                self.max_model_len,
+                self.model.rope.original_max_position,
+            )
         self.weights: Weights = load_weights(
             self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
         )
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
+    def check_model(self) -> None:  # noqa: B027 - most kernels serve all families
+        """Raise ValueError, which names the field and the kernels that serve it, for a model that these cannot."""
+
     def _max_model_len(self, config: EngineConfig) -> int:
         """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""
         capacity = (self.num_blocks - 1) * config.block_size
-        limit = config.max_model_len or min(self.model.max_position, max(capacity, 1))
+        limit = config.max_model_len or min(self.model.default_length, max(capacity, 1))
         if limit > self.model.max_position:
             raise ValueError(f"max_model_len is {limit}, but the model takes at most {self.model.max_position} tokens")
         if limit > capacity:

@@ -17,19 +17,27 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
     return y.div_(length.hypot_(floor)).mul_(weight).to(x.dtype)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """out = x · cos + rotate(x) · sin, where rotate swaps the two halves of each head.
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, partner: Tensor | None = None) -> Tensor:
+    """out = x · cos + x[partner] · sin, over the dimensions of each head.
 
-    `x` and `out` are (T, heads, d) and may be the same tensor; `cos` and `sin` are (T, 1, d) in x's dtype. `sin`
-    includes the minus sign of the first half: sin[..., i] = -sin(θᵢ) for i < d/2.
+    `x` and `out` are (T, heads, d) and may be the same tensor; `cos` and `sin` are (T, 1, d) in x's dtype. `partner` is
+    (d,) int64, the other dimension of the pair that each turns with; None for the one half a head away. `sin` includes
+    the minus sign of the first of each pair. Dimensions that do not turn have a cosine of 1 and a sine of 0.
     """
-    return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin, out=out)
+    other = torch.roll(x, x.shape[-1] // 2, -1) if partner is None else x.index_select(-1, partner)
+    return torch.addcmul(x * cos, other, sin, out=out)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """y = gate · sigmoid(gate) · up, for `gate_up` (T, 2n) with the gate in its first half; y is (T, n)."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """As `silu_mul`, with the GELU that is computed by tanh."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 def kv_write(kv: Tensor, slot_mapping: Tensor, rows: Tensor) -> None:

@@ -28,35 +28,38 @@ class AttentionGroup(NamedTuple):
     rows: slice  # the query rows of all sequences, one sequence after another
     sequences: int
     queries: int  # of each sequence
-    slots: Tensor  # (sequences, L) int64, the KV slots of each context, new tokens included, padded with 0
+    slots: Tensor  # (sequences, L) int64, the KV slots of the tokens that any query sees, padded with 0
     mask: Tensor | None  # (sequences, 1, queries, L), 0 or -inf, in the queries' dtype; None if all is visible
+    windowed: bool = False  # whether the mask hides more than what comes after a query
 
 
-def paged_attention(q: Tensor, kv: Tensor, groups: Sequence[AttentionGroup], scale: float) -> Tensor:
+def paged_attention(q: Tensor, kv: Tensor, groups: Sequence[AttentionGroup], scale: float, cap: float = 0.0) -> Tensor:
     """softmax(q Kᵀ · scale + mask) V for each group, query head h reading KV head h // (heads / kv_heads).
 
     `q` is (T, heads, d), `kv` (slots, 2, kv_heads, d) with K at index 0 and V at 1, and the groups cover the T
-    rows. Returns (T, heads * d).
+    rows. A `cap` other than 0 caps the scores before the mask: cap · tanh(q Kᵀ · scale / cap). Returns (T, heads * d).
     """
     if len(groups) == 1:
-        return _attend(q, kv, groups[0], scale).reshape(q.shape[0], -1)
+        return _attend(q, kv, groups[0], scale, cap).reshape(q.shape[0], -1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for group in groups:
-        out[group.rows] = _attend(q[group.rows], kv, group, scale)
+        out[group.rows] = _attend(q[group.rows], kv, group, scale, cap)
     return out.view(q.shape[0], -1)
 
 
-def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tensor:
+def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float, cap: float) -> Tensor:
     """One group's attention, (rows, heads, d)."""
     rows, heads, d = q.shape
     kv_heads = kv.shape[2]
     scores = group.queries * group.slots.shape[1] * heads // kv_heads
-    alone = group.sequences == 1 < group.queries
+    alone = group.sequences == 1 < group.queries and not group.windowed and not cap
     if alone and scores >= BY_HEAD_SCORES and q.device.type == "cpu" and onednn.computes(q.dtype):
         return _attend_by_head(q, kv, group, scale)
     # One gather copies K and V; the permutation is a view, (2, sequences, kv_heads, L, d).
     context = kv.index_select(0, group.slots.flatten()).view(*group.slots.shape, 2, kv_heads, d).permute(2, 0, 3, 1, 4)
     k, v = context[0], context[1]
+    if cap:
+        return _attend_capped(q, k, v, group, scale, cap)
     if group.queries == 1:
         # The heads that share a KV head become queries of that head, so that K and V are not repeated for them.
         folded = q.view(rows, kv_heads, heads // kv_heads, d)
@@ -64,6 +67,19 @@ def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tenso
     split = q.view(group.sequences, group.queries, heads, d).transpose(1, 2)
     out = F.scaled_dot_product_attention(split, k, v, group.mask, scale=scale, enable_gqa=heads != kv_heads)
     return out.transpose(1, 2).reshape(rows, heads, d)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup, scale: float, cap: float) -> Tensor:
+    """`_attend` with capped scores, which torch's attention has not; `k` and `v` are (sequences, kv_heads, L, d)."""
+    rows, heads, d = q.shape
+    kv_heads = k.shape[1]
+    split = q.view(group.sequences, group.queries, kv_heads, heads // kv_heads, d).permute(0, 2, 3, 1, 4)
+    scores = split.float() @ k[:, :, None].float().transpose(-2, -1) * (scale / cap)
+    scores = scores.tanh_().mul_(cap)  # (sequences, kv_heads, heads of each, queries, L)
+    if group.mask is not None:
+        scores += group.mask[:, :, None]
+    weights = torch.softmax(scores, -1).to(v.dtype)
+    return (weights @ v[:, :, None]).permute(0, 3, 1, 2, 4).reshape(rows, heads, d)
 
 
 def _attend_by_head(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float) -> Tensor:

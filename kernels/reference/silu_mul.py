@@ -1,5 +1,6 @@
 """The specification of kernels.silu_mul."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -10,3 +11,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """
     gate, up = gate_up.float().chunk(2, -1)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """As `silu_mul`, with the GELU that is computed by tanh.
+
+    Arguments as in kernels.silu_mul.gelu_mul.
+    """
+    gate, up = gate_up.float().chunk(2, -1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)

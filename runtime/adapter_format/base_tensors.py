@@ -10,6 +10,7 @@ import msgspec
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import read_header
 from runtime.config import EngineConfig
+from runtime.models.text_part import text_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,9 +37,9 @@ def base_tensors(engine: EngineConfig) -> BaseTensor | None:
     def read(name: str) -> StoredTensor:
         with _file(directory, name).open("rb") as file:
             header = read_header(file)
-            if name not in header.tensors:
+            entry = next((entry for stored, entry in header.tensors.items() if text_name(stored) == name), None)
+            if entry is None:
                 raise _missing(name)
-            entry = header.tensors[name]
             data = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ))
         start = header.data_offset + entry.start
         return StoredTensor(entry.dtype, entry.shape, data[start : start + entry.stop - entry.start])
@@ -51,9 +52,10 @@ def _file(directory: Path, name: str) -> Path:
     if not index.exists():
         return directory / SINGLE
     files = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    if name not in files:
-        raise _missing(name)
-    return directory / files[name]
+    for stored, file in files.items():
+        if text_name(stored) == name:
+            return directory / file
+    raise _missing(name)
 
 
 def _missing(name: str) -> InvalidAdapter:

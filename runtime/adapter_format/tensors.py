@@ -12,6 +12,7 @@ from runtime.adapter_format.safetensors_header import FILE, TensorEntry
 from runtime.adapter_format.tensor_source import TensorSource
 from runtime.adapter_format.weight_dtypes import HELD, INFINITY_BITS, largest_magnitude, value_of, widened
 from runtime.models.config import ModelConfig
+from runtime.models.text_part import is_vision, text_name
 
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -49,13 +50,14 @@ class AdapterTensors:
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
+        self._modules: dict[str, str] = {}  # by module, what the source calls it: patterns are made for those names
         copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
         if not modules:
             raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
-        resolved = config.scales(modules)
-        self.ranks = {module: rank for module, (rank, _) in resolved.items()}
-        self.scales = {module: scale for module, (_, scale) in resolved.items()}
+        resolved = config.scales(self._modules[module] for module in modules)
+        self.ranks = {module: resolved[self._modules[module]][0] for module in modules}
+        self.scales = {module: resolved[self._modules[module]][1] for module in modules}
         for module in modules:
             self._check_module(module, config)
         self._check_config(config)
@@ -97,12 +99,17 @@ class AdapterTensors:
         match = _NAME.fullmatch(own_name)
         if match is None:
             raise InvalidAdapter(own_name, _foreign_name(own_name))
-        module, leaf = match["module"], match["leaf"] + (match["kind"] or "")
+        module, leaf = text_name(match["module"]), match["leaf"] + (match["kind"] or "")
+        if self._modules.setdefault(module, match["module"]) != match["module"]:
+            raise InvalidAdapter(own_name, f"is of the module that other tensors call {shown(self._modules[module])}")
         short = module.rpartition(".")[2]
         if match["leaf"] == "lora_magnitude_vector":
             raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet")
+        if is_vision(module):
+            expected = "expected target_modules that name the text part only: images are not served"
+            raise InvalidAdapter(own_name, f"adapts the part that sees images, {expected}")
         if short in FUSED and module not in self._shapes:
-            raise InvalidAdapter(own_name, f"adapts the fused {short}, which no supported base has")
+            raise InvalidAdapter(own_name, f"adapts the fused {short}, and this base has its parts by themselves")
         if module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base")
         allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
@@ -136,7 +143,7 @@ class AdapterTensors:
         firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
         for module in self.scales:
             own = self._names[firsts[module]]
-            if not config.target_modules.names(module):
+            if not config.target_modules.names(self._modules[module]):
                 raise InvalidAdapter(own, "is left over: target_modules does not name its module, or it is excluded")
             layer = re.match(r"model\.layers\.(\d+)\.", module)
             layers = config.layers_to_transform

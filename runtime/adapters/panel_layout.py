@@ -127,7 +127,7 @@ def layout_in_panels(model: ModelConfig, config: AdapterConfig, header: Header) 
     placed = {part.module for site in filter(None, sites) for part in site.parts}
     for module in config.scales.keys() ^ placed:
         raise InvalidAdapter(module, "is not a projection of this model")
-    return PanelLayout(dtype, tuple(sites), _table(sites, dtype), places.end)
+    return PanelLayout(dtype, tuple(sites), _table(model, sites, dtype), places.end)
 
 
 class _Places:
@@ -179,13 +179,17 @@ def _adapted(site: Site, embedding: bool, header: Header) -> Iterator[tuple[str,
         yield module, index, columns, a[0]
 
 
-def _table(sites: list[SitePlace | None], dtype: str) -> np.ndarray:
+def _table(model: ModelConfig, sites: list[SitePlace | None], dtype: str) -> np.ndarray:
     table = np.zeros(len(sites), SITE)
-    for row, site in zip(table, sites, strict=True):
+    for index, (row, site) in enumerate(zip(table, sites, strict=True)):
         if site is None:
             continue
         row["a"], row["scales"], row["ranks"], row["type"] = site.a.start, site.scales.start, site.ranks, TYPES[dtype]
         for part in site.parts:
             bias = 0 if part.bias is None else part.bias.start
             row["parts"][part.projection] = part.b.start, bias, part.first_rank, part.ranks
+            gate = model.fused_width(index)
+            if gate is not None:  # one module is both projections, whose panels follow each other
+                up = part.b.start + load().panels_bytes(TYPES[dtype], gate, part.ranks)
+                row["parts"][1] = up, bias and bias + 4 * gate, part.first_rank, part.ranks
     return table

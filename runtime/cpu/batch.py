@@ -25,6 +25,7 @@ class LoraRows:
     """The rows of a batch under each adapter; the decoder calls it with the input and output of every projection."""
 
     def __init__(self, model: ModelConfig, runs: list[Run], logit_runs: list[Run]):
+        self.model = model
         self.runs = runs
         self.logit_runs = logit_runs
         self.embed_site = model.embed_site
@@ -33,6 +34,13 @@ class LoraRows:
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         """y += LoRA(x) in place, on the rows that carry an adapter."""
         grouped_lora(y, x, site, self.runs)
+
+    def of_rows(self, rows: Tensor) -> "LoraRows | None":
+        """The adapters of some rows, (n,) in ascending order, which lie side by side from now on; None for none."""
+        bounds = torch.searchsorted(rows, torch.tensor([[run.start, run.stop] for run in self.runs])).tolist()
+        pairs = zip(self.runs, bounds, strict=True)
+        runs = [Run(first, last, run.sites) for run, (first, last) in pairs if first < last]
+        return LoraRows(self.model, runs, []) if runs else None
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None:
         embedding_lora(x, token_ids, self.embed_site, self.runs)
@@ -49,7 +57,7 @@ class Batch(NamedTuple):
     token_ids: Tensor  # (T,)
     positions: Tensor  # (T,)
     slots: Tensor  # (T,), the slot mapping: where the K/V of each token are written
-    groups: list[AttentionGroup]
+    groups: dict[int, list[AttentionGroup]]  # by the window of a layer's attention; 0: the whole context
     logit_rows: Tensor  # (n,), the rows whose logits are computed
     lora: LoraRows | None
     sampling: list[Request]  # one for each of the first of logit_rows; the others score prompts
@@ -67,17 +75,22 @@ def build_batch(
     ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
     token_ids: list[int] = []
     positions: list[int] = []
+    slots: list[int] = []
     for request, start, length, _ in ordered:
+        places, blocks = range(start, start + length), request.blocks
         token_ids += request.token_ids[start : start + length]
-        positions += range(start, start + length)
+        positions += places
+        slots += [blocks[place // block_size] * block_size + place % block_size for place in places]
     rows = logit_rows(ordered)
     decodes = [chunk for chunk in ordered if chunk.length == 1]
-    groups, slots = _attention(decodes, ordered[len(decodes) :], block_size, dtype)
+    prefills = ordered[len(decodes) :]
+    windows = set(model.windows or [0])
+    groups = {window: _attention(decodes, prefills, block_size, dtype, window) for window in windows}
     return Batch(
         chunks=ordered,
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
-        slots=slots.to(device),
+        slots=torch.tensor(slots, device=device),
         groups=groups,
         logit_rows=torch.tensor(rows.all, dtype=torch.int64, device=device),
         lora=_lora_rows(ordered, rows, model, lookup),
@@ -86,16 +99,14 @@ def build_batch(
 
 
 def _attention(
-    decodes: list[Chunk], prefills: list[Chunk], block_size: int, dtype: torch.dtype
-) -> tuple[list[AttentionGroup], Tensor]:
-    """Attention groups, and the slot mapping."""
+    decodes: list[Chunk], prefills: list[Chunk], block_size: int, dtype: torch.dtype, window: int
+) -> list[AttentionGroup]:
+    """The attention of each chunk over the last `window` tokens of its context, 0 for all of them."""
     groups: list[AttentionGroup] = []
-    written: list[Tensor] = []
-    for first, last in pairwise(_group_bounds([chunk.start + 1 for chunk in decodes])):
+    for first, last in pairwise(_group_bounds([_seen(chunk.start + 1, window) for chunk in decodes])):
         rows = decodes[first:last]
-        lengths = torch.tensor([chunk.start + 1 for chunk in rows])
-        slots = _slots(rows, block_size)
-        written.append(slots.gather(1, lengths[:, None] - 1)[:, 0])
+        lengths = torch.tensor([_seen(chunk.start + 1, window) for chunk in rows])
+        slots = _slots(rows, block_size, window)
         visible = torch.arange(slots.shape[1]) < lengths[:, None]
         slots = torch.where(visible, slots, 0)
         mask = None if bool(visible.all()) else _additive(visible, dtype)[:, None, None, :]
@@ -103,13 +114,21 @@ def _attention(
     row = len(decodes)
     for chunk in prefills:
         slots = _slots([chunk], block_size)
-        written.append(slots[0, chunk.start :])
         for first, last in pairwise(base_and_adapted(chunk)):
-            keys = torch.arange(last)
-            mask = _additive(keys <= keys[first:, None], dtype)[None, None]
-            groups.append(AttentionGroup(slice(row, row + last - first), 1, last - first, slots[:, :last], mask))
+            begin = max(first + 1 - window, 0) if window else 0
+            keys, queries = torch.arange(begin, last), torch.arange(first, last)[:, None]
+            visible = keys <= queries
+            if window:
+                visible &= keys > queries - window
+            mask = _additive(visible, dtype)[None, None]
+            rows_of = slice(row, row + last - first)
+            groups.append(AttentionGroup(rows_of, 1, last - first, slots[:, begin:last], mask, window > 0))
             row += last - first
-    return groups, torch.cat(written)
+    return groups
+
+
+def _seen(length: int, window: int) -> int:
+    return min(length, window) if window else length
 
 
 def _group_bounds(lengths: list[int]) -> list[int]:
@@ -125,15 +144,21 @@ def _group_bounds(lengths: list[int]) -> list[int]:
     return [*bounds, len(lengths)]
 
 
-def _slots(chunks: list[Chunk], block_size: int) -> Tensor:
-    """The slots of each request's context, chunk included: (b, longest), padded with slots of the null block."""
+def _slots(chunks: list[Chunk], block_size: int, window: int = 0) -> Tensor:
+    """The slots of each request's context, chunk included: (b, longest), padded with slots of the null block.
+
+    With a window, for chunks of one token, those of the last tokens that it sees.
+    """
     longest = max(chunk.start + chunk.length for chunk in chunks)
     width = -(-longest // block_size)
     tables = torch.tensor(
         [chunk.request.blocks[:width] + [0] * (width - len(chunk.request.blocks)) for chunk in chunks]
     )
-    slots = tables[:, :, None] * block_size + torch.arange(block_size)
-    return slots.flatten(1)[:, :longest]
+    slots = (tables[:, :, None] * block_size + torch.arange(block_size)).flatten(1)[:, :longest]
+    if not window or longest <= window:
+        return slots
+    begins = torch.tensor([max(chunk.start + chunk.length - window, 0) for chunk in chunks])
+    return slots.gather(1, begins[:, None] + torch.arange(window))
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

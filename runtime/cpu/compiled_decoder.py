@@ -1,6 +1,7 @@
 """The decoder as a program of the compiled kernels."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,9 +9,9 @@ from torch import Tensor
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.panels import Panels
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
-from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
-from runtime.models.layers import Linear, RmsNorm
-from runtime.models.weights import LayerWeights, Weights
+from runtime.models.config import DOWN, GATE_UP, OUT, QKV, ROUTER, SITES_PER_EXPERT, SITES_PER_LAYER, ModelConfig
+from runtime.models.layers import Linear, ProjectionNorms, RmsNorm, rounded_to
+from runtime.models.weights import Experts, LayerWeights, Weights
 
 PADDING = 16  # floats between rows: rows of 4 KiB would all lie in the same lines of the first cache
 Pack = Callable[[Tensor], Panels]
@@ -43,6 +44,13 @@ class CompiledDecoder:
         self._qkv = _buffer(rows, q + 2 * kv_width)
         self._mixed = _buffer(rows, q)
         self._inner = _buffer(rows, config.intermediate_size)
+        if config.experts is not None:
+            pairs = rows * config.experts.chosen
+            self._scores = _buffer(rows, config.experts.count)
+            self._gathered, self._expert_inner = (
+                _buffer(pairs, width) for width in (config.hidden_size, config.experts.intermediate_size)
+            )
+        self._sites = config.sites()
         self._last = _buffer(logits, config.hidden_size)
         self.logits = _buffer(logits, config.vocab_size)
         self.best = (structs.Best * logits)()
@@ -52,35 +60,94 @@ class CompiledDecoder:
         config, program = self.config, self.program
         embedding = self._pack(weights.embedding)
         head = embedding if config.tie_embeddings else self._pack(weights.lm_head.weight)
-        program.embed(embedding, self._x, config.embed_site, config.embedding_multiplier)
+        multiplier = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
+        program.embed(embedding, self._x, config.embed_site, multiplier)
         for index in range(config.num_layers):
-            layer, site = weights.layers.pop(0), index * SITES_PER_LAYER
-            self._attention(layer, site, kv[index])
-            self._mlp(layer, site)
+            layer = weights.layers.pop(0)
+            self._attention(layer, index, kv[index])
+            self._mlp(layer, index)
         self._norm(weights.norm, self._x, self._last, of_logits=True)
         # A row's logits are scaled as they are written
-        scale = 1.0 / config.logits_scaling
-        program.linear(self._last, [Part(head, None)], self.logits, config.lm_head_site, scale=scale, of_logits=True)
+        form: Form = "capped" if config.logits_cap else "store"
+        scale = config.logits_cap or 1.0 / config.logits_scaling
+        program.linear(self._last, [Part(head, None)], self.logits, config.lm_head_site, form, scale, of_logits=True)
         program.find_best(self.logits, self.best)
 
-    def _attention(self, layer: LayerWeights, site: int, kv: Tensor) -> None:
-        config, program = self.config, self.program
-        heads, head_dim = config.num_heads, config.head_dim
-        scale = head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
-        norms, eps = None, 0.0
-        if layer.qk_norm is not None:  # a row for each query head and then each key head, the same within either
-            plain, eps = layer.qk_norm.plain.float(), layer.qk_norm.eps
-            norms = plain[0], plain[heads]
-        self._norm(layer.attention_norm, self._x, self._normed)
-        self._linear(layer.qkv, site + QKV, self._normed, self._qkv)
-        program.rotate_write(self._qkv, kv, heads, norms, eps)
-        program.attention(self._qkv, kv, self._mixed, heads, self.block_size, scale)
-        self._linear(layer.o, site + OUT, self._mixed, self._x, "add", config.residual_multiplier)
+    def _attention(self, layer: LayerWeights, index: int, kv: Tensor) -> None:
+        config, program, site = self.config, self.program, index * SITES_PER_LAYER
+        normed = self._normed_rows(layer.attention_norm)
+        self._linear(layer.qkv, site + QKV, normed, self._qkv)
+        program.rotate_write(
+            self._qkv,
+            kv,
+            config.num_heads,
+            self._qk_norms(layer),
+            config.rms_norm_eps,
+            rope=config.rope_of(index),
+            turned=config.turned(index),
+            interleaved=config.rope.interleaved,
+        )
+        how = config.attention_scale, config.window(index), config.attention_cap
+        program.attention(self._qkv, kv, self._mixed, config.num_heads, self.block_size, *how)
+        self._add(layer.o, site + OUT, self._mixed, layer.after_attention)
 
-    def _mlp(self, layer: LayerWeights, site: int) -> None:
-        self._norm(layer.mlp_norm, self._x, self._normed)
-        self._linear(layer.gate_up, site + GATE_UP, self._normed, self._inner, "gated")
-        self._linear(layer.down, site + DOWN, self._inner, self._x, "add", self.config.residual_multiplier)
+    def _qk_norms(self, layer: LayerWeights) -> tuple[Tensor, Tensor] | None:
+        """The weights of a layer's norms of queries and keys: of each head, or of all together."""
+        norm = layer.qk_norm
+        if isinstance(norm, ProjectionNorms):
+            return norm.q.plain.float(), norm.k.plain.float()
+        # A row for each query head and then each key head, the same within either
+        return None if norm is None else (norm.plain[0].float(), norm.plain[self.config.num_heads].float())
+
+    def _mlp(self, layer: LayerWeights, index: int) -> None:
+        normed, site = self._normed_rows(layer.mlp_norm), index * SITES_PER_LAYER
+        gate: Form = "gated_gelu" if self.config.gelu else "gated"
+        if isinstance(layer.mlp, Experts):
+            assert layer.after_mlp is None, "no family with experts has such a norm"
+            self._experts(layer.mlp, index, normed, gate)
+            return
+        self._linear(layer.mlp.gate_up, site + GATE_UP, normed, self._inner, gate)
+        self._add(layer.mlp.down, site + DOWN, self._inner, layer.after_mlp)
+
+    def _experts(self, experts: Experts, index: int, normed: Tensor, gate: Form) -> None:
+        config = self.config.experts
+        assert config is not None
+        self._linear(experts.router, index * SITES_PER_LAYER + ROUTER, normed, self._scores)
+        first = self.config.expert_site(index, 0)
+        packed: list[tuple[list[Part], Part]] = []
+        while experts.each:  # each is dropped when it has been packed
+            mlp, site = experts.each.pop(0), first + SITES_PER_EXPERT * len(packed)
+            [down] = self._parts(mlp.down, site + 1)
+            packed.append((self._parts(mlp.gate_up, site), down))
+        self.program.experts(
+            normed,
+            self._scores,
+            self._gathered,
+            self._expert_inner,
+            self._x,
+            packed,
+            first,
+            config.chosen,
+            normalised=config.normalised,
+            gate=gate,
+            scale=self.config.residual_multiplier,
+        )
+
+    def _normed_rows(self, norm: RmsNorm | None) -> Tensor:
+        """The residual stream as a projection reads it."""
+        if norm is None:
+            return self._x
+        self._norm(norm, self._x, self._normed)
+        return self._normed
+
+    def _add(self, linear: Linear, site: int, x: Tensor, norm: RmsNorm | None) -> None:
+        """Add a projection to the residual stream, through a norm if there is one."""
+        multiplier = self.config.residual_multiplier
+        if norm is None:
+            self._linear(linear, site, x, self._x, "add", multiplier)
+            return
+        self._linear(linear, site, x, self._normed)
+        self.program.rms_norm(self._normed, norm.plain.float() * multiplier, norm.eps, self._x, add=True)
 
     def _norm(self, norm: RmsNorm, x: Tensor, out: Tensor, *, of_logits: bool = False) -> None:
         self.program.rms_norm(x, norm.plain.float(), norm.eps, out, of_logits=of_logits)
@@ -88,11 +155,15 @@ class CompiledDecoder:
     def _linear(
         self, linear: Linear, site: int, x: Tensor, out: Tensor, form: Form = "store", scale: float = 1.0
     ) -> None:
-        widths = [part.out_features for part in self.config.sites()[site].parts]
+        self.program.linear(x, self._parts(linear, site), out, site, form, scale)
+
+    def _parts(self, linear: Linear, site: int) -> list[Part]:
+        """The packed projections of a site."""
+        fused = self.config.fused_width(site)
+        widths = [part.out_features for part in self._sites[site].parts] if fused is None else [fused, fused]
         biases = [None] * len(widths) if linear.bias is None else torch.split(linear.bias.float(), widths)
         weights = map(self._pack, torch.split(linear.weight, widths))
-        parts = [Part(*part) for part in zip(weights, biases, strict=True)]
-        self.program.linear(x, parts, out, site, form, scale)
+        return [Part(*part) for part in zip(weights, biases, strict=True)]
 
     def forward(self, step: structs.Step) -> None:
         """Write every token's K and V, and `logits` and `best` for the step's rows of logits."""

@@ -58,6 +58,13 @@ class CompiledRunner(Runner):
         ranks = MOST_PARTS * config.max_lora_rank
         self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
 
+    def check_model(self) -> None:
+        if self.model.gate_up_is_fused and self.model.intermediate_size % PANEL:
+            raise ValueError(
+                f"config.json: intermediate_size is {self.model.intermediate_size}, and kernels (--kernels) compiled "
+                f"take a gate_up_proj of a multiple of {PANEL}; kernels torch take any"
+            )
+
     def start(self, adapters: AdapterPool) -> None:
         self._layout = StepLayout(self.model, self.block_size, self.threads, self._shrunk, adapters.lookup)
 

@@ -41,7 +41,7 @@ class StepLayout:
     ) -> None:
         self._model, self._block_size, self._threads = model, block_size, threads
         self._shrunk, self._lookup = shrunk, lookup
-        self._rotary = Rotary(model.rope, model.head_dim)
+        self._rotaries = [Rotary(rope, model.head_dim) for rope in model.ropes]
         self._group = model.num_heads // model.num_kv_heads
 
     def lay_out(self, chunks: Sequence[Chunk]) -> CompiledStep:
@@ -59,7 +59,7 @@ class StepLayout:
         positions, tables = np.array(places, np.int64), np.array(blocks, np.int32)
         first_block = np.repeat(np.array(firsts), [chunk.length for chunk in ordered])
         slots = tables[first_block + positions // self._block_size] * self._block_size + positions % self._block_size
-        cosines, sines = self._rotary(torch.from_numpy(positions), torch.float32)
+        cosines, sines = self._angles(torch.from_numpy(positions))
         adapted, of_logits = adapted_rows(ordered), logit_rows(ordered)
         runs, logit_runs = (list(map(self._run, each)) for each in (adapted, of_logits.adapted(adapted)))
         queries = list(self._queries(ordered, [tables.ctypes.data + 4 * first for first in firsts]))
@@ -84,6 +84,13 @@ class StepLayout:
         )
         sampling = [chunk.request for chunk in ordered if chunk.samples]
         return CompiledStep(ordered, sampling, struct, (arrays, each, tables, cosines, sines, scratch))
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of each rope, (ropes, T, 1, head_dim)."""
+        each = [rotary(positions, torch.float32) for rotary in self._rotaries]
+        if len(each) == 1:
+            return each[0].cos, each[0].sin
+        return torch.stack([angles.cos for angles in each]), torch.stack([angles.sin for angles in each])
 
     def _run(self, rows: AdaptedRows) -> structs.Run:
         return structs.Run(rows.first, rows.last, self._lookup(rows.adapter).ctypes.data)

@@ -1,5 +1,6 @@
 """The decoder on Triton kernels: one launch between two projections, and two launches a site for adapters."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from kernels import kv_write, paged_attention, rms_norm, silu_mul, tuned
 from runtime.gpu.step_inputs import StepInputs
+from runtime.gpu.step_lora import StepLora
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
-from runtime.models.decoder import Lora
-from runtime.models.layers import RmsNorm, inverse_frequencies
-from runtime.models.weights import LayerWeights, Weights
+from runtime.models.layers import ProjectionNorms, RmsNorm, inverse_frequencies, rounded_to
+from runtime.models.weights import LayerWeights, Mlp, Weights
 
 
 class FusedDecoder:
@@ -23,13 +24,15 @@ class FusedDecoder:
     def __init__(self, config: ModelConfig, weights: Weights, block_size: int, gpu: str):
         self.config = config
         self.weights = weights
-        self.scale = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.embedding.device)
-        self.rotary_scale = 1.0 if config.rope.attention_factor is None else config.rope.attention_factor
+        self.frequencies = [
+            inverse_frequencies(rope, config.head_dim).to(weights.embedding.device) for rope in config.ropes
+        ]
+        self.embedding_scale = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
+        self.gated = silu_mul.gelu_mul if config.gelu else silu_mul.silu_mul
         self.block_size = block_size
         self.gpu = gpu
 
-    def forward(self, step: StepInputs, kv: list[Tensor], lora: Lora | None) -> Tensor:
+    def forward(self, step: StepInputs, kv: list[Tensor], lora: StepLora | None) -> Tensor:
         """Write every token's K and V, and return the logits of the step's `logit_rows`, (n, vocab).
 
         The logits are in the model's dtype, or in float32 if the model scales them. With `lora` None, exactly the
@@ -39,44 +42,51 @@ class FusedDecoder:
         x = F.embedding(step.token_ids, weights.embedding)
         if lora is not None:
             lora.embed(step.token_ids, x)
-        if config.embedding_multiplier != 1.0:
-            x.mul_(config.embedding_multiplier)
-        normed = self._norm(weights.layers[0].attention_norm, x)
+        if self.embedding_scale != 1.0:
+            x.mul_(self.embedding_scale)
+        first = weights.layers[0].attention_norm
+        normed = x if first is None else self._norm(first, x)
         for index, layer in enumerate(weights.layers):
             site = index * SITES_PER_LAYER
-            mixed = self._attention(layer, site, normed, step, kv[index], lora)
-            normed = self._add_norm(x, self._project(layer, OUT, site, mixed, lora), layer.mlp_norm)
+            mixed = self._attention(layer, index, normed, step, kv[index], lora)
+            normed = self._add(x, self._project(layer, OUT, site, mixed, lora), layer.after_attention, layer.mlp_norm)
             gate_up = self._project(layer, GATE_UP, site, normed, lora)
-            inner = silu_mul.silu_mul(gate_up, self._tuned("silu_mul", len(x)))
+            inner = self.gated(gate_up, self._tuned("silu_mul", len(x)))
             down = self._project(layer, DOWN, site, inner, lora)
-            if index + 1 < len(weights.layers):
-                normed = self._add_norm(x, down, weights.layers[index + 1].attention_norm)
-            else:
-                x.add_(down, alpha=config.residual_multiplier)
+            following = weights.layers[index + 1].attention_norm if index + 1 < len(weights.layers) else None
+            normed = self._add(x, down, layer.after_mlp, following)
         last = self._norm(weights.norm, x.index_select(0, step.logit_rows))
         logits = weights.lm_head(last)
         if lora is not None:
             lora.apply_logits(last, logits)
+        if config.logits_cap:
+            return (logits.float() / config.logits_cap).tanh_() * config.logits_cap
         return logits if config.logits_scaling == 1.0 else logits.float() / config.logits_scaling
 
     def _attention(
-        self, layer: LayerWeights, site: int, normed: Tensor, step: StepInputs, kv: Tensor, lora: Lora | None
+        self, layer: LayerWeights, index: int, normed: Tensor, step: StepInputs, kv: Tensor, lora: StepLora | None
     ) -> Tensor:
-        config, rows, decodes = self.config, len(normed), step.decodes
+        config, rows, decodes, site = self.config, len(normed), step.decodes, index * SITES_PER_LAYER
+        scale, window, cap = config.attention_scale, config.window(index), config.attention_cap
         q_heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         heads = self._project(layer, QKV, site, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
-        norm = layer.qk_norm
+        norm, rope = layer.qk_norm, config.rope_of(index)
+        if isinstance(norm, ProjectionNorms):
+            self._norm_projections(norm, heads)
+            norm = None
         kv_write.qkv_write(
             heads,
             step.positions,
             step.slot_mapping,
-            self.frequencies,
+            self.frequencies[rope],
             None if norm is None else norm.plain[0],
             None if norm is None else norm.plain[q_heads],
             config.rms_norm_eps,
             kv,
-            self.rotary_scale,
+            config.ropes[rope].attention_factor or 1.0,
             self._tuned("qkv_write", rows),
+            config.turned(index),
+            config.rope.interleaved,
         )
         q = heads[:, :q_heads]
         out = torch.empty((rows, q_heads, head_dim), dtype=q.dtype, device=q.device)
@@ -88,9 +98,11 @@ class FusedDecoder:
                 tables[:decodes],
                 contexts[:decodes],
                 self.block_size,
-                self.scale,
+                scale,
                 out[:decodes],
                 self._tuned("paged_decode", decodes),
+                window,
+                cap,
             )
         if decodes < rows:
             paged_attention.paged_prefill(
@@ -100,14 +112,17 @@ class FusedDecoder:
                 contexts[decodes:],
                 step.query_starts,
                 self.block_size,
-                self.scale,
+                scale,
                 out[decodes:],
-                self._tuned("paged_prefill", rows - decodes),
+                self._tuned("paged_prefill", rows - decodes).of_heads(head_dim),
+                window,
+                cap,
             )
         return out.view(rows, -1)
 
-    def _project(self, layer: LayerWeights, which: int, site: int, x: Tensor, lora: Lora | None) -> Tensor:
-        linear = (layer.qkv, layer.o, layer.gate_up, layer.down)[which]
+    def _project(self, layer: LayerWeights, which: int, site: int, x: Tensor, lora: StepLora | None) -> Tensor:
+        assert isinstance(layer.mlp, Mlp), "the runner refuses experts"
+        linear = (layer.qkv, layer.o, *layer.mlp)[which]
         y = linear(x)
         if lora is not None:
             lora.apply(site + which, x, y)
@@ -115,6 +130,22 @@ class FusedDecoder:
 
     def _norm(self, norm: RmsNorm, x: Tensor) -> Tensor:
         return rms_norm.rms_norm(x, norm.weight, norm.floor, self._tuned("rms_norm", len(x)))
+
+    def _norm_projections(self, norms: ProjectionNorms, heads: Tensor) -> None:
+        """Normalise all query heads together, and all key heads, in place."""
+        rows, first = heads.flatten(1), 0
+        for norm in norms:
+            columns = rows[:, first : first + len(norm.plain)]
+            columns.copy_(self._norm(norm, columns))
+            first += len(norm.plain)
+
+    def _add(self, residual: Tensor, y: Tensor, after: RmsNorm | None, norm: RmsNorm | None) -> Tensor:
+        """Add to the residual stream, through `after` if there is one; returns what the next projection reads."""
+        if after is not None:
+            y = self._norm(after, y)
+        if norm is not None:
+            return self._add_norm(residual, y, norm)
+        return residual.add_(y, alpha=self.config.residual_multiplier)
 
     def _add_norm(self, residual: Tensor, y: Tensor, norm: RmsNorm) -> Tensor:
         alpha, config = self.config.residual_multiplier, self._tuned("add_rms_norm", len(y))

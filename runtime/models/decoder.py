@@ -1,16 +1,20 @@
 """A decoder-only transformer over a paged K/V cache; after every projection, adapters add to its output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.elementwise import kv_write, rotary, silu_mul
+from kernels.cpu.elementwise import gelu_mul, kv_write, rotary, silu_mul
 from kernels.cpu.paged_attention import AttentionGroup, paged_attention
-from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
-from runtime.models.layers import Linear, Rotary
-from runtime.models.weights import LayerWeights, Weights
+from runtime.models.config import GATE_UP, OUT, QKV, ROUTER, SITES_PER_LAYER, ModelConfig
+from runtime.models.layers import Angles, Linear, RmsNorm, Rotary, rounded_to
+from runtime.models.weights import Experts, LayerWeights, Mlp, Weights
+
+Groups = Mapping[int, Sequence[AttentionGroup]]  # by the window of a layer's attention; 0: the whole context
 
 
 class Lora(Protocol):
@@ -22,6 +26,10 @@ class Lora(Protocol):
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None: ...
 
+    def of_rows(self, rows: Tensor) -> "Lora | None":
+        """The adapters of some rows, (n,) in ascending order, which lie side by side from now on; None for none."""
+        ...
+
 
 class Decoder:
     """The forward pass of one model. It holds weights and no other state, and runs without autograd."""
@@ -29,8 +37,9 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config = config
         self.weights = weights
-        self.rotary = Rotary(config.rope, config.head_dim, weights.embedding.device)
-        self.scale = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        self.rotaries = [Rotary(rope, config.head_dim, weights.embedding.device) for rope in config.ropes]
+        self.gated = gelu_mul if config.gelu else silu_mul
+        self.embedding_scale = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
 
     def forward(
         self,
@@ -38,32 +47,36 @@ class Decoder:
         positions: Tensor,
         slots: Tensor,
         kv: list[Tensor],
-        groups: Sequence[AttentionGroup],
+        groups: Groups,
         logit_rows: Tensor,
         lora: Lora | None,
     ) -> Tensor:
         """Write every token's K and V, and return the logits of `logit_rows`, (n, vocab) float32.
 
         `token_ids`, `positions` and `slots` (the slot mapping: where each token's K/V is written) are (T,) int64,
-        `kv` has a tensor (slots, 2, kv_heads, head_dim) for each layer, `logit_rows` is (n,) int64. With `lora` None,
-        exactly the operations of a model without adapters run.
+        `kv` has a tensor (slots, 2, kv_heads, head_dim) for each layer, `groups` the attention of each window of
+        `config.windows`, `logit_rows` is (n,) int64. With `lora` None, exactly the operations of a model without
+        adapters run.
         """
         config, weights = self.config, self.weights
         x = F.embedding(token_ids, weights.embedding)
         if lora is not None:
             lora.embed(token_ids, x)
-        if config.embedding_multiplier != 1.0:
-            x = x * config.embedding_multiplier
-        angles = self.rotary(positions, x.dtype)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        angles = [rotary(positions, x.dtype) for rotary in self.rotaries]
         for index, layer in enumerate(weights.layers):
             site = index * SITES_PER_LAYER
-            x = self._attention(layer, site, x, angles, slots, kv[index], groups, lora)
-            x = self._mlp(layer, site, x, lora)
+            turns = angles[config.rope_of(index)] if config.turned(index) else None
+            x = self._attention(layer, site, x, turns, slots, kv[index], groups[config.window(index)], lora)
+            x = self._mlp(layer, index, x, lora)
         x = weights.norm(x.index_select(0, logit_rows))
         logits = weights.lm_head(x)
         if lora is not None:
             lora.apply_logits(x, logits)
         logits = logits.float()
+        if config.logits_cap:
+            return (logits / config.logits_cap).tanh_() * config.logits_cap
         return logits if config.logits_scaling == 1.0 else logits / config.logits_scaling
 
     def _attention(
@@ -71,7 +84,7 @@ class Decoder:
         layer: LayerWeights,
         site: int,
         x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles | None,
         slots: Tensor,
         kv: Tensor,
         groups: Sequence[AttentionGroup],
@@ -79,24 +92,53 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         rows, q_heads, kv_heads, head_dim = len(x), config.num_heads, config.num_kv_heads, config.head_dim
-        normed = layer.attention_norm(x)
+        normed = _normed(layer.attention_norm, x)
         heads = _project(layer.qkv, site + QKV, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
         # Queries, keys and values lie side by side, so one call rotates queries and keys in place, and one writes keys
         # and values to the cache
         turned = heads[:, : q_heads + kv_heads]
         source = turned if layer.qk_norm is None else layer.qk_norm(turned)
-        rotary(source, *angles, out=turned)
+        if angles is not None:
+            rotary(source, angles.cos, angles.sin, turned, angles.partner)
+        elif source is not turned:
+            turned.copy_(source)
         kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
-        mixed = paged_attention(heads[:, :q_heads], kv, groups, self.scale)
-        return self._add(x, _project(layer.o, site + OUT, mixed, lora))
+        mixed = paged_attention(heads[:, :q_heads], kv, groups, config.attention_scale, config.attention_cap)
+        return self._add(x, _normed(layer.after_attention, _project(layer.o, site + OUT, mixed, lora)))
 
-    def _mlp(self, layer: LayerWeights, site: int, x: Tensor, lora: Lora | None) -> Tensor:
-        normed = layer.mlp_norm(x)
-        inner = silu_mul(_project(layer.gate_up, site + GATE_UP, normed, lora))
-        return self._add(x, _project(layer.down, site + DOWN, inner, lora))
+    def _mlp(self, layer: LayerWeights, index: int, x: Tensor, lora: Lora | None) -> Tensor:
+        normed, mlp = _normed(layer.mlp_norm, x), layer.mlp
+        if isinstance(mlp, Experts):
+            out = self._experts(mlp, index, normed, lora)
+        else:
+            out = self._gated_mlp(mlp, index * SITES_PER_LAYER + GATE_UP, normed, lora)
+        return self._add(x, _normed(layer.after_mlp, out))
+
+    def _gated_mlp(self, mlp: Mlp, site: int, x: Tensor, lora: Lora | None) -> Tensor:
+        return _project(mlp.down, site + 1, self.gated(_project(mlp.gate_up, site, x, lora)), lora)
+
+    def _experts(self, experts: Experts, index: int, x: Tensor, lora: Lora | None) -> Tensor:
+        """Each row's chosen experts, weighted: an expert computes its rows together."""
+        config = self.config.experts
+        assert config is not None
+        scores = _project(experts.router, index * SITES_PER_LAYER + ROUTER, x, lora).float().softmax(-1)
+        weights, chosen = scores.topk(config.chosen)
+        if config.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            own = None if lora is None else lora.of_rows(rows)
+            y = self._gated_mlp(experts.each[expert], self.config.expert_site(index, expert), x[rows], own)
+            out.index_add_(0, rows, y * weights[rows, place, None].to(y.dtype))
+        return out
 
     def _add(self, residual: Tensor, y: Tensor) -> Tensor:
         return residual.add_(y, alpha=self.config.residual_multiplier)
+
+
+def _normed(norm: RmsNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 def _project(linear: Linear, site: int, x: Tensor, lora: Lora | None) -> Tensor:

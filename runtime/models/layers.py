@@ -1,6 +1,7 @@
 """The pieces of a decoder layer that hold tensors: linear projections, norms and rotary angles."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,11 @@ from torch import Tensor
 from kernels.cpu import onednn
 from kernels.cpu.elementwise import rms_norm
 from runtime.models.config import RopeConfig
+
+
+def rounded_to(dtype: torch.dtype, value: float) -> float:
+    """Return the nearest value of a dtype."""
+    return float(torch.tensor(value, dtype=dtype))
 
 
 class Linear:
@@ -35,7 +41,7 @@ class RmsNorm:
 
     def __init__(self, weight: Tensor, eps: float):
         size = weight.shape[-1]
-        self.plain, self.eps = weight, eps  # as in the checkpoint
+        self.plain, self.eps = weight, eps  # what x / sqrt(mean(x²) + eps) is multiplied by
         # The kernels divide by the length of x, not by its root mean square; weight and floor have the factor √n
         self.weight = weight.float() * size**0.5
         self.floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
@@ -44,33 +50,84 @@ class RmsNorm:
         return rms_norm(x, self.weight, self.floor)
 
 
+class ProjectionNorms(NamedTuple):
+    """An RMSNorm of all query heads together and one of all key heads."""
+
+    q: RmsNorm
+    k: RmsNorm
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Normalise query and key heads that lie side by side, (T, heads, d)."""
+        flat = heads.flatten(1)
+        q, k = flat.split([len(self.q.plain), len(self.k.plain)], 1)
+        return torch.cat((self.q(q), self.k(k)), 1).view(heads.shape)
+
+
 class Rotary:
     """The cosines and sines of RoPE, computed at each step, so that no table needs memory or a longest position."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device | str = "cpu"):
         frequencies = inverse_frequencies(rope, head_dim)
-        # The first half is negated: cosines stay the same, and sines have the sign that the rotation needs there
-        self.frequencies = torch.cat((-frequencies, frequencies)).to(device)
+        first, second = rotated_pairs(rope, head_dim)
+        # The first of a pair is negated: cosines stay the same, and sines have the sign that the rotation needs there
+        self.frequencies = torch.empty(head_dim)
+        self.frequencies[first], self.frequencies[second] = -frequencies, frequencies
+        self.frequencies = self.frequencies.to(device)
+        partner = torch.empty(head_dim, dtype=torch.int64)
+        partner[first], partner[second] = second, first
+        apart = head_dim // 2
+        self.partner = None if torch.equal(partner, torch.arange(head_dim).roll(apart)) else partner.to(device)
         self.scale = 1.0 if rope.attention_factor is None else rope.attention_factor
+        self.turned = (torch.arange(head_dim) < rope.rotary_dim(head_dim)).to(device)
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> "Angles":
         """Return cosines and signed sines for `kernels.cpu.elementwise.rotary`, (T, 1, head_dim) in `dtype`."""
         angles = positions[:, None, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin_()
         if self.scale != 1.0:
-            cos, sin = cos * self.scale, sin * self.scale
-        return cos.to(dtype), sin.to(dtype)
+            cos, sin = torch.where(self.turned, cos * self.scale, cos), sin * self.scale
+        return Angles(cos.to(dtype), sin.to(dtype), self.partner)
+
+
+class Angles(NamedTuple):
+    """What the dimensions of a head turn by; those that do not turn have the cosine 1 and the sine 0."""
+
+    cos: Tensor
+    sin: Tensor  # negated for the first dimension of each pair
+    partner: Tensor | None  # (head_dim,), the other dimension of each pair; None: the one half a head away
+
+
+def rotated_pairs(rope: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the first and the second dimension of each pair, (head_dim / 2,) each; those that turn come first."""
+    turned = rope.rotary_dim(head_dim)
+    pairs, rest = torch.arange(turned // 2), torch.arange(turned, head_dim)
+    first, second = (2 * pairs, 2 * pairs + 1) if rope.interleaved else (pairs, pairs + turned // 2)
+    kept = rest.chunk(2) if len(rest) else (rest, rest)
+    return torch.cat((first, kept[0])), torch.cat((second, kept[1]))
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Return the angle of each pair of dimensions per position, (head_dim / 2,) float32, as transformers scales it."""
-    frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    """Return the angle of each pair of dimensions per position, as transformers scales it.
+
+    It is (head_dim / 2,) float32, and 0 for the last pairs, which do not turn.
+    """
+    turned = rope.rotary_dim(head_dim)
+    frequencies = torch.zeros(head_dim // 2)
+    frequencies[: turned // 2] = _scaled(rope, turned)
+    return frequencies
+
+
+def _scaled(rope: RopeConfig, dims: int) -> Tensor:
+    powers = rope.theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    if rope.type == "longrope":
+        return 1.0 / (torch.tensor(rope.long_factor if rope.long else rope.short_factor) * powers)
+    frequencies = 1.0 / powers
     if rope.type == "linear":
         return frequencies / rope.factor
     if rope.type == "llama3":
         return _llama3(rope, frequencies)
     if rope.type == "yarn":
-        return _yarn(rope, frequencies, head_dim)
+        return _yarn(rope, frequencies, dims)
     return frequencies
 
 

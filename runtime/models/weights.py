@@ -1,6 +1,6 @@
 """Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
-from runtime.models.layers import Linear, RmsNorm
+from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig, Site
+from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
+from runtime.models.text_part import is_vision, text_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,13 +26,28 @@ class InvalidCheckpoint(ValueError):
 class LayerWeights(NamedTuple):
     """The weights of one layer."""
 
-    attention_norm: RmsNorm
+    attention_norm: RmsNorm | None
     qkv: Linear
-    qk_norm: RmsNorm | None  # a row for each query head and then each key head
+    qk_norm: RmsNorm | ProjectionNorms | None  # of heads: a row for each query head and then each key head
     o: Linear
-    mlp_norm: RmsNorm
+    after_attention: RmsNorm | None
+    mlp_norm: RmsNorm | None
+    mlp: "Mlp | Experts"
+    after_mlp: RmsNorm | None
+
+
+class Mlp(NamedTuple):
+    """One gated MLP."""
+
     gate_up: Linear
     down: Linear
+
+
+class Experts(NamedTuple):
+    """Routed experts, each a gated MLP."""
+
+    router: Linear
+    each: list[Mlp]
 
 
 class Weights(NamedTuple):
@@ -39,6 +55,17 @@ class Weights(NamedTuple):
     layers: list[LayerWeights]
     norm: RmsNorm
     lm_head: Linear
+
+
+class _Stored(NamedTuple):
+    """A tensor in an open file, under the file's own name."""
+
+    file: Any
+    name: str
+
+    def tensor(self) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(self.name)
+        return tensor
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -77,22 +104,38 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         for site, bias in zip(_layer_sites(sites, layer), _site_biases(config), strict=True):
-            for module, out in site.parts:
-                shapes[f"{module}.weight"] = (out, site.in_features)
-                if bias:
-                    shapes[f"{module}.bias"] = (out,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= _site_shapes(site, bias)
+        for norm in filter(None, config.norms):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
-        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (config.head_dim,)
+        for norm, heads in _qk_norms(config).items():
+            shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (heads * config.head_dim,)
+    for site in sites[config.lm_head_site + 1 :]:
+        shapes |= _site_shapes(site, bias=False)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
+def _site_shapes(site: Site, bias: bool) -> Shapes:
+    shapes: Shapes = {}
+    for module, out in site.parts:
+        shapes[f"{module}.weight"] = (out, site.in_features)
+        if bias:
+            shapes[f"{module}.bias"] = (out,)
+    return shapes
+
+
 def _layer_sites(sites: Sequence[Site], layer: int) -> Sequence[Site]:
     return sites[layer * SITES_PER_LAYER : (layer + 1) * SITES_PER_LAYER]
+
+
+def _qk_norms(config: ModelConfig) -> dict[str, int]:
+    """Return the norms of queries and keys, each with the heads that its weights cover."""
+    if config.qk_norm == "none":
+        return {}
+    whole = config.qk_norm == "projections"
+    return {"q_norm": config.num_heads if whole else 1, "k_norm": config.num_kv_heads if whole else 1}
 
 
 def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
@@ -125,17 +168,29 @@ class _Assembly:
         )
 
     def _layer(self, index: int) -> LayerWeights:
-        prefix = f"model.layers.{index}"
-        qkv, o, gate_up, down = map(self._linear, _layer_sites(self.sites, index))
+        prefix, norms = f"model.layers.{index}", self.config.norms
+        qkv, o = map(self._linear, _layer_sites(self.sites, index)[:GATE_UP])
         return LayerWeights(
-            attention_norm=self._norm(f"{prefix}.input_layernorm.weight"),
+            attention_norm=self._layer_norm(prefix, norms.attention),
             qkv=qkv,
-            qk_norm=self._qk_norm(f"{prefix}.self_attn") if self.config.qk_norm else None,
+            qk_norm=self._qk_norm(f"{prefix}.self_attn"),
             o=o,
-            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=gate_up,
-            down=down,
+            after_attention=self._layer_norm(prefix, norms.after_attention),
+            mlp_norm=self._layer_norm(prefix, norms.mlp),
+            mlp=self._experts(index)
+            if self.config.has_experts(index)
+            else self._mlp(index * SITES_PER_LAYER + GATE_UP),
+            after_mlp=self._layer_norm(prefix, norms.after_mlp),
         )
+
+    def _mlp(self, site: int) -> Mlp:
+        return Mlp(*map(self._linear, self.sites[site : site + 2]))
+
+    def _experts(self, layer: int) -> Experts:
+        assert self.config.experts is not None
+        router = self._linear(self.sites[layer * SITES_PER_LAYER + ROUTER])
+        experts = range(self.config.experts.count)
+        return Experts(router, [self._mlp(self.config.expert_site(layer, expert)) for expert in experts])
 
     def _linear(self, site: Site) -> Linear:
         biases = [f"{part.module}.bias" for part in site.parts]
@@ -143,13 +198,21 @@ class _Assembly:
         return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias, pack=self.pack)
 
     def _norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self._stacked([name]), self.config.rms_norm_eps)
+        weight, offset = self._stacked([name]), self.config.norm_offset
+        return RmsNorm(weight.float() + offset if offset else weight, self.config.rms_norm_eps)
 
-    def _qk_norm(self, attention: str) -> RmsNorm:
-        """Build one norm for queries and keys, which lie side by side: a row of weights for each head."""
-        q, k = (self._stacked([f"{attention}.{name}.weight"]) for name in ("q_norm", "k_norm"))
-        heads = torch.cat((q.expand(self.config.num_heads, -1), k.expand(self.config.num_kv_heads, -1)))
-        return RmsNorm(heads, self.config.rms_norm_eps)
+    def _layer_norm(self, layer: str, name: str | None) -> RmsNorm | None:
+        return None if name is None else self._norm(f"{layer}.{name}.weight")
+
+    def _qk_norm(self, attention: str) -> RmsNorm | ProjectionNorms | None:
+        """Build the norm of queries and keys, which lie side by side: of heads, a row of weights for each."""
+        if self.config.qk_norm == "none":
+            return None
+        q, k = (self._norm(f"{attention}.{name}.weight") for name in ("q_norm", "k_norm"))
+        if self.config.qk_norm == "projections":
+            return ProjectionNorms(q, k)
+        heads = (q.plain.expand(self.config.num_heads, -1), k.plain.expand(self.config.num_kv_heads, -1))
+        return RmsNorm(torch.cat(heads), self.config.rms_norm_eps)
 
     def _stacked(self, names: Sequence[str]) -> Tensor:
         """Stack the named tensors along the first dimension, each copied from the file into the result directly."""
@@ -176,27 +239,28 @@ def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
 
 def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack) -> Read:
     """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
-    found: dict[str, Any] = {}
+    found: dict[str, _Stored] = {}
     for path in _files(directory):
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
-        for name in file.offset_keys():
+        for stored_name in file.offset_keys():
+            name = text_name(stored_name)
             if name in found:
                 raise InvalidCheckpoint(f"tensor {name} is in {path.name} and in another file of the checkpoint")
-            found[name] = file
+            found[name] = _Stored(file, stored_name)
     _check_tied_head(config, found)
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq") or (config.vision and is_vision(name))}
     if config.tie_embeddings:
         ignored.add(HEAD)
     _check_names(shapes, found.keys() - ignored)
     for name, shape in shapes.items():
-        _check_tensor(name, shape, found[name].get_slice(name))
+        file, stored_name = found[name]
+        _check_tensor(name, shape, file.get_slice(stored_name))
 
     def read(name: str) -> Tensor:
-        tensor: Tensor = found[name].get_tensor(name)
-        return tensor
+        return found[name].tensor()
 
     return read
 
@@ -234,9 +298,9 @@ def _check_tensor(name: str, shape: tuple[int, ...], entry: Any) -> None:
         raise InvalidCheckpoint(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(FLOATS)}")
 
 
-def _check_tied_head(config: ModelConfig, found: dict[str, Any]) -> None:
+def _check_tied_head(config: ModelConfig, found: Mapping[str, _Stored]) -> None:
     """Refuse a head that differs from the embedding, although the configuration ties them; an equal copy is ignored."""
     if not config.tie_embeddings or not {HEAD, EMBEDDING} <= found.keys():
         return
-    if not torch.equal(found[HEAD].get_tensor(HEAD), found[EMBEDDING].get_tensor(EMBEDDING)):
+    if not torch.equal(found[HEAD].tensor(), found[EMBEDDING].tensor()):
         raise InvalidCheckpoint(f"{HEAD} differs from {EMBEDDING}, although tie_word_embeddings is true")

@@ -52,12 +52,16 @@ def test_what_is_much_is_read_16_bytes_at_a_time(compiled: list[dict[str, Any]])
 
 
 def launches(dtype: str) -> Iterator[Any]:
-    """Calls that launch every kernel as it is launched when nothing has been tuned, at Qwen3-8B's shapes."""
+    """Calls that launch every kernel as it is launched when nothing has been tuned, at Qwen3-8B's shapes.
+
+    Attention also at Gemma 2's, whose heads of 256 need the most memory, with a window and capped scores, and the write
+    to the cache of heads of which half turns.
+    """
     import torch
 
-    from kernels import grouped_lora, tuned
+    from kernels import grouped_lora, silu_mul, tuned
     from kernels.lora_tiles import Tiles
-    from kernels.tune import tuner
+    from kernels.tune import attention, tuner
     from kernels.tune.lora import lora_cases
     from kernels.tune.rows import ModelShape
     from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
@@ -68,6 +72,21 @@ def launches(dtype: str) -> Iterator[Any]:
         heights = {each.height for each in inputs if isinstance(each, Tiles)}
         if heights <= {DECODE_HEIGHT, PREFILL_HEIGHT}:
             yield partial(case.launch, *inputs, config=config)
+    gemma = model._replace(q_heads=16, kv_heads=8, head_dim=256)
+    cases = attention.decode_case(gemma, 32, 64), attention.prefill_case(gemma, 256, 320)
+    for case, options in (
+        (cases[0], {"window": 4096, "cap": 50.0}),
+        (cases[1], {"window": 4096, "cap": 50.0}),
+        (cases[0], {"cap": 50.0}),
+        (cases[1], {}),
+        (attention.write_case(gemma, 32), {"rotary_dim": 128, "interleaved": True}),
+    ):
+        config = tuned.lookup("", case.kernel, case.rows, model.dtype).config
+        if case.kernel == "paged_prefill":
+            config = config.of_heads(gemma.head_dim)
+        yield partial(case.launch, *case.prepare(0), config=config, **options)
+    gates = model.random(0, 32, 2 * model.intermediate)
+    yield partial(silu_mul.gelu_mul, gates)
     shrink, _ = lora_cases(model, 32, 8, 16, "decode")
     _, site, arena, table, tiles, ranks = shrink.prepare(0)
     token_ids, t = torch.zeros(32, dtype=torch.int64), torch.empty(32, 1, ranks)

@@ -49,28 +49,37 @@ class Case:
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random).to(DEVICE)
 
-    def write(self, module: ModuleType, *options: object) -> tuple[Tensor, Tensor]:
+    def write(self, module: ModuleType, *options: object, **turning: object) -> tuple[Tensor, Tensor]:
         """The wide rows and the cache after the write; those of the case do not change."""
         wide, kv = self.wide.clone(), self.kv.clone()
         qkv = wide[:, : self.qkv.shape[1]]
-        module.qkv_write(qkv, self.positions, self.slots, self.frequencies, *self.weights, EPS, kv, *options)
+        module.qkv_write(qkv, self.positions, self.slots, self.frequencies, *self.weights, EPS, kv, *options, **turning)
         return wide, kv
 
-    def exact(self, scale: float) -> tuple[Tensor, Tensor]:
+    def exact(self, scale: float, dims: int | None = None, interleaved: bool = False) -> tuple[Tensor, Tensor]:
         """Turned queries and keys of all tokens, and the sum of the absolute values of the two products of each."""
         x = self.qkv[:, : self.heads + self.kv_heads].double()
         q_weight, k_weight = self.weights
         if q_weight is not None:
             weight = torch.cat((q_weight.expand(self.heads, -1), k_weight.expand(self.kv_heads, -1))).double()
             x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
-        a, b = x.chunk(2, -1)
-        angles = (self.positions.float()[:, None, None] * self.frequencies).double()  # an angle is a float32 product
+        dims = self.head_dim if dims is None else dims
+        x, kept = x[..., :dims], x[..., dims:]
+        pairs = torch.arange(dims).view(-1, 2) if interleaved else torch.arange(dims).view(2, -1).T
+        a, b = x[..., pairs[:, 0]], x[..., pairs[:, 1]]
+        frequencies = self.frequencies[: dims // 2]
+        angles = (self.positions.float()[:, None, None] * frequencies).double()  # an angle is a float32 product
         cos, sin = angles.cos() * scale, angles.sin() * scale
         terms = torch.stack((a * cos, -b * sin)), torch.stack((b * cos, a * sin))
-        return torch.cat([term.sum(0) for term in terms], -1), torch.cat([term.abs().sum(0) for term in terms], -1)
+        order = pairs.T.flatten().argsort()
+        turned = torch.cat([term.sum(0) for term in terms], -1)[..., order]
+        products = torch.cat([term.abs().sum(0) for term in terms], -1)[..., order]
+        return torch.cat((turned, kept), -1), torch.cat((products, kept.abs()), -1)
 
-    def check(self, wide: Tensor, kv: Tensor, scale: float = 1.0) -> None:
-        exact, products = self.exact(scale)
+    def check(
+        self, wide: Tensor, kv: Tensor, scale: float = 1.0, dims: int | None = None, interleaved: bool = False
+    ) -> None:
+        exact, products = self.exact(scale, dims, interleaved)
         # Norm, cosine or sine, product and sum are each rounded to the dtype.
         bound = (4 * ROUNDING[kv.dtype] + PRODUCT_ROUNDING) * products + 2**-24
         kept = self.slots >= 0
@@ -96,6 +105,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def test_the_write_is_its_formula_and_touches_nothing_else(write: ModuleType, norm: bool, shape, dtype) -> None:
     case = Case(shape, dtype, norm)
     case.check(*case.write(write))
+
+
+@NORMS
+@TWINS
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("dims", [0, 2, 12, 16, 24])
+def test_some_dimensions_turn_in_pairs_and_the_others_stay(
+    write: ModuleType, dims: int, interleaved: bool, norm: bool
+) -> None:
+    case, turning = Case((6, 2, 24), torch.float32, norm), {"rotary_dim": dims, "interleaved": interleaved}
+    case.check(*case.write(write, 1.3, **turning), 1.3, dims, interleaved)
 
 
 @DTYPES

@@ -74,16 +74,19 @@ class Pool:
         """A slice of a wider tensor, as the fused projection makes them."""
         return self.randn(rows, self.heads + 2 * self.kv_heads, self.head_dim)[:, : self.heads]
 
-    def check(self, actual: Tensor, query: Tensor, table: list[int], seen: int) -> None:
+    def check(
+        self, actual: Tensor, query: Tensor, table: list[int], seen: int, window: int = 0, cap: float = 0.0
+    ) -> None:
         """A row against its attention over the first `seen` tokens, each error bounded by the roundings behind it."""
-        context = self.kv[self.slots(table, seen)].double().cpu()
+        context = self.kv[self.slots(table, seen)[-window:]].double().cpu()
         k, v = context.repeat_interleave(self.heads // self.kv_heads, 2).permute(1, 2, 0, 3)
         q = query.double().cpu()[:, None]
-        weights = ((q * k).sum(-1) * SCALE).softmax(-1)[..., None]
+        scores = (q * k).sum(-1) * SCALE
+        weights = (cap * (scores / cap).tanh() if cap else scores).softmax(-1)[..., None]
         exact = (weights * v).sum(1)
         # A score errs by a few units of its partial sums, its weight by twice that, as the total does.
         largest = ((q * k).abs().sum(-1) * SCALE).amax(-1, keepdim=True) if seen else torch.zeros(1)
-        error = ROUNDING[self.dtype] + 8 * 2**-24 * (largest + 1)
+        error = ROUNDING[self.dtype] + 8 * 2**-24 * (largest + 1 + 2 * cap)
         bound = ROUNDING[self.dtype] * exact.abs() + error * (weights * v.abs()).sum(1) + 2**-24
         assert ((actual.double().cpu() - exact).abs() <= bound).all()
 
@@ -92,9 +95,11 @@ def int32(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def decode(attention: ModuleType, pool: Pool, q: Tensor, tables: Tensor, lengths: list[int], *config: object) -> Tensor:
+def decode(
+    attention: ModuleType, pool: Pool, q: Tensor, tables: Tensor, lengths: list[int], *config: object, **options: object
+) -> Tensor:
     out = torch.full((len(q), pool.heads * pool.head_dim), NAN, dtype=pool.dtype, device=DEVICE).view(q.shape)
-    attention.paged_decode(q, pool.kv, tables, int32(lengths), pool.block_size, SCALE, out, *config)
+    attention.paged_decode(q, pool.kv, tables, int32(lengths), pool.block_size, SCALE, out, *config, **options)
     return out
 
 
@@ -278,3 +283,61 @@ def test_a_batch_of_no_rows_is_no_launch() -> None:
     none = torch.empty((0, SMALL[0], SMALL[2]), device=DEVICE)
     kernels.paged_decode(none, pool.kv, pool.tables([[]])[:0], int32([]), pool.block_size, SCALE, none)
     kernels.paged_prefill(none, pool.kv, pool.tables([[]])[:0], int32([]), int32([0]), pool.block_size, SCALE, none)
+
+
+# On borders of steps, of splits and of blocks, and in none
+WINDOWS = pytest.mark.parametrize("window", [1, 13, 16, 40, 200])
+
+
+@WINDOWS
+@TWINS
+@pytest.mark.parametrize("splits", [1, 3])
+def test_with_a_window_decoding_reads_the_last_tokens_only(attention: ModuleType, splits: int, window: int) -> None:
+    pool, lengths = Pool(SMALL, SERVED), [1, 15, 0, 33, 70, 129]
+    contexts = [pool.context(length) for length in lengths]
+    for context, length in zip(contexts, lengths, strict=True):
+        pool.kv[pool.slots(context, max(length - window, 0))] = NAN
+    q = pool.queries(len(lengths))
+    options = {"config": DecodeConfig(splits, 16, 4, 2)} if attention is kernels else {}
+    out = decode(attention, pool, q, pool.tables(contexts), lengths, window=window, **options)
+    for row, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
+        pool.check(out[row], q[row], context, length, window=window)
+
+
+@WINDOWS
+@TWINS
+@pytest.mark.parametrize("chunks", [CHUNKS["some"], CHUNKS["on borders"]], ids=["some", "on borders"])
+def test_with_a_window_a_prompt_reads_the_last_tokens_of_each_query(
+    attention: ModuleType, chunks: list[tuple[int, int]], window: int
+) -> None:
+    """Rows of a tile whose windows begin after the keys of its first step see none of them."""
+    pool = Pool(SMALL, SERVED)
+    tables = [pool.context(sum(chunk)) for chunk in chunks]
+    starts = [sum(queries for _, queries in chunks[:index]) for index in range(len(chunks) + 1)]
+    for table, (before, _) in zip(tables, chunks, strict=True):
+        pool.kv[pool.slots(table, max(before + 1 - window, 0))] = NAN
+    q = pool.queries(starts[-1])
+    out = torch.full(q.shape, NAN, dtype=pool.dtype, device=DEVICE)
+    places = pool.tables(tables), int32([sum(chunk) for chunk in chunks]), int32(starts)
+    options = {"config": PrefillConfig(32, 16, 4, 2)} if attention is kernels else {}
+    attention.paged_prefill(q, pool.kv, *places, pool.block_size, SCALE, out, window=window, **options)
+    for table, start, (before, queries) in zip(tables, starts, chunks, strict=False):
+        for i in range(queries):
+            pool.check(out[start + i], q[start + i], table, before + i + 1, window=window)
+
+
+@TWINS
+@pytest.mark.parametrize("cap", [0.4, 50.0])
+@pytest.mark.parametrize("window", [0, 21])
+def test_capped_scores_are_bent_by_a_tanh(attention: ModuleType, window: int, cap: float) -> None:
+    pool, length = Pool(SMALL, SERVED), 37
+    context = pool.context(length)
+    for size in (1.0, 300.0):  # the second far beyond every cap
+        q = pool.queries(length) * size
+        alone = decode(attention, pool, q[-1:], pool.tables([context]), [length], window=window, cap=cap)
+        out = torch.full(q.shape, NAN, dtype=pool.dtype, device=DEVICE)
+        places = pool.tables([context]), int32([length]), int32([0, length])
+        attention.paged_prefill(q, pool.kv, *places, pool.block_size, SCALE, out, window=window, cap=cap)
+        for row in range(length):
+            pool.check(out[row], q[row], context, row + 1, window=window, cap=cap)
+        pool.check(alone[0], q[-1], context, length, window=window, cap=cap)

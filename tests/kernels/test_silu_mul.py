@@ -1,5 +1,7 @@
 """The gated SiLU's kernel against its formula in float64."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
+from kernels.reference.silu_mul import gelu_mul as gelu_reference
 from kernels.reference.silu_mul import silu_mul as reference
-from kernels.silu_mul import CANDIDATES, SiluMulConfig, silu_mul
+from kernels.silu_mul import CANDIDATES, SiluMulConfig, gelu_mul, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative. float32: exp to 2 ulp and its argument's rounding times |gate| < 8, the sum, a quotient to 2 ulp and a
@@ -85,3 +88,12 @@ def test_what_is_not_finite_stays_in_its_element(poison: float) -> None:
 
 def test_no_rows_give_none() -> None:
     assert silu_mul(random(0, 8)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("gated", [gelu_mul, gelu_reference], ids=["kernel", "reference"])
+def test_gelu_mul_is_its_formula(gated: Callable[[Tensor], Tensor]) -> None:
+    gate_up = random(3, 2 * 1700) * 2
+    gate, up = gate_up.double().chunk(2, -1)
+    exact = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    # The error of the sigmoid's argument, which is up to 2 gate², is that of the closed gate
+    torch.testing.assert_close(gated(gate_up).double(), exact, rtol=1e-5, atol=1e-6)

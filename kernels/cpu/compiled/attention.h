@@ -3,6 +3,9 @@
 // The context is cut into partitions of 128 tokens from its start. A row's softmax over one partition gives a maximum,
 // a sum and a weighted sum of values; partitions are merged in order. So a row's bits depend on its context alone: not
 // on other rows, not on how its prompt was cut into steps, not on the number of threads.
+//
+// In a layer with a window a row sees the last tokens of its context only. Tiles that no query of a task sees are not
+// read, and partitions of only such tiles are no tasks; what the sums leave out would add zeros.
 #pragma once
 
 #include <limits>
@@ -30,7 +33,9 @@ struct Attention {
   const void* kv;  // in tiles
   int32_t heads, kv_heads, head_dim, block_size;  // tokens in a block: whole tiles
   int32_t type;  // of the cache: float32 or bfloat16
+  int32_t window;  // the tokens that a row sees, its own included; 0: the whole context
   float scale;
+  float cap;  // of scores, cap · tanh(score / cap); 0: none
 
   void run(Pool& pool, const Step& step) const {
     // The K and V of a token lie together: where there are tasks enough, one task takes all heads of a row.
@@ -62,13 +67,32 @@ struct Attention {
   int padded() const { return (head_dim + PANEL - 1) / PANEL * PANEL; }
   static int partitions(const Queries& queries) { return (queries.visible + PARTITION - 1) / PARTITION; }
 
+  // The first token that some of the queries see, down to whole tiles.
+  int first_token(const Queries& queries) const {
+    const int first = queries.position + 1 - window;
+    return window && first > 0 ? first / TILE * TILE : 0;
+  }
+
+  int first_partition(const Queries& queries) const { return first_token(queries) / PARTITION; }
+
+  // Where the tokens of a partition begin that are read, and how many they are.
+  int start_of(const Queries& queries, int partition) const {
+    const int first = first_token(queries);
+    return first > partition * PARTITION ? first : partition * PARTITION;
+  }
+  int tokens_of(const Queries& queries, int partition) const {
+    const int end = (partition + 1) * PARTITION;
+    return (queries.visible < end ? queries.visible : end) - start_of(queries, partition);
+  }
+
   // The task of a number; none if there are not so many.
   Task task_of(const Step& step, int number, int each) const {
     for (int i = 0; i < step.queries; ++i) {
       const Queries& queries = step.query[i];
       const int heads = queries.count == 1 ? each : 1, parts = kv_heads / heads;
-      const int tasks = parts * (queries.partials ? partitions(queries) : 1);
-      if (number < tasks) return {&queries, number % parts * heads, heads, number / parts};
+      const int first = first_partition(queries);
+      const int tasks = parts * (queries.partials ? partitions(queries) - first : 1);
+      if (number < tasks) return {&queries, number % parts * heads, heads, first + number / parts};
       number -= tasks;
     }
     return {};
@@ -90,27 +114,28 @@ struct Attention {
     const size_t size = rows * Partial::size(padded());
     Partial merged{room(scratch().merged, size), padded()}, next{room(scratch().partial, size), padded()};
     const float* scaled = scaled_queries(queries, kv_head);
-    for (int index = 0; index < partitions(queries); ++index) {
+    const int begin = first_partition(queries);
+    for (int index = begin; index < partitions(queries); ++index) {
       if (index + 1 < partitions(queries))
         ask_for({&queries, kv_head, 1, index + 1});
       else
         ask_for(after);
-      compute(queries, kv_head, index, scaled, index ? next : merged);
-      if (index) merge(merged, next, rows);
+      compute(queries, kv_head, index, scaled, index > begin ? next : merged);
+      if (index > begin) merge(merged, next, rows);
     }
     write(queries, kv_head, merged);
   }
 
   // One partition of some queries; whoever computes the last one merges them all.
   void attend_partition(const Queries& queries, int kv_head, int index) const {
-    const int rows = queries.count * group(), count = partitions(queries);
+    const int rows = queries.count * group(), count = partitions(queries), begin = first_partition(queries);
     const size_t size = rows * Partial::size(padded());
     auto partial = [&](int i) { return Partial{queries.partials + (kv_head * count + i) * size, padded()}; };
     compute(queries, kv_head, index, scaled_queries(queries, kv_head), partial(index));
-    if (__atomic_add_fetch(&queries.arrived[kv_head], 1, __ATOMIC_ACQ_REL) < count) return;
+    if (__atomic_add_fetch(&queries.arrived[kv_head], 1, __ATOMIC_ACQ_REL) < count - begin) return;
     queries.arrived[kv_head] = 0;  // for the next layer
-    for (int i = 1; i < count; ++i) merge(partial(0), partial(i), rows);
-    write(queries, kv_head, partial(0));
+    for (int i = begin + 1; i < count; ++i) merge(partial(begin), partial(i), rows);
+    write(queries, kv_head, partial(begin));
   }
 
   // The query heads of one K/V head, times `scale`: (queries · group, head_dim).
@@ -125,15 +150,16 @@ struct Attention {
 
   // The softmax of some queries over one partition.
   void compute(const Queries& queries, int kv_head, int index, const float* scaled, Partial partial) const {
-    const int rows = queries.count * group(), start = index * PARTITION;
-    const int tokens = queries.visible - start < PARTITION ? queries.visible - start : PARTITION;
+    const int rows = queries.count * group(), start = start_of(queries, index), tokens = tokens_of(queries, index);
     const char* keys[PARTITION / TILE];
     locate(queries, kv_head, start, tokens, keys);
     float* scores = room(scratch().scores, (size_t)rows * PARTITION);
     score(rows, tokens, keys, scaled, scores);
     for (int row = 0; row < rows; ++row) {
-      const int seen = queries.position + row / group() + 1 - start;
-      softmax(scores + row * PARTITION, seen < tokens ? seen : tokens, tokens, partial.maximum(row), partial.total(row));
+      float* own = scores + row * PARTITION;
+      for (int i = 0; cap != 0.0f && i < tokens; i += LANES) store(own + i, soft_capped(load(own + i), cap));
+      const int seen = queries.position + row / group() + 1 - start, before = window && seen > window ? seen - window : 0;
+      softmax(own, before, seen < tokens ? seen : tokens, tokens, partial.maximum(row), partial.total(row));
     }
     sum_values(rows, tokens, keys, scores, partial);
   }
@@ -174,13 +200,14 @@ struct Attention {
                   PARTITION, partial.at + (cache.panels() - widened) * PANEL, width, false);
   }
 
-  // weights[i] = exp(scores[i] - maximum) for the tokens that are seen, in place, and 0 for the others.
-  static void softmax(float* scores, int seen, int tokens, float& maximum, float& total) {
+  // weights[i] = exp(scores[i] - maximum) for the tokens from `before` to `seen`, in place, and 0 for the others.
+  static void softmax(float* scores, int before, int seen, int tokens, float& maximum, float& total) {
     const float least = -std::numeric_limits<float>::infinity();
     const int end = (tokens + PANEL - 1) / PANEL * PANEL;
+    for (int i = 0; i < before && i < end; ++i) scores[i] = least;
     for (int i = seen < 0 ? 0 : seen; i < end; ++i) scores[i] = least;
     maximum = least, total = 0.0f;
-    if (seen <= 0) {
+    if (seen <= before) {
       for (int i = 0; i < end; ++i) scores[i] = 0.0f;
       return;
     }
@@ -220,8 +247,7 @@ struct Attention {
   // Asks for the K and V of a task's partition.
   void ask_for(const Task& task) const {
     if (!task.queries) return;
-    const int start = task.partition * PARTITION, left = task.queries->visible - start;
-    const int tokens = left < PARTITION ? left : PARTITION;
+    const int start = start_of(*task.queries, task.partition), tokens = tokens_of(*task.queries, task.partition);
     const char* keys[PARTITION / TILE];
     locate(*task.queries, task.kv_head, start, tokens, keys);
     for (int i = 0; i < (tokens + TILE - 1) / TILE; ++i)

@@ -54,16 +54,19 @@ struct Embed {
   }
 };
 
-// out = x / sqrt(mean(x²) + eps) · weight
-inline void normalize(const float* x, const float* weight, int size, float eps, float* out) {
+// out = x / sqrt(mean(x²) + eps) · weight, or out += that
+inline void normalize(const float* x, const float* weight, int size, float eps, float* out, bool add = false) {
   Vec squares = splat(0.0f);
   float rest = 0.0f;
   int i = 0;
   for (; i + LANES <= size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
   for (int j = i; j < size; ++j) rest += x[j] * x[j];
   const float factor = 1.0f / std::sqrt((sum(squares) + rest) / (float)size + eps);
-  for (i = 0; i + LANES <= size; i += LANES) store(out + i, load(x + i) * splat(factor) * load(weight + i));
-  for (; i < size; ++i) out[i] = x[i] * factor * weight[i];
+  for (i = 0; i + LANES <= size; i += LANES) {
+    const Vec y = load(x + i) * splat(factor) * load(weight + i);
+    store(out + i, add ? load(out + i) + y : y);
+  }
+  for (; i < size; ++i) out[i] = (add ? out[i] : 0.0f) + x[i] * factor * weight[i];
 }
 
 struct RmsNorm {
@@ -71,12 +74,14 @@ struct RmsNorm {
   const float* weight;  // (size,)
   int32_t size;
   int32_t logits;  // out[i] = norm of x[logit_rows[i]]
+  int32_t add;     // to out
   float eps;
 
   void run(Pool& pool, const Step& step) const {
     const int rows = logits ? step.logits : step.rows;
     for (int row; (row = pool.claim()) < rows;)
-      normalize(x.at + (logits ? step.logit_rows[row] : row) * x.stride, weight, size, eps, out.at + row * out.stride);
+      normalize(x.at + (logits ? step.logit_rows[row] : row) * x.stride, weight, size, eps, out.at + row * out.stride,
+                add);
   }
 };
 
@@ -87,17 +92,26 @@ struct RotateWrite {
   const float* query_norm;     // (head_dim,) or null: RMSNorm of each head before the rotation
   const float* key_norm;
   int32_t heads, kv_heads, head_dim;
-  int32_t type;  // of the cache: float32 or bfloat16
+  int32_t type;         // of the cache: float32 or bfloat16
+  int32_t whole;        // the norms are of all heads together: (heads · head_dim,) and (kv_heads · head_dim,)
+  int32_t rope;         // which of the step's cosines and sines
+  int32_t turned;       // the first dimensions of a head, which turn
+  int32_t interleaved;  // neighbouring dimensions are a pair, and not those turned / 2 apart
   float eps;
 
   void run(Pool& pool, const Step& step) const {
     for (int row; (row = pool.claim()) < step.rows;) {
       float* x = qkv.at + row * qkv.stride;
+      const int64_t angles = ((int64_t)rope * step.rows + row) * head_dim;
+      if (whole && query_norm) {
+        normalize(x, query_norm, heads * head_dim, eps, x);
+        normalize(x + heads * head_dim, key_norm, kv_heads * head_dim, eps, x + heads * head_dim);
+      }
       for (int head = 0; head < heads + kv_heads; ++head) {
         float* at = x + head * head_dim;
         const float* weight = head < heads ? query_norm : key_norm;
-        if (weight) normalize(at, weight, head_dim, eps, at);
-        rotate(at, step.cosines + row * head_dim, step.sines + row * head_dim);
+        if (weight && !whole) normalize(at, weight, head_dim, eps, at);
+        rotate(at, step.cosines + angles, step.sines + angles);
       }
       const float* k = x + heads * head_dim;
       Kv{(char*)kv, kv_heads, head_dim, (Type)type}.write(step.slots[row], k, k + kv_heads * head_dim);
@@ -106,11 +120,16 @@ struct RotateWrite {
 
  private:
   void rotate(float* x, const float* cosines, const float* sines) const {
-    const int half = head_dim / 2;
-    for (int i = 0; i < half; ++i) {
-      const float a = x[i], b = x[half + i];
-      x[i] = a * cosines[i] + b * sines[i];
-      x[half + i] = b * cosines[half + i] + a * sines[half + i];
-    }
+    const int half = turned / 2;
+    if (interleaved)
+      for (int i = 0; i < half; ++i) turn(x, 2 * i, 2 * i + 1, cosines, sines);
+    else
+      for (int i = 0; i < half; ++i) turn(x, i, half + i, cosines, sines);
+  }
+
+  static void turn(float* x, int i, int j, const float* cosines, const float* sines) {
+    const float a = x[i], b = x[j];
+    x[i] = a * cosines[i] + b * sines[i];
+    x[j] = b * cosines[j] + a * sines[j];
   }
 };

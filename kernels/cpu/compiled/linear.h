@@ -14,6 +14,8 @@ enum class Form : int32_t {
   store,  // out = scale · y
   add,    // out += scale · y
   gated,  // out = silu(y of part 0) · y of part 1
+  gated_gelu,  // as gated, with the GELU by tanh
+  capped,      // out = scale · tanh(y / scale)
 };
 
 struct LinearPart {
@@ -38,6 +40,8 @@ struct Linear {
   void shrink(const Step& step, const Run& run, int panel) const;
   void compute(Pool& pool, const Step& step, int shrinks, int part, int panel, int panels, int first, int rows,
                const Inputs<uint32_t>* pairs, const float* wide, const void* ahead, float* tile) const;
+  bool gated() const { return (Form)form == Form::gated || (Form)form == Form::gated_gelu; }
+
   // The panels of one task.
   struct Place {
     int part, panel, panels, columns;
@@ -66,10 +70,18 @@ constexpr int FEW_ROWS = 16;          // more rows multiply panels that are wide
 constexpr int PAIRED_FLOATS = 1 << 20;  // of rows that a thread makes pairs of at once
 constexpr int WIDE_FLOATS = 1 << 16;  // of widened panels, so that they stay in the second cache
 
-inline Vec silu(Vec x) {
-  const Vec negated = splat(0.0f) - x;
+// x / (1 + exp(-z))
+inline Vec times_sigmoid(Vec x, Vec z) {
+  const Vec negated = splat(0.0f) - z;
   const Vec open = x / (splat(1.0f) + exponential(negated > splat(88.0f) ? splat(88.0f) : negated));
   return negated > splat(88.0f) ? x * splat(0.0f) : open;
+}
+
+inline Vec silu(Vec x) { return times_sigmoid(x, x); }
+
+// x / 2 · (1 + tanh(sqrt(2 / π) · (x + 0.044715 x³))), which is x times a sigmoid.
+inline Vec gelu(Vec x) {
+  return times_sigmoid(x, splat(1.5957691216057308f) * fma(x * x * x, splat(0.044715f), x));
 }
 
 // t[row][rank] = scale · Σ x[row] · A[rank] for the rows of a run and one panel of ranks.
@@ -132,7 +144,11 @@ inline void Linear::write(
     for (int c = 0; c < columns; c += LANES) {
       Vec value = load(from + c);
       if ((Form)form == Form::gated) value = silu(value) * load(other + c);
-      if (scale != 1.0f) value = value * splat(scale);
+      if ((Form)form == Form::gated_gelu) value = gelu(value) * load(other + c);
+      if ((Form)form == Form::capped)
+        value = soft_capped(value, scale);
+      else if (scale != 1.0f)
+        value = value * splat(scale);
       if (c + LANES <= columns) {
         store(to + c, (Form)form == Form::add ? load(to + c) + value : value);
         continue;
@@ -151,7 +167,7 @@ inline void Linear::run(Pool& pool, const Step& step) const {
   const Run* adapted = logits ? step.logit_run : step.run;
   int shrinks = 0;
   for (int r = 0; r < runs; ++r) shrinks += (adapted[r].sites[site].ranks + PANEL - 1) / PANEL;
-  const int outputs = (Form)form == Form::gated ? 1 : parts;
+  const int outputs = gated() ? 1 : parts;
   const bool many = rows > FEW_ROWS;
   const int fit = WIDE_FLOATS / (k * PANEL), most = !many ? 2 : fit < 1 ? 1 : fit > TILE_PANELS ? TILE_PANELS : fit;
   const bool pairs = takes_pairs((Type)type);

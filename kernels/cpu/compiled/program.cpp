@@ -5,10 +5,11 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "linear.h"
 #include "logits.h"
 
-enum class Kind : int32_t { embed, rms_norm, linear, rotate_write, attention, find_best };
+enum class Kind : int32_t { embed, rms_norm, linear, rotate_write, attention, find_best, experts };
 
 struct Operation {
   int64_t kind;
@@ -44,6 +45,9 @@ static void run_all(int, void* context) {
       case Kind::attention:
         ((const Attention*)arguments)->run(pool, *program.step);
         break;
+      case Kind::experts:
+        ((const Experts*)arguments)->run(pool, *program.step);
+        break;
       case Kind::find_best:
         ((const FindBest*)arguments)->run(pool, *program.step);
         break;
@@ -64,7 +68,7 @@ void shared(int64_t* out) {
       PANEL,           PARTITION,       TILE,          MOST_PARTS,    sizeof(Rows),        sizeof(LoraPart),
       sizeof(LoraSite), sizeof(Run),    sizeof(Queries), sizeof(Step), sizeof(LinearPart), sizeof(Linear),
       sizeof(Embed),   sizeof(RmsNorm), sizeof(RotateWrite), sizeof(Attention), sizeof(Best), sizeof(FindBest),
-      sizeof(Operation)};
+      sizeof(Experts), sizeof(Operation)};
   memcpy(out, values, sizeof values);
 }
 

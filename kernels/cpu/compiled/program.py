@@ -15,8 +15,8 @@ from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import load
 from kernels.cpu.compiled.panels import TYPES, Panels
 
-Form = Literal["store", "add", "gated"]
-FORMS: tuple[Form, ...] = ("store", "add", "gated")
+Form = Literal["store", "add", "gated", "gated_gelu", "capped"]
+FORMS: tuple[Form, ...] = ("store", "add", "gated", "gated_gelu", "capped")
 NO_SITE = -1
 
 
@@ -61,9 +61,15 @@ class Program:
         self._keep(weight)
         self._add(structs.Embed(self._rows(out), weight.address, weight.k, weight.type, site, scale))
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False) -> None:
-        """out = RMSNorm(x) for all rows, or for those whose logits are computed. `weight` is float32."""
-        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), weight.shape[-1], of_logits, eps))
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False, add: bool = False
+    ) -> None:
+        """out = RMSNorm(x) for all rows, or for those whose logits are computed; with `add`, out += that.
+
+        `weight` is float32.
+        """
+        kinds = weight.shape[-1], of_logits, add
+        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), *kinds, eps))
 
     def linear(
         self,
@@ -77,41 +83,112 @@ class Program:
         of_logits: bool = False,
     ) -> None:
         """Project `x` by the parts of a site, which lie side by side in `out`, and by the adapters of its rows."""
+        self._add(self._linear(x, parts, out, site, form, scale, of_logits))
+
+    def _linear(
+        self, x: Tensor, parts: Sequence[Part], out: Tensor, site: int, form: Form, scale: float, of_logits: bool
+    ) -> structs.Linear:
         described, first = [], 0
         for weight, bias in parts:
             self._keep(weight)
             described.append(structs.LinearPart(weight.address, self._keep(bias), weight.columns, first))
-            first += 0 if form == "gated" else weight.columns
+            first += 0 if form.startswith("gated") else weight.columns
         weight = parts[0].weight
         operation = structs.Linear(
             self._rows(x), self._rows(out), (structs.LinearPart * structs.MOST_PARTS)(*described)
         )
         operation.parts, operation.k, operation.type = len(parts), weight.k, weight.type
         operation.site, operation.logits, operation.form, operation.scale = site, of_logits, FORMS.index(form), scale
-        self._add(operation)
+        return operation
+
+    def experts(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        gathered: Tensor,
+        inner: Tensor,
+        out: Tensor,
+        experts: Sequence[tuple[Sequence[Part], Part]],
+        first_site: int,
+        chosen: int,
+        *,
+        normalised: bool,
+        gate: Form = "gated",
+        scale: float = 1.0,
+    ) -> None:
+        """out += scale · Σ weight · expert(x), over the `chosen` experts that `scores` (rows, experts) are highest of.
+
+        An expert is its gate and up, and its down; it has two sites, from `first_site` on. The weights are the softmax
+        of a row's scores, of all or, `normalised`, of those chosen. `gathered` (rows · chosen, hidden) and `inner`
+        (rows · chosen, width) are room, which several layers may share.
+        """
+        linears: list[structs.Linear] = []
+        for index, (gate_up, down) in enumerate(experts):
+            site = first_site + 2 * index
+            linears.append(self._linear(gathered, gate_up, inner, site, gate, 1.0, False))
+            linears.append(self._linear(inner, [down], gathered, site + 1, "store", 1.0, False))
+        array = (structs.Linear * len(linears))(*linears)
+        self._kept.append(array)
+        rows, width = len(scores), len(experts)
+        room = [
+            torch.zeros(rows * chosen, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int32, torch.int32)
+        ]
+        room.append(torch.zeros(width + 1, dtype=torch.int32))
+        self._add(
+            structs.Experts(
+                *map(self._rows, (x, scores, gathered, inner, out)),
+                ctypes.addressof(array),
+                *map(self._keep, room),
+                *(width, chosen, x.shape[1], normalised),
+                scale,
+            )
+        )
 
     def rotate_write(
-        self, qkv: Tensor, kv: Tensor, heads: int, norms: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        heads: int,
+        norms: tuple[Tensor, Tensor] | None = None,
+        eps: float = 0.0,
+        *,
+        rope: int = 0,
+        turned: int | None = None,
+        interleaved: bool = False,
     ) -> None:
         """Rotate queries and keys of `qkv` in place, and write keys and values to `kv` (slots, 2, kv_heads, d).
 
         `kv` has that many items, in the order that kv.h describes.
 
-        `norms` are the weights of an RMSNorm of each query head and each key head, before the rotation.
+        `norms` are the weights of an RMSNorm of each query head and each key head, (d,), or of all of them together,
+        (heads · d,) and (kv_heads · d,), before the rotation. The first `turned` dimensions of a head turn, by default
+        all, by the angles of the step's rope of that index; a pair are those turned / 2 apart, or neighbours.
         """
         query, key = (None, None) if norms is None else (self._keep(norms[0]), self._keep(norms[1]))
         kv_heads, head_dim = kv.shape[2:]
-        self._add(
-            structs.RotateWrite(
-                self._rows(qkv), self._keep(kv), query, key, heads, kv_heads, head_dim, TYPES[kv.dtype], eps
-            )
-        )
+        whole = norms is not None and len(norms[0]) != head_dim
+        kinds = heads, kv_heads, head_dim, TYPES[kv.dtype]
+        turning = whole, rope, head_dim if turned is None else turned, interleaved
+        self._add(structs.RotateWrite(self._rows(qkv), self._keep(kv), query, key, *kinds, *turning, eps))
 
-    def attention(self, q: Tensor, kv: Tensor, out: Tensor, heads: int, block_size: int, scale: float) -> None:
-        """Attend from the first `heads` heads of `q` over each row's context in `kv`, as `rotate_write` writes it."""
+    def attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        heads: int,
+        block_size: int,
+        scale: float,
+        window: int = 0,
+        cap: float = 0.0,
+    ) -> None:
+        """Attend from the first `heads` heads of `q` over each row's context in `kv`, as `rotate_write` writes it.
+
+        With a `window`, a row sees the last so many tokens of its context; a `cap` other than 0 caps the scores.
+        """
         kv_heads, head_dim = kv.shape[2:]
-        kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype]
-        self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale))
+        kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype], window
+        self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale, cap))
 
     def find_best(self, logits: Tensor, best: "ctypes.Array[structs.Best]") -> None:
         """Find each row's highest logit, and the logarithm of the sum of all exponentials."""

@@ -46,8 +46,8 @@ struct Step {
   int32_t rows, logits, runs, logit_runs, queries;
   const int32_t* token_ids;   // (rows,)
   const int32_t* slots;       // (rows,), where the K/V of each token are written
-  const float* cosines;       // (rows, head_dim)
-  const float* sines;         // (rows, head_dim), negated in the first half
+  const float* cosines;       // (ropes, rows, head_dim)
+  const float* sines;         // (ropes, rows, head_dim), negated for the first dimension of each pair
   const int32_t* logit_rows;  // (logits,)
   const Run* run;             // of rows
   const Run* logit_run;       // of logits

@@ -100,8 +100,7 @@ class RmsNorm(ctypes.Structure):
         ("x", Rows),
         ("out", Rows),
         ("weight", c_void_p),
-        ("size", c_int32),
-        ("logits", c_int32),
+        *[(name, c_int32) for name in ("size", "logits", "add")],
         ("eps", c_float),
     ]
 
@@ -113,6 +112,7 @@ class RotateWrite(ctypes.Structure):
         ("qkv", Rows),
         *[(name, c_void_p) for name in ("kv", "query_norm", "key_norm")],
         *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "type")],
+        *[(name, c_int32) for name in ("whole", "rope", "turned", "interleaved")],
         ("eps", c_float),
     ]
 
@@ -124,8 +124,8 @@ class Attention(ctypes.Structure):
         ("q", Rows),
         ("out", Rows),
         ("kv", c_void_p),
-        *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "block_size", "type")],
-        ("scale", c_float),
+        *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "block_size", "type", "window")],
+        *[(name, c_float) for name in ("scale", "cap")],
     ]
 
 
@@ -141,16 +141,27 @@ class FindBest(ctypes.Structure):
     _fields_ = [("logits", Rows), ("best", c_void_p), ("size", c_int32)]
 
 
+class Experts(ctypes.Structure):
+    """experts.h"""
+
+    _fields_ = [
+        *[(name, Rows) for name in ("x", "scores", "gathered", "inner", "out")],
+        *[(name, c_void_p) for name in ("linears", "choices", "weights", "places", "sources", "firsts")],
+        *[(name, c_int32) for name in ("experts", "chosen", "hidden", "normalised")],
+        ("scale", c_float),
+    ]
+
+
 class Operation(ctypes.Structure):
     """program.cpp"""
 
     _fields_ = [("kind", c_int64), ("arguments", c_void_p)]
 
 
-KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest)  # an operation's kind is its place here
+KINDS = (Embed, RmsNorm, Linear, RotateWrite, Attention, FindBest, Experts)  # an operation's kind is its place here
 
 
 def shared() -> list[int]:
     """What the library has to agree to: constants, and the size of each structure."""
     sizes = [Rows, LoraPart, LoraSite, Run, Queries, Step, LinearPart, Linear, Embed, RmsNorm, RotateWrite, Attention]
-    return [PANEL, PARTITION, TILE, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Operation])]
+    return [PANEL, PARTITION, TILE, MOST_PARTS, *map(ctypes.sizeof, [*sizes, Best, FindBest, Experts, Operation])]

@@ -86,6 +86,13 @@ inline Vec exponential(Vec x) {
   return x < splat(-87.3f) ? splat(0.0f) : result;
 }
 
+// cap · tanh(x / cap), to a few units in the last place of cap.
+inline Vec soft_capped(Vec x, float cap) {
+  Vec twice = x * splat(2.0f / cap);
+  twice = twice > splat(80.0f) ? splat(80.0f) : twice;
+  return splat(cap) - splat(2.0f * cap) / (exponential(twice) + splat(1.0f));
+}
+
 inline float widen_bfloat16(uint16_t bits) {
   uint32_t wide = (uint32_t)bits << 16;
   float value;

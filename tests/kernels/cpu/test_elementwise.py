@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.elementwise import kv_write, rms_norm, rotary, silu_mul
+from kernels.cpu.elementwise import gelu_mul, kv_write, rms_norm, rotary, silu_mul
 
 # Relative: a sum's few roundings in float32, one rounding of the result in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -67,6 +67,21 @@ def test_rotary_turns_each_pair_of_dimensions_by_its_angle(rows: int, size: int,
     rotary(x, cos, sin, out=x)
     assert torch.equal(x, out)
     assert torch.equal(wide[:, 3:], untouched)
+
+
+def test_rotary_takes_the_other_dimension_of_a_pair_where_it_is_named() -> None:
+    x, cos, sin = random(3, 2, 6), random(3, 1, 6), random(3, 1, 6)
+    partner = torch.tensor([1, 0, 3, 2, 5, 4])
+    out = rotary(x, cos, sin, torch.empty_like(x), partner)
+    assert torch.equal(out, torch.addcmul(x * cos, x[..., partner], sin))
+
+
+@ROWS
+def test_gelu_mul_is_its_formula(rows: int) -> None:
+    gate_up = random(rows, 2 * 96)
+    gate, up = gate_up.double().chunk(2, -1)
+    exact = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    assert_close(gelu_mul(gate_up), exact, torch.float32, roundings=16)
 
 
 @DTYPES

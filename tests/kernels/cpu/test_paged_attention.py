@@ -49,13 +49,14 @@ class Pool:
         rows = slice(first_row, first_row + queries)
         return AttentionGroup(rows, 1, queries, context[None], mask[None, None])
 
-    def exact(self, query: Tensor, context: Tensor) -> Tensor:
+    def exact(self, query: Tensor, context: Tensor, cap: float = 0.0) -> Tensor:
         """One row's attention over all of `context`."""
         k, v = self.kv[context].double().unbind(1)
         outs = []
         for head in range(self.heads):
             shared = head // (self.heads // k.shape[1])
-            weights = (k[:, shared] @ query[head].double() * SCALE).softmax(0)
+            scores = k[:, shared] @ query[head].double() * SCALE
+            weights = (cap * (scores / cap).tanh() if cap else scores).softmax(0)
             outs.append(weights @ v[:, shared])
         return torch.cat(outs)
 
@@ -129,3 +130,18 @@ def test_several_sequences_with_several_queries_each_share_a_group() -> None:
     group = AttentionGroup(slice(0, 6), 2, 3, torch.stack(contexts), one.mask.expand(2, 1, 3, 7))
     expected = [pool.exact(q[3 * index + row], contexts[index][: 5 + row]) for index in range(2) for row in range(3)]
     assert_close(paged_attention(q, pool.kv, [group], SCALE), expected, torch.float32)
+
+
+@DTYPES
+@SHAPES
+def test_capped_scores_are_bent_by_a_tanh(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+    pool, cap = Pool(heads, kv_heads, size, dtype), 0.7
+    contexts = [pool.context(length) for length in (9, 23)]
+    groups = [pool.decode(contexts), pool.prefill(contexts[1], 6, first_row=2)]
+    q = pool.queries(8)
+    out = paged_attention(q, pool.kv, groups, SCALE, cap)
+    seen = [*contexts, *(contexts[1][: 18 + i] for i in range(6))]
+    for row, (query, context) in enumerate(zip(q, seen, strict=True)):
+        torch.testing.assert_close(
+            out[row].double(), pool.exact(query, context, cap), rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype]
+        )

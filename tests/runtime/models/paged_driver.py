@@ -37,29 +37,34 @@ class PagedDriver:
                 torch.tensor(positions),
                 torch.cat(written),
                 self.kv,
-                self.groups(chunks),
+                {window: self.groups(chunks, window) for window in {*self.decoder.config.windows, 0}},
                 torch.arange(len(ids)),
                 lora,
             )
         return list(logits.split([len(tokens) for _, tokens, _ in chunks]))
 
-    def groups(self, chunks: list[tuple[int, list[int], int]]) -> list[AttentionGroup]:
+    def groups(self, chunks: list[tuple[int, list[int], int]], window: int = 0) -> list[AttentionGroup]:
+        """All keys of a context under one mask, which hides those outside of a window, 0 for none, too."""
         groups = []
         decodes = [chunk for chunk in chunks if len(chunk[1]) == 1]
         if decodes:
             lengths = torch.tensor([start + 1 for _, _, start in decodes])
-            visible = torch.arange(int(lengths.max())) < lengths[:, None]
+            keys = torch.arange(int(lengths.max()))
+            visible = self._visible(keys, lengths[:, None] - 1, window)
             slots = self.slots[[chunk[0] for chunk in decodes], : visible.shape[1]].where(visible, 0)
             mask = None if bool(visible.all()) else self._additive(visible)[:, None, None]
             groups.append(AttentionGroup(slice(0, len(decodes)), len(decodes), 1, slots, mask))
         row = len(decodes)
         for sequence, tokens, start in chunks[len(decodes) :]:
             keys = torch.arange(start + len(tokens))
-            mask = self._additive(keys <= keys[start:, None])[None, None]
+            mask = self._additive(self._visible(keys, keys[start:, None], window))[None, None]
             slots = self.slots[sequence : sequence + 1, : len(keys)]
-            groups.append(AttentionGroup(slice(row, row + len(tokens)), 1, len(tokens), slots, mask))
+            groups.append(AttentionGroup(slice(row, row + len(tokens)), 1, len(tokens), slots, mask, window > 0))
             row += len(tokens)
         return groups
+
+    def _visible(self, keys: Tensor, queries: Tensor, window: int) -> Tensor:
+        return (keys <= queries) & (keys > queries - window if window else keys >= 0)
 
     def _additive(self, visible: Tensor) -> Tensor:
         return torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, float("-inf"))

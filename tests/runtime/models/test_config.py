@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.models.config import ModelConfig, UnsupportedModel
+from runtime.models.config import ModelConfig
+from runtime.models.config_file import UnsupportedModel
 from tests.runtime.models.families import FAMILIES, write_checkpoint
 
 LLAMA: dict[str, Any] = {
@@ -26,6 +27,11 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 GRANITE = LLAMA | {"architectures": ["GraniteForCausalLM"]}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"]}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"]}
+GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+GEMMA3 = GEMMA2 | {"architectures": ["Gemma3ForCausalLM"]}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
@@ -40,8 +46,8 @@ def test_the_fields_of_a_plain_model_are_read(tmp_path: Path) -> None:
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 16)
     assert (config.max_position, config.rms_norm_eps, config.dtype) == (512, 1e-5, "bfloat16")
     assert (config.rope.type, config.rope.theta) == ("default", 10000.0)
-    flags = (config.tie_embeddings, config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm)
-    assert flags == (False,) * 5
+    assert (config.tie_embeddings, config.qkv_bias, config.o_bias, config.mlp_bias) == (False,) * 4
+    assert (config.qk_norm, config.fused, config.windows) == ("none", (), ())
     assert config.attention_multiplier is None
 
 
@@ -84,23 +90,27 @@ def test_a_multiplier_of_granite_means_nothing_to_llama(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "limit"),
+    ("config", "changes", "windows"),
     [
-        (MISTRAL, {"sliding_window": 64}, 64),
-        (MISTRAL, {"sliding_window": None}, 512),
-        (MISTRAL, {"max_position_embeddings": 9000}, 4096),
-        (QWEN2, {"sliding_window": 64, "use_sliding_window": False}, 512),
-        (QWEN2, {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, 512),
-        (QWEN2, {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, 64),
-        (QWEN3, {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}, 64),
-        (QWEN3, {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]}, 512),
-        (LLAMA, {"sliding_window": 64}, 512),
+        (MISTRAL, {"sliding_window": 64}, (64, 64)),
+        (MISTRAL, {"sliding_window": None}, ()),
+        (MISTRAL, {"sliding_window": 512}, ()),
+        (MISTRAL, {"max_position_embeddings": 9000}, (4096, 4096)),
+        (QWEN2, {"sliding_window": 64, "use_sliding_window": False}, ()),
+        (QWEN2, {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, ()),
+        (QWEN2, {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, (0, 64)),
+        (QWEN3, {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}, (0, 64)),
+        (QWEN3, {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]}, ()),
+        (SMOLLM3, {"sliding_window": 64, "use_sliding_window": True, "no_rope_layers": [1, 0]}, (0, 64)),
+        (GEMMA2, {"sliding_window": 64}, (64, 0)),
+        (GEMMA3, {"sliding_window": 64, "num_hidden_layers": 7}, (64,) * 5 + (0, 64)),
+        (LLAMA, {"sliding_window": 64}, ()),
     ],
 )
-def test_a_sliding_window_caps_the_context(
-    tmp_path: Path, config: dict[str, Any], changes: dict[str, Any], limit: int
+def test_each_layer_has_its_window(
+    tmp_path: Path, config: dict[str, Any], changes: dict[str, Any], windows: tuple[int, ...]
 ) -> None:
-    assert read(tmp_path, config, **changes).max_position == limit
+    assert read(tmp_path, config, **changes).windows == windows
 
 
 def test_end_tokens_come_from_the_generation_config_and_else_from_the_config(tmp_path: Path) -> None:
@@ -134,10 +144,15 @@ def test_end_tokens_that_are_not_in_the_vocabulary_are_left_out(tmp_path: Path) 
         (LLAMA, {"head_dim": 17}, ["head_dim", "17", "even"]),
         (LLAMA, {"dtype": "float8_e4m3fn"}, ["dtype", "float8_e4m3fn", "bfloat16, float16, float32"]),
         (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
-        (LLAMA, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
-        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor", "0.25"]),
+        (PHI3, {"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5", "an even part", "16"]),
+        (PHI3, {"rope_parameters": {"partial_rotary_factor": 0.2}}, ["partial_rotary_factor", "0.2"]),
+        (PHI3, {"rope_scaling": LONGROPE | {"long_factor": [2.0] * 7}}, ["long_factor", "8 numbers"]),
+        (PHI3, {"rope_scaling": LONGROPE | {"short_factor": None}}, ["short_factor"]),
+        (GEMMA2, {"hidden_act": "silu"}, ["hidden_act", "silu", "gelu_pytorch_tanh"]),
+        (GEMMA3, {"use_bidirectional_attention": True}, ["use_bidirectional_attention", "false"]),
+        (SMOLLM3, {"no_rope_layers": [1]}, ["no_rope_layers", "[1]", "num_hidden_layers (2)"]),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic", "yarn"]),
-        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, ["rope_type", "longrope", "default, linear, llama3"]),
+        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, ["longrope", "short_factor"]),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0.5}}, ["rope_scaling.factor", "0.5", ">= 1"]),
         (LLAMA, {"rope_scaling": {"type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),

@@ -68,6 +68,18 @@ def test_sequences_of_different_lengths_share_a_batch(tmp_path: Path, name: str)
     assert_close(torch.cat((first[1], second[1], third[0])), expected(model, short))
 
 
+def test_contexts_that_may_be_longer_than_longropes_original_length_turn_by_its_long_factors(tmp_path: Path) -> None:
+    model = write_checkpoint("phi3-partial-longrope", tmp_path)
+    tokens = prompt(90)
+    config = ModelConfig.from_directory(tmp_path)
+    assert (config.default_length, config.max_position) == (64, 256)
+    assert config.up_to(64) == config
+    config = config.up_to(65)
+    decoder = Decoder(config, load_weights(config, tmp_path, torch.float32, "safetensors"))
+    (logits,) = PagedDriver(config, decoder, torch.float32, limit=128).step([(0, tokens, 0)])
+    assert_close(logits, expected(model, tokens))
+
+
 def test_a_decoding_sequence_and_a_prompt_share_a_batch(tmp_path: Path) -> None:
     model = write_checkpoint("qwen3", tmp_path)
     decoding, arriving = prompt(12, seed=6), prompt(20, seed=7)
@@ -85,7 +97,13 @@ def test_only_the_rows_asked_for_get_logits(tmp_path: Path) -> None:
     groups = driver.groups([(0, tokens, 0)])
     with torch.inference_mode():
         logits = driver.decoder.forward(
-            torch.tensor(tokens), torch.arange(9), driver.slots[0, :9], driver.kv, groups, torch.tensor([8, 2]), None
+            torch.tensor(tokens),
+            torch.arange(9),
+            driver.slots[0, :9],
+            driver.kv,
+            {0: groups},
+            torch.tensor([8, 2]),
+            None,
         )
     assert_close(logits, expected(model, tokens)[[8, 2]])
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,15 +56,26 @@ class Cache:
 
 
 def attend(
-    pool: Pool, cache: Cache, q: Tensor, pieces: Sequence[Piece], scale: float, *, times: int = 1, heads: int = 0
+    pool: Pool,
+    cache: Cache,
+    q: Tensor,
+    pieces: Sequence[Piece],
+    scale: float,
+    *,
+    times: int = 1,
+    heads: int = 0,
+    **options: Any,
 ) -> Tensor:
-    """Attention of `q` (rows, heads · head_dim), by the last of so many equal operations of one program."""
+    """Attention of `q` (rows, heads · head_dim), by the last of so many equal operations of one program.
+
+    `options` are the window and the cap.
+    """
     kv_heads, head_dim = cache.kv.shape[2:]
     heads = heads or q.shape[1] // head_dim
     outs = [empty_rows(len(q), heads * head_dim) for _ in range(times)]
     program, rows, tiles = Program(pool), rows_of(q), in_tiles(cache.kv)
     for out in outs:
-        program.attention(rows, tiles, out, heads, cache.block_size, scale)
+        program.attention(rows, tiles, out, heads, cache.block_size, scale, **options)
     firsts = [0, *itertools.accumulate(piece.count for piece in pieces)]
     assert firsts.pop() == len(q)
     queries, kept = [], []
@@ -84,10 +95,11 @@ def attend(
     return outs[-1]
 
 
-def exact(query: Tensor, cache: Cache, slots: Tensor, scale: float) -> Tensor:
+def exact(query: Tensor, cache: Cache, slots: Tensor, scale: float, cap: float = 0.0) -> Tensor:
     """One row's attention over all tokens of some slots, in float64."""
     keys, values = cache.kv[slots].double().unbind(1)
     kv_heads, head_dim = cache.kv.shape[2:]
     q = query.double().view(kv_heads, -1, head_dim)
-    weights = (torch.einsum("hgd,thd->hgt", q, keys) * scale).softmax(-1)
+    scores = torch.einsum("hgd,thd->hgt", q, keys) * scale
+    weights = (cap * (scores / cap).tanh() if cap else scores).softmax(-1)
     return torch.einsum("hgt,thd->hgd", weights, values).flatten()

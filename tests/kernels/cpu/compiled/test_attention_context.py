@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.cpu.compiled.program import Pool
 from tests.kernels.cpu.compiled.contexts import Cache, Piece, attend, exact
-from tests.kernels.cpu.compiled.steps import random
+from tests.kernels.cpu.compiled.steps import random, same_bits
 
 LENGTHS = (1, 15, 16, 17, 127, 128, 129, 300)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -87,3 +87,53 @@ def test_only_the_query_heads_of_a_stacked_projection_are_read(pool: Pool) -> No
     qkv[:, 6 * 16 :] = torch.nan
     got = attend(pool, cache, qkv, [Piece(context, 39)], 0.25, heads=6)
     check(got, [exact(qkv[0, : 6 * 16], cache, context.slots, 0.25)])
+
+
+WINDOWS = pytest.mark.parametrize("window", [1, 7, 16, 100, 128, 150])
+
+
+@WINDOWS
+@DTYPES
+def test_a_window_shows_each_token_the_last_ones_and_no_tile_before_them_is_read(
+    pool: Pool, window: int, dtype: torch.dtype
+) -> None:
+    cache = Cache(KV_HEADS, 20, dtype, 16, (300, 33))
+    chunks = ((0, 299, 1), (1, 0, 33), (0, 120, 12), (0, 200, 90), (1, 20, 1))  # sequence, position and count
+    ends = [(sequence, position + i + 1) for sequence, position, count in chunks for i in range(count)]
+    q = random(len(ends), KV_HEADS * 3 * 20, seed=9)
+    slots = [cache.contexts[sequence].slots[max(end - window, 0) : end] for sequence, end in ends]
+    want = [exact(row, cache, seen, 0.2) for row, seen in zip(q, slots, strict=True)]
+    for split in (False, True):
+        pieces = [Piece(cache.contexts[sequence], *chunk, split=split) for sequence, *chunk in chunks]
+        check(attend(pool, cache, q, pieces, 0.2, window=window, times=2), want)
+    (context, _), last = cache.contexts, Piece(cache.contexts[0], 299)
+    alone = attend(pool, cache, q[:1], [last], 0.2, window=window)
+    cache.kv[context.slots[: (300 - window) // 16 * 16]] = torch.nan
+    for split in (False, True):
+        assert same_bits(attend(pool, cache, q[:1], [last._replace(split=split)], 0.2, window=window), alone)
+
+
+@WINDOWS
+@DTYPES
+def test_with_a_window_a_row_has_the_same_bits_whatever_the_pieces(
+    pools: list[Pool], window: int, dtype: torch.dtype
+) -> None:
+    cache = Cache(KV_HEADS, 16, dtype, 16, (300,))
+    (context,) = cache.contexts
+    q = random(300, KV_HEADS * 4 * 16, seed=9)
+    whole = attend(pools[0], cache, q, [Piece(context, 0, 300)], 0.2, window=window, cap=3.0)
+    for pool, size in itertools.product(pools, (1, 7, 32, 130)):
+        pieces = [Piece(context, at, min(size, 300 - at), split=size == 1) for at in range(0, 300, size)]
+        assert same_bits(attend(pool, cache, q, pieces, 0.2, window=window, cap=3.0), whole)
+
+
+@DTYPES
+@pytest.mark.parametrize("cap", [0.5, 4.0, 50.0])
+def test_capped_scores_are_bent_by_a_tanh(pool: Pool, cap: float, dtype: torch.dtype) -> None:
+    cache = Cache(KV_HEADS, 64, dtype, 16, (300,))
+    (context,) = cache.contexts
+    for size in (0.1, 3.0, 100.0):  # the last far beyond every cap
+        q = random(12, KV_HEADS * 2 * 64, seed=9) * size
+        want = [exact(row, cache, context.slots[: 289 + i], 0.125, cap) for i, row in enumerate(q)]
+        got = attend(pool, cache, q, [Piece(context, 288, 12)], 0.125, cap=cap)
+        torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-5 * cap, atol=1e-5 * cap)

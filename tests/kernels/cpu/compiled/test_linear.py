@@ -28,7 +28,7 @@ ROUNDINGS = 8  # that the error of a sum may have; one in order has about one of
 def run(
     pool: Pool, x: Tensor, parts: list[Part], form: Form = "store", scale: float = 1.0, into: Tensor | None = None
 ) -> Tensor:
-    width = parts[0].weight.columns if form == "gated" else sum(part.weight.columns for part in parts)
+    width = parts[0].weight.columns if form.startswith("gated") else sum(part.weight.columns for part in parts)
     out = empty_rows(len(x), width) if into is None else rows_of(into)
     program = Program(pool)
     program.linear(rows_of(x), parts, out, NO_SITE, form, scale)
@@ -92,6 +92,27 @@ def test_a_gated_projection_is_the_second_part_times_the_silu_of_the_first(
     gates, ups = wide(x, parts, magnitude=True)
     for scale in (1.0, 0.5):
         check(run(pool, x, parts, "gated", scale), scale * gate * gate.sigmoid() * up, 2 * gates * ups)
+
+
+@ROWS
+def test_a_gate_may_be_a_gelu(pool: Pool, rows: int) -> None:
+    x = random(rows, 66, seed=50) * 3
+    parts = [Part(panels(53, 66, torch.float32, seed), random(53, seed=seed)) for seed in (0, 1)]
+    gate, up = wide(x, parts)
+    gates, ups = wide(x, parts, magnitude=True)
+    want = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    check(run(pool, x, parts, "gated_gelu"), want, 2 * gates * ups)
+
+
+@ROWS
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_a_capped_projection_is_bent_by_a_tanh(pool: Pool, rows: int, cap: float) -> None:
+    x, parts = random(rows, 90, seed=50), [Part(panels(43, 90, torch.float32), random(43))]
+    parts[0].bias[:4] = torch.tensor([1e4, -1e4, 1e30, -1e30])
+    want, magnitude = wide(x, parts)[0], wide(x, parts, magnitude=True)[0]
+    got = run(pool, x, parts, "capped", cap)
+    check(got, cap * (want / cap).tanh(), magnitude.clamp(max=1e3) + cap)
+    assert got[:, :4].tolist() == [[cap, -cap, cap, -cap]] * rows
 
 
 def gated(pool: Pool, gates: Tensor) -> Tensor:

@@ -84,11 +84,11 @@ class Rotation:
         self.kv = random(slots, 2, self.kv_heads, self.head_dim, seed=2).to(dtype)
         self.slots = torch.randperm(slots, generator=torch.Generator().manual_seed(3))[:rows]
 
-    def run(self, pool: Pool, norms: Norms = None) -> tuple[Tensor, Tensor]:
+    def run(self, pool: Pool, norms: Norms = None, **turning: int) -> tuple[Tensor, Tensor]:
         """The rotated rows and the cache after the write."""
         qkv, tiles = rows_of(self.qkv), in_tiles(self.kv)
         program = Program(pool)
-        program.rotate_write(qkv, tiles, self.heads, norms, EPS)
+        program.rotate_write(qkv, tiles, self.heads, norms, EPS, **turning)
         step = step_of(len(qkv), slots=self.slots.tolist(), angles=(self.cosines, self.sines))
         program.run(step)
         assert gaps_are_kept(qkv)
@@ -152,3 +152,48 @@ def test_nan_and_infinity_stay_and_reach_no_other_row(pool: Pool, dtype: torch.d
     rows = [0, 2, 4]
     assert same_bits(qkv[rows], clean_qkv[rows])
     assert same_bits(kv[rotation.slots[rows]], clean_kv[rotation.slots[rows]])
+
+
+@ROWS
+def test_a_norm_is_added_to_what_is_there(pool: Pool, rows: int) -> None:
+    x, before, weight = random(rows, 37), random(rows, 37, seed=1), random(37, seed=2)
+    out, program = rows_of(before), Program(pool)
+    program.rms_norm(rows_of(x), weight, EPS, out, add=True)
+    program.run(step_of(rows))
+    assert gaps_are_kept(out)
+    torch.testing.assert_close(out.double(), before + exact_norm(x, weight, EPS), rtol=2e-6, atol=2e-6)
+
+
+@ROWS
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("turned", [0, 8, 20])
+def test_some_dimensions_turn_in_pairs_and_the_others_stay(
+    pool: Pool, rows: int, turned: int, interleaved: bool
+) -> None:
+    """As complex numbers, by the angles of the second rope of a step."""
+    rotation = Rotation(rows, (3, 1, 20), torch.float32)
+    angles = random(rows, turned // 2, seed=6) * 40
+    pairs = torch.arange(turned).view(-1, 2) if interleaved else torch.arange(turned).view(2, -1).T
+    other = rotation.cosines, rotation.sines
+    rotation.cosines, rotation.sines = (torch.stack((each, torch.full_like(each, torch.nan))) for each in other)
+    rotation.cosines[1, :, pairs] = angles.cos()[:, :, None]
+    rotation.sines[1, :, pairs] = torch.stack((-angles.sin(), angles.sin()), -1)
+    qkv, _ = rotation.run(pool, turned=turned, rope=1, interleaved=interleaved)
+    got = qkv.reshape(rows, -1, 20)
+    want = rotation.qkv.view(rows, -1, 20).double()
+    each = torch.view_as_complex(want[:, :4, pairs].contiguous())
+    want[:, :4, pairs] = torch.view_as_real(each * torch.exp(1j * angles.double()[:, None]))
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+    assert same_bits(got[:, :4, turned:], rotation.qkv.view(rows, -1, 20)[:, :4, turned:])
+
+
+@ROWS
+def test_a_norm_of_all_heads_together_comes_before_the_rotation(pool: Pool, rows: int) -> None:
+    rotation = Rotation(rows, (3, 2, 20), torch.float32)
+    norms = random(3 * 20, seed=4), random(2 * 20, seed=5)
+    qkv, _ = rotation.run(pool, norms)
+    heads = rotation.qkv.split([60, 40, 40], 1)
+    normed = (exact_norm(x, weight, EPS) for x, weight in zip(heads, norms, strict=False))
+    rotation.qkv = torch.cat((*normed, heads[2].double()), 1)
+    rotated, _ = rotation.exact(None)
+    torch.testing.assert_close(qkv.reshape(rows, -1, 20)[:, :5].double(), rotated, rtol=2e-6, atol=2e-6)

@@ -1,0 +1,167 @@
+"""The model families that are supported, as data: what a family's name says of a model beside its `config.json`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+Bias = Literal["none", "always", "field"]  # "field": as `attention_bias` or `mlp_bias` of config.json says
+QkNorm = Literal["none", "heads", "projections"]  # of each head by itself, or of all heads of q, and of k, together
+Fused = Literal["qkv_proj", "gate_up_proj"]
+
+
+class NormNames(NamedTuple):
+    """A layer's RMSNorms as a checkpoint names them; None where the family has none."""
+
+    attention: str | None = "input_layernorm"
+    mlp: str | None = "post_attention_layernorm"
+    after_attention: str | None = None  # of the output, before it is added to the residual stream
+    after_mlp: str | None = None
+
+
+class ExpertNames(NamedTuple):
+    """How a checkpoint names a layer's experts: `mlp.gate` is the router, and `mlp.experts.0.gate_proj` a gate."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+class Family(NamedTuple):
+    """What all models of one family have in common."""
+
+    defaults: Mapping[str, Any] = {}  # of fields that config.json may lack, as transformers has them
+    needs: tuple[str, ...] = ("num_key_value_heads",)  # fields that may be null in other families
+    qkv_bias: Bias = "none"
+    o_bias: Bias = "none"
+    mlp_bias: Bias = "none"
+    qk_norm: QkNorm = "none"
+    norms: NormNames = NormNames()
+    fused: frozenset[Fused] = frozenset()  # projections that are one module of the checkpoint
+    interleaved: bool = False  # rotation turns neighbouring dimensions, and not those half a head apart
+    multipliers: bool = False  # whether the four multipliers of config.json are Granite's
+    nope: bool = False  # whether layers without rotation are named by `no_rope_layers`
+    windows: Literal["none", "all", "layers"] = "none"  # which layers slide if there is a sliding_window
+    gemma: bool = False  # norms of (1 + weight), scaled embeddings, GELU, and scores by query_pre_attn_scalar
+    local_rope: bool = False  # whether sliding layers turn by a rope of their own
+    experts: ExpertNames | None = None  # of the routed experts that MLPs are, as `num_experts` and its neighbours say
+    vision: bool = False  # whether the model has a part that sees images too, which is left out
+
+    @property
+    def activation(self) -> str:
+        """The gate's, as `hidden_act` names it."""
+        return "gelu_pytorch_tanh" if self.gemma else "silu"
+
+
+GEMMA: Mapping[str, Any] = {
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+GEMMA_NORMS = NormNames(
+    "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
+)
+
+_TEXT: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(needs=(), qkv_bias="field", o_bias="field", mlp_bias="field"),
+    "MistralForCausalLM": Family(defaults={"sliding_window": 4096}, windows="all"),
+    "Qwen2ForCausalLM": Family(qkv_bias="always", windows="layers"),
+    "Qwen3ForCausalLM": Family(
+        needs=("num_key_value_heads", "head_dim"),
+        qkv_bias="field",
+        o_bias="field",
+        qk_norm="heads",
+        windows="layers",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        defaults={"decoder_sparse_step": 1, "norm_topk_prob": False},
+        needs=("num_key_value_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        qkv_bias="field",
+        o_bias="field",
+        qk_norm="heads",
+        experts=ExpertNames(),
+    ),
+    "MixtralForCausalLM": Family(
+        defaults={"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2},
+        experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+        windows="all",
+    ),
+    "GraniteForCausalLM": Family(needs=(), qkv_bias="field", o_bias="field", mlp_bias="field", multipliers=True),
+    "Phi3ForCausalLM": Family(
+        defaults={"original_max_position_embeddings": 4096},
+        needs=(),
+        fused=frozenset({"qkv_proj", "gate_up_proj"}),
+        windows="all",
+    ),
+    "SmolLM3ForCausalLM": Family(
+        defaults={"tie_word_embeddings": True, "rope_theta": 2000000.0, "no_rope_layer_interval": 4},
+        qkv_bias="field",
+        o_bias="field",
+        mlp_bias="field",
+        nope=True,
+        windows="layers",
+    ),
+    "Olmo2ForCausalLM": Family(
+        needs=(),
+        qkv_bias="field",
+        o_bias="field",
+        qk_norm="projections",
+        norms=NormNames(None, None, "post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "Glm4ForCausalLM": Family(
+        defaults={"attention_bias": True, "partial_rotary_factor": 0.5, "head_dim": 128},
+        qkv_bias="field",
+        norms=NormNames(
+            "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"
+        ),
+        fused=frozenset({"gate_up_proj"}),
+        interleaved=True,
+    ),
+    "Gemma2ForCausalLM": Family(
+        defaults={
+            **GEMMA,
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        qkv_bias="field",
+        o_bias="field",
+        norms=GEMMA_NORMS,
+        windows="layers",
+        gemma=True,
+    ),
+    "Gemma3ForCausalLM": Family(
+        defaults={
+            **GEMMA,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+        },
+        qkv_bias="field",
+        o_bias="field",
+        qk_norm="heads",
+        norms=GEMMA_NORMS,
+        windows="layers",
+        gemma=True,
+        local_rope=True,
+    ),
+}
+
+# The text part of models that see images; of text alone, their positions of three kinds are all the same
+_VISION = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Mistral3ForConditionalGeneration": "MistralForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
+}
+
+FAMILIES: Mapping[str, Family] = {
+    **_TEXT,
+    **{name: _TEXT[text]._replace(vision=True) for name, text in _VISION.items()},
+}
