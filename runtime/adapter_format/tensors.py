@@ -134,14 +134,11 @@ class AdapterTensors:
         """Refuse tensors that PEFT would ignore or would apply differently."""
         ends = {module.rpartition(".")[2] for module in self.scales}
         firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
+        targeted = config.target_modules.among(tuple(self._shapes))
         for module in self.scales:
-            own = self._names[firsts[module]]
-            if not config.target_modules.names(module):
-                raise InvalidAdapter(own, "is left over: target_modules does not name its module, or it is excluded")
-            layer = re.match(r"model\.layers\.(\d+)\.", module)
-            layers = config.layers_to_transform
-            if layers is not None and (layer is None or int(layer[1]) not in layers):
-                raise InvalidAdapter(own, "is left over: layers_to_transform does not name its layer")
+            if module not in targeted:
+                own, fields = self._names[firsts[module]], "target_modules, exclude_modules and layers_to_transform"
+                raise InvalidAdapter(own, f"is left over: {fields} do not select its module")
         if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
             raise InvalidAdapter("ensure_weight_tying", "is true: tied adapters of the embedding are not supported")
         if config.lora_bias and EMBEDDING in ends:
