@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from runtime.adapters.errors import AdapterUnavailable
@@ -199,7 +200,7 @@ class Scheduler:
                 if request.constraint is not None and not request.constraint.ready:
                     skipped.append(request)
                     continue
-                ready = request.adapter is None or self.adapters.ready(request.adapter)
+                ready = not request.lacks_adapter or self.adapters.ready(request.adapter)
             except (AdapterUnavailable, GrammarFailed) as error:
                 del self.requests[request.request_id]
                 self._release_adapter(request)
@@ -292,6 +293,13 @@ class Scheduler:
         self.remove(request)
         return blocks
 
+    def keep_adapter(self, digest: str) -> None:
+        """Reference an adapter that is to be retired for the requests that were preempted on it: they go on with it."""
+        for request in self.waiting:
+            if request.adapter == digest and request.started_at is not None:
+                with suppress(AdapterUnavailable):
+                    self._acquire_adapter(request)
+
     def make_private(self, namespace: str) -> None:
         """Register no more blocks that unfinished requests compute in a namespace."""
         for request in self.requests.values():
@@ -322,8 +330,7 @@ class Scheduler:
     def _release_adapter(self, request: Request, *, waits: bool = False) -> None:
         """Release a request's adapter, or give up its place in line for it; a request that `waits` keeps a place."""
         if request.adapter is not None and request.holds_adapter:
-            self.adapters.release(request.adapter, waits=waits)
-            request.holds_adapter = False
+            request.holds_adapter = not self.adapters.release(request.adapter, waits=waits)
         elif request.adapter is not None and not waits:
             self.adapters.cancel(request.adapter)
 
@@ -333,7 +340,7 @@ class Scheduler:
         assert all(request.request_id == request_id for request_id, request in self.requests.items())
         self.block_manager.check(self.requests.values(), others)
         assert len(self.running) <= self.max_running
-        assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)
+        assert all(not s.blocks and s.computed == 0 for s in self.waiting)
         for request in self.running:
             assert request.computed <= len(request) <= request.max_tokens
             assert request.computed < len(request) or not request.generates

@@ -76,7 +76,7 @@ def canonicalise(
     Raises InvalidAdapter, and then leaves no file at `target`.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
-    warnings = [*peft.warnings, *_base_name_warnings(peft, base_model_names, strict)]
+    about_base = _base_name_warnings(peft, base_model_names, strict)
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
         with weights.open("rb") as source, unfinished.open("xb") as out:
@@ -94,7 +94,7 @@ def canonicalise(
         targets=sorted({module.rpartition(".")[2] for module in adapter.scales}),
         kind="lora" if peft.alora_invocation_tokens is None else "alora",
         bytes=size,
-        warnings=warnings,
+        warnings=[*peft.warnings, *about_base, *adapter.warnings],
         invocation_tokens=peft.alora_invocation_tokens,
         kv_is_base=kv_is_base(adapter.scales, model),
     )

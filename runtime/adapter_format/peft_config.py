@@ -17,6 +17,7 @@ MAX_SCALE = 10_000.0  # far more than any trained adapter's; an alpha of 1e30 is
 MAX_ALPHA = MAX_SCALE * 1000
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+ZERO_INITS = (None, True, "gaussian", "eva", "mica")  # B·A begins at zero
 # PEFT writes these fields for plain LoRA too, with a value that means "off", so a field's presence means nothing
 REFUSED_FIELDS = {
     "use_dora": "DoRA is not supported yet",
@@ -54,6 +55,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     alora_invocation_tokens: tuple[int, ...] | None = None
     target_modules: TargetModules
     ensure_weight_tying: bool = False
+    starts_at_zero: bool = True  # what PEFT gives a module whose tensors are not in the file
     base_model_name_or_path: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -96,6 +98,7 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
         target_modules=TargetModules(config),
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
+        starts_at_zero=_starts_at_zero(config.get("init_lora_weights")),
         base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
         warnings=_unknown(config),
     )
@@ -126,6 +129,10 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
         raise InvalidAdapter(
             "init_lora_weights", f"is {shown(init)}, expected a boolean or one of {', '.join(PLAIN_INITS)}"
         )
+
+
+def _starts_at_zero(init: object) -> bool:
+    return (init.lower() if isinstance(init, str) else init) in ZERO_INITS
 
 
 def _rank(field: str, value: object, max_rank: int) -> int:

@@ -1,16 +1,16 @@
 """Matches each tensor of an untrusted adapter to a module of the model, or refuses the adapter."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from runtime.adapter_format.base_tensors import BaseTensor, StoredTensor
+from runtime.adapter_format.base_tensors import BaseTensor, differs_by
 from runtime.adapter_format.errors import InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig
 from runtime.adapter_format.safetensors_header import FILE, TensorEntry
 from runtime.adapter_format.tensor_source import TensorSource
-from runtime.adapter_format.weight_dtypes import HELD, INFINITY_BITS, largest_magnitude, value_of, widened
+from runtime.adapter_format.weight_dtypes import INFINITY_BITS, largest_magnitude, value_of
 from runtime.models.config import ModelConfig
 
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -21,6 +21,11 @@ EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 BASE_LEAF = "base_layer.weight"
 FUSED = ("qkv_proj", "gate_up_proj")
 
+MAX_LISTED = 16  # names in a warning
+WITHOUT_COPIES = "save it with save_pretrained(..., save_embedding_layers=False)"
+
+# PEFT saves the embeddings of the base beside an adapter of one of them, and whenever the vocabulary was resized
+_COPY = re.compile(rf"(?:base_model\.model\.)?(?P<module>model\.{EMBEDDING}|{HEAD})(?:\.base_layer)?\.weight")
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>[^.].*?)\."
     r"(?P<leaf>base_layer|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.default)?(?P<kind>\.weight|\.bias)?",
@@ -39,6 +44,7 @@ class AdapterTensors:
     tensors: dict[str, TensorEntry]  # by canonical name, sorted
     ranks: dict[str, int]  # by module
     scales: dict[str, float]  # by module
+    warnings: list[str]
 
     def __init__(
         self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
@@ -48,6 +54,7 @@ class AdapterTensors:
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
+        self.warnings = []
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
         copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
@@ -94,6 +101,8 @@ class AdapterTensors:
         return copies
 
     def _canonical_name(self, own_name: str) -> str:
+        if (copy := _COPY.fullmatch(own_name)) is not None:
+            return f"{copy['module']}.{BASE_LEAF}"
         match = _NAME.fullmatch(own_name)
         if match is None:
             raise InvalidAdapter(own_name, _foreign_name(own_name))
@@ -106,8 +115,6 @@ class AdapterTensors:
         if module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base")
         allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
-        if short in (EMBEDDING, HEAD):
-            allowed = (*allowed, BASE_LEAF)
         if leaf not in allowed:
             raise InvalidAdapter(own_name, f"is left over: {module} takes {', '.join(allowed)}")
         return f"{module}.{leaf}"
@@ -139,6 +146,7 @@ class AdapterTensors:
             if module not in targeted:
                 own, fields = self._names[firsts[module]], "target_modules, exclude_modules and layers_to_transform"
                 raise InvalidAdapter(own, f"is left over: {fields} do not select its module")
+        self._check_complete([module for module in self._shapes if module in targeted - self.scales.keys()], config)
         if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
             raise InvalidAdapter("ensure_weight_tying", "is true: tied adapters of the embedding are not supported")
         if config.lora_bias and EMBEDDING in ends:
@@ -146,33 +154,37 @@ class AdapterTensors:
         if config.alora_invocation_tokens is not None and EMBEDDING in ends:
             raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}")
 
-    def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
-        """Refuse a copy that differs from the base's tensor: applying it would change the base.
+    def _check_complete(self, lacking: Sequence[str], config: PeftConfig) -> None:
+        """Warn of modules without tensors, which PEFT gives the values of its initialisation."""
+        if not lacking:
+            return
+        names = ", ".join(lacking[:MAX_LISTED]) + ("" if len(lacking) <= MAX_LISTED else ", …")
+        what = f"no tensors for {len(lacking)} of the modules that target_modules selects ({names})"
+        if not config.starts_at_zero:
+            how = "save all of the adapter, or select only the modules that it has"
+            raise InvalidAdapter(FILE, f"has {what}, which init_lora_weights fills at random: {how}")
+        self.warnings.append(f"{FILE}: {what}; they stay as the base has them")
 
-        PEFT saves such copies of an embedding beside its adapter.
-        """
+    def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
+        """Refuse a copy that differs from the base's tensor by more than its dtype: PEFT would change the base."""
         module = self._canonical_name(own_name).removesuffix(f".{BASE_LEAF}")
-        if module not in self.scales:
-            raise InvalidAdapter(own_name, f"is left over: {module} has no lora_A and lora_B")
         tied = self._model.tie_embeddings and module == HEAD
         name = f"model.{EMBEDDING}.weight" if tied else f"{module}.weight"
         if base_tensor is None:
-            raise InvalidAdapter(own_name, "repeats the base's weight, and the base is not at hand to compare")
+            what = "repeats the base's weight, and the base is not at hand to compare"
+            raise InvalidAdapter(own_name, f"{what}: {WITHOUT_COPIES}")
         base = base_tensor(name)
-        equal = entry.shape == base.shape and self._equal_values(own_name, base)
-        if not equal:
-            raise InvalidAdapter(own_name, f"differs from the base's {name}, which an adapter cannot replace")
-
-    def _equal_values(self, own_name: str, base: StoredTensor) -> bool:
-        """Compare chunk by chunk in float32, which holds the values of every dtype exactly."""
-        stored = np.frombuffer(base.data, HELD[base.dtype])
-        dtype, done = self._source.tensors[own_name].dtype, 0
-        for chunk in self._source.chunks(own_name):
-            values = widened(np.frombuffer(chunk, HELD[dtype]), dtype)
-            if not np.array_equal(values, widened(stored[done : done + len(values)], base.dtype)):
-                return False
-            done += len(values)
-        return True
+        if entry.shape != base.shape:
+            what = f"has shape {list(entry.shape)}, the base's {name} has {list(base.shape)}"
+            resized = f"an adapter cannot resize the vocabulary; if it uses no added token, {WITHOUT_COPIES}"
+            raise InvalidAdapter(own_name, f"{what}: {resized}")
+        difference = differs_by(self._source.chunks(own_name), entry.dtype, base)
+        if difference is None:
+            what = f"differs from the base's {name}, which an adapter cannot replace"
+            raise InvalidAdapter(own_name, f"{what}; if it was not trained, {WITHOUT_COPIES}")
+        if difference:
+            what = f"is the base's {name} rounded to {entry.dtype}, by up to {difference:.3g}"
+            self.warnings.append(f"{shown(own_name)}: {what}; the base's own is used")
 
 
 def _foreign_name(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from blake3 import blake3
 
 from runtime.adapter_format.base_tensors import StoredTensor
@@ -42,7 +43,7 @@ def stored(tensors):
 
 def test_the_summary_describes_the_file_and_the_digest_is_its_blake3(tmp_path):
     tensors = lora(Q, "model.layers.1.mlp.down_proj", rank={Q: 4, "model.layers.1.mlp.down_proj": 7})
-    config = CONFIG | {"target_modules": ".*", "rank_pattern": {"down_proj": 7}}
+    config = CONFIG | {"target_modules": [Q, "model.layers.1.mlp.down_proj"], "rank_pattern": {"down_proj": 7}}
     summary, content = canonical(tmp_path, tensors, config)
     assert summary.digest == blake3(content).hexdigest()
     assert summary.bytes == len(content)
@@ -183,7 +184,10 @@ def test_a_copy_of_the_bases_own_embedding_is_accepted_and_left_out(tmp_path, mo
     config = CONFIG | {"target_modules": ".*"}
     plain = canonical(tmp_path, lora(module), config)
     base = stored({f"{module}.weight": weight})
-    assert canonical(tmp_path, with_base_copies(module, weight), config, base_tensor=base) == plain
+    copied = with_base_copies(module, weight)
+    assert canonical(tmp_path, copied, config, base_tensor=base) == plain
+    unwrapped = {name.replace(".base_layer", ""): tensor for name, tensor in copied.items()}
+    assert canonical(tmp_path, unwrapped, config, base_tensor=base) == plain
 
 
 def test_a_copy_in_another_dtype_is_compared_by_value(tmp_path):
@@ -192,6 +196,51 @@ def test_a_copy_in_another_dtype_is_compared_by_value(tmp_path):
     base = stored({"lm_head.weight": weight})
     config = CONFIG | {"target_modules": ".*"}
     assert canonical(tmp_path, with_base_copies(HEAD, bits), config, base_tensor=base)[0].targets == ["lm_head"]
+
+
+ROUND = {"uint16": lambda array: torch.from_numpy(array).bfloat16().view(torch.uint16).numpy(), "float16": np.float16}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16"])
+def test_a_copy_that_was_rounded_to_its_dtype_is_accepted_with_a_warning(tmp_path, dtype):
+    weight = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    weight[3, 3:6] = 1.00390625, 1.01171875, 1e-6  # halfway to a bfloat16, twice, and small in float16
+    copied = np.array(ROUND[dtype](weight))
+    config = CONFIG | {"target_modules": ["lm_head"]}
+    options = {"base_tensor": stored({"lm_head.weight": weight})}
+    summary, content = canonical(tmp_path, with_base_copies(HEAD, copied), config, **options)
+    assert content == canonical(tmp_path, lora(HEAD), config)[1]
+    [warning] = summary.warnings
+    assert f"rounded to {'BF16' if dtype == 'uint16' else 'F16'}" in warning
+    other = copied.view(np.uint16).copy()
+    other[95, 63] ^= 1
+    with pytest.raises(InvalidAdapter, match="differs from the base"):
+        canonical(tmp_path, with_base_copies(HEAD, other.view(dtype)), config, **options)
+
+
+@pytest.mark.parametrize("rows", [95, 97])
+def test_a_resized_vocabulary_is_refused_with_both_shapes_and_the_way_out(tmp_path, rows):
+    weight = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
+    resized = lora() | {f"base_model.model.{EMBED}.weight": weight[:rows]}
+    with pytest.raises(InvalidAdapter, match="save_embedding_layers=False") as refused:
+        canonical(tmp_path, resized, base_tensor=stored({f"{EMBED}.weight": weight[:96]}))
+    assert f"[{rows}, 64]" in str(refused.value)
+    assert "[96, 64]" in str(refused.value)
+
+
+def test_modules_that_the_file_lacks_are_listed_if_they_begin_at_zero_and_refused_if_not(tmp_path):
+    config = CONFIG | {"target_modules": ["q_proj", "v_proj", "lm_head"], "layers_to_transform": None}
+    summary, content = canonical(tmp_path, lora(), config)
+    assert content == canonical(tmp_path, lora())[1]
+    [warning] = summary.warnings
+    assert "no tensors for 3 of the modules" in warning
+    for module in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "lm_head"):
+        assert module in warning
+    for init in ("gaussian", "eva", True, "mica"):
+        assert canonical(tmp_path, lora(), config | {"init_lora_weights": init})[0].warnings == [warning]
+    for init in (False, "orthogonal"):
+        with pytest.raises(InvalidAdapter, match="fills at random"):
+            canonical(tmp_path, lora(), config | {"init_lora_weights": init})
 
 
 def test_another_embedding_is_refused_and_so_is_one_that_cannot_be_compared(tmp_path):

@@ -195,8 +195,16 @@ TENSORS = {
     "a module that is excluded": (lora(), CONFIG | {"exclude_modules": ["q_proj"]}, Q),
     "a module that a pattern excludes": (lora(), CONFIG | {"exclude_modules": ".*q_proj"}, Q),
     "the head, which all-linear leaves out": (lora("lm_head"), CONFIG | {"target_modules": "all-linear"}, "lm_head"),
-    "a layer that layers_to_transform leaves out": (lora(), CONFIG | {"layers_to_transform": 0}, V),
-    "layers that the model calls otherwise": (lora(), CONFIG | {"layers_to_transform": 0, "layers_pattern": "h"}, Q),
+    "a layer that layers_to_transform leaves out": (
+        lora(),
+        CONFIG | {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
+        V,
+    ),
+    "layers that the model calls otherwise": (
+        lora(),
+        CONFIG | {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+        Q,
+    ),
     "tied adapters": (lora(EMBED), ANY | {"ensure_weight_tying": True}, "ensure_weight_tying"),
     "lora_bias on the embedding": (lora(EMBED), ANY | {"lora_bias": True}, "lora_bias"),
     "alora on the embedding": (lora(EMBED), ANY | {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
