@@ -61,6 +61,7 @@ BUNDLE = {
         },
     },
     "application/x-tar": BINARY,
+    "application/gzip": BINARY,
     "application/vnd.safetensors": BINARY,
 }
 

@@ -1,10 +1,12 @@
 """Each adapter that PEFT would not apply as its author meant is refused, by the name of the field at fault."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from runtime.adapter_format.canonical import canonical_from_tensors, canonicalise
 from runtime.adapter_format.errors import InvalidAdapter
@@ -231,6 +233,12 @@ def nested(depth):
     return b'{"a":' + b"[" * depth + b"]" * depth + b"}"
 
 
+def torch_file():
+    content = io.BytesIO()
+    torch.save({"x": torch.zeros(2)}, content)
+    return content.getvalue()
+
+
 GOOD = file_bytes(lora())
 DUPLICATE = (
     b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -238,7 +246,7 @@ DUPLICATE = (
 DUPLICATE_WITHIN = b'{"x":{"dtype":"I8","dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 
 FILES = {
-    "empty": (b"", "truncated"),
+    "empty": (b"", "is empty.*stage3_gather"),
     "a header over 4 MB": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "header of"),
     "a header of 2**63": ((2**63).to_bytes(8, "little") + b"{}", "header of"),
     "a header cut off": (GOOD[:100], "truncated"),
@@ -271,7 +279,14 @@ FILES = {
     "a header nested deeply": (raw_file(nested(200_000)), "not JSON"),
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF"),
     "a pickle": (b"\x80\x04\x95\x10\0\0\0\0\0\0\x01", "pickle"),
-    "a zip of pickles": (b"PK\x03\x04" + b"\x14" * 64, "pickle"),
+    "what torch.save writes": (torch_file(), r"pickle of PyTorch.*python -m service\.convert"),
+    "a zip archive": (b"PK\x03\x04" + b"\x14" * 64, "is a zip archive: unpack it"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html>\n<html lang='en'>" + b" " * 99, "is a web page"),
+    "a web page behind a blank line": (b"\n\n  <HTML><head>" + b" " * 99, "is a web page"),
+    "an answer of the hub": (b"Invalid username or password.", "HF_TOKEN"),
+    "an archive": (b"\x1f\x8b\x08" + b"\xff" * 99, "gzip"),
+    "tensors without values": (raw_file({"x": entry(0, 0, [0])}), "zero_to_fp32.py"),
 }
 
 
@@ -292,6 +307,8 @@ CONFIG_FILES = {
     "a number of 5,000 digits": (b'{"r": 4, "lora_alpha": ' + b"9" * 5000 + b"}", "not JSON"),
     "over 1 MB": (b'{"r": 4, "lora_alpha": 8, "x": "' + b"x" * 2**20 + b'"}', "expected at most"),
     "nested deeply": (nested(100_000), "not JSON"),
+    "a web page": (b"<!doctype html><html>", "is a web page"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
 }
 
 
