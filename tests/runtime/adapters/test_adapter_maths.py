@@ -29,7 +29,7 @@ ACCEPTED = {
     },
     "groups in patterns": {
         "target_modules": ATTENTION + MLP,
-        "rank_pattern": {r"layers\.(?:0|[2-9])\..*(q|k)_proj": 2, r"(?!gate).*_proj": 6},
+        "rank_pattern": {r"(?!gate)(up|down)_proj": 6, r"layers\.(?:0|[2-9])\..*(q|k)_proj": 2},  # saved in this order
         "alpha_pattern": {r"\w+?\.1\.mlp\.(up|down)_proj": 3},
     },
     "patterns and rslora": {"target_modules": MLP, "use_rslora": True, "rank_pattern": {".*down_proj": 9}},
