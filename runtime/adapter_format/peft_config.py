@@ -117,7 +117,8 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
     if config.get("invocation_string") is not None:
         raise InvalidAdapter(
             "invocation_string",
-            "is the old aLoRA format; convert it: alora_invocation_tokens = tokenize(invocation_string)[1:]",
+            "is the old aLoRA format, alora_invocation_tokens = tokenize(invocation_string)[1:] in the new one; "
+            "convert it: python -m service.convert SOURCE TARGET --tokenizer DIRECTORY",
         )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MERGING_INITS):
