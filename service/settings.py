@@ -116,6 +116,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             unset="none",
         ),
     ] = ()
+    strict_base: Annotated[
+        bool, Option("refuse adapters that name another base model, which otherwise is a warning", "adapters")
+    ] = False
     alora_on_missing: Annotated[
         OnMissing,
         Option("what to do for a prompt without its aLoRA's invocation, if its request does not say", "adapters"),

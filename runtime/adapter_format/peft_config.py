@@ -57,6 +57,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     ensure_weight_tying: bool = False
     starts_at_zero: bool = True  # what PEFT gives a module whose tensors are not in the file
     base_model_name_or_path: str | None = None
+    base_class: str | None = None  # of the base, which PEFT writes if the configuration has no task_type
     warnings: tuple[str, ...] = ()
 
     def scales(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
@@ -100,6 +101,7 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
         starts_at_zero=_starts_at_zero(config.get("init_lora_weights")),
         base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
+        base_class=_base_class(config.get("auto_mapping")),
         warnings=_unknown(config),
     )
 
@@ -187,6 +189,11 @@ def _base_model(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InvalidAdapter("base_model_name_or_path", f"is {shown(value)}, expected a string or null")
     return value or None
+
+
+def _base_class(mapping: object) -> str | None:
+    claimed = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return claimed if isinstance(claimed, str) else None
 
 
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ def _checked(services: Services, bundle: Bundle, source: str, options: UploadOpt
         target,
         max_rank=engine.max_lora_rank,
         base_model_names=(services.settings.served_name, engine.model),
+        strict=services.settings.strict_base,
         base_tensor=base_tensors(engine),
         pause=throttle.pause,
     )

@@ -101,6 +101,7 @@ OPTIONS = {
     "--collect-after-seconds": ("60", "collect_after_seconds", 60.0),
     "--allow-source": ("s3://bucket/team-a", "allowed_sources", ("s3://bucket/team-a",)),
     "--unsigned-source": ("s3://public/", "unsigned_sources", ("s3://public/",)),
+    "--strict-base": ("yes", "strict_base", True),
     "--alora-on-missing": ("base", "alora_on_missing", "base"),
     "--max-uploads": ("3", "max_uploads", 3),
     "--max-upload-bytes": ("10M", "max_upload_bytes", 10 * MIB),

@@ -159,6 +159,48 @@ def test_another_base_name_is_a_warning_and_strictly_an_error(tmp_path):
     assert canonical(tmp_path, lora(), local, base_model_names=["org/ours"], strict=True)[0].warnings == []
 
 
+SAME_BASE = [
+    "unsloth/Llama-3.2-1B-Instruct-bnb-4bit",
+    "unsloth/llama-3.2-1b-instruct-unsloth-bnb-4bit",
+    "unsloth/Meta-Llama-3.2-1B-Instruct",
+    "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B-Instruct/snapshots/0123456789abcdef0123456789abcdef/",
+    "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    "someone/Llama-3.2-1B-Instruct-GPTQ-Int4",
+    "./models/Llama-3.2-1B-Instruct/",
+]
+
+
+@pytest.mark.parametrize("claimed", SAME_BASE)
+def test_a_copy_or_a_path_of_the_same_base_is_no_other_base(tmp_path, claimed):
+    for ours in ("meta-llama/Llama-3.2-1B-Instruct", SAME_BASE[3]):
+        config = CONFIG | {"base_model_name_or_path": claimed}
+        assert canonical(tmp_path, lora(), config, base_model_names=[ours], strict=True)[0].warnings == []
+
+
+@pytest.mark.parametrize(
+    "claimed", ["meta-llama/Llama-3.2-1B", "Llama-3.2-3B-Instruct", "outputs/checkpoint-500", "4bit"]
+)
+def test_another_name_is_another_base(tmp_path, claimed):
+    config = CONFIG | {"base_model_name_or_path": claimed}
+    assert canonical(tmp_path, lora(), config, base_model_names=["org/Llama-3.2-1B-Instruct"])[0].warnings != []
+
+
+def test_the_class_of_the_base_decides_where_peft_wrote_it(tmp_path):
+    for same in (
+        "LlamaForCausalLM",
+        "LlamaModel",
+        "LlamaForSequenceClassification",
+        "FullyShardedDataParallel",
+        None,
+        3,
+    ):
+        config = CONFIG | {"auto_mapping": {"base_model_class": same, "parent_library": "x"}}
+        assert canonical(tmp_path, lora(), config)[0].warnings == []
+    for other in ("Qwen2ForCausalLM", "BertModel", "GPT2LMHeadModel"):
+        with pytest.raises(InvalidAdapter, match=f"{other}, this server's base is a LlamaForCausalLM"):
+            canonical(tmp_path, lora(), CONFIG | {"auto_mapping": {"base_model_class": other}})
+
+
 def test_a_set_field_that_peft_does_not_know_is_a_warning(tmp_path):
     summary, _ = canonical(tmp_path, lora(), CONFIG | {"unsloth_fixed": True, "left_empty": {}})
     assert summary.warnings == ["unsloth_fixed: unknown field, ignored"]
