@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import ITS_BASE, InvalidAdapter, shown
 
 # A directory of the hub's cache, which has the repository's name two levels up
 _CACHED = re.compile(r"models--(?:[^/]*--)?(?P<name>[^/]+)/snapshots/[^/]+/*$")
@@ -32,7 +32,7 @@ def base_warnings(claimed: str | None, names: Sequence[str], *, strict: bool) ->
     text = f"is {json.dumps(shown(claimed))}, this server's base is {names[0]}"
     if strict:
         way = "set it to that if the adapter was trained on it, or serve without --strict-base"
-        raise InvalidAdapter("base_model_name_or_path", f"{text}: {way}")
+        raise InvalidAdapter("base_model_name_or_path", text, way)
     return [f"base_model_name_or_path: {text}"]
 
 
@@ -41,4 +41,4 @@ def check_base_class(claimed: str | None, architecture: str) -> None:
     theirs, ours = _CLASS.fullmatch(claimed or ""), _CLASS.fullmatch(architecture)
     if theirs is not None and ours is not None and theirs["family"].lower() != ours["family"].lower():
         text = f"is {shown(claimed)}, this server's base is a {architecture}"
-        raise InvalidAdapter("auto_mapping.base_model_class", f"{text}: serve it with the base that it was trained on")
+        raise InvalidAdapter("auto_mapping.base_model_class", text, ITS_BASE)

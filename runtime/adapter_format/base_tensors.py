@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.errors import ITS_BASE, InvalidAdapter
 from runtime.adapter_format.safetensors_header import read_header
 from runtime.adapter_format.weight_dtypes import HELD, rounded, widened
 from runtime.config import EngineConfig
@@ -79,4 +79,4 @@ def _file(directory: Path, name: str) -> Path:
 
 
 def _missing(name: str) -> InvalidAdapter:
-    return InvalidAdapter(name, "is not in the base, which an adapter cannot extend")
+    return InvalidAdapter(name, "is not in the base, which an adapter cannot extend", ITS_BASE)

@@ -57,7 +57,7 @@ def answers(
     if asked.returncode:
         fields = ", ".join(question.field for question in questions)
         reason = f"takes over {seconds:g} s or too much memory to match with the base's module names"
-        raise InvalidAdapter(fields, f"{reason}: list the names of the modules instead")
+        raise InvalidAdapter(fields, reason, "list the names of the modules instead")
     found = msgspec.json.decode(asked.stdout, type=list[list[Match | None] | _Broken])
     return tuple(_checked(question, answer) for question, answer in zip(questions, found, strict=True))
 
@@ -70,7 +70,7 @@ def _checked(question: Question, answer: "list[Match | None] | _Broken") -> list
     if isinstance(answer, _Broken):
         key = shown(question.keys[answer.index])
         reason = f"has {key!r}, which is not a regular expression: {shown(answer.reason)}"
-        raise InvalidAdapter(question.field, f"{reason}; correct it, or list names of modules")
+        raise InvalidAdapter(question.field, reason, "correct it, or list the names of modules")
     return answer
 
 

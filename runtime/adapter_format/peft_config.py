@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import CONVERT, MERGE, InvalidAdapter, shown
 from runtime.adapter_format.patterns import Question, answers
 from runtime.adapter_format.safetensors_header import exact_json_object
 from runtime.adapter_format.target_modules import TargetModules
@@ -33,6 +33,9 @@ REFUSED_FIELDS = {
     "layer_replication": "changes the base's layers, which others share",
     "target_parameters": "adapters of bare parameters (MoE experts) are not supported",
 }
+# PEFT's own conversion writes the difference from the base as it was before the initialisation
+BY_PEFT = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+BY_LOFTQ = "serve the base that LoftQ wrote beside it, and set init_lora_weights to true"
 MERGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fmt: off
 IGNORED_FIELDS = frozenset({
@@ -109,24 +112,25 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
 def _refuse_by_name(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in (None, "LORA"):
-        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA")
+        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA", MERGE)
     for name, reason in REFUSED_FIELDS.items():
         if config.get(name):
-            raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}")
+            raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}", MERGE)
     bias = config.get("bias")
     if bias not in (None, "none"):
-        raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"')
+        raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"', MERGE)
     if config.get("invocation_string") is not None:
         raise InvalidAdapter(
             "invocation_string",
-            "is the old aLoRA format, alora_invocation_tokens = tokenize(invocation_string)[1:] in the new one; "
-            "convert it: python -m service.convert SOURCE TARGET --tokenizer DIRECTORY",
+            "is the old aLoRA format, alora_invocation_tokens = tokenize(invocation_string)[1:] in the new one",
+            f"{CONVERT} --tokenizer DIRECTORY",
         )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MERGING_INITS):
         raise InvalidAdapter(
             "init_lora_weights",
-            f"is {shown(init)}, which changes the base; convert the adapter to plain LoRA with PEFT",
+            f"is {shown(init)}, which changes the base",
+            BY_LOFTQ if init.lower().startswith("loftq") else BY_PEFT,
         )
     if init is not None and not isinstance(init, bool) and not (isinstance(init, str) and init.lower() in PLAIN_INITS):
         raise InvalidAdapter(
@@ -142,7 +146,11 @@ def _rank(field: str, value: object, max_rank: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidAdapter(field, f"is {shown(value)}, expected a positive integer")
     if value > max_rank:
-        raise InvalidAdapter(field, f"is rank {shown(value)}, expected at most {max_rank}")
+        raise InvalidAdapter(
+            field,
+            f"is rank {shown(value)}, expected at most {max_rank}",
+            f"start the server with --max-lora-rank {shown(value)}",
+        )
     return value
 
 

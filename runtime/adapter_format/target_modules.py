@@ -36,7 +36,11 @@ class TargetModules:
             expected = "expected the names of the modules that the adapter adapts"
             raise InvalidAdapter("target_modules", f"is {shown(config.get('target_modules'))}, {expected}")
         if isinstance(self._targets, _Pattern) and self._layers is not None:
-            raise InvalidAdapter("layers_to_transform", "is set beside a pattern in target_modules: PEFT takes either")
+            raise InvalidAdapter(
+                "layers_to_transform",
+                "is set beside a pattern in target_modules",
+                "list the names of modules beside it",
+            )
 
     def among(self, modules: Sequence[str]) -> frozenset[str]:
         """Return those of the base's modules that PEFT puts an adapter on. Raises InvalidAdapter for a pattern."""

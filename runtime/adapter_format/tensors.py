@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from runtime.adapter_format.base_tensors import BaseTensor, differs_by
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import CONVERT, CORRECT, ITS_BASE, MERGE, SAVE_AGAIN, InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig
 from runtime.adapter_format.safetensors_header import FILE, TensorEntry
 from runtime.adapter_format.tensor_source import TensorSource
@@ -22,6 +22,7 @@ BASE_LEAF = "base_layer.weight"
 FUSED = ("qkv_proj", "gate_up_proj")
 
 MAX_LISTED = 16  # names in a warning
+TRAIN_AGAIN = "train it again, with a lower learning rate, or take an earlier checkpoint"
 WITHOUT_COPIES = "save it with save_pretrained(..., save_embedding_layers=False)"
 
 # PEFT saves the embeddings of the base beside an adapter of one of them, and whenever the vocabulary was resized
@@ -59,7 +60,9 @@ class AdapterTensors:
         copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
         if not modules:
-            raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
+            raise InvalidAdapter(
+                FILE, "adapts no module of the model, expected at least one lora_A and lora_B", SAVE_AGAIN
+            )
         resolved = config.scales(modules)
         self.ranks = {module: rank for module, (rank, _) in resolved.items()}
         self.scales = {module: scale for module, (_, scale) in resolved.items()}
@@ -79,9 +82,9 @@ class AdapterTensors:
         for chunk in self._source.chunks(own_name):
             largest = largest_magnitude(chunk, entry.dtype)
             if largest >= INFINITY_BITS[entry.dtype]:
-                raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights")
+                raise InvalidAdapter(own_name, "has NaN or infinite values, expected finite weights", TRAIN_AGAIN)
             if scale > 1.0 and value_of(largest, entry.dtype) * scale > LARGEST_FLOAT32:
-                raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}")
+                raise InvalidAdapter(own_name, f"overflows float32 when scaled by {scale:g}", TRAIN_AGAIN)
             yield chunk
 
     def _normalise(self, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -105,15 +108,16 @@ class AdapterTensors:
             return f"{copy['module']}.{BASE_LEAF}"
         match = _NAME.fullmatch(own_name)
         if match is None:
-            raise InvalidAdapter(own_name, _foreign_name(own_name))
+            raise InvalidAdapter(own_name, *_foreign_name(own_name))
         module, leaf = match["module"], match["leaf"] + (match["kind"] or "")
         short = module.rpartition(".")[2]
         if match["leaf"] == "lora_magnitude_vector":
-            raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet")
+            raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet", MERGE)
         if short in FUSED and module not in self._shapes:
-            raise InvalidAdapter(own_name, f"adapts the fused {short}, which no supported base has")
+            raise InvalidAdapter(own_name, f"adapts the fused {short}, which this base has not", ITS_BASE)
         if module not in self._shapes:
-            raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base")
+            step = CONVERT if "language_model" in module or "_module." in module else ITS_BASE
+            raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base", step)
         allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
         if leaf not in allowed:
             raise InvalidAdapter(own_name, f"is left over: {module} takes {', '.join(allowed)}")
@@ -132,10 +136,12 @@ class AdapterTensors:
                 raise InvalidAdapter(name, f"is missing, expected shape {list(shape)}")
             if self.tensors[name].shape != shape:
                 own, got = self._names[name], list(self.tensors[name].shape)
-                raise InvalidAdapter(own, f"has shape {got}, expected {list(shape)} for rank {rank}")
+                raise InvalidAdapter(own, f"has shape {got}, expected {list(shape)} for rank {rank}", ITS_BASE)
         bias = f"{module}.lora_B.bias"
         if bias in self.tensors and bias not in expected:
-            raise InvalidAdapter(self._names[bias], "is left over: lora_bias is false")
+            raise InvalidAdapter(
+                self._names[bias], "is left over: lora_bias is false", "set lora_bias as it was trained"
+            )
 
     def _check_config(self, config: PeftConfig) -> None:
         """Refuse tensors that PEFT would ignore or would apply differently."""
@@ -145,14 +151,16 @@ class AdapterTensors:
         for module in self.scales:
             if module not in targeted:
                 own, fields = self._names[firsts[module]], "target_modules, exclude_modules and layers_to_transform"
-                raise InvalidAdapter(own, f"is left over: {fields} do not select its module")
+                raise InvalidAdapter(own, f"is left over: {fields} do not select its module", CORRECT)
         self._check_complete([module for module in self._shapes if module in targeted - self.scales.keys()], config)
         if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
-            raise InvalidAdapter("ensure_weight_tying", "is true: tied adapters of the embedding are not supported")
+            raise InvalidAdapter(
+                "ensure_weight_tying", "is true: tied adapters of the embedding are not supported", MERGE
+            )
         if config.lora_bias and EMBEDDING in ends:
-            raise InvalidAdapter("lora_bias", f"is true: PEFT has none for {EMBEDDING}")
+            raise InvalidAdapter("lora_bias", f"is true: PEFT has none for {EMBEDDING}", MERGE)
         if config.alora_invocation_tokens is not None and EMBEDDING in ends:
-            raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}")
+            raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}", MERGE)
 
     def _check_complete(self, lacking: Sequence[str], config: PeftConfig) -> None:
         """Warn of modules without tensors, which PEFT gives the values of its initialisation."""
@@ -162,7 +170,7 @@ class AdapterTensors:
         what = f"no tensors for {len(lacking)} of the modules that target_modules selects ({names})"
         if not config.starts_at_zero:
             how = "save all of the adapter, or select only the modules that it has"
-            raise InvalidAdapter(FILE, f"has {what}, which init_lora_weights fills at random: {how}")
+            raise InvalidAdapter(FILE, f"has {what}, which init_lora_weights fills at random", how)
         self.warnings.append(f"{FILE}: {what}; they stay as the base has them")
 
     def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
@@ -172,24 +180,28 @@ class AdapterTensors:
         name = f"model.{EMBEDDING}.weight" if tied else f"{module}.weight"
         if base_tensor is None:
             what = "repeats the base's weight, and the base is not at hand to compare"
-            raise InvalidAdapter(own_name, f"{what}: {WITHOUT_COPIES}")
+            raise InvalidAdapter(own_name, what, WITHOUT_COPIES)
         base = base_tensor(name)
         if entry.shape != base.shape:
             what = f"has shape {list(entry.shape)}, the base's {name} has {list(base.shape)}"
-            resized = f"an adapter cannot resize the vocabulary; if it uses no added token, {WITHOUT_COPIES}"
-            raise InvalidAdapter(own_name, f"{what}: {resized}")
+            resized = "an adapter cannot resize the vocabulary"
+            raise InvalidAdapter(own_name, f"{what}: {resized}", f"{WITHOUT_COPIES} if it uses no added token")
         difference = differs_by(self._source.chunks(own_name), entry.dtype, base)
         if difference is None:
             what = f"differs from the base's {name}, which an adapter cannot replace"
-            raise InvalidAdapter(own_name, f"{what}; if it was not trained, {WITHOUT_COPIES}")
+            raise InvalidAdapter(own_name, what, f"{WITHOUT_COPIES} if it was not trained")
         if difference:
             what = f"is the base's {name} rounded to {entry.dtype}, by up to {difference:.3g}"
             self.warnings.append(f"{shown(own_name)}: {what}; the base's own is used")
 
 
-def _foreign_name(name: str) -> str:
+def _foreign_name(name: str) -> tuple[str, str]:
+    """What a tensor is that has no place in an adapter, and what to do."""
     if "lora_down" in name or "lora_up" in name or name.startswith("lora_unet"):
-        return "is a kohya or diffusers name, expected PEFT's <module>.lora_A.weight"
+        return (
+            "is a kohya or diffusers name, expected PEFT's <module>.lora_A.weight",
+            "train a language model with PEFT",
+        )
     if name.endswith((".lora_a", ".lora_b")):
-        return "is an mlx name, expected PEFT's <module>.lora_A.weight"
-    return "is not a tensor of plain LoRA, and an adapter cannot replace or add weights of the base"
+        return "is an mlx name, expected PEFT's <module>.lora_A.weight", CONVERT
+    return "is not a tensor of plain LoRA, and an adapter cannot replace or add weights of the base", MERGE

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import MERGE, InvalidAdapter, shown
 from runtime.adapter_format.patterns import Question, answers
 from runtime.adapter_format.safetensors_header import exact_json_object, write_header
 from runtime.adapter_format.weight_dtypes import NAMES
@@ -41,7 +41,7 @@ def convert(source: Path, target: Path, tokenize: Tokenize | None = None) -> lis
     if target.exists():
         raise FileExistsError(f"{target} exists already: name a directory that does not")
     if not (source / CONFIG).exists():
-        raise InvalidAdapter(CONFIG, f"is not in {source}: it stands where PEFT's save_pretrained put the weights")
+        raise InvalidAdapter(CONFIG, f"is not in {source}", "copy it from where PEFT's save_pretrained put the weights")
     config = exact_json_object((source / CONFIG).read_bytes(), CONFIG)
     weights = stored_weights(source)
     tensors, done = weights.tensors, [weights.said]
@@ -80,12 +80,12 @@ def _renamed(
             new = f"{match['module']}.{match['leaf']}{match['kind'] or ''}"
             modules[match["module"]] = plain.partition(".lora_")[0]
         if f"{PREFIX}{new}" in result:
-            raise InvalidAdapter(name, f"has the same name as another tensor, {new}: save one adapter alone")
+            raise InvalidAdapter(name, f"has the same name as another tensor, {new}", "save one adapter alone")
         result[f"{PREFIX}{new}"] = tensor
     if left_out:
         done.append(f"left out {left_out} tensors of parts that see or hear, which no text goes through")
     if not modules:
-        raise InvalidAdapter("weights", "have no lora_A and lora_B of a language model: give the adapter of one")
+        raise InvalidAdapter("weights", "have no lora_A and lora_B of a language model", "give the adapter of one")
     if not left_out and all(new == old for new, old in modules.items()):
         return result, config
     done.append("named the modules as in the language model alone, in the tensors and in the configuration")
@@ -121,10 +121,10 @@ def _with_tokens(config: dict[str, Any], tokenize: Tokenize | None, done: list[s
     if not isinstance(text, str):
         raise InvalidAdapter("invocation_string", f"is {shown(text)}, expected a string")
     if tokenize is None:
-        raise InvalidAdapter("invocation_string", "needs the base's tokenizer: give its directory with --tokenizer")
+        raise InvalidAdapter("invocation_string", "needs the base's tokenizer", "give its directory with --tokenizer")
     tokens = [*tokenize(text)][1:]
     if not tokens:
-        raise InvalidAdapter("invocation_string", f"{shown(text)!r} is one token, and it was active after that")
+        raise InvalidAdapter("invocation_string", f"{shown(text)!r} is one token, and it was active after that", MERGE)
     done.append(f"alora_invocation_tokens = {tokens}, of the invocation string without its first token")
     rest = {name: value for name, value in config.items() if name != "invocation_string"}
     return rest | {"alora_invocation_tokens": tokens, "peft_type": "LORA"}

@@ -22,9 +22,9 @@ def tensors_in(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickled state dict. Raises ValueError, and whatever a broken pickle makes of it."""
     found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, Mapping) or not all(isinstance(each, torch.Tensor) for each in found.values()):
-        raise ValueError("has other things than tensors: give the file that PEFT's save_pretrained wrote")
+        raise ValueError("has other things than tensors; give the file that PEFT's save_pretrained wrote")
     if not any(tensor.numel() for tensor in found.values()):
-        raise ValueError(f"has no values: {GATHER}")
+        raise ValueError(f"has no values; {GATHER}")
     # each in memory of its own: safetensors knows no views
     return {str(name): tensor.detach().contiguous().clone() for name, tensor in found.items()}
 

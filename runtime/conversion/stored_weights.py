@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.errors import CONVERT, InvalidAdapter
 from runtime.adapter_format.safetensors_header import foreign_format, read_header
 from runtime.adapter_format.weight_dtypes import HELD
 
@@ -16,8 +16,8 @@ WHOLE, SHARDS = "adapter_model.safetensors", "adapter_model-*-of-*.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MLX = "adapters.safetensors"
 NOT_PLAIN = (
-    "cannot be read as tensors alone (weights_only) in bounded memory and time: save it again, with "
-    "save_pretrained(..., safe_serialization=True)"
+    "cannot be read as tensors alone (weights_only) in bounded memory and time; "
+    "save it with save_pretrained(..., safe_serialization=True)"
 )
 
 
@@ -41,7 +41,7 @@ def stored_weights(source: Path) -> StoredWeights:
     if (source / MLX).exists():
         return StoredWeights(_tensors(source / MLX), f"read {MLX} of mlx-lm", is_mlx=True)
     known = ", ".join((WHOLE, SHARDS, PICKLES[0], MLX))
-    raise InvalidAdapter("weights", f"are not in {source}: expected one of {known}")
+    raise InvalidAdapter("weights", f"are not in {source}", f"give a directory that has {known}")
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
@@ -50,7 +50,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
             header = read_header(file)
             data = np.memmap(file, np.uint8, "r", offset=header.data_offset)
     except InvalidAdapter as error:
-        raise InvalidAdapter(path.name, str(error)) from None
+        raise InvalidAdapter(path.name, str(error).removesuffix(f"; {error.step}"), error.step) from None
     return {
         name: data[entry.start : entry.stop].view(HELD[entry.dtype]).reshape(entry.shape)
         for name, entry in header.tensors.items()
@@ -60,12 +60,12 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
 def _joined(shards: list[Path]) -> StoredWeights:
     expected = int(shards[0].stem.rpartition("-")[2])
     if len(shards) != expected:
-        raise InvalidAdapter(SHARDS, f"are {len(shards)} files, their names say {expected}: fetch all of them")
+        raise InvalidAdapter(SHARDS, f"are {len(shards)} files, their names say {expected}", "fetch all of them")
     tensors: dict[str, np.ndarray] = {}
     for shard in shards:
         found = _tensors(shard)
         if twice := tensors.keys() & found.keys():
-            raise InvalidAdapter(shard.name, f"has {min(twice)}, which another shard has too: save the adapter again")
+            raise InvalidAdapter(shard.name, f"has {min(twice)}, which another shard has too")
         tensors |= found
     return StoredWeights(tensors, f"joined {len(shards)} shards")
 
@@ -74,8 +74,8 @@ def _unpickled(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         start = file.read(512)
     what = foreign_format(start)
-    if what is not None and "pickle" not in what:
-        raise InvalidAdapter(path.name, what)
+    if what is not None and what[1] != CONVERT:
+        raise InvalidAdapter(path.name, *what)
     with TemporaryDirectory() as directory:
         target = Path(directory) / WHOLE
         done = subprocess.run(
@@ -86,5 +86,6 @@ def _unpickled(path: Path) -> dict[str, np.ndarray]:
             check=False,
         )
         if done.returncode:
-            raise InvalidAdapter(path.name, done.stdout.strip() or NOT_PLAIN)
+            what, _, step = (done.stdout.strip() or NOT_PLAIN).partition("; ")
+            raise InvalidAdapter(path.name, what, step)
         return {name: np.array(tensor) for name, tensor in _tensors(target).items()}

@@ -17,6 +17,7 @@ TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 REQUIRED, OPTIONAL = (CONFIG, WEIGHTS), (TEMPLATE, TOKENIZER)
 # What training programs leave in place of the weights
 _OTHER_WEIGHTS = re.compile(r"adapter_model.*\.(?:bin|pt|pth|safetensors|index\.json)|adapters\.(?:safetensors|npz)")
+WITHOUT_TEMPLATE = "correct the file, or leave it out: the server's chat template then holds"
 CONVERT = "python -m service.convert SOURCE TARGET"
 MAX_NAMED = 100  # of the ignored files
 # In bytes, of all but the weights
@@ -130,22 +131,24 @@ def _template_in(directory: Path) -> TemplateFile | None:
         try:
             return TemplateFile(TEMPLATE, file.read_text("utf-8"))
         except UnicodeDecodeError:
-            raise InvalidAdapter(TEMPLATE, "expected a Jinja template in UTF-8") from None
+            raise InvalidAdapter(TEMPLATE, "expected a Jinja template in UTF-8", WITHOUT_TEMPLATE) from None
     if not (file := directory / TOKENIZER).exists():
         return None
     try:
         found = msgspec.json.decode(file.read_bytes(), type=TokenizerConfig).chat_template
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidAdapter(TOKENIZER, f"expected a tokenizer's configuration as JSON: {error}") from None
+        what = f"expected a tokenizer's configuration as JSON: {error}"
+        raise InvalidAdapter(TOKENIZER, what, WITHOUT_TEMPLATE) from None
     if isinstance(found, list):
         named = {each.name: each.template for each in found}
         if "default" not in named:
-            raise InvalidAdapter(TOKENIZER, 'chat_template has several templates: expected one named "default"')
+            what = 'chat_template has several templates, expected one named "default"'
+            raise InvalidAdapter(TOKENIZER, what, WITHOUT_TEMPLATE)
         found = named["default"]
     if not found:
         return None
     if len(found.encode(errors="replace")) > MAX_TEMPLATE_BYTES:
-        raise InvalidAdapter(TOKENIZER, f"chat_template has more than {MAX_TEMPLATE_BYTES} bytes")
+        raise InvalidAdapter(TOKENIZER, f"chat_template has more than {MAX_TEMPLATE_BYTES} bytes", WITHOUT_TEMPLATE)
     return TemplateFile(TOKENIZER, found)
 
 

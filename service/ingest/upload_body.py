@@ -56,7 +56,9 @@ def _read_safetensors(body: BodyReader, files: BundleFiles, directory: Path) -> 
     with (directory / WEIGHTS).open("rb") as file:
         config = read_header(file).metadata.get("adapter_config")
     if config is None:
-        raise InvalidAdapter("__metadata__", f'has no "adapter_config", expected the JSON of {CONFIG}')
+        raise InvalidAdapter(
+            "__metadata__", f'has no "adapter_config", expected the JSON of {CONFIG}', "send both files as a form"
+        )
     content = config.encode()
     if len(content) > LIMITS[CONFIG]:
         raise too_large(LIMITS[CONFIG], CONFIG)

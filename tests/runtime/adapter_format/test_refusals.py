@@ -1,13 +1,17 @@
 """Each adapter that PEFT would not apply as its author meant is refused, by the name of the field at fault."""
 
+import ast
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from runtime.adapter_format import errors, peft_config, safetensors_header
+from runtime.adapter_format import tensors as tensors_module
 from runtime.adapter_format.canonical import canonical_from_tensors, canonicalise
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.peft_config import parse_peft_config
@@ -23,7 +27,17 @@ def refusal(tensors, config):
     with pytest.raises(InvalidAdapter) as refused:
         canonical_from_tensors(tensors, config, MODEL, max_rank=64)
     assert refused.value.field in str(refused.value)
+    assert_it_says_what_to_do(refused.value)
     return refused.value
+
+
+VERBS = {"save", "correct", "train", "serve", "convert", "merge", "start", "fetch", "unpack", "download", "list", "set"}
+VERBS |= {"send", "give", "check", "take", "copy", "remove"}
+
+
+def assert_it_says_what_to_do(error):
+    assert str(error).endswith(f"; {error.step}")
+    assert error.step.split()[0] in VERBS, error.step
 
 
 CONFIGS = {
@@ -280,7 +294,7 @@ FILES = {
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF"),
     "a pickle": (b"\x80\x04\x95\x10\0\0\0\0\0\0\x01", "pickle"),
     "what torch.save writes": (torch_file(), r"pickle of PyTorch.*python -m service\.convert"),
-    "a zip archive": (b"PK\x03\x04" + b"\x14" * 64, "is a zip archive: unpack it"),
+    "a zip archive": (b"PK\x03\x04" + b"\x14" * 64, "is a zip archive; unpack it"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     "a web page": (b"<!DOCTYPE html>\n<html lang='en'>" + b" " * 99, "is a web page"),
     "a web page behind a blank line": (b"\n\n  <HTML><head>" + b" " * 99, "is a web page"),
@@ -293,8 +307,9 @@ FILES = {
 @pytest.mark.parametrize(("content", "expected"), FILES.values(), ids=FILES.keys())
 def test_a_broken_file_is_refused_and_leaves_nothing(tmp_path, content, expected):
     weights = write(tmp_path, content)
-    with pytest.raises(InvalidAdapter, match=expected):
+    with pytest.raises(InvalidAdapter, match=expected) as refused:
         canonicalise(weights, json.dumps(CONFIG).encode(), MODEL, tmp_path / "target", max_rank=64)
+    assert_it_says_what_to_do(refused.value)
     assert list(tmp_path.iterdir()) == [weights]
 
 
@@ -314,8 +329,66 @@ CONFIG_FILES = {
 
 @pytest.mark.parametrize(("content", "expected"), CONFIG_FILES.values(), ids=CONFIG_FILES.keys())
 def test_a_broken_configuration_is_refused(content, expected):
-    with pytest.raises(InvalidAdapter, match=expected):
+    with pytest.raises(InvalidAdapter, match=expected) as refused:
         parse_peft_config(content, max_rank=64, vocab_size=96)
+    assert_it_says_what_to_do(refused.value)
+
+
+STEPS = {
+    "pissa": "path_initial_model_for_weight_conversion",
+    "pissa by iterations": "path_initial_model_for_weight_conversion",
+    "OLoRA": "path_initial_model_for_weight_conversion",
+    "corda": "path_initial_model_for_weight_conversion",
+    "lora_ga": "path_initial_model_for_weight_conversion",
+    "loftq": "serve the base that LoftQ wrote",
+    "layer_replication": "merge_and_unload",
+    "kasa": "merge_and_unload",
+    "experts": "merge_and_unload",
+    "rank over the limit": "--max-lora-rank 65",
+    "rank_pattern over the limit": "--max-lora-rank 65",
+    "alora of the old format": "python -m service.convert SOURCE TARGET --tokenizer DIRECTORY",
+    "target_modules broken": "list the names of modules",
+    "lora_bias a string": "adapter_config.json",
+}
+
+
+@pytest.mark.parametrize(("case", "step"), STEPS.items(), ids=STEPS.keys())
+def test_a_refused_configuration_is_told_the_call_the_command_or_the_option(case, step):
+    assert step in refusal(lora(), CONFIG | CONFIGS[case][0]).step
+
+
+def explicit_steps():
+    """Every step that is written where an adapter is refused, in all rooms that refuse one."""
+    root = Path(__file__).parents[3]
+    for path in [*root.glob("runtime/**/*.py"), *root.glob("service/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InvalidAdapter":
+                step = node.args[2] if len(node.args) > 2 else None
+                text = step.values[0] if isinstance(step, ast.JoinedStr) else step
+                if isinstance(text, ast.Constant):
+                    yield f"{path.name}:{node.lineno}", text.value
+
+
+def test_every_step_that_is_written_begins_with_what_to_do():
+    found = dict(explicit_steps())
+    assert len(found) > 15
+    assert {where: step for where, step in found.items() if step.split()[0] not in VERBS} == {}
+    constants = vars(errors) | vars(safetensors_header) | vars(peft_config) | vars(tensors_module)
+    for name in (
+        "SAVE_AGAIN",
+        "CORRECT",
+        "CONVERT",
+        "ITS_BASE",
+        "MERGE",
+        "AGAIN",
+        "CAST",
+        "GATHER",
+        "BY_PEFT",
+        "BY_LOFTQ",
+    ):
+        assert constants[name].split()[0] in VERBS
+    for name in ("TRAIN_AGAIN", "WITHOUT_COPIES"):
+        assert constants[name].split()[0] in VERBS
 
 
 def test_the_first_key_that_matches_decides():
