@@ -5,6 +5,7 @@ or the field. Adapters of the same maths have the same canonical bytes: names ar
 configuration is reduced to each module's scale and the aLoRA invocation, and tensors keep their dtype and bits.
 """
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from runtime.adapter_format.tensors import AdapterTensors
 from runtime.models.config import ModelConfig
 
 CONFIG_KEY = "adapter_config"
+_log = logging.getLogger(__name__)
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,11 +119,13 @@ def canonical_from_tensors(
     """Return the digest and the canonical file of an adapter in memory, equal to those of `canonicalise`.
 
     Arrays are float32, float16, or uint16 for the bits of bfloat16. `memory` allocates the given number of bytes for
-    the file. Raises InvalidAdapter.
+    the file. Warnings are logged. Raises InvalidAdapter.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
     check_base_class(peft.base_class, model.architecture)
     adapter = AdapterTensors(ArrayTensors(tensors), peft, model, base_tensor)
+    for warning in (*peft.warnings, *adapter.warnings):
+        _log.warning("an adapter from memory: %s", warning)
     head = _head(adapter, peft)
     end = head.header.data_offset
     data = memory(end + sum(entry.stop - entry.start for entry in adapter.tensors.values()))
