@@ -8,7 +8,7 @@ import numpy as np
 from runtime.adapter_format.base_tensors import BaseTensor, differs_by
 from runtime.adapter_format.errors import CONVERT, CORRECT, ITS_BASE, MERGE, SAVE_AGAIN, InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig
-from runtime.adapter_format.safetensors_header import FILE, TensorEntry
+from runtime.adapter_format.safetensors_header import FILE, GATHER, TensorEntry
 from runtime.adapter_format.tensor_source import TensorSource
 from runtime.adapter_format.weight_dtypes import INFINITY_BITS, largest_magnitude, value_of
 from runtime.models.config import ModelConfig
@@ -57,6 +57,8 @@ class AdapterTensors:
         }
         self.warnings = []
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
+        if not source.tensors:
+            raise InvalidAdapter(FILE, "has no tensors", GATHER)
         copies = self._normalise(source.tensors)
         modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
         if not modules:

@@ -111,6 +111,9 @@ class Sources:
         try:
             copy_files(root, below, files, on_progress)
             return Fetched(files.bundle(), source.url)
+        except RequestError as error:
+            _log.warning("%s: %s", source.url, error)
+            raise
         finally:
             files.close()
 

@@ -148,7 +148,7 @@ TENSORS = {
     "B without A": (edited(QA), CONFIG, f"{Q}.lora_A.weight"),
     "A without B": (edited(QB), CONFIG, f"{Q}.lora_B.weight"),
     "no module applies": ({f"{P}model.layers.9.self_attn.q_proj.lora_A.weight": A}, CONFIG, "layers.9"),
-    "no tensors": ({}, CONFIG, "weights"),
+    "no tensors": ({}, CONFIG, "weights: has no tensors; set stage3_gather"),
     "a module the model lacks": (lora() | {f"{P}model.layers.0.mlp.router.lora_A.weight": A}, ANY, "router"),
     "a layer prefix of the bare model": (
         edited(**{f"{P}layers.0.self_attn.q_proj.lora_A.weight": A}),

@@ -154,11 +154,18 @@ def test_links_and_other_odd_files_in_a_bundle_are_refused(service: Service, roo
     assert service.files() == []
 
 
-def test_what_is_not_there_is_not_found(service: Service, root: Path) -> None:
+def test_what_is_not_there_is_not_found_and_the_operator_is_told(
+    service: Service, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (root / "half").mkdir()
     (root / "half" / CONFIG).write_bytes(b"{}")
     for path in (root / "nothing", root / "half"):
+        caplog.clear()
         assert error(post(service, f"file://{path}")) == (404, "source_not_found", "src")
+        assert [record.levelname for record in caplog.records if str(path) in record.getMessage()] == ["WARNING"]
+    (root / "half" / "adapter_model.bin").write_bytes(b"")
+    message = post(service, f"file://{root}/half").json()["error"]["message"]
+    assert "it has adapter_model.bin: python -m service.convert" in message
     assert error(post(service, f"file://{root}/poet/{CONFIG}")) == (403, "source_not_allowed", "src")
     assert service.files() == []
 
