@@ -200,7 +200,7 @@ class Scheduler:
                 if request.constraint is not None and not request.constraint.ready:
                     skipped.append(request)
                     continue
-                ready = not request.lacks_adapter or self.adapters.ready(request.adapter)
+                ready = request.adapter is None or request.holds_adapter or self.adapters.ready(request.adapter)
             except (AdapterUnavailable, GrammarFailed) as error:
                 del self.requests[request.request_id]
                 self._release_adapter(request)

@@ -68,8 +68,10 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises InvalidAdapter for a scale above MAX_SCALE, and for a pattern.
         """
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        questions = tuple(Question(field, tuple(keys), r"(.*\.)?(", ")$") for field, keys in patterns.items())
+        questions = (
+            Question("rank_pattern", tuple(self.rank_pattern), r"(.*\.)?(", ")$"),
+            Question("alpha_pattern", tuple(self.alpha_pattern), r"(.*\.)?(", ")$"),
+        )
         ranks, alphas = tuple(self.rank_pattern.values()), tuple(self.alpha_pattern.values())
         result = {}
         for module, rank_key, alpha_key in zip(modules, *answers(questions, tuple(modules)), strict=True):

@@ -32,7 +32,8 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):  # to infinity, as PyTorch does
             return values.astype("<f2")
     bits = np.ascontiguousarray(values).view("<u4")
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    upper: np.ndarray = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    return upper
 
 
 def largest_magnitude(data: memoryview, dtype: str) -> int:

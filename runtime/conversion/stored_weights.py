@@ -73,9 +73,9 @@ def _joined(shards: list[Path]) -> StoredWeights:
 def _unpickled(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         start = file.read(512)
-    what = foreign_format(start)
-    if what is not None and what[1] != CONVERT:
-        raise InvalidAdapter(path.name, *what)
+    foreign = foreign_format(start)
+    if foreign is not None and foreign[1] != CONVERT:
+        raise InvalidAdapter(path.name, *foreign)
     with TemporaryDirectory() as directory:
         target = Path(directory) / WHOLE
         done = subprocess.run(
