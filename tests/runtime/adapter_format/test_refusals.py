@@ -32,7 +32,7 @@ def refusal(tensors, config):
 
 
 VERBS = {"save", "correct", "train", "serve", "convert", "merge", "start", "fetch", "unpack", "download", "list", "set"}
-VERBS |= {"send", "give", "check", "take", "copy", "remove"}
+VERBS |= {"send", "give", "check", "take", "copy", "remove", "mix"}
 
 
 def assert_it_says_what_to_do(error):
