@@ -22,7 +22,7 @@ from service.dialects import lmi, tokens
 from service.grammars import tags
 from service.kv import control
 from service.kv import schemas as kv_schemas
-from service.openai import models, schemas
+from service.openai import models, schemas, tokenize
 from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
@@ -31,6 +31,7 @@ MODULES = (
     schemas,
     tags,
     models,
+    tokenize,
     responses,
     adapters,
     adapter_schemas,

@@ -29,12 +29,9 @@ from service.openai.schemas import (
     ChatRequest,
     Completion,
     CompletionRequest,
-    Detokenized,
-    DetokenizeRequest,
-    Tokenized,
     TokenizeRequest,
-    TokenizerInfo,
 )
+from service.openai.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizerInfo
 from service.responses.schemas import (
     EVENTS,
     DeletedResponse,
@@ -61,6 +58,7 @@ BUNDLE = {
         },
     },
     "application/x-tar": BINARY,
+    "application/gzip": BINARY,
     "application/vnd.safetensors": BINARY,
 }
 

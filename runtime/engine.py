@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonical_from_tensors
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
@@ -161,12 +162,17 @@ class Engine:
     def add_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
         """Register an adapter from memory and return its digest, by which requests name it.
 
-        `tensors` are a PEFT state dict, `config` its adapter_config as a dict. Raises InvalidAdapter, which names the
-        tensor or the field.
+        `tensors` are what PEFT's `get_peft_model_state_dict` returns, `config` is its configuration's `to_dict`. Raises
+        InvalidAdapter, which names the tensor or the field.
         """
-        arrays = {name: array_of(tensor) for name, tensor in tensors.items()}
-        model, most, memory = self.runner.model, self.config.max_lora_rank, self.adapters.file_memory
-        digest, file = canonical_from_tensors(arrays, config, model, max_rank=most, memory=memory.take)
+        digest, file = canonical_from_tensors(
+            {name: array_of(tensor) for name, tensor in tensors.items()},
+            config,
+            self.runner.model,
+            max_rank=self.config.max_lora_rank,
+            base_tensor=base_tensors(self.config),
+            memory=self.adapters.file_memory.take,
+        )
         self.adapters.add(digest, file)
         self._own_adapters.add(digest, file.config)
         return digest
@@ -176,7 +182,8 @@ class Engine:
         self.adapters.register(digest, source)
 
     def retire_adapter(self, digest: str) -> None:
-        """Forget an adapter and its K/V. Requests that run on it finish, then its memory is freed."""
+        """Forget an adapter and its K/V. Requests that have begun on it finish, then its memory is freed."""
+        self.scheduler.keep_adapter(digest)
         self.adapters.retire(digest)
         self._own_adapters.remove(digest)
         self.scheduler.make_private(digest)

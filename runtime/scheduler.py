@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from runtime.adapters.errors import AdapterUnavailable
@@ -269,7 +270,7 @@ class Scheduler:
             try:
                 if request.constraint is not None and not request.constraint.ready:
                     continue
-                ready = request.adapter is None or self.adapters.ready(request.adapter)
+                ready = request.adapter is None or request.holds_adapter or self.adapters.ready(request.adapter)
             except (AdapterUnavailable, GrammarFailed) as error:
                 self.remove(request)
                 rejected.append((request, error))
@@ -359,6 +360,13 @@ class Scheduler:
         self.remove(request)
         return blocks
 
+    def keep_adapter(self, digest: str) -> None:
+        """Reference an adapter that is to be retired for the requests that were preempted on it: they go on with it."""
+        for request in self.waiting:
+            if request.adapter == digest and request.started_at is not None:
+                with suppress(AdapterUnavailable):
+                    self._acquire_adapter(request)
+
     def make_private(self, namespace: str) -> None:
         """Register no more blocks that unfinished requests compute in a namespace."""
         for request in self.requests.values():
@@ -393,8 +401,7 @@ class Scheduler:
     def _release_adapter(self, request: Request, *, waits: bool = False) -> None:
         """Release a request's adapter, or give up its place in line for it; a request that `waits` keeps a place."""
         if request.adapter is not None and request.holds_adapter:
-            self.adapters.release(request.adapter, waits=waits)
-            request.holds_adapter = False
+            request.holds_adapter = not self.adapters.release(request.adapter, waits=waits)
         elif request.adapter is not None and not waits:
             self.adapters.cancel(request.adapter)
 
@@ -406,7 +413,7 @@ class Scheduler:
         self.waiting.check()
         self.block_manager.check(self.requests.values(), others)
         assert len(self.running) <= self.max_running
-        assert all(not s.blocks and s.computed == 0 and not s.holds_adapter for s in self.waiting)
+        assert all(not s.blocks and s.computed == 0 for s in self.waiting)
         for request in self.running:
             assert request.computed <= len(request) <= request.max_tokens
             assert request.computed < len(request) or not request.generates

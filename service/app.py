@@ -141,7 +141,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
     """The parts of the service, started together and ended in reverse order."""
     started_at, directory = time.time(), Path(settings.engine.model)
     model, metrics = ModelConfig.from_directory(directory), Metrics(settings.served_name)
-    sources, imports = Sources(settings.allowed_sources, settings.max_upload_bytes), Imports(settings.max_uploads)
+    sources = Sources(settings.allowed_sources, settings.max_upload_bytes, unsigned=settings.unsigned_sources)
+    imports = Imports(settings.max_uploads)
     engine = EngineClient(
         settings.engine,
         settings.engine_command,

@@ -83,12 +83,11 @@ ANSWERS: dict[str, Answer] = {
     # uploads and imports
     "invalid_adapter": Answer(422),
     "unsupported_media_type": Answer(
-        415, headers={"Accept": "multipart/form-data, application/x-tar, application/vnd.safetensors"}
+        415, headers={"Accept": "multipart/form-data, application/x-tar, application/gzip, application/vnd.safetensors"}
     ),
     "upload_too_slow": Answer(408, headers={"connection": "close"}),
     "invalid_multipart": Answer(400),
     "invalid_archive": Answer(400),
-    "unexpected_file": Answer(400),
     "duplicate_file": Answer(400),
     "missing_file": Answer(400),
     "too_many_uploads": Answer(503, retry_seconds=5),

@@ -127,6 +127,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             unset="none",
         ),
     ] = ()
+    unsigned_sources: Annotated[
+        tuple[str, ...],
+        Option(
+            "read imports from below s3://bucket without credentials; repeatable",
+            "adapters",
+            name="unsigned-source",
+            unset="none",
+        ),
+    ] = ()
+    strict_base: Annotated[
+        bool, Option("refuse adapters that name another base model, which otherwise is a warning", "adapters")
+    ] = False
     alora_on_missing: Annotated[
         OnMissing,
         Option("what to do for a prompt without its aLoRA's invocation, if its request does not say", "adapters"),
@@ -146,6 +158,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.refresh_seconds <= 0:
             raise ValueError(f"refresh_seconds must be more than 0, not {self.refresh_seconds:g}")
         AllowedSources(self.allowed_sources)
+        for url in self.unsigned_sources:
+            store_url(url)
         if self.store is not None:
             store_of(self.store)
 

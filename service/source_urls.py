@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 _SCHEME = re.compile(r"(file|s3|hf)://(.*)", re.DOTALL)
-# A name without a character that a URL, a shell, a path or a client library treats specially.
-_SEGMENT = re.compile(r"[A-Za-z0-9._=+-]{1,255}")
+# Part of a key in S3, or of a path on the hub: anything but what a URL begins a query or a fragment with, and controls
+_SEGMENT = re.compile(r"[^?#\\\x00-\x1f\x7f]+")
+_MAX_KEY_BYTES = 900  # S3 takes 1024, with the names of files
 # Amazon's rules for buckets, minus the names that its client takes for access points and the like.
 _BUCKET = re.compile(r"(?!xn--|sthree-)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?<!-s3alias)(?<!--ol-s3)(?<!--x-s3)(?<!\.mrap)")
 _ADDRESS = re.compile(r"[0-9.]+")
@@ -122,7 +123,22 @@ def _file_path(rest: str) -> tuple[str, ...]:
 
 
 def _segments(segments: Sequence[str]) -> Sequence[str]:
-    for segment in segments:
-        if not _SEGMENT.fullmatch(segment) or segment in (".", ".."):
-            raise ValueError(f"{segment!r} is not accepted: expected letters, digits, '.', '_', '-', '=' and '+'")
-    return segments
+    """Parts of a key as they are stored, from parts that may be percent-encoded."""
+    decoded = [_decoded(segment) for segment in segments]
+    if len("/".join(decoded).encode()) > _MAX_KEY_BYTES:
+        raise ValueError(f"the key has more than {_MAX_KEY_BYTES} bytes")
+    return decoded
+
+
+def _decoded(segment: str) -> str:
+    try:
+        # A % that encodes nothing stands for itself
+        decoded = unquote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", segment), errors="strict")
+        decoded.encode()
+    except UnicodeError:
+        raise ValueError(f"{segment!r} is not accepted: what it encodes is not UTF-8") from None
+    if not _SEGMENT.fullmatch(segment) or decoded in (".", "..") or not decoded:
+        raise ValueError(f"{segment!r} is not accepted: it is empty or a dot, or has ? or # (write %3F, %23)")
+    if re.search(r"[/\\\x00-\x1f\x7f]", decoded):
+        raise ValueError(f"{segment!r} is not accepted: it encodes a slash or a control character")
+    return decoded

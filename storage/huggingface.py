@@ -1,5 +1,6 @@
 """Files of a model repository on the Hugging Face hub, read at one commit."""
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from storage.files import CHUNK_BYTES, atomic_file, disk_errors
+from storage.hub_cache import cached_commit, cached_file
 from storage.store import (
     AccessDenied,
     InvalidKey,
@@ -44,7 +46,8 @@ class HubRepository:
 
     huggingface_hub finds the endpoint (HF_ENDPOINT) and the token (HF_TOKEN, a login) unless they are given, and does
     not send the token to the other hosts that the hub redirects to. Its own downloads are not used: they report no
-    progress, cannot be cancelled and write into the user's cache. Each step is tried `attempts` times;
+    progress, cannot be cancelled and write into the user's cache; what they have written there (`cache`, by default
+    HF_HUB_CACHE) is read, and with HF_HUB_OFFLINE nothing else is. Each step is tried `attempts` times;
     `timeout_seconds` counts the seconds without an answer, not the length of a transfer.
     """
 
@@ -58,8 +61,10 @@ class HubRepository:
         *,
         timeout_seconds: float = constants.HF_HUB_DOWNLOAD_TIMEOUT,
         attempts: int = 3,
+        cache: Path | None = None,
     ) -> None:
         self._repo = repo
+        self._cache = cache or Path(constants.HF_HUB_CACHE)
         self._folder = _checked_folder(folder)
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._timeout_seconds = timeout_seconds
@@ -68,6 +73,12 @@ class HubRepository:
         self._headers = {**build_hf_headers(token=token, library_name="rootstock"), "Accept-Encoding": "identity"}
         revision = revision or constants.DEFAULT_REVISION
         name = f"hf://{repo}@{revision}"
+        if constants.HF_HUB_OFFLINE:
+            commit = cached_commit(repo, revision, self._cache)
+            if commit is None:
+                raise _not_cached(name)
+            self.commit = commit
+            return
         api = HfApi(endpoint=self._endpoint, token=token, library_name="rootstock")
         try:
             model = self._tried(name, lambda: api.model_info(repo, revision=revision, timeout=timeout_seconds))
@@ -90,7 +101,26 @@ class HubRepository:
         url = hf_hub_url(self._repo, path, revision=self.commit, endpoint=self._endpoint)
         name = f"hf://{self._repo}@{self.commit[:12]}/{path}"
         with disk_errors(key), atomic_file(destination) as file:
+            if (cached := cached_file(self._repo, self.commit, path, self._cache)) is not None:
+                return self._copy_cached(cached, name, file, max_bytes, on_progress)
+            if constants.HF_HUB_OFFLINE:
+                raise _not_cached(name)
             return self._tried(name, lambda: self._copy(url, name, file, max_bytes, on_progress))
+
+    def _copy_cached(
+        self, cached: Path, name: str, file: BinaryIO, max_bytes: int | None, on_progress: OnProgress | None
+    ) -> str:
+        """Copy a file of the cache and return its commit as its etag: it never changes."""
+        with cached.open("rb") as source:
+            size, done = os.fstat(source.fileno()).st_size, 0
+            if max_bytes is not None and size > max_bytes:
+                raise ObjectTooLarge(f"{name} has {size} bytes; at most {max_bytes} are taken")
+            while chunk := source.read(CHUNK_BYTES):
+                self._refuse_if_closed(name)
+                done += file.write(chunk)
+                if on_progress is not None:
+                    on_progress(done, size)
+        return self.commit
 
     def _copy(self, url: str, name: str, file: BinaryIO, max_bytes: int | None, on_progress: OnProgress | None) -> str:
         """Write a file's bytes and return its etag; what an earlier attempt has written already is not sent again."""
@@ -129,14 +159,16 @@ class HubRepository:
             try:
                 return call()
             except OfflineModeIsEnabled as error:
-                raise StoreUnavailable(f"{name}: HF_HUB_OFFLINE forbids requests to the hub") from error
+                raise _not_cached(name) from error
             except HfHubHTTPError as error:
                 if error.response.status_code not in _TRANSIENT:
                     raise self._refusal(error.response, name) from error
                 problem, said = error, f"the hub answered {error.response.status_code}"
             except HTTPError as error:
-                problem, said = error, type(error).__name__  # its message can hold a redirect's signed address
-        raise StoreUnavailable(f"{name}: {said}, {self._attempts} times, from {self._endpoint}") from problem
+                # the error's own message can hold a redirect's signed address
+                problem, said = error, f"no answer of the hub ({type(error).__name__})"
+        message = f"{name}: {said}, {self._attempts} times, from {self._endpoint}"
+        raise StoreUnavailable(message, public=said) from problem
 
     def _refuse_if_closed(self, name: str) -> None:
         if self._closed.is_set():
@@ -147,10 +179,20 @@ class HubRepository:
         if status in (401, 403):
             token = "with the token given" if "authorization" in self._headers else "without a token (HF_TOKEN)"
             said = f"the hub answered {status} {code}"
-            return AccessDenied(f"{name}: it is private, gated or does not exist {token}; {said}")
+            needs = "it is private, gated or does not exist: the server needs HF_TOKEN of an account that may read it"
+            return AccessDenied(
+                f"{name}: it is private, gated or does not exist {token}; {said}",
+                public=f"the hub answered {status}; {needs}",
+            )
         if status == 404:
-            return NotFound(f"{name}: there is no such {_MISSING.get(code, 'repository, revision or file')}")
-        return StoreError(f"{name}: the hub answered {status} {code}")
+            missing = f"there is no such {_MISSING.get(code, 'repository, revision or file')}"
+            return NotFound(f"{name}: {missing}", public=missing)
+        return StoreError(f"{name}: the hub answered {status} {code}", public=f"the hub answered {status}")
+
+
+def _not_cached(name: str) -> NotFound:
+    what = "it is not in the server's hub cache, and HF_HUB_OFFLINE forbids to fetch it"
+    return NotFound(f"{name}: {what}", public=f"{what}: fetch it there with hf download")
 
 
 def _check_length(response: Any, name: str, start: int, size: int) -> None:

@@ -11,6 +11,7 @@ from threading import Event, Lock
 from typing import Any, BinaryIO, TypeVar
 
 import boto3
+from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from s3transfer.exceptions import RetriesExceededError
@@ -54,9 +55,10 @@ class S3Store:
     """Objects below `prefix` in a bucket.
 
     Credentials, region and endpoint come from boto3's chain (environment, profile, role); `endpoint` overrides the
-    last of them. boto3 sends each request up to `attempts` times, with exponential backoff. Both timeouts count the
-    seconds without an answer, not the length of a transfer. Files larger than `part_bytes` are transferred in parts
-    of that size, several at a time; a download is not split if its first half part comes within `split_after_seconds`.
+    last of them, and `unsigned` requests, for public buckets, carry no credentials. boto3 sends each request up to
+    `attempts` times, with exponential backoff. Both timeouts count the seconds without an answer, not the length of a
+    transfer. Files larger than `part_bytes` are transferred in parts of that size, several at a time; a download is not
+    split if its first half part comes within `split_after_seconds`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class S3Store:
         prefix: str = "",
         *,
         endpoint: str | None = None,
+        unsigned: bool = False,
         connect_timeout_seconds: float = 3.0,
         read_timeout_seconds: float = 10.0,
         attempts: int = 3,
@@ -82,6 +85,7 @@ class S3Store:
             connect_timeout=connect_timeout_seconds,
             read_timeout=read_timeout_seconds,
             retries={"mode": "standard", "total_max_attempts": attempts},
+            signature_version=UNSIGNED if unsigned else None,
             max_pool_connections=_CONNECTIONS,
             request_checksum_calculation="when_required",  # other servers, and older MinIOs, refuse the newer checksums
             response_checksum_validation="when_supported",  # else s3transfer reads the first part alone

@@ -33,7 +33,8 @@ def s3_errors(where: Mapping[str, str]) -> Iterator[None]:
     except _CREDENTIALS as error:
         raise AccessDenied(
             f"{url(where)}: no usable AWS credentials were found ({type(error).__name__}); set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or give the machine a role or a profile"
+            "AWS_SECRET_ACCESS_KEY, or give the machine a role or a profile",
+            public="the server has no AWS credentials; a public bucket is read without any (--unsigned-source)",
         ) from error
     except _NO_ANSWER as error:
         raise StoreUnavailable(f"{url(where)}: {error}") from error
@@ -68,6 +69,7 @@ def _answered(error: exceptions.ClientError, where: Mapping[str, str]) -> StoreE
     # The message has the code only: an answer's text can name accounts and keys.
     code, status = _code_of(error), status_of(error)
     said = f"the server answered {status} {code}".rstrip()
+    public = f"the bucket answered {status}"
     if code == "NoSuchBucket":
         return NotFound(f"{url(where)}: there is no bucket {where['Bucket']!r}")
     if code in _ABSENT:
@@ -77,9 +79,10 @@ def _answered(error: exceptions.ClientError, where: Mapping[str, str]) -> StoreE
     if status == 412 or code == "ConditionalRequestConflict":
         return PreconditionFailed(f"{url(where)} is not, or no longer, what was expected ({code})")
     if status in (401, 403) or code in _DENIED:
-        return AccessDenied(f"{url(where)}: access denied; {said}")
+        may = "the server's AWS credentials may not read it; a public bucket is read without any (--unsigned-source)"
+        return AccessDenied(f"{url(where)}: access denied; {said}", public=f"{public}: {may}")
     if code in _FULL or status == 507:
         return StoreFull(f"{url(where)}: no room left; {said}")
     if status >= 500 or status in (408, 429) or code in _UNAVAILABLE:
-        return StoreUnavailable(f"{url(where)}: {said}, after every retry")
-    return StoreError(f"{url(where)}: {said}")
+        return StoreUnavailable(f"{url(where)}: {said}, after every retry", public=public)
+    return StoreError(f"{url(where)}: {said}", public=public)

@@ -11,7 +11,14 @@ _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", re.ASCII)
 
 
 class StoreError(Exception):
-    """A call to a store failed; the message names the object and the reason and contains no credentials."""
+    """A call to a store failed; the message names the object and the reason and contains no credentials.
+
+    `public` is the reason as far as a stranger may know it, with what to do: it names no host, account or key.
+    """
+
+    def __init__(self, message: str = "", *, public: str = "") -> None:
+        self.public = public
+        super().__init__(message)
 
 
 class InvalidKey(StoreError, ValueError):

@@ -89,6 +89,7 @@ INNER = {
         "service.http",
         "service.services",
     },
+    "service.convert": {"service.text"},
     "service.tool_calls": set(),
     "service.text": {"service.tool_calls", "service.sandbox"},
     "service.kv": {
@@ -111,6 +112,7 @@ INNER = {
     },
     "runtime.models": set(),
     "runtime.adapter_format": {"runtime.models", "runtime.config"},
+    "runtime.conversion": {"runtime.adapter_format"},
     "runtime.adapters": {"runtime.adapter_format", "runtime.models", "runtime.background", "runtime.messages"},
     "runtime.grammar": {"runtime.background", "runtime.messages"},
     "runtime.kv": {"runtime.models.config", "runtime.background", "runtime.messages", "runtime.request"},

@@ -1,14 +1,16 @@
 """The base model's own tensors, read from its checkpoint to compare them with the copies that an adapter may hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
-from runtime.adapter_format.errors import InvalidAdapter
+from runtime.adapter_format.errors import ITS_BASE, InvalidAdapter
 from runtime.adapter_format.safetensors_header import read_header
+from runtime.adapter_format.weight_dtypes import HELD, rounded, widened
 from runtime.config import EngineConfig
 from runtime.models.text_part import text_name
 
@@ -47,6 +49,26 @@ def base_tensors(engine: EngineConfig) -> BaseTensor | None:
     return read if engine.load_format == "safetensors" else None
 
 
+def differs_by(chunks: Iterable[memoryview], dtype: str, base: StoredTensor) -> float | None:
+    """Return the largest difference of a copy from the base's tensor that rounding to the copy's dtype explains.
+
+    It is 0 for a copy of equal values, and None for one that differs by more. The copy comes in `chunks`, and is
+    compared in float32, which holds the values of every dtype exactly.
+    """
+    stored = np.frombuffer(base.data, HELD[base.dtype])
+    largest, done = 0.0, 0
+    for chunk in chunks:
+        copied = widened(np.frombuffer(chunk, HELD[dtype]), dtype)
+        own = widened(stored[done : done + len(copied)], base.dtype)
+        done += len(copied)
+        if np.array_equal(copied, own):
+            continue
+        if not np.array_equal(copied, widened(rounded(own, dtype), dtype)):
+            return None
+        largest = max(largest, float(np.abs(copied - own).max()))
+    return largest
+
+
 def _file(directory: Path, name: str) -> Path:
     index = directory / INDEX
     if not index.exists():
@@ -59,4 +81,4 @@ def _file(directory: Path, name: str) -> Path:
 
 
 def _missing(name: str) -> InvalidAdapter:
-    return InvalidAdapter(name, "is not in the base, which an adapter cannot extend")
+    return InvalidAdapter(name, "is not in the base, which an adapter cannot extend", ITS_BASE)

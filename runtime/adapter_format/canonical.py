@@ -5,7 +5,7 @@ or the field. Adapters of the same maths have the same canonical bytes: names ar
 configuration is reduced to each module's scale and the aLoRA invocation, and tensors keep their dtype and bits.
 """
 
-import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
+from runtime.adapter_format.base_names import base_warnings, check_base_class
 from runtime.adapter_format.base_tensors import BaseTensor
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.peft_config import PeftConfig, parse_peft_config
 from runtime.adapter_format.safetensors_header import Header, consecutive, header_in, read_header, write_header
 from runtime.adapter_format.tensor_source import CHUNK_BYTES, ArrayTensors, FileTensors
@@ -25,6 +26,7 @@ from runtime.adapter_format.tensors import AdapterTensors
 from runtime.models.config import ModelConfig
 
 CONFIG_KEY = "adapter_config"
+_log = logging.getLogger(__name__)
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +78,8 @@ def canonicalise(
     Raises InvalidAdapter, and then leaves no file at `target`.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
-    warnings = [*peft.warnings, *_base_name_warnings(peft, base_model_names, strict)]
+    check_base_class(peft.base_class, model.architecture)
+    about_base = base_warnings(peft.base_model_name_or_path, base_model_names, strict=strict)
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
         with weights.open("rb") as source, unfinished.open("xb") as out:
@@ -94,7 +97,7 @@ def canonicalise(
         targets=sorted({module.rpartition(".")[2] for module in adapter.scales}),
         kind="lora" if peft.alora_invocation_tokens is None else "alora",
         bytes=size,
-        warnings=warnings,
+        warnings=[*peft.warnings, *about_base, *adapter.warnings],
         invocation_tokens=peft.alora_invocation_tokens,
         kv_is_base=kv_is_base(adapter.scales, model),
     )
@@ -116,10 +119,13 @@ def canonical_from_tensors(
     """Return the digest and the canonical file of an adapter in memory, equal to those of `canonicalise`.
 
     Arrays are float32, float16, or uint16 for the bits of bfloat16. `memory` allocates the given number of bytes for
-    the file. Raises InvalidAdapter.
+    the file. Warnings are logged. Raises InvalidAdapter.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
+    check_base_class(peft.base_class, model.architecture)
     adapter = AdapterTensors(ArrayTensors(tensors), peft, model, base_tensor)
+    for warning in (*peft.warnings, *adapter.warnings):
+        _log.warning("an adapter from memory: %s", warning)
     head = _head(adapter, peft)
     end = head.header.data_offset
     data = memory(end + sum(entry.stop - entry.start for entry in adapter.tensors.values()))
@@ -193,15 +199,3 @@ def _chunks(head: bytes, adapter: AdapterTensors) -> Iterator[bytes | memoryview
     yield head
     for name in adapter.tensors:
         yield from adapter.finite_chunks(name)
-
-
-def _base_name_warnings(peft: PeftConfig, names: Sequence[str], strict: bool) -> list[str]:
-    """Compare names by their last component: a configuration may name the base by a local path or a repository."""
-    claimed = peft.base_model_name_or_path
-    known = {name.rstrip("/").rpartition("/")[2].lower() for name in names}
-    if claimed is None or not known or claimed.rstrip("/").rpartition("/")[2].lower() in known:
-        return []
-    text = f"is {json.dumps(shown(claimed))}, this server's base is {names[0]}"
-    if strict:
-        raise InvalidAdapter("base_model_name_or_path", text)
-    return [f"base_model_name_or_path: {text}"]

@@ -1,16 +1,29 @@
 """The error of an adapter that cannot be applied exactly as PEFT would apply it."""
 
+import re
+
 MAX_SHOWN = 120  # characters
+
+# What to do next. Each is a command, or begins with a verb.
+SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
+CORRECT = "correct it in adapter_config.json"
+CONVERT = "convert it: python -m service.convert SOURCE TARGET"
+ITS_BASE = "serve it with the base that it was trained on"
+MERGE = "train a plain LoRA, or merge this one into a base of its own (PEFT's merge_and_unload) and serve that"
+
+_CONFIG_FIELD = re.compile(r"(?!weights$)\w+(?:\[.*\])?", re.DOTALL)
 
 
 class InvalidAdapter(ValueError):
-    """An adapter is refused. The message is one sentence that names the field and what was expected of it."""
+    """An adapter is refused. The message names the field and what was expected of it, and ends with what to do next."""
 
     field: str  # the tensor, the configuration's field or the file with the mistake
+    step: str  # what to do next; by default what mends a field of the configuration, or a file
 
-    def __init__(self, field: str, expectation: str) -> None:
+    def __init__(self, field: str, expectation: str, step: str = "") -> None:
         self.field = shown(field)
-        super().__init__(f"{self.field}: {expectation}")
+        self.step = step or (CORRECT if _CONFIG_FIELD.fullmatch(field) else SAVE_AGAIN)
+        super().__init__(f"{self.field}: {expectation}; {self.step}")
 
 
 def shown(value: object) -> str:

@@ -109,22 +109,22 @@ def _header(parts: Sequence[_Opened], max_rank: int) -> tuple[bytes, int]:
     """The beginning of the file, and the largest rank."""
     invocation = parts[0].config.alora_invocation_tokens
     if any(part.config.alora_invocation_tokens != invocation for part in parts):
-        raise InvalidAdapter("alora_invocation_tokens", "differs between the parts of the mix, expected one for all")
+        what = "differs between the parts of the mix, expected one for all"
+        raise InvalidAdapter("alora_invocation_tokens", what, "mix adapters of one invocation")
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     largest = 0
     for name in _names(parts):
         found = [part.header.tensors[name].shape for part in _having(parts, name)]
         stacked = 0 if name.endswith(A_LEAVES) else 1  # the axis of the ranks
         if len({shape[:stacked] + shape[stacked + 1 :] for shape in found}) > 1:
-            raise InvalidAdapter(
-                name, f"has shapes {', '.join(map(str, found))} in the parts, which do not fit together"
-            )
+            what = f"has shapes {', '.join(map(str, found))} in the parts, which do not fit together"
+            raise InvalidAdapter(name, what, "mix adapters of one base")
         shape = found[0]
         if not name.endswith(BIAS_LEAF):
             rank = sum(each[stacked] for each in found)
             if rank > max_rank:
-                message = f"has rank {rank} in the mix, and max_lora_rank (--max-lora-rank) is {max_rank}"
-                raise InvalidAdapter(_module(name), message)
+                what = f"has rank {rank} in the mix, and max_lora_rank is {max_rank}"
+                raise InvalidAdapter(_module(name), what, f"mix fewer, or start the server with --max-lora-rank {rank}")
             largest = max(largest, rank)
             shape = (*shape[:stacked], rank, *shape[stacked + 1 :])
         shapes[name] = "F32", shape
@@ -172,5 +172,6 @@ def _scaled(groups: Sequence[Sequence[_Opened]], name: str) -> Iterator[np.ndarr
             ]
             block = np.concatenate(columns, axis=1).astype("<f4")
         if not np.isfinite(block).all():
-            raise InvalidAdapter(name, "overflows float32 when it is multiplied by its weight in the mix")
+            what = "overflows float32 when it is multiplied by its weight in the mix"
+            raise InvalidAdapter(name, what, "give it a smaller weight")
         yield block

@@ -1,25 +1,23 @@
 """Reads PEFT's `adapter_config.json`: keeps the fields that change the maths, refuses unsupported ones by name."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import CONVERT, MERGE, InvalidAdapter, shown
+from runtime.adapter_format.patterns import Question, answers
 from runtime.adapter_format.safetensors_header import exact_json_object
-from runtime.adapter_format.target_modules import ATOM, TargetModules
+from runtime.adapter_format.target_modules import TargetModules
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_PATTERN_KEYS = 1024  # EVA writes one per module, and the largest dense models have fewer
-MAX_PATTERN_KEY_CHARACTERS = 200
-MAX_QUANTIFIERS = 2  # in one key; a match is then cubic in a module name's length at worst
-MAX_QUANTIFIED_KEYS = 32
 MAX_SCALE = 10_000.0  # far more than any trained adapter's; an alpha of 1e30 is an attack or an accident
 MAX_ALPHA = MAX_SCALE * 1000
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+ZERO_INITS = (None, True, "gaussian", "eva", "mica")  # B·A begins at zero
 # PEFT writes these fields for plain LoRA too, with a value that means "off", so a field's presence means nothing
 REFUSED_FIELDS = {
     "use_dora": "DoRA is not supported yet",
@@ -35,6 +33,9 @@ REFUSED_FIELDS = {
     "layer_replication": "changes the base's layers, which others share",
     "target_parameters": "adapters of bare parameters (MoE experts) are not supported",
 }
+# PEFT's own conversion writes the difference from the base as it was before the initialisation
+BY_PEFT = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+BY_LOFTQ = "serve the base that LoftQ wrote beside it, and set init_lora_weights to true"
 MERGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fmt: off
 IGNORED_FIELDS = frozenset({
@@ -43,9 +44,6 @@ IGNORED_FIELDS = frozenset({
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
 })
 # fmt: on
-
-# Name characters, `.`, anchors, alternatives, `\.`, `\d` and plain classes, each optionally with `*` or `+`; no groups
-_SIMPLE_KEY = re.compile(rf"(?:{ATOM}[*+]?|[\^$|])+")
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,36 +57,31 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_bias: bool = False
     alora_invocation_tokens: tuple[int, ...] | None = None
     target_modules: TargetModules
-    layers_to_transform: tuple[int, ...] | None = None
     ensure_weight_tying: bool = False
+    starts_at_zero: bool = True  # what PEFT gives a module whose tensors are not in the file
     base_model_name_or_path: str | None = None
+    base_class: str | None = None  # of the base, which PEFT writes if the configuration has no task_type
     warnings: tuple[str, ...] = ()
 
-    def scales(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-        """Return the rank and the scale of each module, by the first pattern key that matches it.
+    def scales(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Return the rank and the scale of each module, by the first pattern key that matches it (`get_pattern_key`).
 
-        Raises InvalidAdapter for a scale above MAX_SCALE.
+        Raises InvalidAdapter for a scale above MAX_SCALE, and for a pattern.
         """
-        ranks, alphas = _Pattern(self.rank_pattern), _Pattern(self.alpha_pattern)
+        questions = (
+            Question("rank_pattern", tuple(self.rank_pattern), r"(.*\.)?(", ")$"),
+            Question("alpha_pattern", tuple(self.alpha_pattern), r"(.*\.)?(", ")$"),
+        )
+        ranks, alphas = tuple(self.rank_pattern.values()), tuple(self.alpha_pattern.values())
         result = {}
-        for module in modules:
-            rank = ranks.value(module, self.r)
-            alpha = alphas.value(module, self.lora_alpha)
+        for module, rank_key, alpha_key in zip(modules, *answers(questions, tuple(modules)), strict=True):
+            rank = self.r if rank_key is None else ranks[rank_key[0]]
+            alpha = self.lora_alpha if alpha_key is None else alphas[alpha_key[0]]
             scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
             if not 0.0 < scale <= MAX_SCALE:
                 raise InvalidAdapter("lora_alpha", f"scales {module} by {scale:g}, expected at most {MAX_SCALE:g}")
             result[module] = (rank, scale)
         return result
-
-
-class _Pattern:
-    """A rank_pattern or an alpha_pattern: by PEFT's rule, the first key that matches a module has its value."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._keys = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in values.items()]
-
-    def value(self, module: str, default: Any) -> Any:
-        return next((value for key, value in self._keys if key.match(module)), default)
 
 
 def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab_size: int) -> PeftConfig:
@@ -110,9 +103,10 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         lora_bias=_flag(config, "lora_bias"),
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
         target_modules=TargetModules(config),
-        layers_to_transform=_layers(config),
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
+        starts_at_zero=_starts_at_zero(config.get("init_lora_weights")),
         base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
+        base_class=_base_class(config.get("auto_mapping")),
         warnings=_unknown(config),
     )
 
@@ -120,23 +114,25 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
 def _refuse_by_name(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in (None, "LORA"):
-        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA")
+        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA", MERGE)
     for name, reason in REFUSED_FIELDS.items():
         if config.get(name):
-            raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}")
+            raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}", MERGE)
     bias = config.get("bias")
     if bias not in (None, "none"):
-        raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"')
+        raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"', MERGE)
     if config.get("invocation_string") is not None:
         raise InvalidAdapter(
             "invocation_string",
-            "is the old aLoRA format; convert it: alora_invocation_tokens = tokenize(invocation_string)[1:]",
+            "is the old aLoRA format, alora_invocation_tokens = tokenize(invocation_string)[1:] in the new one",
+            f"{CONVERT} --tokenizer DIRECTORY",
         )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MERGING_INITS):
         raise InvalidAdapter(
             "init_lora_weights",
-            f"is {shown(init)}, which changes the base; convert the adapter to plain LoRA with PEFT",
+            f"is {shown(init)}, which changes the base",
+            BY_LOFTQ if init.lower().startswith("loftq") else BY_PEFT,
         )
     if init is not None and not isinstance(init, bool) and not (isinstance(init, str) and init.lower() in PLAIN_INITS):
         raise InvalidAdapter(
@@ -144,11 +140,19 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
         )
 
 
+def _starts_at_zero(init: object) -> bool:
+    return (init.lower() if isinstance(init, str) else init) in ZERO_INITS
+
+
 def _rank(field: str, value: object, max_rank: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidAdapter(field, f"is {shown(value)}, expected a positive integer")
     if value > max_rank:
-        raise InvalidAdapter(field, f"is rank {shown(value)}, expected at most {max_rank}")
+        raise InvalidAdapter(
+            field,
+            f"is rank {shown(value)}, expected at most {max_rank}",
+            f"start the server with --max-lora-rank {shown(value)}",
+        )
     return value
 
 
@@ -168,7 +172,7 @@ def _flag(config: Mapping[str, Any], field: str) -> bool:
 
 
 def _keys(config: Mapping[str, Any], field: str) -> Iterable[tuple[str, Any]]:
-    """Return the items of a pattern; each key is checked to be a regular expression of bounded cost."""
+    """Return the items of a pattern, by regular expressions that nobody has looked at yet."""
     value = config.get(field)
     if value is None:
         return ()
@@ -176,24 +180,7 @@ def _keys(config: Mapping[str, Any], field: str) -> Iterable[tuple[str, Any]]:
         raise InvalidAdapter(field, f"is {shown(value)}, expected an object of module name patterns")
     if len(value) > MAX_PATTERN_KEYS:
         raise InvalidAdapter(field, f"has {len(value)} keys, expected at most {MAX_PATTERN_KEYS}")
-    for key in value:
-        _check_key(field, key)
-    if sum("*" in key or "+" in key for key in value) > MAX_QUANTIFIED_KEYS:
-        raise InvalidAdapter(field, f"has over {MAX_QUANTIFIED_KEYS} keys with * or +, expected module names")
     return value.items()
-
-
-def _check_key(field: str, key: str) -> None:
-    if len(key) > MAX_PATTERN_KEY_CHARACTERS or not _SIMPLE_KEY.fullmatch(key):
-        raise InvalidAdapter(
-            field, f"has the key {shown(key)!r}, expected a module name with no more than . ^ $ | \\. \\d [0-9] * +"
-        )
-    if key.count("*") + key.count("+") > MAX_QUANTIFIERS:
-        raise InvalidAdapter(field, f"has the key {shown(key)!r}, expected at most {MAX_QUANTIFIERS} of * and +")
-    try:
-        re.compile(key)
-    except re.error as error:
-        raise InvalidAdapter(field, f"has the key {shown(key)!r}, which is not a pattern: {error}") from None
 
 
 def _invocation_tokens(value: object, vocab_size: int) -> tuple[int, ...] | None:
@@ -208,25 +195,21 @@ def _invocation_tokens(value: object, vocab_size: int) -> tuple[int, ...] | None
     return tuple(value)
 
 
-def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    value = config.get("layers_to_transform")
-    layers = [value] if isinstance(value, int) and not isinstance(value, bool) else value
-    if layers is None or layers == []:
-        return None
-    if not isinstance(layers, list | tuple) or not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
-        raise InvalidAdapter("layers_to_transform", f"is {shown(value)}, expected layer indices")
-    return tuple(layers)
-
-
 def _base_model(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InvalidAdapter("base_model_name_or_path", f"is {shown(value)}, expected a string or null")
     return value or None
 
 
+def _base_class(mapping: object) -> str | None:
+    claimed = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return claimed if isinstance(claimed, str) else None
+
+
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a warning for each unknown field that is set: it is ignored, as PEFT ignores it."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
-    known |= {"peft_type", "bias", "init_lora_weights", "invocation_string", "exclude_modules", "layers_pattern"}
+    known |= {"peft_type", "bias", "init_lora_weights", "invocation_string", "exclude_modules"}
+    known |= {"layers_pattern", "layers_to_transform"}
     names = [name for name, value in config.items() if name not in known and value]
     return tuple(f"{shown(name)}: unknown field, ignored" for name in sorted(names))

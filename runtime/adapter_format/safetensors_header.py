@@ -8,10 +8,11 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.errors import CONVERT, InvalidAdapter, shown
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 LENGTH_BYTES = 8
@@ -19,12 +20,39 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 ALIGNMENT = 8  # of the data's start, as the safetensors library pads it
 FILE = "weights"  # the name of the whole file in errors
 
-FOREIGN_FORMATS = (
-    (b"GGUF", "is a GGUF file"),
-    (b"PK\x03\x04", "is a pickle (.bin, .pt) or a zip archive"),
-    (b"\x80\x02", "is a pickle (.bin, .pt)"),
-    (b"\x80\x04", "is a pickle (.bin, .pt)"),
+GATHER = (
+    "set stage3_gather_16bit_weights_on_model_save of DeepSpeed's ZeRO-3, or use its zero_to_fp32.py, and save again"
 )
+CAST = "save the adapter's own weights in one of these, without quantising them"
+AGAIN = "download it again, or save the adapter again with PEFT's save_pretrained"
+_FOREIGN_BYTES = 512
+# How files begin that are sent in place of another one, what they are, and what to do
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (
+        rb"version https://git-lfs\.github\.com/spec",
+        "is a Git LFS pointer, not the file that it points to",
+        "fetch that with git lfs pull",
+    ),
+    (rb"\s*<(?:!doctype|html|\?xml)", "is a web page", "download the file itself, from the hub with hf download"),
+    (rb"PK\x03\x04.{20,80}?/data\.pkl", "is a pickle of PyTorch (.bin, .pt)", CONVERT),
+    (rb"PK\x03\x04", "is a zip archive", "unpack it, and send the files that are in it"),
+    (rb"\x80[\x02-\x05]", "is a pickle (.bin, .pt)", CONVERT),
+    (rb"GGUF", "is a GGUF file", "send the adapter from which it was made, as PEFT saved it"),
+    (rb"\x1f\x8b", "is compressed with gzip", "unpack it, or send a tar.gz as application/gzip"),
+    (
+        rb"Entry not found|Invalid (?:username|credentials)|Access to|Repository not found",
+        "is an error of the hub in place of the file",
+        "check the repository's name and HF_TOKEN, and fetch it again",
+    ),
+)
+
+
+def foreign_format(start: bytes) -> tuple[str, str] | None:
+    """Return what a file is that begins so, and what to do about it; None for one that may be what was expected."""
+    for pattern, what, step in _FOREIGN:
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            return what, step
+    return None
 
 
 class TensorEntry(NamedTuple):
@@ -64,17 +92,19 @@ def header_in(content: memoryview) -> Header:
 
 def _header(read: Callable[[int], bytes], size: int) -> Header:
     prefix = read(LENGTH_BYTES)
-    for magic, what in FOREIGN_FORMATS:
-        if prefix.startswith(magic) and int.from_bytes(prefix, "little") > MAX_HEADER_BYTES:
-            raise InvalidAdapter(FILE, f"{what}, expected safetensors")
-    if len(prefix) < LENGTH_BYTES:
-        raise InvalidAdapter(FILE, f"is truncated: {size} bytes, expected a safetensors header")
     length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES and (what := foreign_format(prefix + read(_FOREIGN_BYTES))) is not None:
+        raise InvalidAdapter(FILE, *what)
+    if not size:
+        raise InvalidAdapter(FILE, "is empty", GATHER)
+    if len(prefix) < LENGTH_BYTES:
+        raise InvalidAdapter(FILE, f"is truncated: {size} bytes, expected a safetensors header", AGAIN)
     if length > MAX_HEADER_BYTES:
-        raise InvalidAdapter(FILE, f"claims a header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
+        raise InvalidAdapter(FILE, f"claims a header of {length} bytes, expected at most {MAX_HEADER_BYTES}", AGAIN)
     text = read(length)
     if len(text) < length:
-        raise InvalidAdapter(FILE, f"is truncated: its header claims {length} bytes and {len(text)} are there")
+        claimed = f"its header claims {length} bytes and {len(text)} are there"
+        raise InvalidAdapter(FILE, f"is truncated: {claimed}", AGAIN)
     fields = exact_json_object(text, FILE)
     metadata = _metadata(fields.pop("__metadata__", {}))
     tensors = {name: _entry(name, value) for name, value in fields.items()}
@@ -120,7 +150,8 @@ def exact_json_object(text: bytes, field: str) -> dict[str, Any]:
     except InvalidAdapter:
         raise
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(field, f"is not JSON: {shown(str(error))}") from None
+        what = foreign_format(text[:_FOREIGN_BYTES]) or (f"is not JSON: {shown(str(error))}", "")
+        raise InvalidAdapter(field, *what) from None
     if not isinstance(value, dict):
         raise InvalidAdapter(field, "is not a JSON object")
     return value
@@ -137,7 +168,9 @@ def _entry(name: str, value: object) -> TensorEntry:
         raise InvalidAdapter(name or "''", "expected a tensor with exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise InvalidAdapter(name, f"has dtype {shown(dtype)}, expected F32, F16 or BF16")
+        raise InvalidAdapter(name, f"has dtype {shown(dtype)}, expected F32, F16 or BF16", CAST)
+    if isinstance(shape, list) and 0 in shape:
+        raise InvalidAdapter(name, f"has no values, its shape is {shown(shape)}", GATHER)
     if not isinstance(shape, list) or not all(_is_count(n) and n > 0 for n in shape):
         raise InvalidAdapter(name, f"has shape {shown(shape)}, expected a list of positive integers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
@@ -162,6 +195,8 @@ def _check_cover(tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
             raise InvalidAdapter(name, f"{what}: starts at byte {entry.start} of the data, expected {end}")
         end = entry.stop
     if end > data_bytes:
-        raise InvalidAdapter(FILE, f"is truncated: its tensors end at byte {end} of the data, which has {data_bytes}")
+        raise InvalidAdapter(
+            FILE, f"is truncated: its tensors end at byte {end} of the data, which has {data_bytes}", AGAIN
+        )
     if end < data_bytes:
         raise InvalidAdapter(FILE, f"has {data_bytes - end} trailing bytes after its last tensor")

@@ -1,83 +1,114 @@
 """Selects the modules of the base that a PEFT configuration targets."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.pattern_process import Match
+from runtime.adapter_format.patterns import Question, answers
 
 ALL_LINEAR = "all-linear"  # PEFT's shorthand for every linear layer except the output layer
 NOT_LINEAR = ("embed_tokens", "lm_head")
-MAX_PATTERN_CHARACTERS = 1000
-MAX_QUANTIFIERS = 3
-MAX_GROUPS = 4
+_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # PEFT's layer of a module, if there is no layers_pattern
 
-# An untrusted regular expression may take exponential time. One of name characters, classes, anchors, alternatives and
-# unquantified groups of different literal words takes little on a module's short name.
-ATOM = r"(?:[A-Za-z0-9_\-.]|\\[.d]|\[[A-Za-z0-9_\-]+\])"
-_LITERAL = r"(?:[A-Za-z0-9_\-]|\\[.d])"
-_GROUP = rf"\((?:\?:)?({_LITERAL}+(?:\|{_LITERAL}+)*)\)(?![*+?{{])"
-_SAFE_PATTERN = re.compile(rf"(?:{ATOM}[*+]?|[\^$|]|{_GROUP})+")
+
+class _Pattern(NamedTuple):
+    """A regular expression for whole names."""
+
+    text: str
 
 
 class TargetModules:
-    """The modules that `target_modules` selects and `exclude_modules` does not, by PEFT's rules.
+    """The modules that a configuration adapts, by PEFT's rules (`check_target_module_exists`).
 
-    A list holds names, or last parts of dotted names; a string is `all-linear` or a regular expression for whole
+    That is what `target_modules` selects and `exclude_modules` does not. A list holds names, or last parts of dotted
+    names, which `layers_to_transform` restricts to layers; a string is `all-linear` or a regular expression for whole
     names. Raises InvalidAdapter, naming the field.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._targets = _selector("target_modules", config.get("target_modules"))
         self._excluded = _selector("exclude_modules", config.get("exclude_modules"))
+        self._layers = _layers(config.get("layers_to_transform"))
+        self._layers_patterns = _layers_patterns(config.get("layers_pattern"))
         if self._targets is None:
             expected = "expected the names of the modules that the adapter adapts"
             raise InvalidAdapter("target_modules", f"is {shown(config.get('target_modules'))}, {expected}")
-        if isinstance(self._targets, re.Pattern) and config.get("layers_to_transform") not in (None, []):
-            raise InvalidAdapter("layers_to_transform", "is set beside a pattern in target_modules: PEFT takes either")
-        if config.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
-            raise InvalidAdapter("layers_pattern", f"is {shown(config['layers_pattern'])}, expected null or layers")
+        if isinstance(self._targets, _Pattern) and self._layers is not None:
+            raise InvalidAdapter(
+                "layers_to_transform",
+                "is set beside a pattern in target_modules",
+                "list the names of modules beside it",
+            )
 
-    def names(self, module: str) -> bool:
-        """Return whether PEFT puts an adapter on a module of this name."""
+    def among(self, modules: Sequence[str]) -> frozenset[str]:
+        """Return those of the base's modules that PEFT puts an adapter on. Raises InvalidAdapter for a pattern."""
+        questions = tuple(self._questions())
+        found = dict(zip((q.field for q in questions), answers(questions, tuple(modules)), strict=True))
         assert self._targets is not None
-        return _selects(self._targets, module) and not (self._excluded is not None and _selects(self._excluded, module))
+        selected = _selected(self._targets, modules, found.get("target_modules"))
+        if self._excluded is not None:
+            selected -= _selected(self._excluded, modules, found.get("exclude_modules"))
+        if self._layers is not None and isinstance(self._targets, tuple):
+            # PEFT asks nothing more of a module that target_modules has by its whole name
+            exact, layers = set(self._targets), _layer_of(modules, found.get("layers_pattern"))
+            selected = {name for name in selected if name in exact or layers.get(name) in self._layers}
+        return frozenset(selected)
+
+    def _questions(self) -> list[Question]:
+        whole = {"target_modules": self._targets, "exclude_modules": self._excluded}
+        asked = [Question(field, (s.text,), whole=True) for field, s in whole.items() if isinstance(s, _Pattern)]
+        if self._layers is not None and self._layers_patterns:
+            layer = r"\.(?P<idx>\d+)\."
+            asked.append(Question("layers_pattern", self._layers_patterns, before=r"(?:^|.*?\.)", after=layer))
+        return asked
 
 
-Selector = re.Pattern[str] | tuple[str, ...] | str
+Selector = _Pattern | tuple[str, ...] | str
 
 
 def _selector(field: str, value: object) -> Selector | None:
     if value is None or value == "" or (field == "exclude_modules" and value == []):
         return None
     if isinstance(value, str):
-        return ALL_LINEAR if value.lower() == ALL_LINEAR and field == "target_modules" else _pattern(field, value)
+        return ALL_LINEAR if value.lower() == ALL_LINEAR and field == "target_modules" else _Pattern(value)
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in value):
         raise InvalidAdapter(field, f"is {shown(value)}, expected a string or a list of module names")
     return tuple(value)
 
 
-def _pattern(field: str, value: str) -> re.Pattern[str]:
-    if not _is_safe(value):
-        limits = f"at most {MAX_QUANTIFIERS} * or + and {MAX_GROUPS} groups of different words such as (q|v)"
-        raise InvalidAdapter(field, f"is {shown(value)}, expected a list of names, or a pattern with {limits}")
-    try:
-        return re.compile(value)
-    except re.error as error:
-        raise InvalidAdapter(field, f"is {shown(value)}, which is not a pattern: {error}") from None
-
-
-def _is_safe(pattern: str) -> bool:
-    if len(pattern) > MAX_PATTERN_CHARACTERS or not _SAFE_PATTERN.fullmatch(pattern):
-        return False
-    groups = [group.split("|") for group in re.findall(_GROUP, pattern)]
-    different = all(len(set(words)) == len(words) for words in groups)
-    return different and len(groups) <= MAX_GROUPS and pattern.count("*") + pattern.count("+") <= MAX_QUANTIFIERS
-
-
-def _selects(selector: Selector, module: str) -> bool:
-    if isinstance(selector, re.Pattern):
-        return selector.fullmatch(module) is not None
+def _selected(selector: Selector, modules: Sequence[str], matches: Sequence[Match | None] | None) -> set[str]:
+    if isinstance(selector, _Pattern):
+        assert matches is not None
+        return {name for name, match in zip(modules, matches, strict=True) if match is not None}
     if isinstance(selector, str):
-        return not module.endswith(NOT_LINEAR)
-    return any(module == name or module.endswith(f".{name}") for name in selector)
+        return {name for name in modules if not name.endswith(NOT_LINEAR)}
+    return {name for name in modules if any(name == each or name.endswith(f".{each}") for each in selector)}
+
+
+def _layers(value: object) -> frozenset[int] | None:
+    layers = [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    if layers is None or layers == []:
+        return None
+    if not isinstance(layers, list | tuple) or not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
+        raise InvalidAdapter("layers_to_transform", f"is {shown(value)}, expected layer indices")
+    return frozenset(layers)
+
+
+def _layers_patterns(value: object) -> tuple[str, ...]:
+    if not value:
+        return ()
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple) or not all(isinstance(each, str) for each in patterns):
+        raise InvalidAdapter("layers_pattern", f"is {shown(value)}, expected a name of lists of layers, or several")
+    return tuple(patterns)
+
+
+def _layer_of(modules: Sequence[str], matches: Sequence[Match | None] | None) -> dict[str, int]:
+    """The layer that PEFT finds in the name of each module, if it finds one."""
+    if matches is None:
+        numbers = {name: match[1] for name in modules if (match := _FIRST_NUMBER.match(name)) is not None}
+    else:
+        numbers = {name: match[1] for name, match in zip(modules, matches, strict=True) if match and match[1]}
+    return {name: int(number) for name, number in numbers.items()}

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime.adapter_format.errors import InvalidAdapter
-from runtime.adapter_format.safetensors_header import FILE, ITEM_BYTES, TensorEntry, consecutive, read_header
+from runtime.adapter_format.safetensors_header import CAST, FILE, ITEM_BYTES, TensorEntry, consecutive, read_header
 from runtime.adapter_format.weight_dtypes import NAMES
 
 CHUNK_BYTES = 1024 * 1024  # a multiple of every item size
@@ -54,7 +54,9 @@ class ArrayTensors:
         for name, array in arrays.items():
             dtype = NAMES.get(array.dtype)
             if dtype is None:
-                raise InvalidAdapter(name, f"is {array.dtype}, expected float32, float16 or uint16 (bfloat16's bits)")
+                raise InvalidAdapter(
+                    name, f"is {array.dtype}, expected float32, float16 or uint16 (bfloat16's bits)", CAST
+                )
             shapes[name] = dtype, array.shape
         self.tensors = consecutive(shapes)
         self._arrays = arrays

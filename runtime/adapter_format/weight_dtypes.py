@@ -24,6 +24,18 @@ def widened(values: np.ndarray, dtype: str) -> np.ndarray:
     return bits.view("<f4")
 
 
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return float32 values as `dtype` holds them, each rounded to the nearest, ties to even."""
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):  # to infinity, as PyTorch does
+            return values.astype("<f2")
+    bits = np.ascontiguousarray(values).view("<u4")
+    upper: np.ndarray = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    return upper
+
+
 def largest_magnitude(data: memoryview, dtype: str) -> int:
     """Return the bits, without the sign, of the value with the largest magnitude.
 

@@ -125,7 +125,9 @@ def check_ranks(ranks: Iterable[tuple[str, int]], most: int) -> None:
     """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
     for module, rank in ranks:
         if rank > most:
-            raise InvalidAdapter(module, f"has rank {rank}, and max_lora_rank (--max-lora-rank) is {most}")
+            raise InvalidAdapter(
+                module, f"has rank {rank}, and max_lora_rank is {most}", f"start the server with --max-lora-rank {rank}"
+            )
 
 
 class TensorNames(NamedTuple):

@@ -231,7 +231,8 @@ def _too_large(file: FileIO, size: int, max_bytes: int) -> Exception:
         read_header(file)
     except InvalidAdapter:
         return FileUnusable(f"its file is corrupt: {size} bytes")
-    return InvalidAdapter("weights", f"has {size} bytes, and host adapter memory could take {max_bytes}")
+    what = f"has {size} bytes, and host adapter memory could take {max_bytes}"
+    return InvalidAdapter("weights", what, "start the server with more --host-adapter-bytes")
 
 
 def _copy(source: Tensor, target: Tensor, submitted: torch.cuda.Event | None, pause: Pause) -> None:

@@ -176,14 +176,20 @@ class AdapterPool:
         self.device.acquire(digest, self.loads.polls + steps)
         return True
 
-    def release(self, digest: str, *, waits: bool = False) -> None:
-        """Give back a reference; `waits` if the request goes back to the queue, before all others."""
+    def release(self, digest: str, *, waits: bool = False) -> bool:
+        """Give back a reference; `waits` if the request goes back to the queue, before all others.
+
+        Returns whether it was given back: a retired adapter is never loaded again, so a request that waits keeps it.
+        """
         adapter = self._adapters[digest]
+        if waits and adapter.state is State.RETIRED:
+            return False
         self.device.release(digest)
         if waits:
             insort(adapter.waiting, next(self._front_places))
         if adapter.state is State.RETIRED:
             self._drop_if_unused(adapter)
+        return True
 
     def lookup(self, digest: str) -> Any:
         """The weights of a referenced adapter by site index, as its layout has them; valid until the next `poll`."""

@@ -4,6 +4,7 @@ transformers has written such models in two ways: `language_model.model.layers.0
 """
 
 import re
+from collections.abc import Iterable, Mapping
 
 _TEXT = re.compile(r"(?:model\.language_model|language_model\.model)\.|language_model\.(?=lm_head)")
 _OTHER = re.compile(r"(?:model\.)?(?:visual|vision_tower|vision_model|multi_modal_projector)\.")
@@ -16,6 +17,17 @@ def text_name(name: str) -> str:
         return name
     rest = name[match.end() :]
     return rest if rest.startswith("lm_head") else f"model.{rest}"
+
+
+def source_names(modules: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
+    """Return what a source calls each module of a text model, given how it calls some of them."""
+    names = ((own, module.removeprefix("model.")) for module, own in known.items() if module.startswith("model."))
+    prefix = next((own.removesuffix(rest) for own, rest in names), "model.")
+    head = "language_model.lm_head" if prefix.startswith("language_model.") else "lm_head"
+    return {
+        module: known.get(module) or (head if module == "lm_head" else prefix + module.removeprefix("model."))
+        for module in modules
+    }
 
 
 def is_vision(name: str) -> bool:

@@ -10,7 +10,7 @@ from runtime.adapter_format.errors import InvalidAdapter
 from service.catalog.record import Condition, OnMissing, Upload
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
-from service.ingest.bundle import Bundle
+from service.ingest.bundle import WITHOUT_TEMPLATE, Bundle
 from service.ingest.imports import Import, Published
 from service.ingest.throttle import Throttle
 from service.ingest.upload_body import read_bundle
@@ -83,7 +83,8 @@ def _checked(services: Services, bundle: Bundle, source: str, options: UploadOpt
         try:
             names_in(bundle.template.text)
         except InvalidTemplate as error:
-            raise InvalidAdapter(bundle.template.file, f"the chat template does not parse: {error}") from None
+            what = f"the chat template does not parse: {error}"
+            raise InvalidAdapter(bundle.template.file, what, WITHOUT_TEMPLATE) from None
     target = bundle.weights.with_name("canonical.safetensors")
     engine = services.settings.engine
     summary = canonicalise(
@@ -93,6 +94,7 @@ def _checked(services: Services, bundle: Bundle, source: str, options: UploadOpt
         target,
         max_rank=engine.max_lora_rank,
         base_model_names=(services.settings.served_name, engine.model),
+        strict=services.settings.strict_base,
         base_tensor=base_tensors(engine),
         pause=throttle.pause,
     )

@@ -11,7 +11,10 @@ NAMES = frozenset((*REQUIRED, *OPTIONAL))
 
 
 def read_multipart(body: BodyReader, files: BundleFiles, boundary: bytes) -> None:
-    """Read a form's parts, each named by its file name, or else by its field. Blocks. Raises RequestError."""
+    """Read a form's parts, each named by its file, whatever its folder, or else by its field. Blocks.
+
+    Parts of other names are ignored. Raises RequestError.
+    """
     if not boundary:
         raise _invalid("the content type names no boundary")
     form = _Form(files)
@@ -65,10 +68,11 @@ class _Form:
 
     def on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
-        field, file = (options.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
+        field, path = (options.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
+        file = path.rpartition("/")[2]
         if field != file and {field, file} <= NAMES:
             raise _invalid(f"the part {field} holds the file {file}", field)
-        self._files.begin(file if file in NAMES else field)
+        self._files.begin(file if file in NAMES or field not in NAMES else field)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._files.write(memoryview(data)[start:end])

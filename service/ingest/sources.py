@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from service.errors import RequestError
-from service.ingest.bundle import LIMITS, OPTIONAL, WEIGHTS, Bundle, BundleFiles, bundle_in, too_large
+from service.ingest.bundle import LIMITS, OPTIONAL, WEIGHTS, Bundle, BundleFiles, bundle_in, hint, too_large
 from service.ingest.source_files import copy_files
 from service.source_urls import AllowedSources, Source, check_revision, source_of
 from storage.huggingface import HubRepository
@@ -37,18 +37,21 @@ class Fetched(NamedTuple):
 
 
 class Sources:
-    """Knows the allowed sources, and fetches from them: at most `max_bytes` of weights, and no redirects or links.
+    """Knows the allowed sources, and fetches from them: at most `max_bytes` of weights, and no redirects.
 
-    `open_bucket` and `open_repository` have the signatures of `S3Store` and `HubRepository`.
+    Buckets below `unsigned` are read without credentials. `open_bucket` and `open_repository` have the signatures of
+    `S3Store` and `HubRepository`.
     """
 
     def __init__(
         self,
         allowed: Sequence[str],
         max_bytes: int,
-        open_bucket: Callable[[str, str], S3Store] = S3Store,
+        open_bucket: Callable[..., S3Store] = S3Store,
         open_repository: Callable[[str, str | None, str], HubRepository] = HubRepository,
+        unsigned: Sequence[str] = (),
     ) -> None:
+        self._unsigned = AllowedSources(unsigned)
         self._allowed, self._max_bytes = AllowedSources(allowed), max_bytes
         self._open_bucket, self._open_repository = open_bucket, open_repository
         self._open: set[S3Store | HubRepository] = set()
@@ -77,7 +80,8 @@ class Sources:
         with _translated(source):
             if source.scheme == "s3":
                 bucket, *prefix = source.path
-                with self._opened(self._open_bucket(bucket, "/".join(prefix))) as store:
+                unsigned = self._unsigned.place_of(source) is not None
+                with self._opened(self._open_bucket(bucket, "/".join(prefix), unsigned=unsigned)) as store:
                     return Fetched(self._copy(store, directory, on_progress), source.url)
             organisation, name, *folder = source.path
             opened = self._open_repository(f"{organisation}/{name}", source.revision, "/".join(folder))
@@ -107,6 +111,9 @@ class Sources:
         try:
             copy_files(root, below, files, on_progress)
             return Fetched(files.bundle(), source.url)
+        except RequestError as error:
+            _log.warning("%s: %s", source.url, error)
+            raise
         finally:
             files.close()
 
@@ -122,7 +129,7 @@ class Sources:
                     continue
                 if isinstance(error, AccessDenied):
                     raise
-                raise RequestError("source_not_found", f"the source has no {name}", "src") from None
+                raise _failed("source_not_found", f"the source has no {name}{hint(name, ())}", error) from None
             except ObjectTooLarge:
                 raise too_large(limit, name) from None
         return bundle_in(directory)
@@ -157,12 +164,12 @@ def _translated(source: Source) -> Iterator[None]:
     except InvalidKey as error:
         raise _failed("unsupported_source", f"{source.url} cannot be read from its store", error) from None
     except StoreUnavailable as error:
-        message = f"the store of {source.url} does not answer"
-        raise _failed("source_unavailable", message, error) from None
+        raise _failed("source_unavailable", f"the store of {source.url} does not answer", error) from None
     except StoreError as error:
         raise _failed("source_broken", f"the store of {source.url} does not work", error) from None
 
 
 def _failed(code: str, message: str, error: StoreError) -> RequestError:
-    _log.info("%s: %s", message, error)
-    return RequestError(code, message, "src")
+    """An error for the client, with the reason as far as it is public; all of it is for the operator."""
+    _log.warning("%s: %s", message, error)
+    return RequestError(code, f"{message}: {error.public}" if error.public else message, "src")

@@ -1,4 +1,4 @@
-"""Reading an uploaded adapter from a request's body: multipart, tar, or one safetensors file."""
+"""Reading an uploaded adapter from a request's body: multipart, tar, tar.gz, or one safetensors file."""
 
 from pathlib import Path
 
@@ -9,10 +9,13 @@ from runtime.adapter_format.safetensors_header import read_header
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
 from service.ingest.bundle import CONFIG, LIMITS, WEIGHTS, Bundle, BundleFiles, too_large
+from service.ingest.gzip_body import GzipBody
 from service.ingest.multipart_body import read_multipart
 from service.ingest.tar_body import read_tar
 
-ACCEPTED = "multipart/form-data, application/x-tar or application/vnd.safetensors"
+ACCEPTED = "multipart/form-data, application/x-tar, application/gzip (a tar.gz) or application/vnd.safetensors"
+_TAR = (b"application/x-tar", b"application/tar")
+_COMPRESSED = (b"application/gzip", b"application/x-gzip", b"application/x-tgz", b"application/x-gtar-compressed")
 
 
 def read_bundle(body: BodyReader, directory: Path) -> Bundle:
@@ -30,8 +33,10 @@ def read_bundle(body: BodyReader, directory: Path) -> Bundle:
     try:
         if content_type == b"multipart/form-data":
             read_multipart(body, files, options.get(b"boundary", b""))
-        elif content_type in (b"application/x-tar", b"application/tar"):
+        elif content_type in _TAR:
             read_tar(body, files)
+        elif content_type in _COMPRESSED:
+            read_tar(GzipBody(body), files)
         elif content_type == b"application/vnd.safetensors":
             _read_safetensors(body, files, directory)
         else:
@@ -51,7 +56,9 @@ def _read_safetensors(body: BodyReader, files: BundleFiles, directory: Path) -> 
     with (directory / WEIGHTS).open("rb") as file:
         config = read_header(file).metadata.get("adapter_config")
     if config is None:
-        raise InvalidAdapter("__metadata__", f'has no "adapter_config", expected the JSON of {CONFIG}')
+        raise InvalidAdapter(
+            "__metadata__", f'has no "adapter_config", expected the JSON of {CONFIG}', "send both files as a form"
+        )
     content = config.encode()
     if len(content) > LIMITS[CONFIG]:
         raise too_large(LIMITS[CONFIG], CONFIG)

@@ -265,35 +265,6 @@ class TokenizeRequest(TemplateFields, frozen=True, kw_only=True):
     return_token_strs: bool | None = None
 
 
-class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What clients that tokenize themselves have to know; vLLM shows the tokenizer's configuration."""
-
-    tokenizer_class: str
-    vocab_size: int
-    model_max_length: int
-    chat_template: str | None
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    unk_token: str | None
-
-
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    model: Name | None = None
-    tokens: list[Count]
-
-
-class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
-    prompt: str  # the special tokens included
-
-
 # The values of the fields above that ask for nothing; None always does
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize, as vLLM has them: a prompt's or a conversation's token ids, and back."""
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,10 +11,39 @@ from service.openai.conversations import template_fields
 from service.openai.models import find_version
 from service.openai.prompts import encoding_of
 from service.openai.sampling_params import check_token_ids
-from service.openai.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from service.openai.schemas import Count, Name, TokenizeRequest
 from service.services import Services, services_of
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients that tokenize themselves have to know; vLLM shows the tokenizer's configuration."""
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    model: Name | None = None
+    tokens: list[Count]
+
+
+class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
+    prompt: str  # the special tokens included
 
 
 async def tokenize(request: Request) -> Response:

@@ -48,6 +48,7 @@ class FakeAdapters:
         self.references[digest] -= 1
         assert self.references[digest] >= 0
         self.waiting[digest] += waits
+        return True
 
 
 class FakeOffload:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from runtime.adapter_format.errors import InvalidAdapter
-from runtime.config import EngineConfig
-from runtime.messages import Generate, SamplingParams, Tokens
+from runtime.config import MIB, EngineConfig
+from runtime.messages import Failed, Generate, SamplingParams, Tokens
 from runtime.request import RequestRefused
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, engines, prompt, run
 
@@ -163,6 +163,42 @@ def test_a_retired_adapter_finishes_what_runs_and_is_then_unknown(start):
     with pytest.raises(RequestRefused, match=digest):
         engine.generate([prompt(20)], GREEDY, digest)
     assert engine.adapters.device.bytes_used == 0
+
+
+@pytest.mark.parametrize("preempted", ["afterwards", "before"])
+def test_a_request_that_is_preempted_finishes_on_its_adapter_although_that_is_retired(start, preempted):
+    prompts = [prompt(30, seed=seed) for seed in range(6)]
+    engine = start(adapter_bytes=MIB)
+    expected = engine.generate(prompts, GREEDY, engine.add_adapter(adapter_tensors(), ADAPTER_CONFIG))
+    tight = start(blocks=12)
+    digest = tight.add_adapter(adapter_tensors(), ADAPTER_CONFIG)
+    for index, each in enumerate(prompts):
+        tight.add_request(Generate(request_id=f"{index}", token_ids=each, params=GREEDY, adapter=digest))
+    outputs = {f"{index}": [] for index in range(len(prompts))}
+    begun, failed, retired = set(), set(), False
+
+    def step():
+        for event in tight.step():
+            if isinstance(event, Tokens):
+                outputs[event.request_id] += event.token_ids
+            else:
+                failed.add(event.request_id) if isinstance(event, Failed) else None
+        tight.check()
+
+    while tight.busy:
+        step()
+        if not retired and (tight.scheduler.preemptions if preempted == "before" else tight.scheduler.running):
+            assert bool(tight.scheduler.preemptions) == (preempted == "before")
+            begun = {request_id for request_id, r in tight.requests.items() if r.started_at is not None}
+            done = outputs.keys() - tight.requests.keys()
+            tight.retire_adapter(digest)
+            retired = True
+    assert tight.scheduler.preemptions > 0
+    assert failed == outputs.keys() - begun - done, "only those that had not begun"
+    for request_id in begun | done:
+        assert outputs[request_id] == expected[int(request_id)].token_ids
+    tight.step()
+    assert tight.adapters.device.bytes_used == 0
 
 
 def test_an_adapter_that_overflows_fails_its_own_requests_and_poisons_nobody(start):

@@ -178,10 +178,11 @@ def test_an_answer_that_is_no_hubs_is_a_clear_error(hub: FakeHub, page: bytes) -
         opened(hub)
 
 
-def test_offline_means_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_means_offline_and_is_no_outage(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(StoreUnavailable, match="HF_HUB_OFFLINE"):
+    with pytest.raises(NotFound, match="HF_HUB_OFFLINE"):
         opened(hub)
+    assert hub.requests == []
 
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(hub: FakeHub, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ DEADLINE_SECONDS = 30.0
 SHAPES = {part.module: (site.in_features, part.out_features) for site in MODEL.sites() for part in site.parts}
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [Q, V]}
 
 
 def lora(*modules, rank=4, seed=0, prefix="base_model.model.", dtype=np.float32):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from blake3 import blake3
 
 from runtime.adapter_format.base_tensors import StoredTensor
@@ -42,7 +43,7 @@ def stored(tensors):
 
 def test_the_summary_describes_the_file_and_the_digest_is_its_blake3(tmp_path):
     tensors = lora(Q, "model.layers.1.mlp.down_proj", rank={Q: 4, "model.layers.1.mlp.down_proj": 7})
-    config = CONFIG | {"target_modules": ".*", "rank_pattern": {"down_proj": 7}}
+    config = CONFIG | {"target_modules": [Q, "model.layers.1.mlp.down_proj"], "rank_pattern": {"down_proj": 7}}
     summary, content = canonical(tmp_path, tensors, config)
     assert summary.digest == blake3(content).hexdigest()
     assert summary.bytes == len(content)
@@ -158,6 +159,48 @@ def test_another_base_name_is_a_warning_and_strictly_an_error(tmp_path):
     assert canonical(tmp_path, lora(), local, base_model_names=["org/ours"], strict=True)[0].warnings == []
 
 
+SAME_BASE = [
+    "unsloth/Llama-3.2-1B-Instruct-bnb-4bit",
+    "unsloth/llama-3.2-1b-instruct-unsloth-bnb-4bit",
+    "unsloth/Meta-Llama-3.2-1B-Instruct",
+    "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B-Instruct/snapshots/0123456789abcdef0123456789abcdef/",
+    "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    "someone/Llama-3.2-1B-Instruct-GPTQ-Int4",
+    "./models/Llama-3.2-1B-Instruct/",
+]
+
+
+@pytest.mark.parametrize("claimed", SAME_BASE)
+def test_a_copy_or_a_path_of_the_same_base_is_no_other_base(tmp_path, claimed):
+    for ours in ("meta-llama/Llama-3.2-1B-Instruct", SAME_BASE[3]):
+        config = CONFIG | {"base_model_name_or_path": claimed}
+        assert canonical(tmp_path, lora(), config, base_model_names=[ours], strict=True)[0].warnings == []
+
+
+@pytest.mark.parametrize(
+    "claimed", ["meta-llama/Llama-3.2-1B", "Llama-3.2-3B-Instruct", "outputs/checkpoint-500", "4bit"]
+)
+def test_another_name_is_another_base(tmp_path, claimed):
+    config = CONFIG | {"base_model_name_or_path": claimed}
+    assert canonical(tmp_path, lora(), config, base_model_names=["org/Llama-3.2-1B-Instruct"])[0].warnings != []
+
+
+def test_the_class_of_the_base_decides_where_peft_wrote_it(tmp_path):
+    for same in (
+        "LlamaForCausalLM",
+        "LlamaModel",
+        "LlamaForSequenceClassification",
+        "FullyShardedDataParallel",
+        None,
+        3,
+    ):
+        config = CONFIG | {"auto_mapping": {"base_model_class": same, "parent_library": "x"}}
+        assert canonical(tmp_path, lora(), config)[0].warnings == []
+    for other in ("Qwen2ForCausalLM", "BertModel", "GPT2LMHeadModel"):
+        with pytest.raises(InvalidAdapter, match=f"{other}, this server's base is a LlamaForCausalLM"):
+            canonical(tmp_path, lora(), CONFIG | {"auto_mapping": {"base_model_class": other}})
+
+
 def test_a_set_field_that_peft_does_not_know_is_a_warning(tmp_path):
     summary, _ = canonical(tmp_path, lora(), CONFIG | {"unsloth_fixed": True, "left_empty": {}})
     assert summary.warnings == ["unsloth_fixed: unknown field, ignored"]
@@ -183,7 +226,10 @@ def test_a_copy_of_the_bases_own_embedding_is_accepted_and_left_out(tmp_path, mo
     config = CONFIG | {"target_modules": ".*"}
     plain = canonical(tmp_path, lora(module), config)
     base = stored({f"{module}.weight": weight})
-    assert canonical(tmp_path, with_base_copies(module, weight), config, base_tensor=base) == plain
+    copied = with_base_copies(module, weight)
+    assert canonical(tmp_path, copied, config, base_tensor=base) == plain
+    unwrapped = {name.replace(".base_layer", ""): tensor for name, tensor in copied.items()}
+    assert canonical(tmp_path, unwrapped, config, base_tensor=base) == plain
 
 
 def test_a_copy_in_another_dtype_is_compared_by_value(tmp_path):
@@ -192,6 +238,51 @@ def test_a_copy_in_another_dtype_is_compared_by_value(tmp_path):
     base = stored({"lm_head.weight": weight})
     config = CONFIG | {"target_modules": ".*"}
     assert canonical(tmp_path, with_base_copies(HEAD, bits), config, base_tensor=base)[0].targets == ["lm_head"]
+
+
+ROUND = {"uint16": lambda array: torch.from_numpy(array).bfloat16().view(torch.uint16).numpy(), "float16": np.float16}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16"])
+def test_a_copy_that_was_rounded_to_its_dtype_is_accepted_with_a_warning(tmp_path, dtype):
+    weight = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    weight[3, 3:6] = 1.00390625, 1.01171875, 1e-6  # halfway to a bfloat16, twice, and small in float16
+    copied = np.array(ROUND[dtype](weight))
+    config = CONFIG | {"target_modules": ["lm_head"]}
+    options = {"base_tensor": stored({"lm_head.weight": weight})}
+    summary, content = canonical(tmp_path, with_base_copies(HEAD, copied), config, **options)
+    assert content == canonical(tmp_path, lora(HEAD), config)[1]
+    [warning] = summary.warnings
+    assert f"rounded to {'BF16' if dtype == 'uint16' else 'F16'}" in warning
+    other = copied.view(np.uint16).copy()
+    other[95, 63] ^= 1
+    with pytest.raises(InvalidAdapter, match="differs from the base"):
+        canonical(tmp_path, with_base_copies(HEAD, other.view(dtype)), config, **options)
+
+
+@pytest.mark.parametrize("rows", [95, 97])
+def test_a_resized_vocabulary_is_refused_with_both_shapes_and_the_way_out(tmp_path, rows):
+    weight = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
+    resized = lora() | {f"base_model.model.{EMBED}.weight": weight[:rows]}
+    with pytest.raises(InvalidAdapter, match="save_embedding_layers=False") as refused:
+        canonical(tmp_path, resized, base_tensor=stored({f"{EMBED}.weight": weight[:96]}))
+    assert f"[{rows}, 64]" in str(refused.value)
+    assert "[96, 64]" in str(refused.value)
+
+
+def test_modules_that_the_file_lacks_are_listed_if_they_begin_at_zero_and_refused_if_not(tmp_path):
+    config = CONFIG | {"target_modules": ["q_proj", "v_proj", "lm_head"], "layers_to_transform": None}
+    summary, content = canonical(tmp_path, lora(), config)
+    assert content == canonical(tmp_path, lora())[1]
+    [warning] = summary.warnings
+    assert "no tensors for 3 of the modules" in warning
+    for module in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "lm_head"):
+        assert module in warning
+    for init in ("gaussian", "eva", True, "mica"):
+        assert canonical(tmp_path, lora(), config | {"init_lora_weights": init})[0].warnings == [warning]
+    for init in (False, "orthogonal"):
+        with pytest.raises(InvalidAdapter, match="fills at random"):
+            canonical(tmp_path, lora(), config | {"init_lora_weights": init})
 
 
 def test_another_embedding_is_refused_and_so_is_one_that_cannot_be_compared(tmp_path):

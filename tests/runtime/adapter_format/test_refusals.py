@@ -1,11 +1,17 @@
 """Each adapter that PEFT would not apply as its author meant is refused, by the name of the field at fault."""
 
+import ast
+import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from runtime.adapter_format import errors, peft_config, safetensors_header
+from runtime.adapter_format import tensors as tensors_module
 from runtime.adapter_format.canonical import canonical_from_tensors, canonicalise
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.peft_config import parse_peft_config
@@ -21,7 +27,17 @@ def refusal(tensors, config):
     with pytest.raises(InvalidAdapter) as refused:
         canonical_from_tensors(tensors, config, MODEL, max_rank=64)
     assert refused.value.field in str(refused.value)
+    assert_it_says_what_to_do(refused.value)
     return refused.value
+
+
+VERBS = {"save", "correct", "train", "serve", "convert", "merge", "start", "fetch", "unpack", "download", "list", "set"}
+VERBS |= {"send", "give", "check", "take", "copy", "remove", "mix"}
+
+
+def assert_it_says_what_to_do(error):
+    assert str(error).endswith(f"; {error.step}")
+    assert error.step.split()[0] in VERBS, error.step
 
 
 CONFIGS = {
@@ -70,25 +86,18 @@ CONFIGS = {
     "rank_pattern over the limit": ({"rank_pattern": {"q_proj": 65}}, "rank_pattern[q_proj]"),
     "alpha_pattern a string": ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern[q_proj]"),
     "alpha_pattern 1e30": ({"alpha_pattern": {"q_proj": 1e30}}, "alpha_pattern[q_proj]"),
-    "a group": ({"rank_pattern": {"(q|v)_proj": 4}}, "rank_pattern"),
-    "a pattern that backtracks": ({"rank_pattern": {"(a+)+b": 4}}, "rank_pattern"),
-    "many quantifiers": ({"rank_pattern": {".*a.*b.*c": 4}}, "rank_pattern"),
-    "many keys with quantifiers": ({"rank_pattern": {f".*{i}.*": 4 for i in range(33)}}, "rank_pattern"),
     "many keys": ({"alpha_pattern": {f"m{i}": 4 for i in range(1025)}}, "alpha_pattern"),
-    "a long key": ({"rank_pattern": {"a" * 201: 4}}, "rank_pattern"),
-    "an empty key": ({"rank_pattern": {"": 4}}, "rank_pattern"),
     "a bad class": ({"rank_pattern": {"[z-a]": 4}}, "rank_pattern"),
-    "a look-ahead": ({"rank_pattern": {"(?=q)": 4}}, "rank_pattern"),
-    "a repetition": ({"rank_pattern": {"a{1,9}": 4}}, "rank_pattern"),
+    "a flag that PEFT's form does not allow": ({"rank_pattern": {"(?i)Q_PROJ": 4}}, "rank_pattern"),
+    "a repetition of more than can be": ({"alpha_pattern": {"a{1,99999999999999}": 4}}, "alpha_pattern"),
     "target_modules a number": ({"target_modules": 3}, "target_modules"),
     "target_modules null": ({"target_modules": None}, "target_modules"),
     "target_modules broken": ({"target_modules": "(q_proj"}, "target_modules"),
-    "target_modules that could run away": ({"target_modules": "(.*|.*)*x"}, "target_modules"),
-    "target_modules ambiguous": ({"target_modules": "(a|a)(a|a)x"}, "target_modules"),
-    "target_modules with many runs": ({"target_modules": ".*.*.*.*x"}, "target_modules"),
+    "target_modules nested deeply": ({"target_modules": "(" * 20_000 + ")" * 20_000}, "target_modules"),
     "exclude_modules broken": ({"exclude_modules": "("}, "exclude_modules"),
     "exclude_modules a number": ({"exclude_modules": [3]}, "exclude_modules"),
-    "layers_pattern": ({"layers_pattern": "blocks"}, "layers_pattern"),
+    "layers_pattern broken": ({"layers_pattern": "(", "layers_to_transform": 0}, "layers_pattern"),
+    "layers_pattern a number": ({"layers_pattern": [3]}, "layers_pattern"),
     "a pattern and layers": ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
     "layers_to_transform a string": ({"layers_to_transform": "0"}, "layers_to_transform"),
     "base name a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
@@ -139,7 +148,7 @@ TENSORS = {
     "B without A": (edited(QA), CONFIG, f"{Q}.lora_A.weight"),
     "A without B": (edited(QB), CONFIG, f"{Q}.lora_B.weight"),
     "no module applies": ({f"{P}model.layers.9.self_attn.q_proj.lora_A.weight": A}, CONFIG, "layers.9"),
-    "no tensors": ({}, CONFIG, "weights"),
+    "no tensors": ({}, CONFIG, "weights: has no tensors; set stage3_gather"),
     "a module the model lacks": (lora() | {f"{P}model.layers.0.mlp.router.lora_A.weight": A}, ANY, "router"),
     "a layer prefix of the bare model": (
         edited(**{f"{P}layers.0.self_attn.q_proj.lora_A.weight": A}),
@@ -202,7 +211,16 @@ TENSORS = {
     "a module that is excluded": (lora(), CONFIG | {"exclude_modules": ["q_proj"]}, Q),
     "a module that a pattern excludes": (lora(), CONFIG | {"exclude_modules": ".*q_proj"}, Q),
     "the head, which all-linear leaves out": (lora("lm_head"), CONFIG | {"target_modules": "all-linear"}, "lm_head"),
-    "a layer that layers_to_transform leaves out": (lora(), CONFIG | {"layers_to_transform": 0}, V),
+    "a layer that layers_to_transform leaves out": (
+        lora(),
+        CONFIG | {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
+        V,
+    ),
+    "layers that the model calls otherwise": (
+        lora(),
+        CONFIG | {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+        Q,
+    ),
     "tied adapters": (lora(EMBED), ANY | {"ensure_weight_tying": True}, "ensure_weight_tying"),
     "lora_bias on the embedding": (lora(EMBED), ANY | {"lora_bias": True}, "lora_bias"),
     "alora on the embedding": (lora(EMBED), ANY | {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
@@ -229,6 +247,12 @@ def nested(depth):
     return b'{"a":' + b"[" * depth + b"]" * depth + b"}"
 
 
+def torch_file():
+    content = io.BytesIO()
+    torch.save({"x": torch.zeros(2)}, content)
+    return content.getvalue()
+
+
 GOOD = file_bytes(lora())
 DUPLICATE = (
     b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -236,7 +260,7 @@ DUPLICATE = (
 DUPLICATE_WITHIN = b'{"x":{"dtype":"I8","dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 
 FILES = {
-    "empty": (b"", "truncated"),
+    "empty": (b"", "is empty.*stage3_gather"),
     "a header over 4 MB": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "header of"),
     "a header of 2**63": ((2**63).to_bytes(8, "little") + b"{}", "header of"),
     "a header cut off": (GOOD[:100], "truncated"),
@@ -269,15 +293,23 @@ FILES = {
     "a header nested deeply": (raw_file(nested(200_000)), "not JSON"),
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF"),
     "a pickle": (b"\x80\x04\x95\x10\0\0\0\0\0\0\x01", "pickle"),
-    "a zip of pickles": (b"PK\x03\x04" + b"\x14" * 64, "pickle"),
+    "what torch.save writes": (torch_file(), r"pickle of PyTorch.*python -m service\.convert"),
+    "a zip archive": (b"PK\x03\x04" + b"\x14" * 64, "is a zip archive; unpack it"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html>\n<html lang='en'>" + b" " * 99, "is a web page"),
+    "a web page behind a blank line": (b"\n\n  <HTML><head>" + b" " * 99, "is a web page"),
+    "an answer of the hub": (b"Invalid username or password.", "HF_TOKEN"),
+    "an archive": (b"\x1f\x8b\x08" + b"\xff" * 99, "gzip"),
+    "tensors without values": (raw_file({"x": entry(0, 0, [0])}), "zero_to_fp32.py"),
 }
 
 
 @pytest.mark.parametrize(("content", "expected"), FILES.values(), ids=FILES.keys())
 def test_a_broken_file_is_refused_and_leaves_nothing(tmp_path, content, expected):
     weights = write(tmp_path, content)
-    with pytest.raises(InvalidAdapter, match=expected):
+    with pytest.raises(InvalidAdapter, match=expected) as refused:
         canonicalise(weights, json.dumps(CONFIG).encode(), MODEL, tmp_path / "target", max_rank=64)
+    assert_it_says_what_to_do(refused.value)
     assert list(tmp_path.iterdir()) == [weights]
 
 
@@ -290,13 +322,73 @@ CONFIG_FILES = {
     "a number of 5,000 digits": (b'{"r": 4, "lora_alpha": ' + b"9" * 5000 + b"}", "not JSON"),
     "over 1 MB": (b'{"r": 4, "lora_alpha": 8, "x": "' + b"x" * 2**20 + b'"}', "expected at most"),
     "nested deeply": (nested(100_000), "not JSON"),
+    "a web page": (b"<!doctype html><html>", "is a web page"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
 }
 
 
 @pytest.mark.parametrize(("content", "expected"), CONFIG_FILES.values(), ids=CONFIG_FILES.keys())
 def test_a_broken_configuration_is_refused(content, expected):
-    with pytest.raises(InvalidAdapter, match=expected):
+    with pytest.raises(InvalidAdapter, match=expected) as refused:
         parse_peft_config(content, max_rank=64, vocab_size=96)
+    assert_it_says_what_to_do(refused.value)
+
+
+STEPS = {
+    "pissa": "path_initial_model_for_weight_conversion",
+    "pissa by iterations": "path_initial_model_for_weight_conversion",
+    "OLoRA": "path_initial_model_for_weight_conversion",
+    "corda": "path_initial_model_for_weight_conversion",
+    "lora_ga": "path_initial_model_for_weight_conversion",
+    "loftq": "serve the base that LoftQ wrote",
+    "layer_replication": "merge_and_unload",
+    "kasa": "merge_and_unload",
+    "experts": "merge_and_unload",
+    "rank over the limit": "--max-lora-rank 65",
+    "rank_pattern over the limit": "--max-lora-rank 65",
+    "alora of the old format": "python -m service.convert SOURCE TARGET --tokenizer DIRECTORY",
+    "target_modules broken": "list the names of modules",
+    "lora_bias a string": "adapter_config.json",
+}
+
+
+@pytest.mark.parametrize(("case", "step"), STEPS.items(), ids=STEPS.keys())
+def test_a_refused_configuration_is_told_the_call_the_command_or_the_option(case, step):
+    assert step in refusal(lora(), CONFIG | CONFIGS[case][0]).step
+
+
+def explicit_steps():
+    """Every step that is written where an adapter is refused, in all rooms that refuse one."""
+    root = Path(__file__).parents[3]
+    for path in [*root.glob("runtime/**/*.py"), *root.glob("service/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InvalidAdapter":
+                step = node.args[2] if len(node.args) > 2 else None
+                text = step.values[0] if isinstance(step, ast.JoinedStr) else step
+                if isinstance(text, ast.Constant):
+                    yield f"{path.name}:{node.lineno}", text.value
+
+
+def test_every_step_that_is_written_begins_with_what_to_do():
+    found = dict(explicit_steps())
+    assert len(found) > 15
+    assert {where: step for where, step in found.items() if step.split()[0] not in VERBS} == {}
+    constants = vars(errors) | vars(safetensors_header) | vars(peft_config) | vars(tensors_module)
+    for name in (
+        "SAVE_AGAIN",
+        "CORRECT",
+        "CONVERT",
+        "ITS_BASE",
+        "MERGE",
+        "AGAIN",
+        "CAST",
+        "GATHER",
+        "BY_PEFT",
+        "BY_LOFTQ",
+    ):
+        assert constants[name].split()[0] in VERBS
+    for name in ("TRAIN_AGAIN", "WITHOUT_COPIES"):
+        assert constants[name].split()[0] in VERBS
 
 
 def test_the_first_key_that_matches_decides():

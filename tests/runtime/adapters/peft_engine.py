@@ -54,10 +54,11 @@ class PeftOracle:
         self.model.eval()
 
     def adapter(self, name):
-        """An adapter as PEFT would save it."""
-        return peft.get_peft_model_state_dict(
-            self.model, adapter_name=name, save_embedding_layers=False
-        ), self.model.peft_config[name].to_dict()
+        """An adapter as PEFT has it: with copies of the base's embeddings, if it adapts one of them."""
+        state = peft.get_peft_model_state_dict(
+            self.model, adapter_name=name, save_embedding_layers="lm_head" in MODULES[name]["target_modules"]
+        )
+        return state, self.model.peft_config[name].to_dict()
 
     def agrees(self, name, prompt, output, invocation_start=None):
         """Whether greedy decoding under an adapter, None for the base, gives `output` after `prompt`."""

@@ -18,12 +18,19 @@ ACCEPTED = {
     "mlp only": {"target_modules": MLP},
     "all linear": {"target_modules": "all-linear"},
     "a regular expression": {"target_modules": r".*\.self_attn\.(q|v)_proj"},
+    "a lookahead": {"target_modules": r"^(?!.*\.0\.).*\.(?:q|v|up)_proj$"},
+    "classes and lazy repeats": {"target_modules": r".*?\.[0-9]{1,3}\.[^.]+\.(?:[qkv]|down)_proj"},
     "partial groups": {"target_modules": ["v_proj", "up_proj"]},
     "rslora": {"target_modules": ATTENTION, "use_rslora": True, "r": 6},
     "patterns": {
         "target_modules": ATTENTION + MLP,
         "rank_pattern": {"q_proj": 2, r"^model\.layers\.1\.mlp.up_proj": 3, "layers.0.mlp.down_proj": 7, "up_proj": 5},
         "alpha_pattern": {"v_proj": 3, "layers.1.self_attn.q_proj": 32, r"model.layers.\d.mlp.gate_proj": 1},
+    },
+    "groups in patterns": {
+        "target_modules": ATTENTION + MLP,
+        "rank_pattern": {r"(?!gate)(up|down)_proj": 6, r"layers\.(?:0|[2-9])\..*(q|k)_proj": 2},  # saved in this order
+        "alpha_pattern": {r"\w+?\.1\.mlp\.(up|down)_proj": 3},
     },
     "patterns and rslora": {"target_modules": MLP, "use_rslora": True, "rank_pattern": {".*down_proj": 9}},
     "lora_bias": {"target_modules": ATTENTION + MLP, "lora_bias": True},

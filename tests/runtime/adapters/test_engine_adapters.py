@@ -256,7 +256,9 @@ def test_a_file_from_where_larger_ranks_are_allowed_fails_its_load_by_the_module
     digest, content = canonical(engine)
     (tmp_path / "adapter").write_bytes(content)
     engine.register_adapter(digest, content if in_memory else tmp_path / "adapter")
-    reason = "model.layers.0.self_attn.q_proj: has rank 4, and max_lora_rank (--max-lora-rank) is 3"
+    reason = (
+        "model.layers.0.self_attn.q_proj: has rank 4, and max_lora_rank is 3; start the server with --max-lora-rank 4"
+    )
     engine.add_request(request("adapted", digest))
     engine.add_request(request("plain"))
     events = []

@@ -160,7 +160,7 @@ def test_a_file_from_where_larger_ranks_are_allowed_fails_its_load_by_the_module
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     digest, content = canonical_bytes(arrays, config, reference.runner.model)
     (tmp_path / "adapter").write_bytes(content)
-    reason = "model.layers.0.self_attn.q_proj: has rank 49, and max_lora_rank (--max-lora-rank) is 48"
+    reason = "q_proj: has rank 49, and max_lora_rank is 48; start the server with --max-lora-rank 49"
     engine = start()
     for each in (engine, reference):
         each.register_adapter(digest, tmp_path / "adapter")

@@ -102,7 +102,6 @@ def test_an_upload_of_the_same_weights_replaces_the_template(service: Service) -
             (422, "invalid_adapter", TOKENIZER),
             "65536",
         ),
-        ({"template.jinja": b"x"}, (400, "unexpected_file", "template.jinja"), TEMPLATE),
     ],
 )
 def test_a_template_that_is_none_is_refused_with_its_file_and_line(

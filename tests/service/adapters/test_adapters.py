@@ -269,6 +269,15 @@ def test_an_upload_warns_of_another_base_model(service: Service) -> None:
     assert service.get("poet")["warnings"] == adapter["warnings"]
 
 
+def test_a_strict_server_refuses_another_base_model(tmp_path: Path) -> None:
+    with serving(tmp_path / "strict", strict_base=True) as service:
+        refused = service.client.put(
+            "/adapters/poet", files=multipart(config(base_model_name_or_path="somebody/else"), save(tensors()))
+        )
+        assert error(refused) == (422, "invalid_adapter", "base_model_name_or_path")
+        assert "--strict-base" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", [".hidden", "-x", "a b", "ä", "a" * 129, "a\n", "a%00"])
 def test_a_name_that_is_none_is_refused(service: Service, name: str) -> None:
     assert error(service.put(name.replace("\n", "%0A"))) == (400, "invalid_name", "name")

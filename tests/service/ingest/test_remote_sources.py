@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import boto3
 import httpx
@@ -80,10 +80,13 @@ def fetching(s3: str = "http://127.0.0.1:9", hub: str = "http://127.0.0.1:9") ->
         return Sources(
             settings.allowed_sources,
             settings.max_upload_bytes,
-            lambda bucket, prefix: S3Store(bucket, prefix, endpoint=s3, read_timeout_seconds=20, attempts=1),
+            lambda bucket, prefix, unsigned: S3Store(
+                bucket, prefix, endpoint=s3, unsigned=unsigned, read_timeout_seconds=20, attempts=1
+            ),
             lambda repo, revision, folder: HubRepository(
                 repo, revision, folder, endpoint=hub, timeout_seconds=20, attempts=1
             ),
+            settings.unsigned_sources,
         )
 
     return sources
@@ -109,6 +112,51 @@ def test_a_bucket_is_a_source(service: Service, put_object: Callable[[str, bytes
     assert response.json()["source"] == "s3://bucket/team-a/poet"
     assert service.put("uploaded").json()["digest"] == response.json()["digest"]
     assert post(service, "s3://bucket/team-a/poet").json()["generation"] == 1
+
+
+@pytest.mark.parametrize("folder", ["2026-01-02T03:04:05 für 100% (a+b)=@'~", "a?b#c"])
+def test_keys_may_have_any_characters(
+    service: Service, put_object: Callable[[str, bytes], Any], hub: FakeHub, folder: str
+) -> None:
+    for name, content in FILES.items():
+        put_object(f"team-a/{folder}/{name}", content)
+    hub.commit({f"{folder}/{name}": content for name, content in FILES.items()})
+    digests = set()
+    for place in ("s3://bucket/team-a/", f"hf://{REPOSITORY}/"):
+        spellings = [quote(folder)] + ([folder] if "?" not in folder and place.startswith("s3") else [])
+        for spelling in spellings:
+            response = post(service, place + spelling)
+            assert response.status_code in (200, 201), response.text
+            digests.add(response.json()["digest"])
+    assert len(digests) == 1
+
+
+def test_a_public_bucket_is_read_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket that refuses who is signed in, as Amazon's do for accounts without rights, and a server without any."""
+
+    def public(request: BaseHTTPRequestHandler) -> None:
+        content = FILES.get(urlsplit(request.path).path.rpartition("/")[2])
+        if "Authorization" in request.headers or content is None:
+            loopback.send(request, 403, b"<Error><Code>AccessDenied</Code></Error>")
+        else:
+            loopback.send(request, 200, content, ETag='"1"')
+
+    allowed = ("s3://public", "s3://private")
+    with (
+        loopback.serving(public) as address,
+        serving(
+            tmp_path, allowed_sources=allowed, unsigned_sources=("s3://public/a",), sources=fetching(s3=address)
+        ) as service,
+    ):
+        assert post(service, "s3://public/a/poet").status_code == 201
+        for src in ("s3://private/poet", "s3://public/b"):
+            response = post(service, src)
+            assert error(response) == (403, "source_access_denied", "src")
+            assert "--unsigned-source" in response.json()["error"]["message"]
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        assert post(service, "s3://public/a/poet").status_code == 200
+        assert "no AWS credentials" in post(service, "s3://private/poet").json()["error"]["message"]
 
 
 def test_a_bucket_and_a_repository_may_have_a_chat_template(
@@ -200,6 +248,41 @@ def test_a_repository_is_a_source_pinned_to_its_commit(service: Service, hub: Fa
         assert in_folder["digest"] == response.json()["digest"]
 
 
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_the_hub_cache_has_is_not_fetched_and_offline_it_is_all_there_is(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    commit = hub.revisions["main"]
+    kept = tmp_path / "hub" / f"models--{ORGANISATION}--adapter"
+    snapshot = kept / "snapshots" / commit
+    for directory in (snapshot, kept / "refs", kept / "blobs"):
+        directory.mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    for name, content in FILES.items():
+        (kept / "blobs" / name).write_bytes(content)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    allowed = (f"hf://{ORGANISATION}",)
+    with serving(tmp_path / "data", allowed_sources=allowed, sources=fetching(hub=hub.endpoint)) as service:
+        for revision in ("", "@main", f"@{commit}"):
+            response = post(service, f"hf://{REPOSITORY}{revision}")
+            assert response.status_code in (200, 201), response.text
+            assert response.json()["source"] == f"hf://{REPOSITORY}@{commit}"
+        fetched = [path for path, _ in hub.requests if "safetensors" in path]
+        assert (fetched, bool(hub.requests)) == ([], not offline)
+        for src in (f"{REPOSITORY}@v2", f"{ORGANISATION}/other"):
+            refused = post(service, f"hf://{src}")
+            assert error(refused) == (404, "source_not_found", "src")
+            assert ("HF_HUB_OFFLINE" in refused.json()["error"]["message"]) == offline
+        if offline:
+            (snapshot / WEIGHTS).unlink()
+            refused = post(service, f"hf://{REPOSITORY}")
+            assert error(refused) == (404, "source_not_found", "src")
+            assert "hf download" in refused.json()["error"]["message"]
+            assert hub.requests == []
+
+
 @pytest.mark.parametrize(
     ("src", "fields", "status", "code", "param"),
     [
@@ -220,11 +303,20 @@ def test_a_wrong_repository_or_revision_is_named(
     assert service.files() == []
 
 
-def test_a_repository_that_the_server_may_not_read_says_so_and_no_more(service: Service, hub: FakeHub) -> None:
-    hub.gated = True
-    assert error(post(service, f"hf://{REPOSITORY}")) == (403, "source_access_denied", "src")
-    hub.gated, hub.token = False, "another"
-    assert error(post(service, f"hf://{REPOSITORY}")) == (403, "source_access_denied", "src")
+def test_a_repository_that_the_server_may_not_read_says_what_is_needed_and_logs_why(
+    service: Service, hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    for gated, token, status in ((True, None, "403"), (False, "another", "401")):
+        hub.gated, hub.token = gated, token
+        caplog.clear()
+        refused = post(service, f"hf://{REPOSITORY}")
+        assert error(refused) == (403, "source_access_denied", "src")
+        assert f"the hub answered {status}" in refused.json()["error"]["message"]
+        assert "needs HF_TOKEN" in refused.json()["error"]["message"]
+        assert [record.levelname for record in caplog.records if "with the token given" in record.message] == [
+            "WARNING"
+        ]
+    hub.gated = False
     hub.token = "hf_token"
     assert post(service, f"hf://{REPOSITORY}").status_code == 201
 
@@ -263,6 +355,7 @@ def test_a_store_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
             response = post(service, src)
             assert error(response) == (503, "source_unavailable", "src")
             assert "127.0.0.1" not in response.text
+            assert src.startswith("s3") or "no answer of the hub (ConnectError)" in response.text
         assert service.files() == []
 
 

@@ -217,7 +217,7 @@ def test_an_adapter_that_is_uploaded_anew_gives_a_new_mix(live: LiveServer) -> N
         (
             {"plain": 0.5, "other": 0.5, "tiny:plain": 0.5},
             (400, "invalid_mix", "adapters"),
-            "rank 6 in the mix, and max_lora_rank (--max-lora-rank) is 4",
+            "rank 6 in the mix, and max_lora_rank is 4; mix fewer, or start the server with --max-lora-rank 6",
         ),
     ],
 )
