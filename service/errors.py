@@ -45,6 +45,10 @@ ANSWERS: dict[str, Answer] = {
     "bad_request": Answer(400),
     "invalid_api_key": Answer(401, headers={"www-authenticate": "Bearer"}),
     "body_too_large": Answer(413),
+    "too_many_values": Answer(413),
+    "body_too_slow": Answer(408, headers={"connection": "close"}),
+    "head_too_large": Answer(431),
+    "head_too_slow": Answer(408),
     "invalid_json": Answer(400),
     "missing_field": Answer(400),
     "unknown_field": Answer(400),
@@ -84,7 +88,6 @@ ANSWERS: dict[str, Answer] = {
     "unsupported_media_type": Answer(
         415, headers={"Accept": "multipart/form-data, application/x-tar, application/vnd.safetensors"}
     ),
-    "upload_too_slow": Answer(408, headers={"connection": "close"}),
     "invalid_multipart": Answer(400),
     "invalid_archive": Answer(400),
     "unexpected_file": Answer(400),
@@ -110,7 +113,10 @@ ANSWERS: dict[str, Answer] = {
     # the engine, or the lack of one
     "engine_died": Answer(503),
     "engine_unavailable": Answer(503),
-    "shutting_down": Answer(503),
+    "shutting_down": Answer(503, headers={"connection": "close"}),
+    # the server, when it is full
+    "too_many_connections": Answer(503),
+    "too_many_bodies": Answer(503),
     "generation_paused": Answer(503),
     "adapter_deleted": Answer(404),
     "queue_full": Answer(429),

@@ -9,6 +9,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.door.gate import Gate
 from service.engine_metrics import EngineMetrics
 from service.errors import RequestError
 from service.http import json_response
@@ -40,6 +41,9 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Requests would be served now."""
+    gate: Gate = request.app.state.gate
+    if gate.closed:
+        raise RequestError("shutting_down", "the service is shutting down")
     if services_of(request).engine.ready is None:
         raise RequestError("engine_unavailable", "the engine is not running")
     return json_response({"status": "ready"})

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
+from service.door.bodies import Bodies
 from service.errors import RequestError, answer_of, error_body, request_error
 
 T = TypeVar("T")
@@ -34,19 +35,14 @@ def error_response(error: RequestError) -> Response:
     return json_response(error_body(error), answer.status, answer.headers)
 
 
-async def read_json(request: Request, kind: type[T], max_bytes: int) -> T:
-    """The body as a Struct. Raises RequestError: `body_too_large`, or as `decode_json`."""
-    return decode_json(await read_body(request, max_bytes), kind)
+async def read_json(request: Request, kind: type[T], bodies: Bodies) -> T:
+    """The body as a Struct. Raises RequestError as `Bodies.read` and `decode_json` do."""
+    return decode_json(await read_body(request, bodies), kind)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body. Its bytes are counted as they arrive, because a client may announce any length, or none."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise RequestError("body_too_large", f"the body is larger than the limit of {max_bytes} bytes")
-    return bytes(body)
+async def read_body(request: Request, bodies: Bodies) -> bytes:
+    """The body. Raises RequestError as `Bodies.read` does."""
+    return await bodies.read(request.stream())
 
 
 def decode_json(body: bytes, kind: type[T]) -> T:

@@ -66,7 +66,8 @@ def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model:
             lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=10) == 0
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert process.wait(timeout=10) == 0
         assert not alive(engine)
 
 

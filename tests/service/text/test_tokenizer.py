@@ -10,8 +10,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
 
+from service.text.encoder import LONG_TEXT
 from service.text.token_bytes import TokenBytes
-from service.text.tokenizer import LONG_TEXT, Tokenizer, TokenizerMissing
+from service.text.tokenizer import Tokenizer, TokenizerMissing
 
 
 @pytest.fixture(scope="module")
