@@ -42,8 +42,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # of the head, or of a body whose answer has been sent
         self.waits_since: float | None = None  # on the loop's clock; None while it has a request
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.waits_since = self.loop.time()
         if self._max_connections is not None and len(self.connections) > self._max_connections:

@@ -1,6 +1,5 @@
 """A service on a real socket in this process, so that tests talk to it as clients do."""
 
-import asyncio
 import socket
 import threading
 import time
@@ -68,7 +67,7 @@ def live_server(settings: Settings) -> Iterator[LiveServer]:
     """Serve on a free port of loopback until the block ends."""
     app = create_app(settings)
     server = Server(app, port=0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
