@@ -12,6 +12,7 @@ from storage.store import StoreError, StoreFull
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 RETRY_SECONDS = 1  # sent as Retry-After with 429 and 503, unless the table says otherwise
+NOT_OF_DISKS = (ConnectionError, TimeoutError)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -179,6 +180,6 @@ def request_error(error: Exception) -> RequestError | None:
         return RequestError("storage_full", "there is no room left to keep adapters")
     if isinstance(error, RecursionError):  # a schema or a message inside a body, met after it was decoded
         return RequestError("invalid_json", "the body is nested too deeply")
-    if isinstance(error, StoreError):
-        return RequestError("storage_unavailable", "the adapter store does not work")
+    if isinstance(error, StoreError) or (isinstance(error, OSError) and not isinstance(error, NOT_OF_DISKS)):
+        return RequestError("storage_unavailable", "the adapter store does not work; the server's log says why")
     return None

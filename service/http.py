@@ -1,6 +1,7 @@
 """Reading requests and writing responses: JSON bodies, queries, errors, a client that goes away."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,8 +15,10 @@ from starlette.routing import Match, Route
 
 from service.door.bodies import Bodies
 from service.errors import RequestError, answer_of, error_body, request_error
+from storage.store import StoreError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _FLOAT_FOR_INTEGER = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float`")
 REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
@@ -109,10 +112,15 @@ async def _disconnected(request: Request) -> None:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Answer an exception that `request_error` knows; any other one is a fault of ours."""
+    """Answer an exception that `request_error` knows; any other one is a fault of ours.
+
+    What concerns the store is logged: its clients cannot mend it, and are not told what is where.
+    """
     known = request_error(error)
     if known is None:
         raise error
+    if isinstance(error, StoreError | OSError):
+        _log.error("%s %.200r: %s", request.method, request.url.path, error)
     return error_response(known)
 
 

@@ -12,12 +12,14 @@ from uvicorn.server import ServerState
 
 from service.errors import RequestError, answer_of, error_body
 from service.http import REQUEST_ID, encode_json
+from service.logs import Few
 
 HEAD_BYTES = 64 * 1024  # of a request's line and headers; the chunk of the network that exceeds it is parsed as well
 HEAD_SECONDS = 15.0  # from the start of a connection, or from a head's first byte, to the head's end
 UNREAD_SECONDS = 5.0  # for the client to read an answer that came before the end of its body
 MAX_PIPELINED = 16  # requests that wait for the answer to an earlier one of their connection
 _log = logging.getLogger(__name__)
+_log.addFilter(Few())
 
 
 class Connection(HttpToolsProtocol):

@@ -47,6 +47,13 @@ class Stream(NamedTuple):
     events: asyncio.Queue[Tokens | EngineError]
 
 
+class InFlight(NamedTuple):
+    """Sequences that were sent to the engine and have not ended."""
+
+    running: int
+    waiting: int
+
+
 class EngineClient:
     """Generates through an engine process, restarts it when it dies, and owns the open token streams."""
 
@@ -57,6 +64,7 @@ class EngineClient:
         self._config, self._command = config, command
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}  # by request id
+        self._tokenless: set[str] = set()  # the ids of those that have had no token yet
         self._last_stats: Stats | None = None
         self._stats_at = -math.inf  # time.monotonic() when the last snapshot arrived
         self._asked_stats: asyncio.Future[Stats] | None = None
@@ -90,6 +98,15 @@ class EngineClient:
         """Whether any request runs or waits."""
         return bool(self._streams)
 
+    def in_flight(self) -> InFlight:
+        """How many sequences there are now: a busy engine, which answers late, does not know of the last ones.
+
+        Which of them wait is the engine's word if it is of the last second, else those wait that have no token yet.
+        """
+        last = self._last_stats if self.stats_age <= RECENT_SECONDS else None
+        waiting = min(len(self._tokenless) if last is None else last.waiting, len(self._streams))
+        return InFlight(running=len(self._streams) - waiting, waiting=waiting)
+
     async def generate(self, command: Generate) -> AsyncGenerator[Tokens, None]:
         """Run one sequence and yield its tokens as they come; closing the generator aborts it.
 
@@ -97,17 +114,20 @@ class EngineClient:
         """
         process = self._connection.require()
         stream = self._streams[command.request_id] = Stream(command.adapter, asyncio.Queue())
+        self._tokenless.add(command.request_id)
         ended = False
         try:
             process.send(command)
             while not ended:
                 event = await stream.events.get()
+                self._tokenless.discard(command.request_id)
                 ended = isinstance(event, EngineError) or event.finish_reason is not None
                 if isinstance(event, EngineError):
                     raise event
                 yield event
         finally:
             del self._streams[command.request_id]
+            self._tokenless.discard(command.request_id)
             if not ended and process is self._connection.process:
                 self._connection.send(Abort(request_id=command.request_id))
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError, request_error
 from service.source_urls import Source
+from storage.store import StoreError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -189,6 +190,8 @@ class Imports:
         if failure is not None and error is None:
             _log.error("the import of %s failed", job.name, exc_info=failure)
             error = RequestError("internal_error", "an internal error; the server's log has it")
+        elif isinstance(failure, StoreError | OSError):
+            _log.error("the import of %s failed: %s", job.name, failure)
         if self._running.get(job.name) is job:  # else its name is free, and another import may have it
             del self._running[job.name]
             if error is not None:
