@@ -157,7 +157,8 @@ def test_the_gauges_are_the_sequences_in_flight_however_late_the_engine_answers(
         held = {"model": "tiny", "prompt": "hello", "cache_salt": "hold", "stream": True}
         for _ in range(3):
             stream = streams.enter_context(live.client.stream("POST", "/v1/completions", json=held))
-            assert next(stream.iter_lines())
+            lines.append(stream.iter_lines())
+            assert next(lines[-1])
         assert gauges() == (3, 0)
         pid = live.services.engine.pid
         assert pid is not None
