@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn's, with our connections, which lets requests end before it does."""
 
 import asyncio
+import logging
 import resource
 import socket
 from collections.abc import Coroutine
@@ -16,6 +17,7 @@ from service.settings import Settings
 
 GRACE_SECONDS = 2.0  # for answers to reach their clients after their requests were ended
 OTHER_DESCRIPTORS = 256  # files and sockets besides connections
+_log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -83,7 +85,8 @@ def allow_descriptors(connections: int) -> None:
     """Raise the limit of open files for so many connections, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-        )
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        _log.warning("%d connections need %d open files, and the system allows %d", connections, wanted, allowed)

@@ -140,6 +140,10 @@ def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: 
     for path in ("/v1/chat/completions", "/tokenize", "/kv/prefixes", "/invocations", "/adapters"):
         with server.connect(head("POST", path, "content-length: 100") + b'{"model"') as connected:
             assert refused(rest(connected)) == (408, "body_too_slow")
+    upload = head("PUT", "/adapters/slow", "content-type: application/x-tar", "content-length: 100") + b"a"
+    with server.connect(upload) as connected:
+        assert refused(rest(connected)) == (408, "body_too_slow")
+    wait_until(lambda: not server.services.imports._uploads)
 
 
 def test_a_body_that_trickles_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
