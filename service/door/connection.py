@@ -48,7 +48,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.waits_since = self.loop.time()
         if self._max_connections is not None and len(self.connections) > self._max_connections:
-            waiting = [each for each in self.connections if isinstance(each, Connection) and each._idle]
+            waiting = [each for each in self.connections if isinstance(each, Connection) and each._answered]
             longest = min(waiting, key=lambda each: each.waits_since or 0.0)
             if longest is self:
                 self._refuse(RequestError("too_many_connections", "the server has as many connections as it may have"))
