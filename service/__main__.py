@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -12,11 +13,11 @@ from typing import NoReturn
 
 import uvicorn
 from huggingface_hub import snapshot_download
-from starlette.applications import Starlette
 
 from runtime.models.config_file import UnsupportedModel
 from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
+from service.door.server import Server, allow_descriptors
 from service.engine.process import EngineStartFailed
 from service.logs import say, set_up
 from service.option_parser import BAD_VALUE
@@ -24,8 +25,8 @@ from service.settings import Arguments, Settings, read
 from service.text.tokenizer import TokenizerMissing
 from storage.store import StoreError
 
+BACKLOG = 2048  # connections that the system accepts before the service does
 CANNOT_START = 1  # the exit status, beside BAD_VALUE
-GRACE_SECONDS = 2  # for open connections to receive the end of their responses, after their requests were ended
 DEFAULT_NAME = "smollm2-135m-instruct"
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -40,26 +41,6 @@ Rootstock serves {name} at {url}
 """
 
 
-class Server(uvicorn.Server):
-    """Uvicorn's server, which also writes the banner, and ends open streams before it shuts down."""
-
-    def __init__(self, config: uvicorn.Config, app: Starlette):
-        super().__init__(config)
-        self._app = app
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        settings: Settings = self._app.state.settings
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        key = "" if settings.api_key is None else " -H 'authorization: Bearer KEY'"
-        say(BANNER.format(name=settings.served_name, url=url, key=key))
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._app.state.services.engine.end_requests("shutting_down", "the service is shutting down")
-        await super().shutdown(sockets)
-
-
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> None:
     """Serve until a signal. None stands for the process's own command line or environment.
 
@@ -71,6 +52,7 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
         settings = configure(arguments)
     except (ValueError, DefaultModelMissing) as error:
         refuse(str(error), BAD_VALUE)
+    allow_descriptors(settings.max_connections)
     listener = listen(settings)
     loop_factory = uvicorn.Config("", loop="uvloop", log_config=None).get_loop_factory()
     try:
@@ -106,9 +88,11 @@ def listen(settings: Settings) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         try:
+            if not (settings.api_key or settings.insecure or ipaddress.ip_address(address[0]).is_loopback):
+                refuse(f"{settings.host} is not this machine's own address: set --api-key, or --insecure", BAD_VALUE)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError:
+        except BaseException:
             listener.close()
             raise
     except OSError as error:
@@ -129,16 +113,17 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
                 signal.signal(number, lambda *_: None)  # uvicorn handles them, and raises them again when it ends
-            config = uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                timeout_graceful_shutdown=GRACE_SECONDS,
-            )
-            await Server(config, app).serve([listener])
+            listener.listen(BACKLOG)
+            say_where(settings, listener)
+            await Server(app, lifespan="off").serve([listener])
+
+
+def say_where(settings: Settings, listener: socket.socket) -> None:
+    """Write the banner."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    key = "" if settings.api_key is None else " -H 'authorization: Bearer KEY'"
+    say(BANNER.format(name=settings.served_name, url=url, key=key))
 
 
 def refuse(reason: str, status: int) -> NoReturn:

@@ -14,10 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import RequestError
 from service.http import REQUEST_ID, error_response
+from service.logs import Few
 
+SHOWN = 200  # characters of a path or a model in a line
 PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _RECORD = "rootstock.access_record"  # in a request's scope
 _log = logging.getLogger(__name__)
+_refused = logging.getLogger(f"{__name__}.refused")
+_refused.addFilter(Few())
 
 
 class RequireKey:
@@ -74,7 +78,7 @@ class AccessRecord:
     def __str__(self) -> str:
         said = [] if self.id is None else [f"id={self.id}"]
         if self.model is not None:
-            said.append(f"model={self.model!r}")
+            said.append(f"model={self.model[:SHOWN]!r}")
         if self.prompt_tokens is not None:
             said.append(f"tokens={self.prompt_tokens}+{self.completion_tokens} cached={self.cached_tokens}")
         if self.first_token_seconds is not None:
@@ -114,4 +118,5 @@ class AccessLog:
             request_id = scope["state"]["request_id"]
             line = "%s %r %d %.0fms%s request_id=%s"
             # repr of the path: a client must not be able to write lines of its own
-            _log.info(line, scope["method"], scope["path"], status, milliseconds, record, request_id)
+            log = _refused if status == 401 else _log
+            log.info(line, scope["method"], scope["path"][:SHOWN], status, milliseconds, record, request_id)

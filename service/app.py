@@ -23,6 +23,8 @@ from service.catalog.catalog import Catalog
 from service.catalog.files import AdapterStorage, open_storage
 from service.dialects.sagemaker import invocations
 from service.dialects.tokens import generate
+from service.door.bodies import Bodies
+from service.door.gate import AtGate, Gate
 from service.engine.client import EngineClient
 from service.errors import RequestError
 from service.grammars.grammars import Grammars
@@ -70,7 +72,8 @@ routes = [
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 ]
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # no key needed
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"})  # no key needed
+WATCHED_PATHS = OPEN_PATHS | {"/metrics"}  # answered while the service drains
 SHOWN_HEADERS = (  # to scripts of other origins
     "etag",
     "location",
@@ -110,11 +113,14 @@ def create_app(settings: Settings) -> Starlette:
         )
     # Starlette's own one is outside of all middleware: a page could not read its answer
     middleware.append(Middleware(ServerErrorMiddleware, handler=on_unhandled))
+    gate = Gate()
+    middleware.append(Middleware(AtGate, gate, WATCHED_PATHS))
     if settings.api_key is not None:
-        middleware.append(Middleware(RequireKey, settings.api_key, OPEN_PATHS))
+        open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
+        middleware.append(Middleware(RequireKey, settings.api_key, open_paths))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.settings = settings
+    app.state.settings, app.state.gate = settings, gate
     return app
 
 
@@ -202,6 +208,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             grammars=grammars,
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),
+            bodies=Bodies(settings.max_body_bytes),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )

@@ -27,6 +27,22 @@ class TierCounts(NamedTuple):
     evictions: int
 
 
+class InFlightMetrics(Collector):
+    """The sequences in flight as the service counts them, under vLLM's names; `model` is the name of the base."""
+
+    def __init__(self, running: int, waiting: int, model: str) -> None:
+        self._running, self._waiting, self._model = running, waiting, model
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the batch.", self._running),
+            ("num_requests_waiting", "Sequences queued.", self._waiting),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=VLLM_LABELS)
+            gauge.add_metric([self._model, ENGINE], value)
+            yield gauge
+
+
 class EngineMetrics(Collector):
     """A snapshot as metrics, under vLLM's names where inference routers read them.
 
@@ -45,11 +61,7 @@ class EngineMetrics(Collector):
         stats = self._stats
         used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
         labels = [self._model, ENGINE]
-        for name, text, value in (
-            ("num_requests_running", "Sequences in the batch.", stats.running),
-            ("num_requests_waiting", "Sequences queued.", stats.waiting),
-            ("kv_cache_usage_perc", "KV blocks in use, 1 is all.", used),
-        ):
+        for name, text, value in (("kv_cache_usage_perc", "KV blocks in use, 1 is all.", used),):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=VLLM_LABELS)
             gauge.add_metric(labels, value)
             yield gauge

@@ -12,6 +12,7 @@ from storage.store import StoreError, StoreFull
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 RETRY_SECONDS = 1  # sent as Retry-After with 429 and 503, unless the table says otherwise
+NOT_OF_DISKS = (ConnectionError, TimeoutError)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -46,6 +47,10 @@ ANSWERS: dict[str, Answer] = {
     "bad_request": Answer(400),
     "invalid_api_key": Answer(401, headers={"www-authenticate": "Bearer"}),
     "body_too_large": Answer(413),
+    "too_many_values": Answer(413),
+    "body_too_slow": Answer(408, headers={"connection": "close"}),
+    "head_too_large": Answer(431),
+    "head_too_slow": Answer(408),
     "invalid_json": Answer(400),
     "missing_field": Answer(400),
     "unknown_field": Answer(400),
@@ -85,7 +90,6 @@ ANSWERS: dict[str, Answer] = {
     "unsupported_media_type": Answer(
         415, headers={"Accept": "multipart/form-data, application/x-tar, application/gzip, application/vnd.safetensors"}
     ),
-    "upload_too_slow": Answer(408, headers={"connection": "close"}),
     "invalid_multipart": Answer(400),
     "invalid_archive": Answer(400),
     "duplicate_file": Answer(400),
@@ -110,7 +114,10 @@ ANSWERS: dict[str, Answer] = {
     # the engine, or the lack of one
     "engine_died": Answer(503),
     "engine_unavailable": Answer(503),
-    "shutting_down": Answer(503),
+    "shutting_down": Answer(503, headers={"connection": "close"}),
+    # the server, when it is full
+    "too_many_connections": Answer(503),
+    "too_many_bodies": Answer(503),
     "generation_paused": Answer(503),
     "adapter_deleted": Answer(404),
     "queue_full": Answer(429),
@@ -174,6 +181,6 @@ def request_error(error: Exception) -> RequestError | None:
         return RequestError("storage_full", "there is no room left to keep adapters")
     if isinstance(error, RecursionError):  # a schema or a message inside a body, met after it was decoded
         return RequestError("invalid_json", "the body is nested too deeply")
-    if isinstance(error, StoreError):
-        return RequestError("storage_unavailable", "the adapter store does not work")
+    if isinstance(error, StoreError) or (isinstance(error, OSError) and not isinstance(error, NOT_OF_DISKS)):
+        return RequestError("storage_unavailable", "the adapter store does not work; the server's log says why")
     return None

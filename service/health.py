@@ -6,10 +6,12 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.engine_metrics import EngineMetrics
+from service.door.gate import Gate
+from service.engine_metrics import EngineMetrics, InFlightMetrics
 from service.errors import RequestError
 from service.http import json_response
 from service.metrics import CONTENT_TYPE
@@ -40,6 +42,9 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Requests would be served now."""
+    gate: Gate = request.app.state.gate
+    if gate.closed:
+        raise RequestError("shutting_down", "the service is shutting down")
     if services_of(request).engine.ready is None:
         raise RequestError("engine_unavailable", "the engine is not running")
     return json_response({"status": "ready"})
@@ -67,9 +72,10 @@ async def metrics(request: Request) -> Response:
     services = services_of(request)
     stats, engine = await services.engine.latest_stats(), services.engine.ready
     services.metrics.engine_up.set(services.engine.answers)
-    snapshot = None
+    name = services.settings.served_name
+    shown: list[Collector] = [InFlightMetrics(*services.engine.in_flight(), name)]
     if stats is not None and engine is not None:
         named = services.catalog.versions.list()
         services.metrics.looked_up(stats.namespaces, {version.digest: version.record.kind for version in named})
-        snapshot = EngineMetrics(stats, engine, services.settings.served_name, named, services.catalog.disk)
-    return Response(services.metrics.render(snapshot), headers={"content-type": CONTENT_TYPE})
+        shown.append(EngineMetrics(stats, engine, name, named, services.catalog.disk))
+    return Response(services.metrics.render(*shown), headers={"content-type": CONTENT_TYPE})

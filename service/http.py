@@ -1,6 +1,7 @@
 """Reading requests and writing responses: JSON bodies, queries, errors, a client that goes away."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +13,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
+from service.door.bodies import Bodies
 from service.errors import RequestError, answer_of, error_body, request_error
+from storage.store import StoreError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _FLOAT_FOR_INTEGER = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float`")
 REQUEST_ID = "x-request-id"
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody reads it
@@ -34,19 +38,14 @@ def error_response(error: RequestError) -> Response:
     return json_response(error_body(error), answer.status, answer.headers)
 
 
-async def read_json(request: Request, kind: type[T], max_bytes: int) -> T:
-    """The body as a Struct. Raises RequestError: `body_too_large`, or as `decode_json`."""
-    return decode_json(await read_body(request, max_bytes), kind)
+async def read_json(request: Request, kind: type[T], bodies: Bodies) -> T:
+    """The body as a Struct. Raises RequestError as `Bodies.read` and `decode_json` do."""
+    return decode_json(await read_body(request, bodies), kind)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body. Its bytes are counted as they arrive, because a client may announce any length, or none."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise RequestError("body_too_large", f"the body is larger than the limit of {max_bytes} bytes")
-    return bytes(body)
+async def read_body(request: Request, bodies: Bodies) -> bytes:
+    """The body. Raises RequestError as `Bodies.read` does."""
+    return await bodies.read(request.stream())
 
 
 def decode_json(body: bytes, kind: type[T]) -> T:
@@ -113,10 +112,15 @@ async def _disconnected(request: Request) -> None:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Answer an exception that `request_error` knows; any other one is a fault of ours."""
+    """Answer an exception that `request_error` knows; any other one is a fault of ours.
+
+    What concerns the store is logged: its clients cannot mend it, and are not told what is where.
+    """
     known = request_error(error)
     if known is None:
         raise error
+    if isinstance(error, StoreError | OSError):
+        _log.error("%s %.200r: %s", request.method, request.url.path, error)
     return error_response(known)
 
 

@@ -257,14 +257,12 @@ class Metrics:
             self._series[label] = Series(self, label)
         return self._series[label]
 
-    def render(self, engine: Collector | None) -> bytes:
-        """Everything in the text format, with the engine's metrics if there is a snapshot."""
-        own = generate_latest(self.registry)
-        if engine is None:
-            return own
+    def render(self, *others: Collector) -> bytes:
+        """Everything in the text format, with what others collect: the engine's if there is a snapshot."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(engine)
-        return own + generate_latest(registry)
+        for each in others:
+            registry.register(each)
+        return generate_latest(self.registry) + generate_latest(registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"rootstock_{name}", text, ["adapter"], buckets=SECONDS, registry=self.registry)

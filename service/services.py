@@ -6,6 +6,7 @@ from starlette.requests import Request
 
 from runtime.models.config import ModelConfig
 from service.catalog.catalog import Catalog
+from service.door.bodies import Bodies
 from service.engine.client import EngineClient
 from service.grammars.grammars import Grammars
 from service.ingest.imports import Imports
@@ -35,6 +36,7 @@ class Services:
     grammars: Grammars
     prefixes: Prefixes
     responses: ResponseStore
+    bodies: Bodies
     max_model_len: int  # tokens of prompt and answer together
     vocab_size: int
 

@@ -17,6 +17,7 @@ from service.text.chat_templates import template_text
 from service.text.reasoning import ReasoningFamily
 from service.tool_calls.syntax import Family
 
+KEY = re.compile(r"[!-~]([ -~]*[!-~])?")
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/,\s]+")
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",
@@ -48,13 +49,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, Option("port to listen on; 0: a free one", "server", variables=("PORT",), least=0, most=65535)
     ] = 8000
     api_key: Annotated[
-        str | None, Option("key that clients must send, except to health and metrics", "server", unset="no key")
+        str | None, Option("key that clients must send, except to health checks", "server", unset="no key")
     ] = None
+    open_metrics: Annotated[bool, Option("answer /metrics, which names adapters, without the key", "server")] = False
+    insecure: Annotated[bool, Option("listen on an address that is not this machine's own without a key", "server")] = (
+        False
+    )
     cors_origins: Annotated[
         tuple[str, ...],
         Option("origin whose pages may call the server, or * for any; repeatable", "server", unset="none"),
     ] = ()
     max_body_bytes: Annotated[int, Option("largest JSON body", "server", least=1)] = 16 * MIB
+    max_connections: Annotated[int, Option("open connections of clients", "server", least=1)] = 1024
+    drain_seconds: Annotated[
+        float, Option("time for requests to end by themselves after a signal; a second signal ends them", "server")
+    ] = 30.0
     responses_store_bytes: Annotated[
         int, Option("memory for responses that clients may come back to; 0: none are kept", "server", least=0)
     ] = 64 * MIB
@@ -150,8 +159,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         check_bounds(self)
         if not self.served_name or any(character in self.served_name for character in "@:"):
             raise ValueError(f"the served name must not be empty or contain '@' or ':', not {self.served_name!r}")
-        if self.api_key == "":
-            raise ValueError("the API key must not be empty")
+        if self.api_key is not None and not KEY.fullmatch(self.api_key):
+            raise ValueError("the API key must be printable ASCII, without spaces around it: no header has another one")
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(f"an origin is * or like https://example.org:8443, without a path, not {origin!r}")

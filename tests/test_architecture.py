@@ -29,6 +29,7 @@ LIBRARIES = {
     "service": {
         "starlette",
         "uvicorn",
+        "httptools",
         "python_multipart",
         "msgspec",
         "transformers",
@@ -56,6 +57,7 @@ LIBRARIES = {
 }
 # What an inner room may import of its own tree, besides itself: other inner rooms, and files of the outer room.
 INNER = {
+    "service.door": {"service.errors", "service.http", "service.logs", "service.settings"},
     "service.engine": {"service.errors", "service.metrics"},
     "service.catalog": {
         "service.engine",

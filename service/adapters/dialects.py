@@ -78,20 +78,20 @@ class DynamoList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def vllm_load(request: Request) -> Response:
-    body = await read_json(request, VllmLoad, services_of(request).settings.max_body_bytes)
+    body = await read_json(request, VllmLoad, services_of(request).bodies)
     await _load(request, body.lora_name, body.lora_path, UploadOptions(), replace=bool(body.load_inplace))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def vllm_unload(request: Request) -> Response:
-    body = await read_json(request, VllmUnload, services_of(request).settings.max_body_bytes)
+    body = await read_json(request, VllmUnload, services_of(request).bodies)
     await _unload(request, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 async def sglang_load(request: Request) -> Response:
     try:
-        body = await read_json(request, SglangLoad, services_of(request).settings.max_body_bytes)
+        body = await read_json(request, SglangLoad, services_of(request).bodies)
         await _load(
             request,
             body.lora_name,
@@ -106,7 +106,7 @@ async def sglang_load(request: Request) -> Response:
 
 async def sglang_unload(request: Request) -> Response:
     try:
-        body = await read_json(request, SglangUnload, services_of(request).settings.max_body_bytes)
+        body = await read_json(request, SglangUnload, services_of(request).bodies)
         await _unload(request, body.lora_name)
     except RequestError as error:
         return _sglang_answer(request, error)
@@ -116,7 +116,7 @@ async def sglang_unload(request: Request) -> Response:
 async def dynamo_load(request: Request) -> Response:
     """Import an adapter; the same source under the same name is no fault, since Dynamo's operator asks repeatedly."""
     services = services_of(request)
-    body = await read_json(request, DynamoLoad, services.settings.max_body_bytes)
+    body = await read_json(request, DynamoLoad, services.bodies)
     name, uri = body.lora_name, body.source.uri
     if not _is_from(services, name, uri):
         await _load(request, name, uri, UploadOptions(), replace=False, param="source.uri")

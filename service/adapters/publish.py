@@ -35,7 +35,8 @@ async def upload(
     catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
-    async with imports.uploading(), catalog.blobs.staging(options.ephemeral) as directory:
+    address = "" if request.client is None else request.client.host
+    async with imports.uploading(address), catalog.blobs.staging(options.ephemeral) as directory:
         throttle = Throttle(services.engine.busy)
         body = BodyReader(request, services.settings.max_upload_bytes, throttle)
         bundle = await imports.on_thread(body.close, read_bundle, body, directory)

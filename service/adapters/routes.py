@@ -98,7 +98,7 @@ async def get_adapter(request: Request) -> Response:
 
 async def load_adapter(request: Request) -> Response:
     services, query = services_of(request), read_query(request, WaitQuery)
-    body = await read_json(request, AdapterLoad, services.settings.max_body_bytes)
+    body = await read_json(request, AdapterLoad, services.bodies)
     name, catalog = _known_name(request), services.catalog
     if body.pin is not None:
         await catalog.set_pin(name, body.tier if body.pin else None, Condition())
@@ -114,14 +114,14 @@ async def _loaded(services: Services, name: str, tier: Tier) -> Response:
 async def unload_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    body = await read_json(request, AdapterUnload, services.settings.max_body_bytes)
+    body = await read_json(request, AdapterUnload, services.bodies)
     return _shown(services, await services.catalog.unload(_known_name(request), body.tier))
 
 
 async def patch_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    body = await read_json(request, AdapterChange, services.settings.max_body_bytes)
+    body = await read_json(request, AdapterChange, services.bodies)
     name = _known_name(request)
     version = services.catalog.versions.resolve(name)
     tier: Tier = "device" if version is None or version.record.pin is None else version.record.pin
@@ -150,12 +150,12 @@ routes = [
 
 async def _source(request: Request, query: ImportQuery) -> AdapterSource:
     """What is to be imported: the body, or SageMaker's query with an empty body. Raises RequestError."""
-    max_bytes = services_of(request).settings.max_body_bytes
+    bodies = services_of(request).bodies
     given = {name: getattr(query, name) for name in ("name", "src", "preload", "pin")}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
-        return await read_json(request, AdapterSource, max_bytes)
-    if await read_body(request, max_bytes):
+        return await read_json(request, AdapterSource, bodies)
+    if await read_body(request, bodies):
         param = next(iter(given))
         raise RequestError("invalid_query", f"{param} is in the query, and there is a body: send one of them", param)
     return decode_json(encode_json(given), AdapterSource)

@@ -25,7 +25,7 @@ FORMS = ("messages", "prompt", "inputs")  # of a chat, a completion, a generatio
 async def invocations(request: Request) -> Response:
     """What it is depends on the field that the body has; without `model` it is the base's."""
     arrived, services = time.perf_counter(), services_of(request)
-    fields = decode_json(await read_body(request, services.settings.max_body_bytes), dict[str, msgspec.Raw])
+    fields = decode_json(await read_body(request, services.bodies), dict[str, msgspec.Raw])
     forms = [form for form in FORMS if form in fields]
     if len(forms) != 1:
         message = "expected one of messages, for a chat, prompt, for a completion, and inputs, as LMI has it"

@@ -57,7 +57,7 @@ class TokensAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 async def generate(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
-    body = await read_json(request, TokensRequest, services.settings.max_body_bytes)
+    body = await read_json(request, TokensRequest, services.bodies)
     for field, instead in (
         ("stream", "use /v1/completions, whose prompt may be token ids"),
         ("features", "only text is supported"),

@@ -22,6 +22,11 @@ class Backlog:
         self._running: set[str] = set()  # request ids
         self._starts: deque[float] = deque()  # times of the last ones
 
+    @property
+    def waiting(self) -> int:
+        """How many sequences have had no token yet."""
+        return len(self._waiting)
+
     def queued(self, command: Generate) -> None:
         """A sequence is sent to the engine."""
         if not self._waiting:

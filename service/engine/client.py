@@ -56,6 +56,13 @@ class Deadline(NamedTuple):
     at: float  # time.perf_counter()
 
 
+class InFlight(NamedTuple):
+    """Sequences that were sent to the engine and have not ended."""
+
+    running: int
+    waiting: int
+
+
 class EngineClient:
     """Generates through an engine process, restarts it when it dies, and owns the open token streams."""
 
@@ -124,6 +131,15 @@ class EngineClient:
             message = f"this request's turn would come in about {seconds:.0f} s, later than the {longest:g} s allowed"
             later = math.ceil(seconds - longest)
             raise EngineError("queue_full", f"{message}: try again in {later} s", retry_seconds=later)
+
+    def in_flight(self) -> InFlight:
+        """How many sequences there are now: a busy engine, which answers late, does not know of the last ones.
+
+        Which of them wait is the engine's word if it is of the last second, else those wait that have no token yet.
+        """
+        last = self._last_stats if self.stats_age <= RECENT_SECONDS else None
+        waiting = min(self._backlog.waiting if last is None else last.waiting, len(self._streams))
+        return InFlight(running=len(self._streams) - waiting, waiting=waiting)
 
     async def generate(self, command: Generate, deadline: Deadline | None = None) -> AsyncGenerator[Tokens, None]:
         """Run one sequence and yield its tokens as they come; closing the generator aborts it.

@@ -1,16 +1,11 @@
 """A request's body for a thread that reads it."""
 
 import asyncio
-import time
 
 from starlette.requests import Request
 
-from service.errors import RequestError
 from service.ingest.bundle import too_large
 from service.ingest.throttle import PIECE_BYTES, Throttle
-
-# A client that sends less than this would block one of few uploads for faster clients.
-PATIENCE_SECONDS, LEAST_BYTES_PER_SECOND = 30.0, 16 * 1024
 
 
 class BodyReader:
@@ -26,7 +21,6 @@ class BodyReader:
         self._throttle = throttle
         self._loop = asyncio.get_running_loop()
         self._chunks = request.stream()
-        self._started_at = time.monotonic()
         self._received = 0  # bytes of the body
         self._piece = memoryview(b"")  # received and not read yet
         self._receiving: asyncio.Task[bytes] | None = None
@@ -36,7 +30,7 @@ class BodyReader:
         """The next bytes, at most `max_bytes` of them; none at the end of the body. Blocks.
 
         Raises RequestError: `body_too_large` for a body over its limit (counted, because a client may announce any
-        length), `upload_too_slow`; ClientDisconnect; CancelledError (of concurrent.futures) after `close`.
+        length), or of the gate; ClientDisconnect; CancelledError (of concurrent.futures) after `close`.
         """
         if not self._piece:
             if self._received:
@@ -63,13 +57,7 @@ class BodyReader:
         return b"".join(chunks)
 
     async def _next_chunk(self) -> bytes | None:
-        deadline = self._started_at + PATIENCE_SECONDS + self._received / LEAST_BYTES_PER_SECOND
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                chunk = await anext(self._chunks, None)
-        except TimeoutError:
-            message = f"the body came too slowly: expected {LEAST_BYTES_PER_SECOND} bytes a second"
-            raise RequestError("upload_too_slow", message) from None
+        chunk = await anext(self._chunks, None)
         self._received += 0 if chunk is None else len(chunk)
         if self._received > self.max_bytes:
             raise too_large(self.max_bytes)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError, request_error
 from service.source_urls import Source
+from storage.store import StoreError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -61,6 +63,8 @@ class Imports:
 
     def __init__(self, max_running: int) -> None:
         self._slots = asyncio.Semaphore(max_running)
+        self._most_uploads = max(1, max_running - 1)  # of one client
+        self._uploads: Counter[str] = Counter()  # by the client's address
         self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="import")
         self._tasks: dict[Import, asyncio.Task[Published]] = {}
         self._running: dict[str, Import] = {}  # by name
@@ -131,12 +135,23 @@ class Imports:
         self._failed.pop(name, None)
 
     @asynccontextmanager
-    async def uploading(self) -> AsyncIterator[None]:
-        """Occupy a slot. Raises RequestError `too_many_uploads` if none is free: a client's bytes cannot wait."""
+    async def uploading(self, address: str) -> AsyncIterator[None]:
+        """Occupy a slot for a client. Raises RequestError `too_many_uploads` if none is free: its bytes cannot wait.
+
+        No client has all of them, so that slow uploads of one do not keep out another's.
+        """
         if self._slots.locked():
             raise RequestError("too_many_uploads", "too many uploads and imports are under way")
+        if self._uploads[address] >= self._most_uploads:
+            message = f"{self._most_uploads} uploads from this address are under way, of which one has at most so many"
+            raise RequestError("too_many_uploads", message)
         async with self._slots:
-            yield
+            self._uploads[address] += 1
+            try:
+                yield
+            finally:
+                self._uploads[address] -= 1
+                self._uploads += Counter()  # drops addresses without any
 
     async def on_thread(self, cancel: Callable[[], None], work: Callable[..., _T], *arguments: Any) -> _T:
         """Run a blocking part of an import or an upload, whose slot the caller occupies.
@@ -175,6 +190,8 @@ class Imports:
         if failure is not None and error is None:
             _log.error("the import of %s failed", job.name, exc_info=failure)
             error = RequestError("internal_error", "an internal error; the server's log has it")
+        elif isinstance(failure, StoreError | OSError):
+            _log.error("the import of %s failed: %s", job.name, failure)
         if self._running.get(job.name) is job:  # else its name is free, and another import may have it
             del self._running[job.name]
             if error is not None:

@@ -32,7 +32,7 @@ async def get_kv(request: Request) -> Response:
 async def post_prefix(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    body = await read_json(request, PrefixRequest, services.settings.max_body_bytes)
+    body = await read_json(request, PrefixRequest, services.bodies)
     return await until_disconnect(request, _compute(services, body))
 
 

@@ -50,7 +50,7 @@ from service.tool_calls.parser import Arguments, Begun, Text, ToolCallParser
 
 async def chat_completions(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
-    body = decode_request(await read_body(request, services.settings.max_body_bytes), ChatRequest)
+    body = decode_request(await read_body(request, services.bodies), ChatRequest)
     return await answer(request, services, Chat(services, body), arrived)
 
 

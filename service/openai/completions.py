@@ -18,17 +18,23 @@ from service.openai.known_fields import decode_request
 from service.openai.models import Adapters
 from service.openai.prompts import encoding_of, number_of
 from service.openai.sampling_params import answer_length, sampling_params
-from service.openai.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from service.openai.schemas import (
+    MAX_SEQUENCES,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    Usage,
+)
 from service.openai.streaming import Inputs, answer
 from service.services import Services, services_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-MAX_SEQUENCES = 1024  # prompts times choices of one request
 
 
 async def completions(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
-    body = decode_request(await read_body(request, services.settings.max_body_bytes), CompletionRequest)
+    body = decode_request(await read_body(request, services.bodies), CompletionRequest)
     return await answer(request, services, TextCompletion(services, body), arrived)
 
 
@@ -48,6 +54,10 @@ class TextCompletion:
 
     async def inputs(self, adapters: Adapters) -> Inputs:
         body, services = self.body, self._services
+        if (sequences := number_of(body.prompt) * self._each) > MAX_SEQUENCES:
+            what = f"best_of={self._each}" if self._each > (body.n or 1) else f"n={self._each}"
+            message = f"{sequences // self._each} prompts with {what} are more than {MAX_SEQUENCES} sequences"
+            raise RequestError("too_many_sequences", message, "prompt")
         versions = adapters.of_prompts(number_of(body.prompt))
         prompts = await services.prompts.text_prompts(
             body.prompt, versions, body.alora, encoding_of(body, body.max_tokens)
@@ -58,10 +68,6 @@ class TextCompletion:
         if body.stream and self._each > (body.n or 1):
             message = "best_of cannot be streamed, since the best are known in the end: leave out stream or best_of"
             raise RequestError("unsupported_parameter", message, "best_of")
-        if len(prompts) * self._each > MAX_SEQUENCES:
-            what = f"best_of={self._each}" if self._each > (body.n or 1) else f"n={self._each}"
-            message = f"{len(prompts)} prompts with {what} are more than {MAX_SEQUENCES} sequences"
-            raise RequestError("too_many_sequences", message, "prompt")
         longest = max(len(prompt.token_ids) for prompt in prompts)
         max_tokens = answer_length(body.max_tokens, DEFAULT_MAX_TOKENS, longest, services.max_model_len, "prompt")
         grammar = await grammar_of(body, services.grammars)

@@ -6,11 +6,20 @@ from typing import NamedTuple
 
 from service.catalog.record import AdapterVersion, OnMissing
 from service.errors import RequestError
-from service.openai.conversations import conversation_of
+from service.openai.conversations import conversation_of, text_of
 from service.openai.invocation import Prompt, invoked, on_missing, without_invocation
 from service.openai.sampling_params import answer_length, check_token_ids
-from service.openai.schemas import Alora, GenerationRequest, Message, TemplateFields, TokenizeRequest, Tool
+from service.openai.schemas import (
+    MAX_SEQUENCES,
+    Alora,
+    GenerationRequest,
+    Message,
+    TemplateFields,
+    TokenizeRequest,
+    Tool,
+)
 from service.text.chat_templates import ChatTemplate, ChatTemplates
+from service.text.encoder import TooLong
 from service.text.rendering import InvalidChat, InvalidTemplate
 from service.text.tokenizer import Tokenizer
 
@@ -23,17 +32,18 @@ class Encoding(NamedTuple):
     special: bool | None = None  # whether special tokens are put around a text; None: around prompts, not around chats
     most: int | None = None  # the last so many tokens stay; -1: as many as leave room for the answer
     answer: int | None = None  # tokens of the answer that are asked for
+    contexts: int = 1  # how many contexts a text may fill: more than one where it is not generated from
 
 
 PLAIN = Encoding()
 
 
-def encoding_of(body: GenerationRequest | TokenizeRequest, answer: int | None = None) -> Encoding:
+def encoding_of(body: GenerationRequest | TokenizeRequest, answer: int | None = None, contexts: int = 1) -> Encoding:
     """What a request says of it. Raises RequestError."""
     if body.truncate_prompt_tokens == 0:
         message = "truncate_prompt_tokens is 0, expected how many tokens stay, or -1 for as many as fit"
         raise RequestError("invalid_field", message, "truncate_prompt_tokens")
-    return Encoding(body.add_special_tokens, body.truncate_prompt_tokens, answer)
+    return Encoding(body.add_special_tokens, body.truncate_prompt_tokens, answer, contexts)
 
 
 class PromptEncoder:
@@ -63,6 +73,8 @@ class PromptEncoder:
         encoding: Encoding = PLAIN,
     ) -> list[Prompt]:
         """The prompts of a completion, each with its own invocation; there is a version for each."""
+        if (number := number_of(prompt)) > MAX_SEQUENCES:
+            raise RequestError("too_many_sequences", f"{number} prompts are more than {MAX_SEQUENCES}", "prompt")
         prompts = [self._cut(token_ids, encoding) for token_ids in await self._encode_prompts(prompt, encoding)]
         least = 0 if encoding.answer == 0 else None
         answer_length(least, None, max(map(len, prompts)), self._max_model_len, "prompt")  # before they are searched
@@ -134,13 +146,18 @@ class PromptEncoder:
         header: bool = True,
     ) -> list[int]:
         """A conversation's token ids, with the header of the assistant's answer, unless `fields` want none, or not."""
+        if len(messages) > self._max_model_len:  # each has a token at least
+            raise self._too_long(f"{len(messages)} messages", "messages")
+        length = sum(len(text_of(message) or "") for message in messages)
+        if encoding.most is None and length > self._tokenizer.longest_token * self._max_model_len:
+            raise self._too_long(f"{length} characters", "messages")
         template = await self.template(version, tools, fields)
         conversation = conversation_of(messages, tools, fields, template, header=header)
         try:
             text = await self._templates.render(template, conversation)
         except InvalidChat as error:
             raise RequestError("invalid_chat", str(error), "messages") from None
-        [token_ids] = await self._tokenizer.encode_texts([text], add_special_tokens=encoding.special is True)
+        [token_ids] = await self._encode_texts([text], encoding, encoding.special is True, "messages")
         check_token_ids(_some(token_ids), self._vocab_size, "messages")
         return self._cut(token_ids, encoding)
 
@@ -151,9 +168,28 @@ class PromptEncoder:
         room = self._max_model_len - (1 if encoding.answer is None else encoding.answer)
         return token_ids[-(encoding.most if encoding.most > 0 else max(room, 1)) :]
 
+    async def _encode_texts(
+        self, texts: Sequence[str], encoding: Encoding, special: bool, param: str
+    ) -> list[list[int]]:
+        """The tokens of texts that fit into the context or are to be cut so. Raises RequestError for a longer one."""
+        most = self._max_model_len * encoding.contexts
+        last = encoding.most is not None and encoding.most <= most
+        try:
+            return await self._tokenizer.encode_texts(texts, add_special_tokens=special, most=most, last=last)
+        except TooLong as error:
+            raise self._too_long(f"at least {error}", param) from None
+
+    def _too_long(self, found: str, param: str) -> RequestError:
+        """OpenAI's sentence: clients look for its beginning, and then shorten the prompt."""
+        message = (
+            f"This model's maximum context length is {self._max_model_len} tokens. However, the prompt has {found}. "
+            f"Please reduce the length of the {param}."
+        )
+        return RequestError("context_length_exceeded", message, param)
+
     async def encode_text(self, text: str, encoding: Encoding) -> list[int]:
         """A text's token ids; none for an empty one."""
-        [token_ids] = await self._tokenizer.encode_texts([text], add_special_tokens=encoding.special is not False)
+        [token_ids] = await self._encode_texts([text], encoding, encoding.special is not False, "prompt")
         return self._cut(token_ids, encoding)
 
     async def template(
@@ -184,7 +220,7 @@ class PromptEncoder:
         """The token ids of a prompt in any of its four forms."""
         texts = [prompt] if isinstance(prompt, str) else [item for item in prompt if isinstance(item, str)]
         if isinstance(prompt, str) or (texts and len(texts) == len(prompt)):
-            prompts = await self._tokenizer.encode_texts(texts, add_special_tokens=encoding.special is not False)
+            prompts = await self._encode_texts(texts, encoding, encoding.special is not False, "prompt")
         elif all(isinstance(item, int) for item in prompt):
             prompts = [[item for item in prompt if isinstance(item, int)]]
         elif all(isinstance(item, list) for item in prompt):

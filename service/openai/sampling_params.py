@@ -10,6 +10,8 @@ from service.errors import RequestError
 from service.openai.schemas import HARMLESS, GenerationRequest
 from service.text.tokenizer import Tokenizer
 
+MAX_BAD_CHARACTERS = 64 * 1024  # of all bad words, which are encoded at once
+
 
 def refuse_unbuilt(body: msgspec.Struct, place: str = "", built: Sequence[str] = ()) -> None:
     """Raise RequestError for a field that asks for something not built here, instead of ignoring it.
@@ -88,7 +90,7 @@ def sampling_params(
         presence_penalty=_given(body.presence_penalty, 0.0),
         frequency_penalty=_given(body.frequency_penalty, 0.0),
         seed=body.seed,
-        stop_token_ids=(*(body.stop_token_ids or ()), *_special_stops(body, tokenizer)),
+        stop_token_ids=tuple(dict.fromkeys((*(body.stop_token_ids or ()), *_special_stops(body, tokenizer)))),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         logit_bias=_logit_bias(body, vocab_size),
@@ -122,6 +124,9 @@ def _allowed_token_ids(body: GenerationRequest, vocab_size: int, grammar: str | 
 
 def _bad_words(body: GenerationRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Each word as tokens, at the beginning of a text and after a space."""
+    if sum(map(len, body.bad_words or ())) > MAX_BAD_CHARACTERS:
+        message = f"bad_words has more than {MAX_BAD_CHARACTERS} characters in all: send fewer or shorter words"
+        raise RequestError("invalid_field", message, "bad_words")
     words = [text for word in body.bad_words or () for text in (word, f" {word.lstrip()}")]
     encoded = tokenizer.encode_all(words, add_special_tokens=False) if words else []
     return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))

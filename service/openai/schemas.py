@@ -14,6 +14,8 @@ from service.grammars.tags import StructuralTag
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every piece of text is searched for each stop string
 MAX_LOGPROBS = 20
+MAX_SEQUENCES = 1024  # prompts times choices of one request
+MAX_WORDS = 512  # each is encoded in two forms
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -111,7 +113,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[Count] | None = None
     logit_bias: dict[str, Bias] | None = None  # by token id
     allowed_token_ids: list[Count] | None = None  # only these are generated
-    bad_words: list[StopString] | None = None  # never generated
+    bad_words: Annotated[list[StopString], Meta(max_length=MAX_WORDS)] | None = None  # never generated
     ignore_eos: bool | None = None
     # The last so many tokens of each prompt; -1: as many as leave room for the answer
     truncate_prompt_tokens: Truncation | None = None
@@ -144,8 +146,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     max_tokens: Count | None = None  # 0: nothing is generated
-    lora_path: Name | list[Name | None] | None = None  # a list has one for each prompt, null for the base
-    adapter_id: Name | list[Name | None] | None = None
+    lora_path: Name | Annotated[list[Name | None], Meta(max_length=MAX_SEQUENCES)] | None = (
+        None  # a list has one for each prompt, null for the base
+    )
+    adapter_id: Name | Annotated[list[Name | None], Meta(max_length=MAX_SEQUENCES)] | None = None
     logprobs: Logprobs | None = None
     echo: bool | None = None  # the prompt before the answer; with logprobs its tokens' too
     prompt_logprobs: Logprobs | None = None

@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
-from service.http import json_response, read_json
+from service.http import json_response, read_json, until_disconnect
 from service.openai.conversations import template_fields
 from service.openai.models import find_version
 from service.openai.prompts import encoding_of
@@ -14,6 +14,7 @@ from service.openai.sampling_params import check_token_ids
 from service.openai.schemas import Count, Name, TokenizeRequest
 from service.services import Services, services_of
 
+MAX_CONTEXTS = 4  # that a text may fill; who counts tokens wants to know how much too long it is
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -48,25 +49,31 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 
 async def tokenize(request: Request) -> Response:
     services = services_of(request)
-    body = await read_json(request, TokenizeRequest, services.settings.max_body_bytes)
+    body = await read_json(request, TokenizeRequest, services.bodies)
+    return await until_disconnect(request, _tokenize(services, body))
+
+
+async def _tokenize(services: Services, body: TokenizeRequest) -> Response:
     version = _version(body.model, services)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(
             "invalid_field", "expected either prompt or messages", "messages" if body.prompt else "prompt"
         )
     if body.messages is not None:
-        fields, encoding = template_fields(body), encoding_of(body)
+        fields, encoding = template_fields(body), encoding_of(body, contexts=MAX_CONTEXTS)
         token_ids = await services.prompts.encode_chat(body.messages, version, body.tools or (), fields, encoding)
     else:
         assert body.prompt is not None
-        token_ids = await services.prompts.encode_text(body.prompt, encoding_of(body))
-    names = [services.tokenizer.token_bytes(i).decode(errors="replace") for i in token_ids]
+        token_ids = await services.prompts.encode_text(body.prompt, encoding_of(body, contexts=MAX_CONTEXTS))
+    names = None
+    if body.return_token_strs:
+        names = [services.tokenizer.token_bytes(i).decode(errors="replace") for i in token_ids]
     return json_response(
         Tokenized(
             count=len(token_ids),
             max_model_len=services.max_model_len,
             tokens=token_ids,
-            token_strs=names if body.return_token_strs else None,
+            token_strs=names,
         )
     )
 
@@ -87,10 +94,10 @@ async def tokenizer_info(request: Request) -> Response:
 
 async def detokenize(request: Request) -> Response:
     services = services_of(request)
-    body = await read_json(request, DetokenizeRequest, services.settings.max_body_bytes)
+    body = await read_json(request, DetokenizeRequest, services.bodies)
     _version(body.model, services)
     check_token_ids(body.tokens, services.vocab_size, "tokens")
-    return json_response(Detokenized(prompt=services.tokenizer.shown(body.tokens)))
+    return json_response(Detokenized(prompt=await services.tokenizer.shown_long(body.tokens)))
 
 
 def _version(name: str | None, services: Services) -> AdapterVersion | None:

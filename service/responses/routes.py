@@ -38,7 +38,7 @@ from service.services import Services, services_of
 
 async def create(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
-    body = decode_request(await read_body(request, services.settings.max_body_bytes), ResponsesRequest)
+    body = decode_request(await read_body(request, services.bodies), ResponsesRequest)
     check_request(body)
     answer = Answer(services, body)
     try:
@@ -56,6 +56,9 @@ class Answer:
         self._previous = None
         if body.previous_response_id is not None:
             self._previous = services.responses.previous(body.previous_response_id)
+        if len(body.input) > services.max_model_len and not isinstance(body.input, str):
+            message = f"input: {len(body.input)} items are more than the {services.max_model_len} tokens of the context"
+            raise RequestError("context_length_exceeded", message, "input")
         self._items = items_of(body.input)
         earlier = [] if self._previous is None else self._previous.conversation()
         self.chat = Chat(services, chat_request(body, [*earlier, *self._items]), new_id("resp"))

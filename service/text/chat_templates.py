@@ -82,7 +82,7 @@ class ChatTemplates:
         )
         if not template.trusted:
             return await self._sandbox.render(template.text, given)
-        if sum(len(str(part)) for part in (*given.messages, *given.tools, *given.documents)) < LONG_CHAT:
+        if not _long(given):
             return render(template.text, given)
         return await asyncio.to_thread(render, template.text, given)
 
@@ -97,6 +97,13 @@ class ChatTemplates:
             family=self._family or family_of(text),
             reasoning=self._reasoning or reasoning_of(text),
         )
+
+
+def _long(conversation: Conversation) -> bool:
+    if sum(len(message.get("content") or "") for message in conversation.messages) >= LONG_CHAT:
+        return True
+    parts = (*conversation.messages, *conversation.tools, *conversation.documents)
+    return sum(len(str(part)) for part in parts) >= LONG_CHAT
 
 
 def template_text(given: str) -> str:

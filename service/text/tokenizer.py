@@ -1,20 +1,16 @@
 """Turns text into token ids and back."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import torch: 4 s and 270 MB
 
 from service.text.detokenizer import Detokenizer
+from service.text.encoder import LONG_TEXT, TextEncoder
 from service.text.token_bytes import TokenBytes
-
-LONG_TEXT = 10_000  # characters; encoding more than this takes longer than a few milliseconds
-
-T = TypeVar("T")
 
 
 class TokenizerMissing(ValueError):
@@ -42,6 +38,8 @@ class Tokenizer:
             for token_id, token in added
             if token.special or (token.content.startswith("<") and token.content.endswith(">"))
         }
+        self.longest_token = max(map(len, self._backend.get_vocab()))  # in characters
+        self._texts = TextEncoder(self.encode_all, self.longest_token)
 
     def encode(self, text: str) -> list[int]:
         """Return a prompt's token ids, with the special tokens that the tokenizer adds (for many models: a BOS)."""
@@ -87,9 +85,11 @@ class Tokenizer:
         """The id of the token that is a text as it is, special or not; None if there is none."""
         return self._backend.token_to_id(text)
 
-    async def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Encode several prompts; long ones on a thread, so that they do not block the event loop."""
-        return await _off_loop(sum(map(len, texts)), partial(self.encode_all, texts, add_special_tokens))
+    async def encode_texts(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, most: int | None = None, last: bool = False
+    ) -> list[list[int]]:
+        """Encode several prompts as `TextEncoder.encode` does. Raises TooLong for one of more than `most` tokens."""
+        return await self._texts.encode(texts, add_special_tokens, most, last=last)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of some tokens without the special ones."""
@@ -99,6 +99,12 @@ class Tokenizer:
         """Return the text of some tokens with the special ones, for a person to read."""
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
+    async def shown_long(self, token_ids: Sequence[int]) -> str:
+        """As `shown`, for any number of tokens: many are decoded on a thread."""
+        if len(token_ids) < LONG_TEXT:
+            return self.shown(token_ids)
+        return await asyncio.to_thread(self.shown, token_ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return what one token stands for, special or not, for log-probabilities."""
         return self._bytes.of(token_id)
@@ -106,9 +112,3 @@ class Tokenizer:
     def detokenizer(self, *, special: bool = False) -> Detokenizer:
         """A detokenizer for one sequence; with `special`, the text has the special tokens too."""
         return Detokenizer(self.shown if special else self.decode)
-
-
-async def _off_loop(length: int, encode: Callable[[], T]) -> T:
-    if length < LONG_TEXT:
-        return encode()
-    return await asyncio.get_running_loop().run_in_executor(None, encode)

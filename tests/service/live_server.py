@@ -1,6 +1,6 @@
 """A service on a real socket in this process, so that tests talk to it as clients do."""
 
-import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 
 from runtime.config import EngineConfig
 from service.app import create_app
+from service.door.server import Server
 from service.services import Services
 from service.settings import Settings
 from tests.openapi.contract_hook import HOOKS
@@ -24,8 +24,15 @@ NAME = "tiny"
 class LiveServer:
     """A running service: `url`, an HTTP client on it, the application and its parts."""
 
-    def __init__(self, app: Starlette, url: str, client: httpx.Client):
-        self.app, self.url, self.client = app, url, client
+    def __init__(self, app: Starlette, url: str, client: httpx.Client, server: Server):
+        self.app, self.url, self.client, self.server = app, url, client, server
+
+    def connect(self, content: bytes = b"") -> socket.socket:
+        """A connection on which some bytes have been sent."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=20)
+        connection.sendall(content)
+        return connection
 
     @property
     def services(self) -> Services:
@@ -51,7 +58,7 @@ def fake_settings(model: Path, data: Path, **changes: object) -> Settings:
     """Settings of a service on the fake engine; `changes` are fields of Settings or of EngineConfig."""
     engine = {field: changes.pop(field) for field in list(changes) if field in EngineConfig.__struct_fields__}
     given = {"engine_command": fake_engine.COMMAND, "served_name": NAME, "data_directory": data}
-    given |= {"cache_directory": data / "cache", **changes}
+    given |= {"cache_directory": data / "cache", "drain_seconds": 0.0, **changes}
     return Settings(engine=EngineConfig(model=str(model), **engine), **given)
 
 
@@ -59,16 +66,15 @@ def fake_settings(model: Path, data: Path, **changes: object) -> Settings:
 def live_server(settings: Settings) -> Iterator[LiveServer]:
     """Serve on a free port of loopback until the block ends."""
     app = create_app(settings)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    server = Server(app, port=0)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
         assert server.started, "the service did not start"
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=20, event_hooks=HOOKS) as client:
-            yield LiveServer(app, url, client)
+            yield LiveServer(app, url, client, server)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -88,6 +88,13 @@ def test_no_path_model_or_header_can_write_a_line_of_its_own(server: LiveServer,
         assert log.line(path).isprintable()
 
 
+def test_a_line_is_short_whatever_the_client_sends(server: LiveServer, log: Log) -> None:
+    server.client.get("/nowhere/" + "a" * 10_000)
+    server.post("/v1/completions", **REQUEST | {"model": "b" * 100_000})
+    assert len(log.line("/nowhere")) < 400
+    assert len(log.line("/v1/completions")) < 400
+
+
 def test_a_stream_is_logged_when_it_ends(server: LiveServer, log: Log) -> None:
     with server.client.stream("POST", "/v1/completions", json=REQUEST | {"cache_salt": "hold", "stream": True}) as held:
         lines = held.iter_lines()

@@ -1,7 +1,11 @@
 """Metrics of the tiers of adapters, and of what their loads took."""
 
+import json
+import math
+import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import boto3
@@ -11,10 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.messages import Ready, Stats, TierStats
 from service.catalog.record import AdapterRecord, AdapterVersion
+from service.engine import client
 from service.engine_metrics import MAX_LOADED, EngineMetrics
 from service.metrics import Metrics
 from tests.service.adapters.adapter_bundles import bundle, multipart
-from tests.service.live_server import LiveServer, fake_settings, live_server
+from tests.service.live_server import LiveServer, fake_settings, live_server, wait_until
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
@@ -135,3 +140,36 @@ def test_adapters_with_a_series_of_their_own_are_bounded() -> None:
     assert len(found["vllm:lora_adapter_loaded"]) == MAX_LOADED
     assert len(found["vllm:lora_requests_info"]) == 1
     assert value(found, "vllm:num_gpu_loaded_lora_adapters") == 3 * MAX_LOADED
+
+
+def test_the_gauges_are_the_sequences_in_flight_however_late_the_engine_answers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "STATS_SECONDS", 0.1)
+    with live_server(fake_settings(tiny_model, tmp_path)) as live, ExitStack() as streams:
+
+        def gauges() -> tuple[float, float]:
+            found = samples(live.client.get("/metrics").text)
+            return value(found, "vllm:num_requests_running"), value(found, "vllm:num_requests_waiting")
+
+        lines: list[Iterator[str]] = []  # a stream whose lines nobody reads any more is closed
+        assert gauges() == (0, 0)
+        held = {"model": "tiny", "prompt": "hello", "cache_salt": "hold", "stream": True}
+        for _ in range(3):
+            stream = streams.enter_context(live.client.stream("POST", "/v1/completions", json=held))
+            lines.append(stream.iter_lines())
+            assert next(lines[-1])
+        assert gauges() == (3, 0)
+        pid = live.services.engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            live.services.engine._stats_at = -math.inf  # the last snapshot is old
+            content = json.dumps(held).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+            for _ in range(4):
+                streams.enter_context(live.connect(head + content))
+            wait_until(lambda: gauges() == (3, 4))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: gauges() == (7, 0))

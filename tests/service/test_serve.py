@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,8 +67,29 @@ def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model:
             lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=10) == 0
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert process.wait(timeout=10) == 0
         assert not alive(engine)
+
+
+def test_a_second_signal_ends_requests_that_run(tiny_model: Path, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path, "--load-format", "dummy", "--served-name", "base") as process:
+        url = said(process, r"at (http://127\.0\.0\.1:\d+)$")
+        httpx.post(f"{url}/pause", params={"mode": "keep"})
+        answers: list[httpx.Response] = []
+        asked = {"model": "base", "prompt": "hello", "max_tokens": 4}
+        client = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=60))
+        )
+        client.start()
+        wait_until(lambda: 'num_requests_waiting{engine="0",model_name="base"} 1.0' in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
+        assert client.is_alive()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        client.join(20)
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "shutting_down")
 
 
 def test_log_records_of_the_engine_have_a_time_a_level_and_a_name(tiny_model: Path, tmp_path: Path) -> None:

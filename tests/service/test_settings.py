@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import service.__main__
 from runtime.config import MIB, EngineConfig
 from service.__main__ import main
 from service.option_parser import Declared, declared, size, size_text
@@ -85,6 +86,10 @@ OPTIONS = {
     "--host": ("0.0.0.0", "host", "0.0.0.0"),
     "--port": ("0", "port", 0),
     "--api-key": ("a,key", "api_key", "a,key"),
+    "--open-metrics": ("yes", "open_metrics", True),
+    "--insecure": ("yes", "insecure", True),
+    "--max-connections": ("100", "max_connections", 100),
+    "--drain-seconds": ("5", "drain_seconds", 5.0),
     "--cors-origins": ("https://example.org", "cors_origins", ("https://example.org",)),
     "--max-body-bytes": ("1000", "max_body_bytes", 1000),
     "--responses-store-bytes": ("5M", "responses_store_bytes", 5 * MIB),
@@ -286,6 +291,8 @@ def test_a_list_in_a_variable_is_separated_by_commas_or_newlines(text: str) -> N
         (["--disk-cache-bytes", "0"], "argument --disk-cache-bytes: must be at least 1, not 0"),
         (["--host-adapter-bytes", "0"], "argument --host-adapter-bytes: must be at least 1, not 0"),
         (["--max-uploads", "0"], "argument --max-uploads: must be at least 1, not 0"),
+        (["--api-key", "sécret"], "the API key must be printable ASCII"),
+        (["--api-key", " secret"], "the API key must be printable ASCII"),
         (["--refresh-seconds", "0"], "refresh_seconds must be more than 0"),
         (["--refresh-seconds", "-1"], "refresh-seconds"),
         (["--max-num-seqs", "0"], "argument --max-num-seqs: must be at least 1, not 0"),
@@ -334,6 +341,26 @@ def test_a_bad_value_in_the_environment_is_refused_with_one_sentence(
     assert end.value.code == 2
     [sentence] = capsys.readouterr().err.splitlines()
     assert sentence.startswith(f"rootstock: {complaint}")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_that_others_reach_needs_a_key_or_a_word(
+    tiny_model: Path, host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--model", str(tiny_model), "--host", host, "--port", "0"]
+    with pytest.raises(SystemExit) as end:
+        main(argv, {})
+    assert end.value.code == 2
+    assert "is not this machine's own address: set --api-key, or --insecure" in capsys.readouterr().err
+    listening: list[str] = []
+    monkeypatch.setattr(service.__main__, "serve", lambda settings, listener: record(listening, settings.host))
+    for allowed in (["--api-key", "secret"], ["--insecure"]):
+        main([*argv, *allowed], {})
+    assert listening == [host, host]
+
+
+async def record(listening: list[str], host: str) -> None:
+    listening.append(host)
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded(

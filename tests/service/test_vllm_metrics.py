@@ -104,7 +104,7 @@ def test_the_times_of_a_sequence_add_up(monkeypatch: pytest.MonkeyPatch) -> None
         times.got(Tokens(request_id="a", token_ids=[token], queue_seconds=queued))
     now[0] = 15.5
     times.ended(7, "stop")
-    found = samples(metrics.render(None).decode())
+    found = samples(metrics.render().decode())
     sums = {"time_to_first_token": 3.5, "inter_token_latency": 2.5, "time_per_output_token": 2.5}
     sums |= {"request_queue_time": 0.5, "request_prefill_time": 2.0, "request_decode_time": 2.5}
     sums |= {"request_inference_time": 4.5, "e2e_request_latency": 6.5}

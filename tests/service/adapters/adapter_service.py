@@ -21,6 +21,7 @@ from service.adapters import routes as adapters
 from service.app import errors
 from service.catalog.catalog import Catalog
 from service.catalog.files import open_storage
+from service.door.bodies import Bodies
 from service.errors import RequestError
 from service.http import json_response
 from service.ingest.imports import Imports
@@ -120,6 +121,7 @@ class Service:
             grammars=None,
             prefixes=None,
             responses=None,
+            bodies=Bodies(settings.max_body_bytes),
             max_model_len=128,
             vocab_size=TINY.vocab_size,
         )

@@ -53,7 +53,7 @@ def test_a_file_is_fetched_when_it_is_wanted_and_once(tmp_path: Path) -> None:
             engine.want(digest)
             await catalog.until_idle()
             assert store.fetches == 1
-            assert b'rootstock_adapter_load_seconds_count{stage="download"} 2.0' in metrics.render(None)
+            assert b'rootstock_adapter_load_seconds_count{stage="download"} 2.0' in metrics.render()
 
     run(program())
 

@@ -53,7 +53,7 @@ def test_the_state_of_an_adapter_is_known_until_it_is_retired(config: EngineConf
             assert client.adapters.states["d1"].tier == "device"
             for stage, loads in (("read", 1), ("pack", 1), ("copy", 1)):
                 count = f'rootstock_adapter_load_seconds_count{{stage="{stage}"}} {loads}.0'
-                assert count in metrics.render(None).decode()
+                assert count in metrics.render().decode()
             await client.adapters.unload("d1", "device")
             assert client.adapters.states["d1"].tier == "host"
             client.adapters.retire("d1")

@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from service.errors import RequestError
-from service.ingest import body_reader
 from service.ingest.body_reader import BodyReader
 from service.ingest.imports import Imports
 from service.ingest.throttle import PIECE_BYTES, Throttle
@@ -86,15 +85,6 @@ async def test_a_body_over_the_limit_is_refused_at_the_chunk_that_exceeds_it() -
         await asyncio.to_thread(read_all, client.body(max_bytes=2 * PIECE_BYTES + 1))
     assert refused.value.code == "body_too_large"
     assert client.sent == 33
-
-
-@on_a_loop
-async def test_a_client_that_stops_to_send_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_reader, "PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(body_reader, "LEAST_BYTES_PER_SECOND", 1 << 30)
-    with pytest.raises(RequestError) as refused:
-        await asyncio.to_thread(read_all, Client(sends=3).body())
-    assert refused.value.code == "upload_too_slow"
 
 
 @pytest.mark.parametrize("sends", [0, 3, 20])

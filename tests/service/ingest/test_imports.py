@@ -1,6 +1,7 @@
 """Imports in the background: how far they are, how they fail, how they end, and how many there are at once."""
 
 import contextlib
+import itertools
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from storage.store import StoreFull
+from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.adapters.adapter_service import Service, error, serving
 from tests.service.ingest.gated_sources import TOTAL, GatedSources, denied
 
@@ -215,11 +217,13 @@ def test_imports_and_uploads_share_a_bound_that_imports_wait_for_and_uploads_do_
 
 def test_uploads_that_dawdle_take_their_places(service: Service) -> None:
     head = b"PUT /adapters/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\nContent-Length: 5000\r\n\r\n"
+    clients = itertools.count(2)
     with contextlib.ExitStack() as connections:
 
         def refused() -> bool:
             """One more that dawdles, for one that came beside another upload was refused itself; then an upload."""
-            connection = connections.enter_context(socket.create_connection(service.address, 20))
+            client = (f"127.0.0.{next(clients)}", 0)  # each has another address, since none may have both places
+            connection = connections.enter_context(socket.create_connection(service.address, 20, client))
             connection.sendall(head + b"x")
             return error_of(service.put("poet")) == "too_many_uploads"
 
@@ -262,3 +266,20 @@ def test_an_ephemeral_import_touches_no_disk(service: Service) -> None:
     service.eventually(lambda: state(service) == "ready")
     assert (service.get("poet")["ephemeral"], service.get("poet")["tier"]) == (True, "host")
     assert service.files() == [f"memory/{service.get('poet')['digest']}.safetensors"]
+
+
+def test_no_client_takes_all_places_for_uploads(service: Service) -> None:
+    """Two places: one client has one of them, and another client the other."""
+    top = (
+        b"PUT /adapters/slow HTTP/1.1\r\nhost: here\r\ncontent-type: application/x-tar\r\ncontent-length: 1000\r\n\r\n"
+    )
+    with socket.create_connection(service.address) as slow:
+        slow.sendall(top)
+        service.eventually(lambda: service.imports._uploads.total() == 1)
+        refused = service.client.put("/adapters/second", files=multipart(*bundle()))
+        assert error(refused)[:2] == (503, "too_many_uploads")
+        transport = httpx.HTTPTransport(local_address="127.0.0.2")
+        with httpx.Client(base_url=service.client.base_url, transport=transport, timeout=30) as other:
+            assert other.put("/adapters/third", files=multipart(*bundle())).status_code == 201
+    service.eventually(lambda: not service.imports._uploads)
+    assert service.client.put("/adapters/second", files=multipart(*bundle())).status_code == 201

@@ -215,7 +215,7 @@ def test_lookups_never_fall_though_namespaces_and_engines_go() -> None:
     metrics = Metrics()
 
     def sums() -> tuple[dict[str, float], dict[str, float]]:
-        text = metrics.render(None).decode()
+        text = metrics.render().decode()
         return counted(text, "rootstock_prefix_cache_query_tokens_total"), counted(
             text, "rootstock_prefix_cache_hit_tokens_total"
         )

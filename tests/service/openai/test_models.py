@@ -131,9 +131,9 @@ def test_the_service_says_how_it_is(grafted: LiveServer) -> None:
     assert grafted.client.get("/openapi.json").json()["openapi"].startswith("3.")
 
 
-def test_with_a_key_everything_but_health_and_metrics_needs_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_with_a_key_everything_but_health_needs_it(tiny_model: Path, tmp_path: Path) -> None:
     with live_server(fake_settings(tiny_model, tmp_path, api_key="secret")) as live:
-        for path in ("/health", "/health/ready", "/ping", "/metrics"):
+        for path in ("/health", "/health/ready", "/ping"):
             assert live.client.get(path).status_code == 200
         guarded = [("GET", "/v1/models"), ("GET", "/adapters"), ("PUT", "/adapters/x"), ("DELETE", "/adapters/x")]
         guarded += [("POST", "/adapters"), ("PATCH", "/adapters/x"), ("POST", "/adapters/x/load")]
@@ -141,10 +141,16 @@ def test_with_a_key_everything_but_health_and_metrics_needs_it(tiny_model: Path,
         guarded += [("GET", "/kv"), ("POST", "/kv/prefixes"), ("GET", "/kv/prefixes/x"), ("DELETE", "/kv/prefixes/x")]
         guarded += [("GET", "/kv/prefixes"), ("DELETE", "/kv/namespaces/base")]
         guarded += [("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/version")]
+        guarded += [("GET", "/metrics")]
         for method, path in guarded:
             for key in (None, "Bearer wrong", "secret", "Bearer sécret", "Bearer secret2"):
                 headers = {} if key is None else {"authorization": key.encode()}
                 response = live.client.request(method, path, headers=headers)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         with httpx.Client(base_url=live.url, headers={"authorization": "Bearer secret"}, event_hooks=HOOKS) as client:
-            assert client.get("/v1/models").status_code == 200
+            assert client.get("/v1/models").status_code == client.get("/metrics").status_code == 200
+
+
+def test_metrics_can_be_opened(tiny_model: Path, tmp_path: Path) -> None:
+    with live_server(fake_settings(tiny_model, tmp_path, api_key="secret", open_metrics=True)) as live:
+        assert [live.client.get(path).status_code for path in ("/metrics", "/v1/models")] == [200, 401]

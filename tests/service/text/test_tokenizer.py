@@ -16,8 +16,9 @@ from tokenizers.models import BPE
 from service.errors import RequestError
 from service.openai.sampling_params import sampling_params
 from service.openai.schemas import CompletionRequest
+from service.text.encoder import LONG_TEXT
 from service.text.token_bytes import TokenBytes
-from service.text.tokenizer import LONG_TEXT, Tokenizer, TokenizerMissing
+from service.text.tokenizer import Tokenizer, TokenizerMissing
 from tests.service.tiny_model import make_tokenizer, write_tiny_model
 
 
