@@ -44,9 +44,10 @@ class Family:
         base = write_checkpoint(name, directory)
         self.model = ModelConfig.from_directory(directory)
         self.adapters = adapters
-        names = {part.module.rpartition(".")[2] for site in self.model.sites() for part in site.parts}
-        # For PEFT a router of transformers is no linear, and all experts of a layer are one parameter
-        targets = targets or sorted(names - {"gate", "embed_tokens", "lm_head"})
+        modules = [part.module for site in self.model.sites() for part in site.parts]
+        # Of experts PEFT adapts parameters, and has no aLoRA of them
+        modules = [module for module in modules if "self_attn" in module or self.model.experts is None]
+        targets = targets or sorted({module.rpartition(".")[2] for module in modules} - {"embed_tokens", "lm_head"})
         self.peft = None
         for adapter, invocation in adapters.items():
             config = peft.LoraConfig(
