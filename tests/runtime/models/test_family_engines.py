@@ -101,7 +101,7 @@ class Family:
             assert one.top_logprobs == pytest.approx(row[one.top_ids].tolist(), abs=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
     return Family(request.param, tmp_path_factory.mktemp("model"))
 
@@ -112,8 +112,12 @@ def ask(engine, tokens, name=None):
     return completion
 
 
+# PyTorch's kernels take longer, and test_compiled_decoder.py compares them with the compiled ones for every family
+ENGINES = [*((name, "compiled") for name in FAMILIES), *((name, "torch") for name in ("olmo2", "gemma3", "qwen3-moe"))]
+
+
 @pytest.mark.filterwarnings("ignore:::peft")
-@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize(("family", "kernels"), ENGINES, indirect=["family"])
 def test_preempted_shared_and_evicted_kv_give_the_numbers_of_peft(family, kernels):
     """Contexts are longer than the windows; seven blocks hold half of what the requests need."""
     engine = family.engine(8, kernels=kernels, host_kv_bytes=MIB)
