@@ -1,5 +1,6 @@
 """The model on its device: chunks of a step in, sampled tokens out."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
 from runtime.kv.cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
-from runtime.models.weights import Weights, load_weights
+from runtime.models.weights import open_checkpoint
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
+
+_log = logging.getLogger(__name__)
 
 Results = Callable[
     [], list[Sampled]
@@ -31,6 +34,7 @@ class Runner(ABC):
     packs_linears = True  # for oneDNN on a CPU
     reads_float16 = False  # weights of a float16 checkpoint as they are
     kernels: str  # as `--kernels` names them
+    weights_held: str  # how the base's weights are held: a dtype, or how they are quantised
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
 
     def __init__(self, config: EngineConfig, device: torch.device):
@@ -52,10 +56,20 @@ class Runner(ABC):
             given = config.host_kv_bytes
             raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
-        self.weights: Weights = load_weights(
+        self.checkpoint = open_checkpoint(
             self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
         )
+        self.weights_held = config.quantization or self._as_stored()
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
+
+    def _as_stored(self) -> str:
+        """How the base's weights are held; logs what a quantised checkpoint asks for and does not get."""
+        held, scheme = str(self.weight_dtype).removeprefix("torch."), self.model.quantization
+        if scheme is None:
+            return held
+        for note in scheme.notes:
+            _log.info("the checkpoint is %s: %s", scheme.method, note)
+        return f"{scheme.method}, dequantised to {held}"
 
     def _max_model_len(self, config: EngineConfig) -> int:
         """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""

@@ -10,7 +10,7 @@ from kernels.cpu.compiled.panels import Panels
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, RmsNorm
-from runtime.models.weights import LayerWeights, Weights
+from runtime.models.weights import Checkpoint, LayerWeights
 
 PADDING = 16  # floats between rows: rows of 4 KiB would all lie in the same lines of the first cache
 Pack = Callable[[Tensor], Panels]
@@ -19,13 +19,13 @@ Pack = Callable[[Tensor], Panels]
 class CompiledDecoder:
     """The forward pass of one model, recorded once for up to `rows` rows and `logits` rows of logits.
 
-    `weights` lose each matrix when it has been packed, so that there is never a second copy of the model.
+    Each layer is read and packed before the next, so that there is never a second copy of the model.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        checkpoint: Checkpoint,
         kv: list[Tensor],
         block_size: int,
         pool: Pool,
@@ -46,18 +46,18 @@ class CompiledDecoder:
         self._last = _buffer(logits, config.hidden_size)
         self.logits = _buffer(logits, config.vocab_size)
         self.best = (structs.Best * logits)()
-        self._record(weights, kv)
+        self._record(checkpoint, kv)
 
-    def _record(self, weights: Weights, kv: list[Tensor]) -> None:
+    def _record(self, checkpoint: Checkpoint, kv: list[Tensor]) -> None:
         config, program = self.config, self.program
-        embedding = self._pack(weights.embedding)
-        head = embedding if config.tie_embeddings else self._pack(weights.lm_head.weight)
+        embedding = self._pack(checkpoint.embedding())
+        head = embedding if config.tie_embeddings else self._pack(checkpoint.lm_head().weight)
         program.embed(embedding, self._x, config.embed_site, config.embedding_multiplier)
         for index in range(config.num_layers):
-            layer, site = weights.layers.pop(0), index * SITES_PER_LAYER
+            layer, site = checkpoint.layer(index), index * SITES_PER_LAYER
             self._attention(layer, site, kv[index])
             self._mlp(layer, site)
-        self._norm(weights.norm, self._x, self._last, of_logits=True)
+        self._norm(checkpoint.norm(), self._x, self._last, of_logits=True)
         # A row's logits are scaled as they are written
         scale = 1.0 / config.logits_scaling
         program.linear(self._last, [Part(head, None)], self.logits, config.lm_head_site, scale=scale, of_logits=True)

@@ -52,9 +52,9 @@ class CompiledRunner(Runner):
         rows, logits = config.max_batch_tokens, config.max_running + SCORED_ROWS
         weight = partial(quantize if config.quantization == "int8" else pack, memory=PanelMemory())
         self.decoder = CompiledDecoder(
-            self.model, self.weights, self.kv.layers, config.block_size, self._pool, rows, logits, weight
+            self.model, self.checkpoint, self.kv.layers, config.block_size, self._pool, rows, logits, weight
         )
-        del self.weights
+        del self.checkpoint
         ranks = MOST_PARTS * config.max_lora_rank
         self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
 

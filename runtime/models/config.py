@@ -29,6 +29,7 @@ from runtime.models.config_file import (
     read_eos_token_ids,
     refuse,
 )
+from runtime.quantization.scheme import Scheme
 
 DEFAULT_WINDOW = 4096  # of transformers, for a config.json without sliding_window; null means no window
 
@@ -92,6 +93,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logits_scaling: float = 1.0
     dtype: str = "bfloat16"  # of the checkpoint's weights; bfloat16 if its configuration does not say
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Scheme | None = None  # how the checkpoint holds its weights; None: as floats of `dtype`
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> "ModelConfig":
@@ -126,6 +128,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             logits_scaling=file.logits_scaling if granite else 1.0,
             dtype=file.stored_dtype or "bfloat16",
             eos_token_ids=read_eos_token_ids(directory, file),
+            quantization=file.quantization,
         )
 
     @property

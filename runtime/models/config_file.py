@@ -6,6 +6,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
+from runtime.quantization.scheme import Scheme, UnsupportedQuantization, read_scheme
+
 T = TypeVar("T")
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -86,6 +88,14 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
         return self.rope_scaling or self.rope_parameters or RopeFile()
 
     @property
+    def quantization(self) -> Scheme | None:
+        """How the checkpoint's weights are quantised. Raises UnsupportedModel."""
+        try:
+            return None if self.quantization_config is None else read_scheme(self.quantization_config)
+        except UnsupportedQuantization as error:
+            raise UnsupportedModel(f"config.json: {error}") from None
+
+    @property
     def stored_dtype(self) -> str | None:
         return self.dtype or self.torch_dtype
 
@@ -124,8 +134,6 @@ def _check(config: ConfigFile) -> None:
         refuse("architectures", config.architecture, ", ".join(ARCHITECTURES))
     if config.hidden_act != "silu":
         refuse("hidden_act", config.hidden_act, "silu")
-    if config.quantization_config is not None:
-        refuse("quantization_config", config.quantization_config, f"null, and weights in {', '.join(DTYPES)}")
     if config.stored_dtype not in (None, *DTYPES):
         refuse("dtype", config.stored_dtype, ", ".join(DTYPES))
     kinds = set(config.layer_types or ()) - {"full_attention", "sliding_attention"}

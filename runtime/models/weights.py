@@ -1,7 +1,6 @@
 """Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,9 +11,12 @@ from torch import Tensor
 
 from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear, RmsNorm
+from runtime.quantization.formats import InvalidWeight
+from runtime.quantization.modules import QuantizedModules
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHT = ".weight"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -58,17 +60,28 @@ def load_weights(
     *,
     pack: bool = True,
 ) -> Weights:
-    """Load the model's weights in `dtype` to `device`, tensor by tensor.
+    """Load the whole model; the parameters are those of `open_checkpoint`."""
+    return open_checkpoint(config, directory, dtype, load_format, device, pack=pack).weights()
+
+
+def open_checkpoint(
+    config: ModelConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    load_format: Literal["safetensors", "dummy"],
+    device: torch.device | str = "cpu",
+    *,
+    pack: bool = True,
+) -> "Checkpoint":
+    """Check a checkpoint's names and shapes, for weights that are read in `dtype` to `device` as they are asked for.
 
     `load_format` "dummy" reads no file and makes random weights, the same at every start. Without `pack`, the weights
     of projections stay (out, in), for kernels with a layout of their own. Raises InvalidCheckpoint, naming tensors that
     are missing, unused, of a different shape or not floating point.
     """
     shapes = tensor_shapes(config)
-    if load_format == "dummy":
-        return _Assembly(config, shapes, dtype, device, pack, _dummy(shapes, device)).weights()
-    with ExitStack() as stack:
-        return _Assembly(config, shapes, dtype, device, pack, _open(config, directory, shapes, stack)).weights()
+    read = _dummy(shapes, device) if load_format == "dummy" else _open(config, directory, shapes)
+    return Checkpoint(config, shapes, dtype, device, pack, read)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -99,8 +112,11 @@ def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
     return config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
 
 
-class _Assembly:
-    """Builds the decoder's weights from a checkpoint's tensors; keeps no reference to a tensor that it has returned."""
+class Checkpoint:
+    """Builds the decoder's weights from a checkpoint's tensors; keeps no reference to a tensor that it has returned.
+
+    A caller that takes one layer after another and packs it never has the whole model in 16 bits.
+    """
 
     def __init__(
         self,
@@ -116,15 +132,25 @@ class _Assembly:
         self.sites = config.sites()
 
     def weights(self) -> Weights:
-        embedding = self._stacked([EMBEDDING])
+        embedding = self.embedding()
         return Weights(
             embedding=embedding,
-            layers=[self._layer(index) for index in range(self.config.num_layers)],
-            norm=self._norm("model.norm.weight"),
-            lm_head=Linear(embedding if self.config.tie_embeddings else self._stacked([HEAD]), pack=self.pack),
+            layers=[self.layer(index) for index in range(self.config.num_layers)],
+            norm=self.norm(),
+            lm_head=Linear(embedding, pack=self.pack) if self.config.tie_embeddings else self.lm_head(),
         )
 
-    def _layer(self, index: int) -> LayerWeights:
+    def embedding(self) -> Tensor:
+        return self._stacked([EMBEDDING])
+
+    def norm(self) -> RmsNorm:
+        return self._norm("model.norm.weight")
+
+    def lm_head(self) -> Linear:
+        """The head of a model that does not take its embedding for it."""
+        return Linear(self._stacked([HEAD]), pack=self.pack)
+
+    def layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
         qkv, o, gate_up, down = map(self._linear, _layer_sites(self.sites, index))
         return LayerWeights(
@@ -174,31 +200,52 @@ def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
     return read
 
 
-def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack) -> Read:
+def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> Read:
     """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
     found: dict[str, Any] = {}
     for path in _files(directory):
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
         for name in file.offset_keys():
             if name in found:
                 raise InvalidCheckpoint(f"tensor {name} is in {path.name} and in another file of the checkpoint")
             found[name] = file
-    _check_tied_head(config, found)
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        ignored.add(HEAD)
-    _check_names(shapes, found.keys() - ignored)
-    for name, shape in shapes.items():
-        _check_tensor(name, shape, found[name].get_slice(name))
 
-    def read(name: str) -> Tensor:
+    def get(name: str) -> Tensor:
         tensor: Tensor = found[name].get_tensor(name)
         return tensor
 
+    matrices = [name.removesuffix(WEIGHT) for name, shape in shapes.items() if len(shape) == 2]
+    quantized = QuantizedModules(config.quantization, matrices, found)
+    plain = {name: shape for name, shape in shapes.items() if name.removesuffix(WEIGHT) not in quantized}
+    needed = {name for module in matrices if module in quantized for name in quantized.needed(module)}
+    _check_tied_head(config, found)
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")} | quantized.ignored()
+    if config.tie_embeddings:
+        ignored.add(HEAD)
+    ignored |= _zero_biases(quantized, found.keys() - shapes.keys(), get)
+    _check_names(needed | plain.keys(), found.keys() - (ignored - needed))
+    for name, shape in plain.items():
+        _check_tensor(name, shape, found[name].get_slice(name))
+
+    def read(name: str) -> Tensor:
+        module = name.removesuffix(WEIGHT)
+        if module not in quantized:
+            return get(name)
+        try:
+            return quantized.read(module, shapes[name], get).dequantized()
+        except InvalidWeight as error:
+            raise InvalidCheckpoint(str(error)) from error
+
     return read
+
+
+def _zero_biases(quantized: QuantizedModules, names: set[str], get: Read) -> set[str]:
+    """Biases of zeros, which some programs write for every module that they have quantised."""
+    biases = {name for name in names if name.endswith(".bias") and name.removesuffix(".bias") in quantized}
+    return {name for name in biases if not get(name).any()}
 
 
 def _files(directory: Path) -> list[Path]:
@@ -217,8 +264,8 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _check_names(shapes: Shapes, found: set[str]) -> None:
-    for what, names in (("lacks", shapes.keys() - found), ("holds tensors that nothing uses:", found - shapes.keys())):
+def _check_names(needed: set[str], found: set[str]) -> None:
+    for what, names in (("lacks", needed - found), ("holds tensors that nothing uses:", found - needed)):
         if names:
             listed = sorted(names)
             more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""

@@ -133,7 +133,7 @@ def test_end_tokens_that_are_not_in_the_vocabulary_are_left_out(tmp_path: Path) 
         (LLAMA, {"hidden_size": 63}, ["num_attention_heads", "4", "divisor", "(63)"]),
         (LLAMA, {"head_dim": 17}, ["head_dim", "17", "even"]),
         (LLAMA, {"dtype": "float8_e4m3fn"}, ["dtype", "float8_e4m3fn", "bfloat16, float16, float32"]),
-        (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        (LLAMA, {"quantization_config": {"quant_method": "hqq"}}, ["quantization_config", "hqq", "awq, bitsandbytes"]),
         (LLAMA, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor", "0.25"]),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic", "yarn"]),
