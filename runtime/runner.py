@@ -33,6 +33,7 @@ class Runner(ABC):
     adapter_layout: LayOut = staticmethod(layout_adapter)  # of an adapter in its extent
     packs_linears = True  # for oneDNN on a CPU
     reads_float16 = False  # weights of a float16 checkpoint as they are
+    keeps_quantized = False  # weights of a quantised checkpoint, where the kernels have a layout for them
     kernels: str  # as `--kernels` names them
     weights_held: str  # how the base's weights are held: a dtype, or how they are quantised
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
@@ -57,19 +58,21 @@ class Runner(ABC):
             raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
         self.max_model_len = self._max_model_len(config)
         self.checkpoint = open_checkpoint(
-            self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
+            self.model,
+            directory,
+            self.weight_dtype,
+            config.load_format,
+            device,
+            pack=self.packs_linears,
+            keep_quantized=self.keeps_quantized,
         )
-        self.weights_held = config.quantization or self._as_stored()
+        self.weights_held = self._held(str(self.weight_dtype).removeprefix("torch."))
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
-    def _as_stored(self) -> str:
-        """How the base's weights are held; logs what a quantised checkpoint asks for and does not get."""
-        held, scheme = str(self.weight_dtype).removeprefix("torch."), self.model.quantization
-        if scheme is None:
-            return held
-        for note in scheme.notes:
-            _log.info("the checkpoint is %s: %s", scheme.method, note)
-        return f"{scheme.method}, dequantised to {held}"
+    def _held(self, types: str) -> str:
+        """What the weights are held in, and what the checkpoint was that they come from."""
+        scheme = self.model.quantization
+        return types if scheme is None else f"{types}; the checkpoint is {scheme.method}"
 
     def _max_model_len(self, config: EngineConfig) -> int:
         """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""
@@ -105,6 +108,15 @@ class Runner(ABC):
 
 def make_runner(config: EngineConfig) -> Runner:
     """Load the model on the device that `config` asks for. Raises ValueError that names the option to change."""
+    runner = _make_runner(config)
+    if runner.model.quantization is not None or config.quantization is not None:
+        _log.info("the base's weights are held in %s", runner.weights_held)
+    for note in () if runner.model.quantization is None else runner.model.quantization.notes:
+        _log.info("of the checkpoint's quantization_config, %s", note)
+    return runner
+
+
+def _make_runner(config: EngineConfig) -> Runner:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()

@@ -115,6 +115,7 @@ INNER = {
     "runtime.cpu": {
         "runtime.adapters",
         "runtime.models",
+        "runtime.quantization",
         "runtime.config",
         "runtime.request",
         "runtime.runner",

@@ -1,19 +1,16 @@
 """The decoder as a program of the compiled kernels."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
-from kernels.cpu.compiled.panels import Panels
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
+from runtime.cpu.weight_panels import WeightPanels
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, RmsNorm
 from runtime.models.weights import Checkpoint, LayerWeights
 
 PADDING = 16  # floats between rows: rows of 4 KiB would all lie in the same lines of the first cache
-Pack = Callable[[Tensor], Panels]
 
 
 class CompiledDecoder:
@@ -31,12 +28,12 @@ class CompiledDecoder:
         pool: Pool,
         rows: int,
         logits: int,
-        pack: Pack,
+        panels: WeightPanels,
     ) -> None:
         self.config = config
         self.program = Program(pool)
         self.block_size = block_size
-        self._pack = pack
+        self._panels = panels
         q, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self._x = _buffer(rows, config.hidden_size)
         self._normed = _buffer(rows, config.hidden_size)
@@ -50,18 +47,20 @@ class CompiledDecoder:
 
     def _record(self, checkpoint: Checkpoint, kv: list[Tensor]) -> None:
         config, program = self.config, self.program
-        embedding = self._pack(checkpoint.embedding())
-        head = embedding if config.tie_embeddings else self._pack(checkpoint.lm_head().weight)
+        embedding = self._panels.embedding(checkpoint.embedding())
+        head = embedding if config.tie_embeddings else self._panels.head(checkpoint.lm_head())
         program.embed(embedding, self._x, config.embed_site, config.embedding_multiplier)
         for index in range(config.num_layers):
-            layer, site = checkpoint.layer(index), index * SITES_PER_LAYER
-            self._attention(layer, site, kv[index])
-            self._mlp(layer, site)
+            self._layer(checkpoint.layer(index), index * SITES_PER_LAYER, kv[index])
         self._norm(checkpoint.norm(), self._x, self._last, of_logits=True)
         # A row's logits are scaled as they are written
         scale = 1.0 / config.logits_scaling
         program.linear(self._last, [Part(head, None)], self.logits, config.lm_head_site, scale=scale, of_logits=True)
         program.find_best(self.logits, self.best)
+
+    def _layer(self, layer: LayerWeights, site: int, kv: Tensor) -> None:
+        self._attention(layer, site, kv)
+        self._mlp(layer, site)
 
     def _attention(self, layer: LayerWeights, site: int, kv: Tensor) -> None:
         config, program = self.config, self.program
@@ -90,7 +89,7 @@ class CompiledDecoder:
     ) -> None:
         widths = [part.out_features for part in self.config.sites()[site].parts]
         biases = [None] * len(widths) if linear.bias is None else torch.split(linear.bias.float(), widths)
-        weights = map(self._pack, torch.split(linear.weight, widths))
+        weights = self._panels.projection(linear, widths)
         parts = [Part(*part) for part in zip(weights, biases, strict=True)]
         self.program.linear(x, parts, out, site, form, scale)
 

@@ -13,6 +13,7 @@ from runtime.models.config import SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear, RmsNorm
 from runtime.quantization.formats import InvalidWeight
 from runtime.quantization.modules import QuantizedModules
+from runtime.quantization.weight import QuantizedWeight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -48,6 +49,15 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 Read = Callable[[str], Tensor]
+
+
+class _Source(NamedTuple):
+    """Where tensors come from, by the name of the tensor that an unquantised checkpoint has."""
+
+    read: Read  # dequantised in float32, if the checkpoint holds it quantised
+    quantized: Callable[[str], QuantizedWeight | None]  # None: the checkpoint holds it in floats
+
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -72,16 +82,18 @@ def open_checkpoint(
     device: torch.device | str = "cpu",
     *,
     pack: bool = True,
+    keep_quantized: bool = False,
 ) -> "Checkpoint":
     """Check a checkpoint's names and shapes, for weights that are read in `dtype` to `device` as they are asked for.
 
     `load_format` "dummy" reads no file and makes random weights, the same at every start. Without `pack`, the weights
-    of projections stay (out, in), for kernels with a layout of their own. Raises InvalidCheckpoint, naming tensors that
+    of projections stay (out, in), for kernels with a layout of their own; with `keep_quantized`, those whose parts are
+    all quantised stay so. Raises InvalidCheckpoint, naming tensors that
     are missing, unused, of a different shape or not floating point.
     """
     shapes = tensor_shapes(config)
-    read = _dummy(shapes, device) if load_format == "dummy" else _open(config, directory, shapes)
-    return Checkpoint(config, shapes, dtype, device, pack, read)
+    source = _dummy(shapes, device) if load_format == "dummy" else _open(config, directory, shapes)
+    return Checkpoint(config, shapes, dtype, device, pack, keep_quantized, source)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -125,10 +137,11 @@ class Checkpoint:
         dtype: torch.dtype,
         device: torch.device | str,
         pack: bool,
-        read: Read,
+        keep_quantized: bool,
+        source: _Source,
     ):
-        self.config, self.shapes, self.dtype, self.device, self.read = config, shapes, dtype, device, read
-        self.pack = pack
+        self.config, self.shapes, self.dtype, self.device, self.source = config, shapes, dtype, device, source
+        self.pack, self.keep_quantized = pack, keep_quantized
         self.sites = config.sites()
 
     def weights(self) -> Weights:
@@ -148,7 +161,7 @@ class Checkpoint:
 
     def lm_head(self) -> Linear:
         """The head of a model that does not take its embedding for it."""
-        return Linear(self._stacked([HEAD]), pack=self.pack)
+        return self._linear(self.sites[self.config.lm_head_site])
 
     def layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
@@ -166,7 +179,11 @@ class Checkpoint:
     def _linear(self, site: Site) -> Linear:
         biases = [f"{part.module}.bias" for part in site.parts]
         bias = self._stacked(biases) if biases[0] in self.shapes else None
-        return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias, pack=self.pack)
+        names = [part.module + WEIGHT for part in site.parts]
+        quantized = [self.source.quantized(name) for name in names] if self.keep_quantized else [None]
+        if None not in quantized:
+            return Linear(None, bias, quantized=[one for one in quantized if one is not None])
+        return Linear(self._stacked(names), bias, pack=self.pack)
 
     def _norm(self, name: str) -> RmsNorm:
         return RmsNorm(self._stacked([name]), self.config.rms_norm_eps)
@@ -182,11 +199,11 @@ class Checkpoint:
         heights = [self.shapes[name][0] for name in names]
         out = torch.empty((sum(heights), *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
         for name, part in zip(names, torch.split(out, heights), strict=True):
-            part.copy_(self.read(name))
+            part.copy_(self.source.read(name))
         return out
 
 
-def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
+def _dummy(shapes: Shapes, device: torch.device | str) -> _Source:
     """Make random tensors on the device, of a size that keeps activations near 1; norms are ones."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -197,15 +214,15 @@ def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
         scale: float = shape[-1] ** -0.5
         return torch.randn(shape, generator=generator, device=device) * scale
 
-    return read
+    return _Source(read, lambda name: None)
 
 
-def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> Read:
+def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> _Source:
     """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
     found: dict[str, Any] = {}
     for path in _files(directory):
         try:
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
         for name in file.offset_keys():
@@ -230,16 +247,20 @@ def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> Read:
     for name, shape in plain.items():
         _check_tensor(name, shape, found[name].get_slice(name))
 
-    def read(name: str) -> Tensor:
+    def read_quantized(name: str) -> QuantizedWeight | None:
         module = name.removesuffix(WEIGHT)
         if module not in quantized:
-            return get(name)
+            return None
         try:
-            return quantized.read(module, shapes[name], get).dequantized()
+            return quantized.read(module, shapes[name], get)
         except InvalidWeight as error:
             raise InvalidCheckpoint(str(error)) from error
 
-    return read
+    def read(name: str) -> Tensor:
+        weight = read_quantized(name)
+        return get(name) if weight is None else weight.dequantized()
+
+    return _Source(read, read_quantized)
 
 
 def _zero_biases(quantized: QuantizedModules, names: set[str], get: Read) -> set[str]:
@@ -252,7 +273,11 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.exists():
         if not (directory / SINGLE).exists():
-            raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}")
+            gguf = any(directory.glob("*.gguf"))
+            advice = (
+                ": GGUF is not read; save it with transformers (from_pretrained with gguf_file) first" if gguf else ""
+            )
+            raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}{advice}")
         return [directory / SINGLE]
     try:
         names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))

@@ -45,7 +45,8 @@ def _awq(scheme: Scheme, shape: Shape, tensors: Tensors) -> QuantizedWeight:
     _check(tensors, ".scales", (groups, out))
 
     def reordered(words: Tensor) -> Tensor:
-        return unpacked(words, 4).unflatten(1, (-1, 8))[:, :, list(AWQ_ORDER)].flatten(1)
+        eights: Tensor = unpacked(words, 4).unflatten(1, (-1, 8))
+        return eights[:, :, list(AWQ_ORDER)].flatten(1)
 
     codes, zeros = reordered(tensors[".qweight"]), reordered(tensors[".qzeros"])
     return _integers(codes.t(), 4, tensors[".scales"].t(), group, zeros.t())

@@ -7,6 +7,7 @@ from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import SamplingParams
 from tests.runtime.models.families import FAMILIES, write_checkpoint
+from tests.runtime.models.quantized_checkpoints import write_quantized
 from tests.runtime.tiny_engine import prompt
 
 TOLERANCE = 1e-4  # of the reference decoder against transformers
@@ -59,3 +60,17 @@ def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
         for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert one.top_ids == other.top_ids
             assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=TOLERANCE)
+
+
+def test_a_quantised_checkpoint_is_served_dequantised(tmp_path):
+    model = write_quantized("awq", tmp_path)
+    sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 64}
+    engine = Engine(EngineConfig(model=str(tmp_path), kernels="triton", dtype="float32", **sizes))
+    assert engine.ready.weights == "float32; the checkpoint is awq"
+    tokens = [token % 131 for token in prompt(5, 5)]
+    (found,) = engine.generate([tokens], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=5))
+    engine.close()
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens + found.token_ids])).logits[0, len(tokens) - 1 : -1].log_softmax(-1)
+    for row, one in zip(logits, found.logprobs, strict=True):
+        assert one.top_logprobs == pytest.approx(row[one.top_ids].tolist(), abs=TOLERANCE)
