@@ -35,5 +35,5 @@ def to_nf4(weight: Tensor) -> QuantizedWeight:
 
 def _grouped(weight: Tensor) -> Tensor:
     """(out, groups, GROUP) float32, padded with zeros."""
-    padded: Tensor = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % GROUP))
-    return padded.unflatten(1, (-1, GROUP))
+    grouped: Tensor = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    return grouped
