@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled.library import load
+from kernels.cpu.compiled.structs import PANEL
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as panels.h numbers them
 INT8, INT4, NF4, FLOAT8 = 3, 4, 5, 6
 GROUP = 128  # panels.h
 
+AT_ONCE = 4096  # columns, whole panels of them
 LINE_BYTES = 64
 PIECE_BYTES = 64 << 20  # numpy asks for huge pages from 4 MB on
 
@@ -64,9 +66,12 @@ def pack(weight: Tensor, memory: PanelMemory | None = None) -> Panels:
 def quantize(weight: Tensor, memory: PanelMemory | None = None) -> Panels:
     """A matrix (columns, k) in int8, with a scale for each column and 128 k; rounded to nearest even."""
     columns, k = weight.shape
-    exact = weight.float().contiguous()
-    panels = _empty(TYPES[torch.int8], columns, k, memory)
-    load().panels_quantize(exact.data_ptr(), exact.stride(0), columns, k, panels.address)
+    panels = _empty(INT8, columns, k, memory)
+    panel_bytes: int = load().panels_bytes(INT8, PANEL, k, GROUP)
+    for first in range(0, columns, AT_ONCE):  # a whole embedding in float32 would need much memory
+        exact = weight[first : first + AT_ONCE].float().contiguous()
+        address = panels.address + first // PANEL * panel_bytes
+        load().panels_quantize(exact.data_ptr(), exact.stride(0), len(exact), k, address)
     return panels
 
 
