@@ -167,7 +167,7 @@ class Engine:
         model, most, memory = self.runner.model, self.config.max_lora_rank, self.adapters.file_memory
         digest, file = canonical_from_tensors(arrays, config, model, max_rank=most, memory=memory.take)
         self.adapters.add(digest, file)
-        self._own_adapters.add(digest, file.config)
+        self._own_adapters.add(digest, file)
         return digest
 
     def register_adapter(self, digest: str, source: Path | bytes) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from runtime.adapter_format.errors import InvalidAdapter, shown
+from runtime.adapter_format.replacements import Bias, check_kinds, saved_modules, token_indices, trained_bias
 from runtime.adapter_format.safetensors_header import exact_json_object
 from runtime.adapter_format.target_modules import ATOM, TargetModules
 
@@ -22,7 +23,6 @@ MAX_ALPHA = MAX_SCALE * 1000
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # PEFT writes these fields for plain LoRA too, with a value that means "off", so a field's presence means nothing
 REFUSED_FIELDS = {
-    "use_dora": "DoRA is not supported yet",
     "use_qalora": "QALoRA is not supported",
     "kasa_config": "KaSA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -30,12 +30,10 @@ REFUSED_FIELDS = {
     "use_bdlora": "BD-LoRA is not supported",
     "velora_config": "VeLoRA is not supported",
     "megatron_config": "Megatron layers are not supported",
-    "modules_to_save": "replaces whole modules of the base, which others share",
-    "trainable_token_indices": "replaces rows of the base's embedding, which others share",
     "layer_replication": "changes the base's layers, which others share",
     "target_parameters": "adapters of bare parameters (MoE experts) are not supported",
 }
-MERGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MERGING_INITS = ("pissa", "olora", "corda", "lora_ga")  # PEFT converts them
 # fmt: off
 IGNORED_FIELDS = frozenset({
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
@@ -57,6 +55,10 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank_pattern: dict[str, int] = {}  # by a pattern of module names; the first match in order counts
     alpha_pattern: dict[str, float] = {}  # the same
     lora_bias: bool = False
+    use_dora: bool = False
+    bias: Bias = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: dict[str, tuple[int, ...]] = {}  # by the end of a module's name
     alora_invocation_tokens: tuple[int, ...] | None = None
     target_modules: TargetModules
     layers_to_transform: tuple[int, ...] | None = None
@@ -101,13 +103,17 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
             raise InvalidAdapter("adapter_config", f"has {len(config)} bytes, expected at most {MAX_CONFIG_BYTES}")
         config = exact_json_object(config, "adapter_config")
     _refuse_by_name(config)
-    return PeftConfig(
+    peft = PeftConfig(
         r=_rank("r", config.get("r"), max_rank),
         lora_alpha=_alpha("lora_alpha", config.get("lora_alpha")),
         use_rslora=_flag(config, "use_rslora"),
         rank_pattern={k: _rank(f"rank_pattern[{k}]", v, max_rank) for k, v in _keys(config, "rank_pattern")},
         alpha_pattern={k: _alpha(f"alpha_pattern[{k}]", v) for k, v in _keys(config, "alpha_pattern")},
         lora_bias=_flag(config, "lora_bias"),
+        use_dora=_flag(config, "use_dora"),
+        bias=trained_bias(config.get("bias")),
+        modules_to_save=saved_modules(config.get("modules_to_save")),
+        trainable_token_indices=token_indices(config.get("trainable_token_indices"), vocab_size),
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
         target_modules=TargetModules(config),
         layers_to_transform=_layers(config),
@@ -115,6 +121,15 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
         warnings=_unknown(config),
     )
+    check_kinds(
+        alora=peft.alora_invocation_tokens is not None,
+        dora=peft.use_dora,
+        lora_bias=peft.lora_bias,
+        bias=peft.bias,
+        saved=bool(peft.modules_to_save),
+        tokens=bool(peft.trainable_token_indices),
+    )
+    return peft
 
 
 def _refuse_by_name(config: Mapping[str, Any]) -> None:
@@ -124,20 +139,23 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
     for name, reason in REFUSED_FIELDS.items():
         if config.get(name):
             raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}")
-    bias = config.get("bias")
-    if bias not in (None, "none"):
-        raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"')
     if config.get("invocation_string") is not None:
         raise InvalidAdapter(
             "invocation_string",
             "is the old aLoRA format; convert it: alora_invocation_tokens = tokenize(invocation_string)[1:]",
         )
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(MERGING_INITS):
-        raise InvalidAdapter(
-            "init_lora_weights",
-            f"is {shown(init)}, which changes the base; convert the adapter to plain LoRA with PEFT",
+    if isinstance(init, str) and init.lower().startswith("loftq"):
+        reason = (
+            "was trained on a base that LoftQ had changed: merge the two with merge_and_unload, and serve that base"
         )
+        raise InvalidAdapter("init_lora_weights", f"is {shown(init)}: the adapter {reason}")
+    if isinstance(init, str) and init.lower().startswith(MERGING_INITS):
+        reason = "which changes the base; save the adapter as plain LoRA with PEFT"
+        call = (
+            "model.save_pretrained(directory, path_initial_model_for_weight_conversion=<the adapter before training>)"
+        )
+        raise InvalidAdapter("init_lora_weights", f"is {shown(init)}, {reason}: {call}")
     if init is not None and not isinstance(init, bool) and not (isinstance(init, str) and init.lower() in PLAIN_INITS):
         raise InvalidAdapter(
             "init_lora_weights", f"is {shown(init)}, expected a boolean or one of {', '.join(PLAIN_INITS)}"
@@ -227,6 +245,6 @@ def _base_model(value: object) -> str | None:
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a warning for each unknown field that is set: it is ignored, as PEFT ignores it."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
-    known |= {"peft_type", "bias", "init_lora_weights", "invocation_string", "exclude_modules", "layers_pattern"}
+    known |= {"peft_type", "init_lora_weights", "invocation_string", "exclude_modules", "layers_pattern"}
     names = [name for name, value in config.items() if name not in known and value]
     return tuple(f"{shown(name)}: unknown field, ignored" for name in sorted(names))

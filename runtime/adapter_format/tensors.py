@@ -8,6 +8,7 @@ import numpy as np
 from runtime.adapter_format.base_tensors import BaseTensor, StoredTensor
 from runtime.adapter_format.errors import InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig
+from runtime.adapter_format.replacements import is_saved, tokens_of
 from runtime.adapter_format.safetensors_header import FILE, TensorEntry
 from runtime.adapter_format.tensor_source import TensorSource
 from runtime.adapter_format.weight_dtypes import HELD, INFINITY_BITS, largest_magnitude, value_of, widened
@@ -18,6 +19,8 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE_LEAF = "lora_magnitude_vector"  # of DoRA
+WEIGHT_LEAF, BIAS_LEAF, ROWS_LEAF = "weight", "bias", "token_rows"  # what replaces the base's; rows of the vocabulary
 BASE_LEAF = "base_layer.weight"
 FUSED = ("qkv_proj", "gate_up_proj")
 
@@ -26,6 +29,18 @@ _NAME = re.compile(
     r"(?P<leaf>base_layer|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.default)?(?P<kind>\.weight|\.bias)?",
     re.DOTALL,
 )
+# Tensors that replace the base's, under the names of modules_to_save, bias and trainable_token_indices
+_REPLACES = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[^.].*?)\.(?P<leaf>weight|(?:base_layer\.)?bias|"
+    r"token_adapter\.trainable_tokens_delta)",
+    re.DOTALL,
+)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a tensor of a canonical file."""
+    module, lora, _ = name.partition(".lora_")
+    return module if lora else name.rpartition(".")[0]
 
 
 class AdapterTensors:
@@ -39,18 +54,21 @@ class AdapterTensors:
     tensors: dict[str, TensorEntry]  # by canonical name, sorted
     ranks: dict[str, int]  # by module
     scales: dict[str, float]  # by module
+    token_indices: dict[str, tuple[int, ...]]  # the rows that are replaced, of the embedding and the head
 
     def __init__(
         self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
     ) -> None:
         self._source = source
         self._model = model
+        self._config = config
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
+        self._norms, self._biased = set(model.norms()), model.biased()
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
         copies = self._normalise(source.tensors)
-        modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
+        modules = sorted({module_of(name) for name in self.tensors if ".lora_" in name})
         if not modules:
             raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
         resolved = config.scales(modules)
@@ -59,6 +77,9 @@ class AdapterTensors:
         for module in modules:
             self._check_module(module, config)
         self._check_config(config)
+        self._check_replaced_modules()
+        self._check_biases()
+        self._check_token_rows()
         for own_name, entry in copies.items():
             self._check_base_copy(own_name, entry, base_tensor)
 
@@ -68,7 +89,8 @@ class AdapterTensors:
         Raises InvalidAdapter at the first NaN or infinity, or for a value that overflows float32 when it is scaled.
         """
         entry, own_name = self.tensors[name], self._names[name]
-        scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
+        scaled = ".lora_B" in name or ".lora_embedding_B" in name
+        scale = self.scales[module_of(name)] if scaled else 1.0
         for chunk in self._source.chunks(own_name):
             largest = largest_magnitude(chunk, entry.dtype)
             if largest >= INFINITY_BITS[entry.dtype]:
@@ -94,18 +116,23 @@ class AdapterTensors:
         return copies
 
     def _canonical_name(self, own_name: str) -> str:
+        if replacing := self._replacing_name(own_name):
+            return replacing
         match = _NAME.fullmatch(own_name)
         if match is None:
             raise InvalidAdapter(own_name, _foreign_name(own_name))
         module, leaf = match["module"], match["leaf"] + (match["kind"] or "")
         short = module.rpartition(".")[2]
-        if match["leaf"] == "lora_magnitude_vector":
-            raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet")
+        if match["leaf"] == MAGNITUDE_LEAF and not self._config.use_dora:
+            raise InvalidAdapter(own_name, "is left over: use_dora is false")
         if short in FUSED and module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts the fused {short}, which no supported base has")
         if module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base")
         allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
+        if self._config.use_dora:
+            leaf = leaf.removesuffix(".weight") if match["leaf"] == MAGNITUDE_LEAF else leaf
+            allowed = (*allowed, MAGNITUDE_LEAF)
         if short in (EMBEDDING, HEAD):
             allowed = (*allowed, BASE_LEAF)
         if leaf not in allowed:
@@ -120,6 +147,8 @@ class AdapterTensors:
         expected: dict[str, tuple[int, ...]] = {f"{module}.{a}": (rank, inputs), f"{module}.{b}": (outputs, rank)}
         if config.lora_bias and not embedding:
             expected[f"{module}.lora_B.bias"] = (outputs,)
+        if config.use_dora:
+            expected[f"{module}.{MAGNITUDE_LEAF}"] = (outputs,)
         for name, shape in expected.items():
             if name not in self.tensors:
                 raise InvalidAdapter(name, f"is missing, expected shape {list(shape)}")
@@ -133,7 +162,7 @@ class AdapterTensors:
     def _check_config(self, config: PeftConfig) -> None:
         """Refuse tensors that PEFT would ignore or would apply differently."""
         ends = {module.rpartition(".")[2] for module in self.scales}
-        firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
+        firsts = {module_of(name): name for name in reversed(self.tensors) if ".lora_" in name}
         for module in self.scales:
             own = self._names[firsts[module]]
             if not config.target_modules.names(module):
@@ -148,6 +177,99 @@ class AdapterTensors:
             raise InvalidAdapter("lora_bias", f"is true: PEFT has none for {EMBEDDING}")
         if config.alora_invocation_tokens is not None and EMBEDDING in ends:
             raise InvalidAdapter("alora_invocation_tokens", f"is set: an aLoRA cannot adapt {EMBEDDING}")
+
+    def _replacing_name(self, own_name: str) -> str | None:
+        """The canonical name of a tensor that replaces one of the base; None if the configuration has no such one."""
+        match, config = _REPLACES.fullmatch(own_name), self._config
+        if match is None:
+            return None
+        module, leaf = match["module"], match["leaf"].removeprefix("base_layer.")
+        if leaf not in (WEIGHT_LEAF, BIAS_LEAF):
+            return f"{module}.{ROWS_LEAF}"
+        if leaf == BIAS_LEAF and config.bias != "none" and module in self._biased:
+            return f"{module}.{BIAS_LEAF}"
+        if not self._is_saved(module) or ".lora_" in own_name or ".base_layer." in own_name:
+            return None
+        if module not in self._shapes and module not in self._norms:
+            reason = f"replaces {shown(module)}: modules_to_save may name projections, embed_tokens, lm_head and norms"
+            raise InvalidAdapter(own_name, f"{reason} of the hidden state")
+        if leaf == BIAS_LEAF and module not in self._biased:
+            raise InvalidAdapter(own_name, f"is left over: the base's {module} has no bias")
+        return f"{module}.{leaf}"
+
+    def _is_saved(self, module: str) -> bool:
+        """Whether the adapter has a module whole; with `ensure_weight_tying` a tied head goes with the embedding."""
+        names, tied = self._config.modules_to_save, self._config.ensure_weight_tying and self._model.tie_embeddings
+        return is_saved(module, names) or (tied and module == HEAD and is_saved(f"model.{EMBEDDING}", names))
+
+    def _check_replaced_modules(self) -> None:
+        """Refuse modules of `modules_to_save` that the file lacks, or that have LoRA too."""
+        hidden = self._model.hidden_size
+        for module in (*self._shapes, *self._norms):
+            if not self._is_saved(module):
+                continue
+            inputs, outputs = self._shapes.get(module, (0, hidden))
+            shape = (outputs,) if module in self._norms else (outputs, inputs)
+            shape = (inputs, outputs) if module.endswith(EMBEDDING) else shape
+            self._check_shape(f"{module}.{WEIGHT_LEAF}", shape, f"modules_to_save names {module}", "modules_to_save")
+            if module in self._biased:
+                self._check_shape(
+                    f"{module}.{BIAS_LEAF}", (outputs,), "modules_to_save has it whole", "modules_to_save"
+                )
+            if module in self.scales:
+                raise InvalidAdapter("modules_to_save", f"names {module}, which has lora_A and lora_B too")
+
+    def _check_biases(self) -> None:
+        """Refuse trained biases that PEFT would not save or would not read; all that it saves must be there."""
+        bias = self._config.bias
+        for module in sorted(self._biased):
+            name, adapted = f"{module}.{BIAS_LEAF}", module in self.scales
+            if self._is_saved(module) or bias == "none":
+                continue
+            if adapted or bias == "all":
+                self._check_shape(name, (self._shapes[module][1],), f"bias is {bias}; set it to none if it was lost")
+                within = self._names[name].endswith(f".base_layer.{BIAS_LEAF}")
+                if within != adapted:
+                    place = "in" if adapted else "without"
+                    raise InvalidAdapter(self._names[name], f"is left over: PEFT has this bias {place} a base_layer")
+            elif name in self.tensors:
+                raise InvalidAdapter(self._names[name], f"is left over: bias is lora_only, and {module} has no LoRA")
+
+    def _check_token_rows(self) -> None:
+        """Match the rows of `trainable_token_indices` to the embedding and the head; fill `token_indices`."""
+        field, indices = "trainable_token_indices", self._config.trainable_token_indices
+        embedding = f"model.{EMBEDDING}"
+        found = {module: ids for module in (embedding, HEAD) if (ids := tokens_of(module, indices)) is not None}
+        if len(found) < len(indices):
+            raise InvalidAdapter(field, f"names {shown(sorted(indices))}, expected {EMBEDDING} or {HEAD}, each once")
+        # PEFT keeps a tied head equal to the embedding, and has a tensor for it only if its tokens are others
+        follows = (
+            self._model.tie_embeddings and embedding in found and found.get(HEAD, found[embedding]) == found[embedding]
+        )
+        for module, ids in found.items():
+            if not (follows and module == HEAD):
+                shape = len(ids), self._model.hidden_size
+                self._check_shape(f"{module}.{ROWS_LEAF}", shape, f"{field} has {len(ids)} tokens", field)
+        if follows:
+            found[HEAD] = found[embedding]
+        for module in found:
+            if module in self.scales or f"{module}.{WEIGHT_LEAF}" in self.tensors:
+                raise InvalidAdapter(
+                    field, f"replaces rows of {module}, which is adapted too: PEFT does not combine them"
+                )
+        for name in self.tensors:
+            module, _, leaf = name.rpartition(".")
+            if leaf == ROWS_LEAF and (module not in found or (follows and module == HEAD)):
+                raise InvalidAdapter(self._names[name], f"is left over: {field} does not name its module")
+        self.token_indices = found
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], why: str, field: str | None = None) -> None:
+        """Refuse a tensor that is missing, by `field` if it is given, or that has another shape."""
+        if name not in self.tensors:
+            raise InvalidAdapter(field or name, f"lacks {name} of shape {list(shape)}: {why}")
+        if self.tensors[name].shape != shape:
+            got = list(self.tensors[name].shape)
+            raise InvalidAdapter(self._names[name], f"has shape {got}, expected {list(shape)}: {why}")
 
     def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
         """Refuse a copy that differs from the base's tensor: applying it would change the base.

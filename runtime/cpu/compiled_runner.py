@@ -40,7 +40,6 @@ class CompiledRunner(Runner):
     """
 
     adapter_dtype = torch.uint8  # extents of bytes: each adapter has its own dtype
-    adapter_layout = staticmethod(layout_in_panels)
     packs_linears = False  # the kernels have a layout of their own
     reads_float16 = True
 
@@ -55,6 +54,7 @@ class CompiledRunner(Runner):
             self.model, self.weights, self.kv.layers, config.block_size, self._pool, rows, logits, weight
         )
         del self.weights
+        self.adapter_layout = partial(layout_in_panels, base=self.decoder.base)
         ranks = MOST_PARTS * config.max_lora_rank
         self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
 

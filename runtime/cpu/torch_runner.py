@@ -1,11 +1,14 @@
 """The model on a CPU, by the kernels of `kernels.cpu`."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from runtime.adapters.layout import layout_adapter
 from runtime.adapters.pool import AdapterPool
+from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
 from runtime.cpu.batch import Batch, build_batch
 from runtime.models.decoder import Decoder
@@ -26,6 +29,7 @@ class TorchRunner(Runner):
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
         self.decoder = Decoder(self.model, self.weights)
+        self.adapter_layout = partial(layout_adapter, base=TorchBase(self.model, self.weights))
 
     def start(self, adapters: AdapterPool) -> None:
         self._adapters = adapters

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels import kv_write, paged_attention, rms_norm, silu_mul, tuned
 from runtime.gpu.step_inputs import StepInputs
+from runtime.gpu.step_lora import StepLora
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
-from runtime.models.decoder import Lora
 from runtime.models.layers import RmsNorm, inverse_frequencies
 from runtime.models.weights import LayerWeights, Weights
 
@@ -29,7 +29,7 @@ class FusedDecoder:
         self.block_size = block_size
         self.gpu = gpu
 
-    def forward(self, step: StepInputs, kv: list[Tensor], lora: Lora | None) -> Tensor:
+    def forward(self, step: StepInputs, kv: list[Tensor], lora: StepLora | None) -> Tensor:
         """Write every token's K and V, and return the logits of the step's `logit_rows`, (n, vocab).
 
         The logits are in the model's dtype, or in float32 if the model scales them. With `lora` None, exactly the
@@ -60,7 +60,7 @@ class FusedDecoder:
         return logits if config.logits_scaling == 1.0 else logits.float() / config.logits_scaling
 
     def _attention(
-        self, layer: LayerWeights, site: int, normed: Tensor, step: StepInputs, kv: Tensor, lora: Lora | None
+        self, layer: LayerWeights, site: int, normed: Tensor, step: StepInputs, kv: Tensor, lora: StepLora | None
     ) -> Tensor:
         config, rows, decodes = self.config, len(normed), step.decodes
         q_heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -106,7 +106,7 @@ class FusedDecoder:
             )
         return out.view(rows, -1)
 
-    def _project(self, layer: LayerWeights, which: int, site: int, x: Tensor, lora: Lora | None) -> Tensor:
+    def _project(self, layer: LayerWeights, which: int, site: int, x: Tensor, lora: StepLora | None) -> Tensor:
         linear = (layer.qkv, layer.o, layer.gate_up, layer.down)[which]
         y = linear(x)
         if lora is not None:

@@ -136,6 +136,24 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def lm_head_site(self) -> int:
         return SITES_PER_LAYER * self.num_layers + 1
 
+    def norms(self) -> list[str]:
+        """Return every norm of the hidden state: two a layer, then the last. An adapter may have its own weights."""
+        layers = (f"model.layers.{layer}" for layer in range(self.num_layers))
+        each = [f"{layer}.{name}" for layer in layers for name in ("input_layernorm", "post_attention_layernorm")]
+        return [*each, "model.norm"]
+
+    def norm_site(self, index: int) -> int:
+        """Return the site of a norm, by its place in `norms`: they follow those of `sites`."""
+        return self.lm_head_site + 1 + index
+
+    def biased(self) -> set[str]:
+        """Return the projections to which the base adds a bias."""
+        flags = self.qkv_bias, self.o_bias, self.mlp_bias, self.mlp_bias
+        in_layers = self.sites()[: self.embed_site]
+        return {
+            part.module for index, site in enumerate(in_layers) if flags[index % SITES_PER_LAYER] for part in site.parts
+        }
+
     def sites(self) -> list[Site]:
         """Return every site in index order: four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head."""
         hidden, inner = self.hidden_size, self.intermediate_size

@@ -9,16 +9,18 @@ from torch import Tensor
 from kernels.cpu.elementwise import kv_write, rotary, silu_mul
 from kernels.cpu.paged_attention import AttentionGroup, paged_attention
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
-from runtime.models.layers import Linear, Rotary
+from runtime.models.layers import Linear, RmsNorm, Rotary
 from runtime.models.weights import LayerWeights, Weights
 
 
 class Lora(Protocol):
-    """What the decoder asks of a batch's adapters: each call adds in place, on the rows that carry one."""
+    """What the decoder asks of a batch's adapters: each call changes `y` in place, on the rows that carry one."""
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None: ...
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None: ...
+
+    def norm(self, index: int, norm: RmsNorm, x: Tensor, y: Tensor) -> None: ...
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None: ...
 
@@ -59,7 +61,7 @@ class Decoder:
             site = index * SITES_PER_LAYER
             x = self._attention(layer, site, x, angles, slots, kv[index], groups, lora)
             x = self._mlp(layer, site, x, lora)
-        x = weights.norm(x.index_select(0, logit_rows))
+        x = _norm(weights.norm, 2 * config.num_layers, x.index_select(0, logit_rows), lora)
         logits = weights.lm_head(x)
         if lora is not None:
             lora.apply_logits(x, logits)
@@ -79,7 +81,7 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         rows, q_heads, kv_heads, head_dim = len(x), config.num_heads, config.num_kv_heads, config.head_dim
-        normed = layer.attention_norm(x)
+        normed = _norm(layer.attention_norm, site // SITES_PER_LAYER * 2, x, lora)
         heads = _project(layer.qkv, site + QKV, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
         # Queries, keys and values lie side by side, so one call rotates queries and keys in place, and one writes keys
         # and values to the cache
@@ -91,12 +93,20 @@ class Decoder:
         return self._add(x, _project(layer.o, site + OUT, mixed, lora))
 
     def _mlp(self, layer: LayerWeights, site: int, x: Tensor, lora: Lora | None) -> Tensor:
-        normed = layer.mlp_norm(x)
+        normed = _norm(layer.mlp_norm, site // SITES_PER_LAYER * 2 + 1, x, lora)
         inner = silu_mul(_project(layer.gate_up, site + GATE_UP, normed, lora))
         return self._add(x, _project(layer.down, site + DOWN, inner, lora))
 
     def _add(self, residual: Tensor, y: Tensor) -> Tensor:
         return residual.add_(y, alpha=self.config.residual_multiplier)
+
+
+def _norm(norm: RmsNorm, index: int, x: Tensor, lora: Lora | None) -> Tensor:
+    """`index` is the norm's place in `ModelConfig.norms`."""
+    y = norm(x)
+    if lora is not None:
+        lora.norm(index, norm, x, y)
+    return y
 
 
 def _project(linear: Linear, site: int, x: Tensor, lora: Lora | None) -> Tensor:

@@ -1,4 +1,5 @@
-// A projection with the adapters of all its rows: out = x Wᵀ + bias + Σ scale · (x Aᵀ) Bᵀ, in one operation.
+// A projection with the adapters of all its rows: out = x Wᵀ + bias + Σ scale · (x Aᵀ) Bᵀ, in one operation. An adapter
+// may have its own W, or some rows of it, and may scale the columns of its rows.
 //
 // First come the shrinks, x Aᵀ, a task for each run of rows and each panel of ranks; then the panels of W. A task of
 // panels computes W's part, waits until all shrinks are done, which were claimed before it, adds each run's expand to
@@ -57,6 +58,7 @@ struct Linear {
     return (const char*)part[index].panels + panel * panel_bytes((Type)type, k);
   }
 
+  void replace(const LoraPart& own, int panel, int panels, int columns, int first, int rows, float* y) const;
   void write(int first, int rows, int panel, int part, int columns, const float* y, const float* up, int width) const;
 };
 
@@ -87,6 +89,21 @@ inline void Linear::shrink(const Step& step, const Run& run, int panel) const {
     }
 }
 
+// The sums that come from an adapter's own weights instead of the base's, for rows of one run.
+inline void Linear::replace(const LoraPart& own, int panel, int panels, int columns, int first, int rows,
+                            float* y) const {
+  const int width = panels * PANEL;
+  if (own.weight) {
+    const size_t bytes = panel_bytes((Type)own.type, k);
+    multiply_rows((Type)own.type, rows, panels, (const char*)own.weight + panel * bytes, bytes, k,
+                  x.at + first * x.stride, x.stride, y, width, false);
+  }
+  if (!own.count) return;
+  for (int i = own.first_token(panel * PANEL); i < own.count && own.tokens[i] < panel * PANEL + columns; ++i)
+    for (int row = 0; row < rows; ++row)
+      y[row * width + own.tokens[i] - panel * PANEL] = dot(x.at + (first + row) * x.stride, own.rows + (size_t)i * k, k);
+}
+
 // The sums of some rows and panels of one part, into a tile as wide as the panels.
 inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index, int panel, int panels, int first,
                             int rows, const Inputs<uint32_t>* pairs, const float* wide, const void* ahead,
@@ -111,11 +128,16 @@ inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index
     const int to = runs[r].last < first + rows ? runs[r].last : first + rows;
     const LoraSite& lora = runs[r].sites[site];
     const LoraPart& adapted = lora.parts[index];
-    if (from >= to || !adapted.b) continue;
+    if (from >= to) continue;
     float* y = tile + (from - first) * width;
+    if (adapted.weight || adapted.count) replace(adapted, panel, panels, columns, from, to - from, y);
     const size_t bytes = panel_bytes((Type)lora.type, adapted.ranks);
-    multiply_rows((Type)lora.type, to - from, panels, (const char*)adapted.b + panel * bytes, bytes, adapted.ranks,
-                  step.shrunk.at + from * step.shrunk.stride + adapted.first_rank, step.shrunk.stride, y, width, true);
+    if (adapted.b)
+      multiply_rows((Type)lora.type, to - from, panels, (const char*)adapted.b + panel * bytes, bytes, adapted.ranks,
+                    step.shrunk.at + from * step.shrunk.stride + adapted.first_rank, step.shrunk.stride, y, width, true);
+    if (adapted.gain)
+      for (int row = 0; row < to - from; ++row)
+        for (int c = 0; c < columns; ++c) y[row * width + c] *= adapted.gain[panel * PANEL + c];
     if (adapted.bias)
       for (int row = 0; row < to - from; ++row)
         for (int c = 0; c < columns; ++c) y[row * width + c] += adapted.bias[panel * PANEL + c];

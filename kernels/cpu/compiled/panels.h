@@ -417,3 +417,23 @@ inline float widen(Type type, const void* items, size_t index) {
   }
   return 0;
 }
+
+// One column of a matrix in panels, as float32.
+inline void read_column(Type type, const void* panels, int k, int column, float* out) {
+  const char* panel = (const char*)panels + column / PANEL * panel_bytes(type, k);
+  const float* scales = (const float*)(panel + weight_bytes(type, k));  // of int8
+  for (int i = 0; i < k; ++i) {
+    out[i] = widen(type, panel, item_in_panel(type, column % PANEL, i));
+    if (type == Type::int8) out[i] *= scales[i / GROUP * PANEL + column % PANEL];
+  }
+}
+
+// Σ x[i] · y[i], in one order.
+inline float dot(const float* x, const float* y, int k) {
+  Vec sums = splat(0.0f);
+  float rest = 0.0f;
+  int i = 0;
+  for (; i + LANES <= k; i += LANES) sums = fma(load(x + i), load(y + i), sums);
+  for (; i < k; ++i) rest += x[i] * y[i];
+  return sum(sums) + rest;
+}

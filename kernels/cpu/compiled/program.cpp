@@ -104,6 +104,28 @@ void panels_write(int type, const void* source, int64_t column_stride, int64_t k
   }
 }
 
+// Adds the squares of W + scale · B A over some columns of panels (columns, k): to `sums[column]`, or to `sums[k]` if
+// `by_k`. `a` is (ranks, k), `b` (columns, ranks), both float32.
+void panels_squares(int type, const void* panels, int first, int last, int k, const float* a, const float* b, int ranks,
+                    float scale, int by_k, double* sums) {
+  std::vector<float> column(k);
+  float* w = column.data();
+  for (int c = first; c < last; ++c) {
+    read_column((Type)type, panels, k, c, w);
+    for (int rank = 0; rank < ranks; ++rank) {
+      const float factor = scale * b[(size_t)c * ranks + rank];
+      const float* of_rank = a + (size_t)rank * k;
+      for (int i = 0; i < k; ++i) w[i] += factor * of_rank[i];
+    }
+    double total = 0.0;
+    if (by_k)
+      for (int i = 0; i < k; ++i) sums[i] += (double)w[i] * w[i];
+    else
+      for (int i = 0; i < k; ++i) total += (double)w[i] * w[i];
+    if (!by_k) sums[c] += total;
+  }
+}
+
 // As `panels_write` for all columns of a float32 matrix, quantised to int8: the scale of each column and 128 k makes its
 // largest weight 127.
 void panels_quantize(const float* source, int64_t column_stride, int columns, int k, void* panels) {

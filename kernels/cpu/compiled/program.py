@@ -61,9 +61,12 @@ class Program:
         self._keep(weight)
         self._add(structs.Embed(self._rows(out), weight.address, weight.k, weight.type, site, scale))
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False) -> None:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False, site: int = NO_SITE
+    ) -> None:
         """out = RMSNorm(x) for all rows, or for those whose logits are computed. `weight` is float32."""
-        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), weight.shape[-1], of_logits, eps))
+        kinds = weight.shape[-1], of_logits, site, eps
+        self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), *kinds))
 
     def linear(
         self,

@@ -18,7 +18,11 @@ class Rows(ctypes.Structure):
 class LoraPart(ctypes.Structure):
     """step.h"""
 
-    _fields_ = [("b", c_void_p), ("bias", c_void_p), ("first_rank", c_int32), ("ranks", c_int32)]
+    _fields_ = [
+        *[("b", c_void_p), ("bias", c_void_p), ("first_rank", c_int32), ("ranks", c_int32)],
+        *[(name, c_void_p) for name in ("gain", "weight", "tokens", "rows")],
+        *[("type", c_int32), ("count", c_int32)],
+    ]
 
 
 class LoraSite(ctypes.Structure):
@@ -102,6 +106,7 @@ class RmsNorm(ctypes.Structure):
         ("weight", c_void_p),
         ("size", c_int32),
         ("logits", c_int32),
+        ("site", c_int32),
         ("eps", c_float),
     ]
 

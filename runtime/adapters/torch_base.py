@@ -1,0 +1,63 @@
+"""The base's weights as PyTorch holds them, for adapters that depend on them: DoRA and trained biases."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.adapters.layout import PIECE_ELEMENTS
+from runtime.adapters.parts import Pause
+from runtime.models.config import ModelConfig
+from runtime.models.layers import Linear
+from runtime.models.weights import Weights
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+class _Projection(NamedTuple):
+    """One projection of a stacked linear."""
+
+    linear: Linear
+    columns: slice
+
+
+class TorchBase:
+    """The weights of `models.decoder`. Sums are numpy's, on the calling thread alone."""
+
+    def __init__(self, model: ModelConfig, weights: Weights) -> None:
+        self._embedding = weights.embedding
+        self._projections = {HEAD: _Projection(weights.lm_head, slice(0, model.vocab_size))}
+        linears = [each for layer in weights.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        for linear, site in zip(linears, model.sites()[: model.embed_site], strict=True):
+            first = 0
+            for module, width in site.parts:
+                self._projections[module] = _Projection(linear, slice(first, first + width))
+                first += width
+
+    def bias(self, module: str) -> np.ndarray | None:
+        found = self._projections.get(module)
+        if found is None or found.linear.bias is None:
+            return None
+        bias: np.ndarray = found.linear.bias[found.columns].float().cpu().numpy()
+        return bias
+
+    def lengths(self, module: str, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> np.ndarray:
+        if module == EMBEDDING:
+            rows = _squares(self._embedding, np.ascontiguousarray(b.T), np.ascontiguousarray(a.T), scale, pause)
+            return np.sqrt(sum(piece.sum(axis=0, dtype=np.float64) for piece in rows)).astype(np.float32)
+        linear, columns = self._projections[module]
+        rows = _squares(linear.plain()[columns], a, b, scale, pause)
+        return np.sqrt(np.concatenate([piece.sum(axis=1, dtype=np.float64) for piece in rows])).astype(np.float32)
+
+
+def _squares(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> Iterator[np.ndarray]:
+    """(W + scale · BA)² in float32, some rows at a time."""
+    step = max(1, PIECE_ELEMENTS // weight.shape[1])
+    for first in range(0, len(weight), step):
+        pause()
+        rows = weight[first : first + step].to("cpu", torch.float32, copy=True).numpy()
+        for rank in range(len(a)):
+            rows += np.float32(scale) * b[first : first + step, rank : rank + 1] * a[rank]
+        yield np.square(rows, out=rows)
