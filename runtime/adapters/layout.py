@@ -175,14 +175,20 @@ def layout_adapter(
     return AdapterLayout(sites, changes, offsets.end, base)
 
 
-def layout_lora_alone(
+def layout_without_weights(
     model: ModelConfig, config: AdapterConfig, header: Header, base: BaseWeights | None = None
 ) -> AdapterLayout:
-    """Lay out an adapter as `layout_adapter` does. Raises InvalidAdapter for what Triton's kernels lack."""
+    """Lay out an adapter as `layout_adapter` does, for Triton's kernels.
+
+    Raises InvalidAdapter for weights of its own, which those kernels lack.
+    """
     layout = layout_adapter(model, config, header, base)
     for change in chain.from_iterable(layout.changes):
-        reason = "is replaced, scaled or shifted, and the triton kernels compute LoRA alone: set kernels (--kernels) to"
-        raise InvalidAdapter(change.part.module, f"{reason} compiled or torch")
+        if change.weight is not None or change.rows is not None:
+            reason = (
+                "has weights of the adapter's own (modules_to_save, trainable_token_indices), which the triton kernels"
+            )
+            raise InvalidAdapter(change.part.module, f"{reason} lack: set kernels (--kernels) to compiled or torch")
     return layout
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
-from runtime.adapters.layout import AdapterLayout, layout_lora_alone
+from runtime.adapters.layout import AdapterLayout, layout_without_weights
 from runtime.adapters.pool import AdapterPool
 from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
@@ -51,7 +51,7 @@ class TritonRunner(Runner):
             )
         super().__init__(config, device)
         self.adapter_dtype = self.dtype
-        self.adapter_layout = partial(layout_lora_alone, base=TorchBase(self.model, self.weights))
+        self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, self.weights))
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.decoder = FusedDecoder(self.model, self.weights, config.block_size, self.gpu)
         self.graphs: DecodeGraphs | None = None

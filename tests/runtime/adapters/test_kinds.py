@@ -247,13 +247,21 @@ def test_a_row_without_length_is_refused_by_name(bases):
     engine.close()
 
 
-def test_the_triton_path_refuses_by_name_what_it_lacks(bases):
+def test_triton_scales_and_shifts_exactly_and_refuses_weights_of_an_adapters_own(bases):
     engine = engine_of(bases, "triton")
-    for name in bases.kinds:
-        if name in ("plain", "bias lora_only"):
-            continue
-        with pytest.raises(InvalidAdapter, match=r"--kernels"):
-            engine.add_adapter(*bases.adapter(name))
+    names = []
+    for name, options in bases.kinds.items():
+        if "modules_to_save" in options or "trainable_token_indices" in options:
+            with pytest.raises(InvalidAdapter, match=r"the triton kernels lack: set kernels \(--kernels\)"):
+                engine.add_adapter(*bases.adapter(name))
+        else:
+            names.append(name)
+    digests = [*(engine.add_adapter(*bases.adapter(name)) for name in names), None]
+    prompts = [text(seed, 12) for seed, _ in enumerate(digests)]
+    found = engine.generate(prompts, SCORE, digests)
+    for name, tokens, completion in zip([*names, None], prompts, found, strict=True):
+        assert_right(bases, name, tokens, completion.prompt_logprobs)
+    engine.check()
     engine.close()
 
 
