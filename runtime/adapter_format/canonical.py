@@ -47,7 +47,7 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Describes a canonical adapter to the catalog."""
 
     digest: str  # BLAKE3 of the file, in hex
-    rank: int  # the largest of all modules
+    rank: int  # the largest of all modules; 0 for IA³
     targets: list[str]  # short module names, such as q_proj
     kind: Literal["lora", "alora"]
     bytes: int  # the file's size
@@ -91,7 +91,7 @@ def canonicalise(
         unfinished.unlink(missing_ok=True)
     return AdapterSummary(
         digest=digest,
-        rank=max(adapter.ranks.values()),
+        rank=max(adapter.ranks.values(), default=0),
         targets=sorted({module.rpartition(".")[2] for module in changed_modules(adapter.tensors)}),
         kind="lora" if peft.alora_invocation_tokens is None else "alora",
         bytes=size,

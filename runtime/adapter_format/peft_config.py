@@ -8,7 +8,14 @@ from typing import Any
 import msgspec
 
 from runtime.adapter_format.errors import InvalidAdapter, shown
-from runtime.adapter_format.replacements import Bias, check_kinds, saved_modules, token_indices, trained_bias
+from runtime.adapter_format.replacements import (
+    Bias,
+    check_kinds,
+    feedforward_modules,
+    saved_modules,
+    token_indices,
+    trained_bias,
+)
 from runtime.adapter_format.safetensors_header import exact_json_object
 from runtime.adapter_format.target_modules import ATOM, TargetModules
 
@@ -20,6 +27,7 @@ MAX_QUANTIFIED_KEYS = 32
 MAX_SCALE = 10_000.0  # far more than any trained adapter's; an alpha of 1e30 is an attack or an accident
 MAX_ALPHA = MAX_SCALE * 1000
 
+LORA, IA3 = "LORA", "IA3"
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # PEFT writes these fields for plain LoRA too, with a value that means "off", so a field's presence means nothing
 REFUSED_FIELDS = {
@@ -47,10 +55,12 @@ _SIMPLE_KEY = re.compile(rf"(?:{ATOM}[*+]?|[\^$|])+")
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of PEFT's LoRA configuration that decide the maths, under PEFT's names."""
+    """The fields of PEFT's LoRA or IA³ configuration that decide the maths, under PEFT's names."""
 
-    r: int
-    lora_alpha: float
+    r: int = 0  # as the next, of LoRA
+    lora_alpha: float = 0.0
+    ia3: bool = False
+    feedforward_modules: tuple[str, ...] | None = None  # of IA³: ends of names; None if a pattern chooses them
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}  # by a pattern of module names; the first match in order counts
     alpha_pattern: dict[str, float] = {}  # the same
@@ -103,6 +113,15 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
             raise InvalidAdapter("adapter_config", f"has {len(config)} bytes, expected at most {MAX_CONFIG_BYTES}")
         config = exact_json_object(config, "adapter_config")
     _refuse_by_name(config)
+    if config.get("peft_type") == IA3:
+        return PeftConfig(
+            ia3=True,
+            feedforward_modules=feedforward_modules(config.get("feedforward_modules")),
+            modules_to_save=saved_modules(config.get("modules_to_save")),
+            target_modules=TargetModules(config),
+            base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
+            warnings=_unknown(config),
+        )
     peft = PeftConfig(
         r=_rank("r", config.get("r"), max_rank),
         lora_alpha=_alpha("lora_alpha", config.get("lora_alpha")),
@@ -134,8 +153,8 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
 
 def _refuse_by_name(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind not in (None, "LORA"):
-        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA")
+    if kind not in (None, LORA, IA3):
+        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected {LORA} or {IA3}; train another adapter as LoRA")
     for name, reason in REFUSED_FIELDS.items():
         if config.get(name):
             raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}")
@@ -245,6 +264,13 @@ def _base_model(value: object) -> str | None:
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a warning for each unknown field that is set: it is ignored, as PEFT ignores it."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
-    known |= {"peft_type", "init_lora_weights", "invocation_string", "exclude_modules", "layers_pattern"}
+    known |= {
+        "peft_type",
+        "init_ia3_weights",
+        "init_lora_weights",
+        "invocation_string",
+        "exclude_modules",
+        "layers_pattern",
+    }
     names = [name for name, value in config.items() if name not in known and value]
     return tuple(f"{shown(name)}: unknown field, ignored" for name in sorted(names))

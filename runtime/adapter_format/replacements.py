@@ -29,6 +29,17 @@ def saved_modules(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def feedforward_modules(value: object) -> tuple[str, ...] | None:
+    """Read `feedforward_modules` of IA³: ends of the names of modules whose input is scaled; None for a pattern."""
+    if isinstance(value, str):
+        return None
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set) or not all(isinstance(name, str) and name for name in value):
+        raise InvalidAdapter("feedforward_modules", f"is {shown(value)}, expected a list of module names")
+    return tuple(value)
+
+
 def token_indices(value: object, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Read `trainable_token_indices`: the rows that the adapter replaces, by the end of a module's name."""
     field = "trainable_token_indices"

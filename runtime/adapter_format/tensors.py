@@ -21,6 +21,7 @@ LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE_LEAF = "lora_magnitude_vector"  # of DoRA
 WEIGHT_LEAF, BIAS_LEAF, ROWS_LEAF = "weight", "bias", "token_rows"  # what replaces the base's; rows of the vocabulary
+GAIN_LEAF = "gain"  # of IA³: scales the outputs, the bias included
 BASE_LEAF = "base_layer.weight"
 FUSED = ("qkv_proj", "gate_up_proj")
 
@@ -31,7 +32,7 @@ _NAME = re.compile(
 )
 # Tensors that replace the base's, under the names of modules_to_save, bias and trainable_token_indices
 _REPLACES = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>[^.].*?)\.(?P<leaf>weight|(?:base_layer\.)?bias|"
+    r"(?:base_model\.model\.)?(?P<module>[^.].*?)\.(?P<leaf>weight|(?:base_layer\.)?bias|ia3_l|"
     r"token_adapter\.trainable_tokens_delta)",
     re.DOTALL,
 )
@@ -69,7 +70,9 @@ class AdapterTensors:
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
         copies = self._normalise(source.tensors)
         modules = sorted({module_of(name) for name in self.tensors if ".lora_" in name})
-        if not modules:
+        if config.ia3:
+            self._check_gains()
+        elif not modules:
             raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one lora_A and lora_B")
         resolved = config.scales(modules)
         self.ranks = {module: rank for module, (rank, _) in resolved.items()}
@@ -184,6 +187,8 @@ class AdapterTensors:
         if match is None:
             return None
         module, leaf = match["module"], match["leaf"].removeprefix("base_layer.")
+        if leaf == "ia3_l":
+            return f"{self._scaled_module(own_name, module)}.{GAIN_LEAF}"
         if leaf not in (WEIGHT_LEAF, BIAS_LEAF):
             return f"{module}.{ROWS_LEAF}"
         if leaf == BIAS_LEAF and config.bias != "none" and module in self._biased:
@@ -196,6 +201,38 @@ class AdapterTensors:
         if leaf == BIAS_LEAF and module not in self._biased:
             raise InvalidAdapter(own_name, f"is left over: the base's {module} has no bias")
         return f"{module}.{leaf}"
+
+    def _scaled_module(self, own_name: str, module: str) -> str:
+        """The module whose outputs a vector of IA³ scales; those of up_proj are a factor of down_proj's input."""
+        config, short = self._config, module.rpartition(".")[2]
+        if not config.ia3 or not config.target_modules.names(module):
+            raise InvalidAdapter(
+                own_name, "is left over: target_modules of an IA3 configuration does not name its module"
+            )
+        if module not in self._shapes or short in (EMBEDDING, HEAD):
+            raise InvalidAdapter(own_name, f"scales {shown(module)}, which is not a projection of a layer of the base")
+        inputs, outputs = self._shapes[module]
+        shape, by_name = self._source.tensors[own_name].shape, config.feedforward_modules
+        of_input = module.endswith(by_name) if by_name else by_name is None and shape[:1] == (1,)
+        expected = (1, inputs) if of_input else (outputs, 1)
+        if shape != expected:
+            raise InvalidAdapter(own_name, f"has shape {list(shape)}, expected {list(expected)}")
+        if of_input and short != "down_proj":
+            reason = "which only a down_proj may have here: train it without feedforward_modules"
+            raise InvalidAdapter("feedforward_modules", f"scales the input of {module}, {reason}")
+        return f"{module.removesuffix(short)}up_proj" if of_input else module
+
+    def _check_gains(self) -> None:
+        """Refuse IA³ without vectors, with vectors for saved modules, or with tensors of LoRA."""
+        gains = [name for name in self.tensors if name.endswith(f".{GAIN_LEAF}")]
+        if not gains:
+            raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one ia3_l")
+        for name in gains:
+            if self._is_saved(module_of(name)):
+                raise InvalidAdapter("modules_to_save", f"names {module_of(name)}, which has ia3_l too")
+        for name in self.tensors:
+            if ".lora_" in name:
+                raise InvalidAdapter(self._names[name], "is left over: peft_type is IA3")
 
     def _is_saved(self, module: str) -> bool:
         """Whether the adapter has a module whole; with `ensure_weight_tying` a tied head goes with the embedding."""

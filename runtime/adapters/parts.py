@@ -1,5 +1,6 @@
 """What an adapter changes of each projection, embedding and norm: one description for every layout."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import NamedTuple, Protocol
@@ -9,7 +10,7 @@ import numpy as np
 from runtime.adapter_format.canonical import AdapterConfig
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header
-from runtime.adapter_format.tensors import BIAS_LEAF, MAGNITUDE_LEAF, ROWS_LEAF, WEIGHT_LEAF
+from runtime.adapter_format.tensors import BIAS_LEAF, GAIN_LEAF, MAGNITUDE_LEAF, ROWS_LEAF, WEIGHT_LEAF
 from runtime.adapter_format.weight_dtypes import HELD, widened
 from runtime.models.config import ModelConfig, Part, Site
 
@@ -41,10 +42,15 @@ class AdaptedPart(NamedTuple):
     rank: int  # 0: it has no A and B
     lora_bias: bool
     own_bias: bool  # instead of the base's
-    gains: bool  # of DoRA
+    dora: bool  # gains that depend on the base
+    own_gains: bool  # of IA³: they scale the base's bias too
     own_weight: bool  # instead of the base's; a norm's weight too
     tokens: tuple[int, ...]  # the rows of the embedding or the head that it replaces, as the file has them
     embedding: bool
+
+    @property
+    def gains(self) -> bool:
+        return self.dora or self.own_gains
 
     @property
     def width(self) -> int:
@@ -52,7 +58,7 @@ class AdaptedPart(NamedTuple):
 
     def has_bias(self, base: BaseWeights | None) -> bool:
         """Whether anything is added to the outputs. Raises InvalidAdapter where that depends on a base not at hand."""
-        depends = self.gains or (self.own_bias and not self.own_weight)
+        depends = self.dora or (self.own_bias and not self.own_weight)
         if depends and _known(base, self.module).bias(self.module) is not None:
             return True
         return self.lora_bias or self.own_bias
@@ -111,13 +117,14 @@ def _adapted_parts(site: Site, embedding: bool, config: AdapterConfig, header: H
             rank=rank,
             lora_bias=names.bias in tensors,
             own_bias=f"{module}.{BIAS_LEAF}" in tensors,
-            gains=f"{module}.{MAGNITUDE_LEAF}" in tensors,
+            dora=f"{module}.{MAGNITUDE_LEAF}" in tensors,
+            own_gains=f"{module}.{GAIN_LEAF}" in tensors,
             own_weight=f"{module}.{WEIGHT_LEAF}" in tensors,
             tokens=config.token_indices.get(module, ()),
             embedding=embedding,
         )
         _check_replacements(part, header)
-        if rank or part.own_bias or part.own_weight or part.tokens:
+        if rank or part.own_gains or part.own_bias or part.own_weight or part.tokens:
             yield part
 
 
@@ -127,10 +134,12 @@ def _check_replacements(part: AdaptedPart, header: Header) -> None:
     matrix = (inputs, width) if part.embedding else (width, inputs) if inputs else (width,)
     expected: list[tuple[bool, str, tuple[int, ...]]] = [
         (part.own_bias, f"{part.module}.{BIAS_LEAF}", (width,)),
-        (part.gains, f"{part.module}.{MAGNITUDE_LEAF}", (width,)),
+        (part.dora, f"{part.module}.{MAGNITUDE_LEAF}", (width,)),
         (part.own_weight, f"{part.module}.{WEIGHT_LEAF}", matrix),
         (bool(part.tokens), rows_name(part, header), (len(part.tokens), width if part.embedding else inputs)),
     ]
+    if part.own_gains and math.prod(header.tensors[f"{part.module}.{GAIN_LEAF}"].shape) != width:
+        raise InvalidAdapter(f"{part.module}.{GAIN_LEAF}", f"does not fit this model, expected {width} values")
     for present, name, shape in expected:
         if present and (name not in header.tensors or header.tensors[name].shape != shape):
             raise InvalidAdapter(name, f"does not fit this model, expected shape {list(shape)}")
@@ -163,7 +172,9 @@ class PartContent(NamedTuple):
         return widened(*stored(self.header, self.data, name))
 
     def gains(self, pause: Pause) -> np.ndarray:
-        """What DoRA multiplies each output by, (out,) float32. Raises InvalidAdapter where a row has no length."""
+        """What multiplies each output, (out,) float32. Raises InvalidAdapter where a row of DoRA has no length."""
+        if self.part.own_gains:
+            return self.exact(f"{self.part.module}.{GAIN_LEAF}").reshape(-1)
         module, names = self.part.module, tensor_names(self.part.module, self.part.embedding)
         a, b = (np.ascontiguousarray(self.exact(name)) for name in (names.a, names.b))
         lengths = _known(self.base, module).lengths(module, a, b, self.scale, pause)

@@ -70,5 +70,5 @@ def _first_columns(site: Site) -> list[int]:
 
 
 def widest(layout: AdapterLayout) -> int:
-    """The most ranks of an adapter at one site."""
-    return max((site.rank for site in layout.sites if site is not None), default=0)
+    """The most ranks of an adapter at one site, or 1: IA³ has none, and a launch has at least one program."""
+    return max((site.rank for site in layout.sites if site is not None), default=1)

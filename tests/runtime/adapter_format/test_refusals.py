@@ -46,7 +46,7 @@ CONFIGS = {
     "velora": ({"velora_config": {"num_groups": 2}}, "velora_config"),
     "megatron": ({"megatron_config": {"hidden_size": 64}}, "megatron_config"),
     "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
-    "ia3": ({"peft_type": "IA3"}, "peft_type"),
+    "vera": ({"peft_type": "VERA"}, "peft_type"),
     "no rank": ({"r": None}, "r"),
     "rank zero": ({"r": 0}, "r"),
     "rank true": ({"r": True}, "r"),

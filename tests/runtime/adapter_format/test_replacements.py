@@ -240,6 +240,53 @@ def test_what_peft_would_apply_differently_is_refused_by_its_name(shapes, fields
     assert refused.value.field == field
 
 
+IA3 = {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+DOWN = "model.layers.1.mlp.down_proj"
+VECTORS = {f"{P}{K}.ia3_l": (32, 1), f"{P}{DOWN}.ia3_l": (1, 112)}
+
+
+def test_ia3_scales_outputs_and_the_other_factor_of_down_projs_input():
+    _, file = canonical_from_tensors(values(VECTORS), IA3, MODEL, max_rank=64)
+    assert list(file.header.tensors) == ["model.layers.0.self_attn.k_proj.gain", "model.layers.1.mlp.up_proj.gain"]
+    assert file.config.scales == {}
+
+
+REFUSED_IA3 = {
+    "no vector": ({}, {}, "weights"),
+    "an output's shape for an input": (VECTORS | {f"{P}{DOWN}.ia3_l": (64, 1)}, {}, f"{P}{DOWN}.ia3_l"),
+    "an input's shape for an output": (VECTORS | {f"{P}{K}.ia3_l": (1, 64)}, {}, f"{P}{K}.ia3_l"),
+    "a module that is not targeted": (VECTORS | {f"{P}{Q}.ia3_l": (64, 1)}, {}, f"{P}{Q}.ia3_l"),
+    "a module of another model": (
+        VECTORS | {f"{P}model.layers.2.mlp.down_proj.ia3_l": (1, 112)},
+        {},
+        f"{P}model.layers.2.mlp.down_proj.ia3_l",
+    ),
+    "the input of k_proj": (
+        {f"{P}{K}.ia3_l": (1, 64)},
+        {"feedforward_modules": ["k_proj"]},
+        "feedforward_modules",
+    ),
+    "feedforward_modules a number": (VECTORS, {"feedforward_modules": 3}, "feedforward_modules"),
+    "matrices of LoRA": (
+        VECTORS | {f"{P}{K}.lora_A.weight": (4, 64), f"{P}{K}.lora_B.weight": (32, 4)},
+        {},
+        f"{P}{K}.lora_A.weight",
+    ),
+    "a saved module": (
+        VECTORS | {f"{P}{K}.weight": (32, 64)},
+        {"modules_to_save": ["0.self_attn.k_proj"]},
+        "modules_to_save",
+    ),
+}
+
+
+@pytest.mark.parametrize(("shapes", "fields", "field"), REFUSED_IA3.values(), ids=REFUSED_IA3)
+def test_ia3_is_refused_by_what_is_wrong(shapes, fields, field):
+    with pytest.raises(InvalidAdapter) as refused:
+        canonical_from_tensors(values(shapes), IA3 | fields, MODEL, max_rank=64)
+    assert refused.value.field == field
+
+
 @pytest.mark.parametrize("kind", ["dora", "biases", "tokens", "a head", "the last norm"])
 def test_nan_is_refused_in_every_tensor(kind):
     shapes, fields, model = ACCEPTED[kind]

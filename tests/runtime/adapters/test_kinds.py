@@ -46,13 +46,17 @@ KINDS = {
     "dora": {"target_modules": LINEAR, "use_dora": True},
     "dora of some, rslora, biases": SOME | {"use_dora": True, "use_rslora": True, "bias": "all"},
     "dora, tokens and norms": SOME | {"use_dora": True, "trainable_token_indices": IDS, "modules_to_save": ["norm"]},
+    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3 of outputs": peft.IA3Config(
+        target_modules=r".*\.(q_proj|o_proj|gate_proj)", feedforward_modules="none", modules_to_save=["norm"]
+    ),
 }
 UNTIED = KINDS | {
     "dora of the vocabulary": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True},
     "tokens of both": SOME | {"trainable_token_indices": {"embed_tokens": IDS, "lm_head": [2, 71]}},
     "tokens of the head": SOME | {"trainable_token_indices": {"lm_head": [2, 71]}},
 }
-TIED = {name: KINDS[name] for name in ("plain", "tokens", "embed_tokens", "lm_head", "dora", "bias all")} | {
+TIED = {name: KINDS[name] for name in ("plain", "tokens", "embed_tokens", "lm_head", "dora", "bias all", "ia3")} | {
     "tied copies": SOME | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "different tokens": SOME | {"trainable_token_indices": {"embed_tokens": IDS, "lm_head": [2, 71]}},
     "the same tokens": SOME | {"trainable_token_indices": {"embed_tokens": IDS, "lm_head": IDS}},
@@ -84,7 +88,9 @@ class Bases:
         return base
 
     def adapted(self, options):
-        config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
+        config = options
+        if not isinstance(config, peft.IA3Config):
+            config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
         model = peft.get_peft_model(self.base(), config).eval()
         torch.manual_seed(4)
         with torch.no_grad():
@@ -250,8 +256,9 @@ def test_a_row_without_length_is_refused_by_name(bases):
 def test_triton_scales_and_shifts_exactly_and_refuses_weights_of_an_adapters_own(bases):
     engine = engine_of(bases, "triton")
     names = []
-    for name, options in bases.kinds.items():
-        if "modules_to_save" in options or "trainable_token_indices" in options:
+    for name in bases.kinds:
+        _, config = bases.adapter(name)
+        if config.get("modules_to_save") or config.get("trainable_token_indices"):
             with pytest.raises(InvalidAdapter, match=r"the triton kernels lack: set kernels \(--kernels\)"):
                 engine.add_adapter(*bases.adapter(name))
         else:
