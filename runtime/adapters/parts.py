@@ -182,7 +182,13 @@ class PartContent(NamedTuple):
             raise InvalidAdapter(
                 f"{module}.{MAGNITUDE_LEAF}", "divides by a row of zeros: the base's and BA cancel out"
             )
-        return self.exact(f"{module}.{MAGNITUDE_LEAF}") / lengths
+        with np.errstate(all="ignore"):  # what overflows is refused
+            gains = self.exact(f"{module}.{MAGNITUDE_LEAF}") / lengths
+        if not np.isfinite(gains).all():
+            raise InvalidAdapter(
+                f"{module}.{MAGNITUDE_LEAF}", "overflows float32 when it is divided by its row's length"
+            )
+        return gains
 
     def bias(self, gains: np.ndarray | None) -> np.ndarray:
         """What is added to the outputs, (out,) float32. Outputs of the base's weight have its bias, scaled."""

@@ -13,6 +13,7 @@ from runtime.models.config import ModelConfig
 from runtime.models.layers import Linear
 from runtime.models.weights import Weights
 
+DEVICE_ELEMENTS = 1 << 22  # of one copy from a GPU, which may wait for a step
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -54,7 +55,8 @@ class TorchBase:
 
 def _squares(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> Iterator[np.ndarray]:
     """(W + scale · BA)² in float32, some rows at a time."""
-    step = max(1, PIECE_ELEMENTS // weight.shape[1])
+    elements = PIECE_ELEMENTS if weight.device.type == "cpu" else DEVICE_ELEMENTS
+    step = max(1, elements // weight.shape[1])
     for first in range(0, len(weight), step):
         pause()
         rows = weight[first : first + step].to("cpu", torch.float32, copy=True).numpy()

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from kernels.cpu.compiled.library import load
 from kernels.cpu.compiled.panels import Panels
+from kernels.cpu.compiled.structs import PANEL
 from runtime.adapters.parts import Pause
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-PIECE_PRODUCTS = 1 << 22  # multiplied between two pauses: one or two milliseconds
+PIECE_PRODUCTS = 1 << 23  # multiplied between two pauses: about a millisecond
 
 
 class PanelBase:
@@ -24,13 +25,14 @@ class PanelBase:
 
     def lengths(self, module: str, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> np.ndarray:
         panels, embedding = self.panels[module], module == EMBEDDING  # whose columns are tokens
-        if embedding:
-            a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+        rows, columns = (b, a.T) if embedding else (a.T, b)
+        rows, columns = np.ascontiguousarray(rows), np.ascontiguousarray(columns)
         sums = np.zeros(panels.k if embedding else panels.columns)
-        step = max(1, PIECE_PRODUCTS // (panels.k * (len(a) + 1)))
-        for first in range(0, panels.columns, step):
+        step = max(1, PIECE_PRODUCTS // (panels.k * PANEL * (len(a) + 1)))
+        count = -(-panels.columns // PANEL)
+        for first in range(0, count, step):
             pause()
-            last = min(first + step, panels.columns)
-            place = panels.type, panels.address, first, last, panels.k
-            load().panels_squares(*place, a.ctypes.data, b.ctypes.data, len(a), scale, embedding, sums.ctypes.data)
+            place = panels.type, panels.address, first, min(first + step, count), panels.columns, panels.k
+            factors = rows.ctypes.data, columns.ctypes.data, len(a), scale
+            load().panels_squares(*place, *factors, embedding, sums.ctypes.data)
         return np.sqrt(sums).astype(np.float32)

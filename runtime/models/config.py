@@ -4,6 +4,7 @@ To add a model family:
 
 1. `config_file.py`: add its name to ARCHITECTURES, its fields to ConfigFile, and refuse values that are not supported.
 2. `config.py`: map those fields to flags of ModelConfig; add a flag only for an operation that no family here has.
+   `sites`, `norms` and `biased` say what an adapter may change.
 3. `weights.py`: add its tensors to `tensor_shapes` and to the layer's weights, if the flags do not say it.
 4. `decoder.py` for the CPU and `runtime/gpu/fused_decoder.py` for the GPU: do what a new flag says.
 

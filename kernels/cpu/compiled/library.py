@@ -26,7 +26,7 @@ def load() -> ctypes.CDLL:
         "panels_bytes": ([c_int, c_int, c_int], c_size_t),
         "panels_write": ([c_int, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p], None),
         "panels_squares": (
-            [c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_float, c_int, c_void_p],
+            [c_int, c_void_p, *[c_int] * 4, c_void_p, c_void_p, c_int, c_float, c_int, c_void_p],
             None,
         ),
         "panels_quantize": ([c_void_p, c_int64, c_int, c_int, c_void_p], None),

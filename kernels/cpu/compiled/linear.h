@@ -112,18 +112,22 @@ inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index
   const int width = panels * PANEL;
   const Type held = wide ? Type::float32 : (Type)type;
   const void* weights = wide ? (const void*)wide : panels_of(index, panel);
-  if (pairs)
+  const Run* runs = logits ? step.logit_run : step.run;
+  const int run_count = logits ? step.logit_runs : step.runs;
+  bool based = true;  // whether a row needs the base's weights
+  for (int r = 0; r < run_count; ++r)
+    if (runs[r].first <= first && first + rows <= runs[r].last) based = !runs[r].sites[site].parts[index].weight;
+  if (based && pairs)
     multiply_pairs(held, rows, panels, weights, panel_bytes(held, k), k, *pairs, tile, width, ahead);
-  else
+  else if (based)
     multiply_rows(held, rows, panels, weights, panel_bytes(held, k), k, x.at + first * x.stride, x.stride, tile, width,
                   false, ahead);
   const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
-  if (base.bias)
+  if (base.bias && based)
     for (int row = 0; row < rows; ++row)
       for (int c = 0; c < columns; ++c) tile[row * width + c] += base.bias[panel * PANEL + c];
   if (shrinks) pool.await_finished(shrinks);
-  const Run* runs = logits ? step.logit_run : step.run;
-  for (int r = 0; r < (logits ? step.logit_runs : step.runs); ++r) {
+  for (int r = 0; r < run_count; ++r) {
     const int from = runs[r].first > first ? runs[r].first : first;
     const int to = runs[r].last < first + rows ? runs[r].last : first + rows;
     const LoraSite& lora = runs[r].sites[site];

@@ -104,25 +104,37 @@ void panels_write(int type, const void* source, int64_t column_stride, int64_t k
   }
 }
 
-// Adds the squares of W + scale · B A over some columns of panels (columns, k): to `sums[column]`, or to `sums[k]` if
-// `by_k`. `a` is (ranks, k), `b` (columns, ranks), both float32.
-void panels_squares(int type, const void* panels, int first, int last, int k, const float* a, const float* b, int ranks,
-                    float scale, int by_k, double* sums) {
-  std::vector<float> column(k);
-  float* w = column.data();
-  for (int c = first; c < last; ++c) {
-    read_column((Type)type, panels, k, c, w);
-    for (int rank = 0; rank < ranks; ++rank) {
-      const float factor = scale * b[(size_t)c * ranks + rank];
-      const float* of_rank = a + (size_t)rank * k;
-      for (int i = 0; i < k; ++i) w[i] += factor * of_rank[i];
+// Adds the squares of W + scale · B A over some panels of a matrix (columns, k): to `sums[column]`, or to `sums[k]` if
+// `by_k`. `a` is transposed, (k, ranks), `b` is (columns, ranks), both float32.
+void panels_squares(int type, const void* panels, int first, int last, int columns, int k, const float* a, const float* b,
+                    int ranks, float scale, int by_k, double* sums) {
+  std::vector<float> memory((size_t)k * PANEL + (size_t)ranks * PANEL + k);
+  float *wide = memory.data(), *factors = wide + (size_t)k * PANEL, *column = factors + (size_t)ranks * PANEL;
+  for (int panel = first; panel < last; ++panel) {
+    const int start = panel * PANEL, count = columns - start < PANEL ? columns - start : PANEL;
+    if ((Type)type == Type::int8) {
+      for (int c = 0; c < PANEL; ++c) {
+        read_column((Type)type, panels, k, start + c, column);
+        for (int i = 0; i < k; ++i) wide[i * PANEL + c] = column[i];
+      }
+    } else {
+      widen_panels((Type)type, 1, (const char*)panels + panel * panel_bytes((Type)type, k), k, wide);
     }
-    double total = 0.0;
-    if (by_k)
-      for (int i = 0; i < k; ++i) sums[i] += (double)w[i] * w[i];
-    else
-      for (int i = 0; i < k; ++i) total += (double)w[i] * w[i];
-    if (!by_k) sums[c] += total;
+    for (int rank = 0; rank < ranks; ++rank)
+      for (int c = 0; c < PANEL; ++c)
+        factors[rank * PANEL + c] = c < count ? scale * b[(size_t)(start + c) * ranks + rank] : 0.0f;
+    multiply_rows(Type::float32, k, 1, factors, 0, ranks, a, ranks, wide, PANEL, true);
+    double of_columns[PANEL] = {};
+    for (int i = 0; i < k; ++i) {
+      double of_k = 0.0;
+      for (int c = 0; c < PANEL; ++c) {
+        const double square = (double)wide[i * PANEL + c] * wide[i * PANEL + c];
+        of_columns[c] += square;
+        of_k += square;
+      }
+      if (by_k) sums[i] += of_k;
+    }
+    for (int c = 0; c < count && !by_k; ++c) sums[start + c] += of_columns[c];
   }
 }
 

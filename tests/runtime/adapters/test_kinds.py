@@ -161,6 +161,20 @@ def test_decoding_is_exact_too(bases, engine):
         assert judged.argmax(-1).tolist() == completion.token_ids, name
 
 
+def test_rows_keep_their_bits_beside_all_other_kinds(bases, engine):
+    """The compiled kernels' promise; torch's products depend on the shape of a batch."""
+    names = [None, *bases.kinds]
+    prompts = [text(80 + seed, 12) for seed, _ in enumerate(names)]
+    together = engine.generate(prompts, SCORE, [engine.digests[name] for name in names])
+    exact = engine.runner.kernels.startswith("compiled")
+    for name, tokens, completion in zip(names, prompts, together, strict=True):
+        [alone] = engine.generate([tokens], SCORE, engine.digests[name])
+        pairs = zip(completion.prompt_logprobs, alone.prompt_logprobs, strict=True)
+        assert all(
+            one.logprob == (other.logprob if exact else pytest.approx(other.logprob, abs=1e-4)) for one, other in pairs
+        ), name
+
+
 def test_kv_is_shared_with_the_base_only_where_nothing_before_it_changed(bases, engine):
     for seed, name in enumerate(bases.kinds):
         tokens = text(100 + seed, 60)
