@@ -248,7 +248,10 @@ class AdapterTensors:
             inputs, outputs = self._shapes.get(module, (0, hidden))
             shape = (outputs,) if module in self._norms else (outputs, inputs)
             shape = (inputs, outputs) if module.endswith(EMBEDDING) else shape
-            self._check_shape(f"{module}.{WEIGHT_LEAF}", shape, f"modules_to_save names {module}", "modules_to_save")
+            why = f"modules_to_save names {module}"
+            if module.endswith((EMBEDDING, HEAD)):
+                why += "; a vocabulary cannot grow, so train new tokens as trainable_token_indices of unused ones"
+            self._check_shape(f"{module}.{WEIGHT_LEAF}", shape, why, "modules_to_save")
             if module in self._biased:
                 self._check_shape(
                     f"{module}.{BIAS_LEAF}", (outputs,), "modules_to_save has it whole", "modules_to_save"

@@ -213,7 +213,7 @@ def test_evictions_and_preemptions_change_nothing(bases, kernels):
     largest = max(adapter.size for adapter in map(engine.adapters._adapters.__getitem__, sizes.values()))
     engine.close()
     engine = engine_of(
-        bases, kernels, adapter_bytes=largest + 64, host_adapter_bytes=2 * largest, kv_cache_bytes=16 * BLOCK_BYTES
+        bases, kernels, adapter_bytes=2 * largest, host_adapter_bytes=3 * largest, kv_cache_bytes=16 * BLOCK_BYTES
     )
     digests = {name: engine.add_adapter(*bases.adapter(name)) for name in bases.kinds}
     names = [*bases.kinds, *bases.kinds]
