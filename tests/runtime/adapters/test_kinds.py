@@ -17,6 +17,9 @@ from runtime.request import RequestRefused
 from tests.oracle import logits_of_output
 from tests.runtime.tiny_engine import prompt
 
+# PEFT warns of merging, of ties and of base configurations that it cannot find
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore:::peft")]
+
 VOCABULARY = 90
 SHAPE = {
     "vocab_size": VOCABULARY,
