@@ -1,7 +1,7 @@
 """What a PEFT configuration lets an adapter replace outright: biases, whole modules, rows of the vocabulary."""
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from runtime.adapter_format.errors import InvalidAdapter, shown
 
@@ -45,7 +45,7 @@ def token_indices(value: object, vocab_size: int) -> dict[str, tuple[int, ...]]:
     field = "trainable_token_indices"
     if value is None:
         return {}
-    by_module = value if isinstance(value, Mapping) else {"embed_tokens": value}
+    by_module: Mapping[Any, Any] = value if isinstance(value, Mapping) else {"embed_tokens": value}
     for name, ids in by_module.items():
         if not isinstance(name, str) or not name or not isinstance(ids, list | tuple) or not ids:
             raise InvalidAdapter(field, f"is {shown(value)}, expected token ids, or an object of them by module name")

@@ -258,7 +258,7 @@ def _table(sites: list[SitePlace | None], dtype: str) -> np.ndarray:
         row["ranks"], row["type"] = site.ranks, TYPES[dtype]
         _set(row, site, SITE_ADDRESSES)
         for place in site.parts:
-            entry = row["parts"][place.part.index]
+            entry = row["parts"][place.part.place]
             _set(entry, place, PART_ADDRESSES)
             entry["first_rank"], entry["ranks"] = place.first_rank, place.part.rank
             entry["type"], entry["count"] = TYPES[place.weight_dtype], len(place.part.tokens)

@@ -36,7 +36,7 @@ class AdaptedPart(NamedTuple):
     """What an adapter changes of one module: y = (W x + scale · BAx) · gain + bias, where W may be its own."""
 
     module: str
-    index: int  # among the site's projections
+    place: int  # among the site's projections
     columns: slice  # of the site's output
     inputs: int
     rank: int  # 0: it has no A and B
@@ -54,7 +54,8 @@ class AdaptedPart(NamedTuple):
 
     @property
     def width(self) -> int:
-        return self.columns.stop - self.columns.start
+        width: int = self.columns.stop - self.columns.start
+        return width
 
     def has_bias(self, base: BaseWeights | None) -> bool:
         """Whether anything is added to the outputs. Raises InvalidAdapter where that depends on a base not at hand."""
@@ -99,7 +100,7 @@ def adapted_sites(model: ModelConfig, config: AdapterConfig, header: Header) -> 
 
 def _adapted_parts(site: Site, embedding: bool, config: AdapterConfig, header: Header) -> Iterator[AdaptedPart]:
     column, tensors = 0, header.tensors
-    for index, (module, width) in enumerate(site.parts):
+    for place, (module, width) in enumerate(site.parts):
         columns = slice(column, column + width)
         column += width
         names = tensor_names(module, embedding)
@@ -111,7 +112,7 @@ def _adapted_parts(site: Site, embedding: bool, config: AdapterConfig, header: H
             rank = a[0]
         part = AdaptedPart(
             module=module,
-            index=index,
+            place=place,
             columns=columns,
             inputs=site.in_features,
             rank=rank,
@@ -183,7 +184,7 @@ class PartContent(NamedTuple):
                 f"{module}.{MAGNITUDE_LEAF}", "divides by a row of zeros: the base's and BA cancel out"
             )
         with np.errstate(all="ignore"):  # what overflows is refused
-            gains = self.exact(f"{module}.{MAGNITUDE_LEAF}") / lengths
+            gains: np.ndarray = self.exact(f"{module}.{MAGNITUDE_LEAF}") / lengths
         if not np.isfinite(gains).all():
             raise InvalidAdapter(
                 f"{module}.{MAGNITUDE_LEAF}", "overflows float32 when it is divided by its row's length"

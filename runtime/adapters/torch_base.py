@@ -1,6 +1,7 @@
 """The base's weights as PyTorch holds them, for adapters that depend on them: DoRA and trained biases."""
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +48,13 @@ class TorchBase:
     def lengths(self, module: str, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> np.ndarray:
         if module == EMBEDDING:
             rows = _squares(self._embedding, np.ascontiguousarray(b.T), np.ascontiguousarray(a.T), scale, pause)
-            return np.sqrt(sum(piece.sum(axis=0, dtype=np.float64) for piece in rows)).astype(np.float32)
-        linear, columns = self._projections[module]
-        rows = _squares(linear.plain()[columns], a, b, scale, pause)
-        return np.sqrt(np.concatenate([piece.sum(axis=1, dtype=np.float64) for piece in rows])).astype(np.float32)
+            totals = reduce(np.add, (piece.sum(axis=0, dtype=np.float64) for piece in rows))
+        else:
+            linear, columns = self._projections[module]
+            rows = _squares(linear.plain()[columns], a, b, scale, pause)
+            totals = np.concatenate([piece.sum(axis=1, dtype=np.float64) for piece in rows])
+        lengths: np.ndarray = np.sqrt(totals).astype(np.float32)
+        return lengths
 
 
 def _squares(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> Iterator[np.ndarray]:

@@ -93,7 +93,8 @@ class CompiledDecoder:
     def _linear(
         self, linear: Linear, site: int, x: Tensor, out: Tensor, form: Form = "store", scale: float = 1.0
     ) -> None:
-        modules, widths = zip(*self.config.sites()[site].parts, strict=True)
+        modules = [part.module for part in self.config.sites()[site].parts]
+        widths = [part.out_features for part in self.config.sites()[site].parts]
         biases = [None] * len(widths) if linear.bias is None else torch.split(linear.bias.float(), widths)
         weights = map(self._pack, torch.split(linear.weight, widths))
         parts = [Part(*part) for part in zip(weights, biases, strict=True)]

@@ -19,9 +19,13 @@ class LoraPart(ctypes.Structure):
     """step.h"""
 
     _fields_ = [
-        *[("b", c_void_p), ("bias", c_void_p), ("first_rank", c_int32), ("ranks", c_int32)],
+        ("b", c_void_p),
+        ("bias", c_void_p),
+        ("first_rank", c_int32),
+        ("ranks", c_int32),
         *[(name, c_void_p) for name in ("gain", "weight", "tokens", "rows")],
-        *[("type", c_int32), ("count", c_int32)],
+        ("type", c_int32),
+        ("count", c_int32),
     ]
 
 
