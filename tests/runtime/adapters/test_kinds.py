@@ -230,6 +230,27 @@ def test_evictions_and_preemptions_change_nothing(bases, kernels):
     engine.close()
 
 
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_files_in_16_bits_and_of_several_dtypes_are_exact(bases, kernels):
+    engine = engine_of(bases, kernels)
+    for seed, name in enumerate(("embed_tokens", "lm_head", "dora", "tokens", "ia3")):
+        model = bases.adapted(bases.kinds[name])
+        halves = torch.float16 if seed % 2 else torch.bfloat16
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(parameter.to(halves))
+        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        own = {key: tensor if "lora_B" in key else tensor.to(halves) for key, tensor in tensors.items()}
+        digest = engine.add_adapter(own, model.peft_config["default"].to_dict())
+        tokens = text(400 + seed)
+        [completion] = engine.generate([tokens], SCORE, digest)
+        judged = logits_of_output(model, tokens[:1], tokens[1:]).log_softmax(-1)
+        for row, token, entry in zip(judged, tokens[1:], completion.prompt_logprobs, strict=True):
+            assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4), name
+    engine.close()
+
+
 def test_gains_follow_a_base_in_int8(bases):
     """DoRA's lengths are those of the weights that are multiplied: the dequantised ones."""
     engine = engine_of(bases, "compiled", quantization="int8")
