@@ -1,6 +1,6 @@
 """Grouped LoRA products over tiles: one launch shrinks all rows of a site, one launch expands them to all its parts.
 
-A shrink is t = x Aᵀ, an expand y += t B + bias. kernels.reference.grouped_lora specifies both in PyTorch.
+A shrink is t = x Aᵀ, an expand y = (y + t B) · gain + bias. kernels.reference.grouped_lora specifies both in PyTorch.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ _RANKS = tl.constexpr(offset_table.RANKS)
 _ALL_RANKS = tl.constexpr(offset_table.RANKS + offset_table.MAX_PARTS)
 _B = tl.constexpr(offset_table.B)
 _BIAS = tl.constexpr(offset_table.BIAS)
+_GAIN = tl.constexpr(offset_table.GAIN)
 _FIELDS = tl.constexpr(offset_table.FIELDS)
 _ALIGNMENT = tl.constexpr(offset_table.ALIGNMENT)
 _FIRST_ROW = tl.constexpr(lora_tiles.FIRST_ROW)
@@ -319,7 +320,7 @@ def _expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> None:
-    """y[rows, n] += Σₛ Σᵣ t[rows, s, r] B[r, n] + bias[n] for one tile and a block of one part's columns."""
+    """y[rows, n] = (y[rows, n] + Σₛ Σᵣ t[rows, s, r] B[r, n]) · gain[n] + bias[n] for one tile and a block."""
     tile = tiles + tl.program_id(0) * _TILE_FIELDS
     count = tl.load(tile + _ROWS)
     if count == 0:
@@ -328,7 +329,8 @@ def _expand_kernel(
     entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS + part
     first_rank = tl.load(entry + _RANKS).to(tl.int32)
     rank = tl.load(entry + _RANKS + 1).to(tl.int32) - first_rank
-    if rank == 0:
+    bias, gain = tl.load(entry + _BIAS), tl.load(entry + _GAIN)
+    if (rank == 0) & (bias <= 0) & (gain <= 0):
         return
     row = tl.arange(0, BLOCK_M)
     first_row = tl.load(tile + _FIRST_ROW).to(tl.int64)
@@ -349,10 +351,12 @@ def _expand_kernel(
             term = rest.to(arena.dtype.element_ty)
             acc = tl.dot(term.to(DOT), b, acc, input_precision="ieee")
             rest -= term.to(tl.float32)
-    bias = tl.load(entry + _BIAS)
-    if bias >= 0:
-        bias = tl.multiple_of(bias, _ALIGNMENT)
-        acc += tl.load(arena + bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
     out = y + first_row * y_row + first_column + (row[:, None] * y_row + columns[None, :])
     total = tl.load(out, mask=in_tile & in_part, other=0.0).to(tl.float32) + acc
+    if gain > 0:
+        gain = tl.multiple_of(gain, _ALIGNMENT)
+        total *= tl.load(arena + gain + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    if bias > 0:
+        bias = tl.multiple_of(bias, _ALIGNMENT)
+        total += tl.load(arena + bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
     tl.store(out, total.to(y.dtype.element_ty), mask=in_tile & in_part)

@@ -174,7 +174,7 @@ class Engine:
             memory=self.adapters.file_memory.take,
         )
         self.adapters.add(digest, file)
-        self._own_adapters.add(digest, file.config)
+        self._own_adapters.add(digest, file)
         return digest
 
     def register_adapter(self, digest: str, source: Path | bytes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.adapter_format.canonical import AdapterConfig, kv_is_base
+from runtime.adapter_format.canonical import CanonicalFile, kv_is_base
 from runtime.invocation import find_invocation
 from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from runtime.models.config import ModelConfig
@@ -52,8 +52,9 @@ class OwnAdapters:
         self._model = model
         self._adapters: dict[str, OwnAdapter] = {}
 
-    def add(self, digest: str, config: AdapterConfig) -> None:
-        self._adapters[digest] = OwnAdapter(config.alora_invocation_tokens, kv_is_base(config.scales, self._model))
+    def add(self, digest: str, file: CanonicalFile) -> None:
+        shared = kv_is_base(file.header.tensors, self._model)
+        self._adapters[digest] = OwnAdapter(file.config.alora_invocation_tokens, shared)
 
     def remove(self, digest: str) -> None:
         self._adapters.pop(digest, None)

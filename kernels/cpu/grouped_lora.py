@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cpu.replacements import Changes
+
 # If a batch has several runs, numpy computes those of up to this many rows: torch wakes all its threads for each
 # product, and numpy takes half the time up to here, for ranks 16 to 192 and 576 to 12,288 features. torch computes the
 # only run of a batch: an r16 adapter then adds 29 % to a step of a 135M model, not 36 % (both measured in turn in one
@@ -34,11 +36,12 @@ class HostSite(NamedTuple):
 
 
 class SiteWeights(NamedTuple):
-    """One adapter's weights at one site."""
+    """One adapter's weights at one site; without parts `a` is empty, and there are only changes."""
 
     a: Tensor  # Aᵀ, (in, sum of the parts' ranks), stored rank by rank
     parts: tuple[PartWeights, ...]
     host: HostSite | None = None  # set by `on_host`
+    changes: tuple[Changes, ...] = ()  # besides LoRA
 
     def on_host(self) -> "SiteWeights":
         """The same weights with `host` set; they must be float32 on the CPU."""
@@ -67,7 +70,7 @@ def grouped_lora(y: Tensor, x: Tensor, site: int, runs: Sequence[Run]) -> None:
     few: list[_HostRun] = []
     for start, stop, sites in runs:
         weights = sites[site]
-        if weights is None:
+        if weights is None or not weights.parts:
             continue
         if weights.host is not None and len(runs) > 1 and stop - start <= FEW_ROWS:
             few.append(_HostRun(start, stop, weights.parts, weights.host))
@@ -86,7 +89,7 @@ def embedding_lora(x: Tensor, token_ids: Tensor, site: int, runs: Sequence[Run])
     """
     for start, stop, sites in runs:
         weights = sites[site]
-        if weights is not None:
+        if weights is not None and weights.parts:
             _expand(x[start:stop], weights.a[token_ids[start:stop]], weights.parts)
 
 

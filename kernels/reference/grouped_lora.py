@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.lora_tiles import Tiles
-from kernels.offset_table import BIAS, MAX_PARTS, NO_BIAS, RANKS, A, B
+from kernels.offset_table import BIAS, GAIN, MAX_PARTS, RANKS, A, B
 
 
 def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor,
 
 
 def expand(t: Tensor, y: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, widths: Sequence[int]) -> None:
-    """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
+    """y[rows, columns] = (y + Σₛ t[rows, s, ranks] B) · gain + bias, in place, for every tile and adapted part.
 
     `t` is the result of the shrink. y is (T, out); the site's parts fill its columns side by side, `widths[i]` columns
     for part i. Computed in float32 and rounded to y's dtype once. Rows of no tile, and columns of parts that are not
@@ -46,19 +46,23 @@ def expand(t: Tensor, y: Tensor, site: int, arena: Tensor, table: Tensor, tiles:
         for part, width in enumerate(widths):
             start, stop = stop, stop + width
             first, last = fields[RANKS + part : RANKS + part + 2]
-            if first == last:
+            bias, gain = fields[BIAS + part], fields[GAIN + part]
+            if first == last and bias <= 0 and gain <= 0:
                 continue
-            delta = t[rows, :, first:last].sum(1) @ _matrix(arena, fields[B + part], last - first, width)
-            if fields[BIAS + part] != NO_BIAS:
-                delta += _matrix(arena, fields[BIAS + part], 1, width)
-            y[rows, start:stop] += delta
+            total = y[rows, start:stop].float()
+            total += t[rows, :, first:last].sum(1) @ _matrix(arena, fields[B + part], last - first, width)
+            if gain > 0:
+                total *= _matrix(arena, gain, 1, width)
+            if bias > 0:
+                total += _matrix(arena, bias, 1, width)
+            y[rows, start:stop] = total.to(y.dtype)
 
 
 def _adapted(site: int, table: Tensor, tiles: Tiles) -> Iterator[tuple[slice, list[int]]]:
     """Rows and table entry of every tile whose adapter adapts the site."""
     for first, count, slot in tiles.fields.tolist():
         fields = table[slot, site].tolist()
-        if count and fields[RANKS + MAX_PARTS]:
+        if count and any(fields):
             yield slice(first, first + count), fields
 
 

@@ -22,18 +22,19 @@ from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.peft_config import PeftConfig, parse_peft_config
 from runtime.adapter_format.safetensors_header import Header, consecutive, header_in, read_header, write_header
 from runtime.adapter_format.tensor_source import CHUNK_BYTES, ArrayTensors, FileTensors
-from runtime.adapter_format.tensors import AdapterTensors
+from runtime.adapter_format.tensors import AdapterTensors, module_of
 from runtime.models.config import ModelConfig
 
 CONFIG_KEY = "adapter_config"
 _log = logging.getLogger(__name__)
 
 
-class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The configuration in a canonical file."""
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The configuration in a canonical file. What is at its default is not written: digests stay what they were."""
 
     alora_invocation_tokens: tuple[int, ...] | None  # None for a plain LoRA
-    scales: dict[str, float]  # of every adapted module, by its name
+    scales: dict[str, float]  # of every module with A and B, by its name
+    token_indices: dict[str, tuple[int, ...]] = {}  # rows of the embedding or the head that are replaced, by module
 
 
 class CanonicalFile(NamedTuple):
@@ -48,7 +49,7 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Describes a canonical adapter to the catalog."""
 
     digest: str  # BLAKE3 of the file, in hex
-    rank: int  # the largest of all modules
+    rank: int  # the largest of all modules; 0 for IA³
     targets: list[str]  # short module names, such as q_proj
     kind: Literal["lora", "alora"]
     bytes: int  # the file's size
@@ -93,13 +94,13 @@ def canonicalise(
         unfinished.unlink(missing_ok=True)
     return AdapterSummary(
         digest=digest,
-        rank=max(adapter.ranks.values()),
-        targets=sorted({module.rpartition(".")[2] for module in adapter.scales}),
+        rank=max(adapter.ranks.values(), default=0),
+        targets=sorted({module.rpartition(".")[2] for module in changed_modules(adapter.tensors)}),
         kind="lora" if peft.alora_invocation_tokens is None else "alora",
         bytes=size,
         warnings=[*peft.warnings, *about_base, *adapter.warnings],
         invocation_tokens=peft.alora_invocation_tokens,
-        kv_is_base=kv_is_base(adapter.scales, model),
+        kv_is_base=kv_is_base(adapter.tensors, model),
     )
 
 
@@ -156,15 +157,22 @@ def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, He
     return config, header, header.data_offset
 
 
-def kv_is_base(modules: Iterable[str], model: ModelConfig) -> bool:
-    """Return whether an adapter of these modules leaves every K and V equal to the base's.
+def changed_modules(tensors: Iterable[str]) -> set[str]:
+    """Return the modules to which a canonical file's tensors belong."""
+    return set(map(module_of, tensors))
+
+
+def kv_is_base(tensors: Iterable[str], model: ModelConfig) -> bool:
+    """Return whether an adapter of these canonical tensors leaves every K and V equal to the base's.
 
     K and V of a layer depend on the hidden state before it, and so on earlier layers and the embedding. The modules
     after the last layer's K and V change none.
     """
     last = f"model.layers.{model.num_layers - 1}."
     harmless = (f"{last}self_attn.q_proj", f"{last}self_attn.o_proj", f"{last}mlp.", "lm_head")
-    return all(module.startswith(harmless) for module in modules)
+    after = (model.norms.mlp, model.norms.after_attention, model.norms.after_mlp)
+    norms = ("model.norm", *(last + name for name in after if name is not None))
+    return all(module.startswith(harmless) or module in norms for module in changed_modules(tensors))
 
 
 class _Head(NamedTuple):
@@ -176,7 +184,11 @@ class _Head(NamedTuple):
 
 
 def _head(adapter: AdapterTensors, peft: PeftConfig) -> _Head:
-    config = AdapterConfig(alora_invocation_tokens=peft.alora_invocation_tokens, scales=adapter.scales)
+    config = AdapterConfig(
+        alora_invocation_tokens=peft.alora_invocation_tokens,
+        scales=adapter.scales,
+        token_indices=adapter.token_indices,
+    )
     metadata = {CONFIG_KEY: msgspec.json.encode(config, order="sorted").decode()}
     shapes = {name: (entry.dtype, entry.shape) for name, entry in adapter.tensors.items()}
     text = write_header(shapes, metadata)

@@ -24,6 +24,7 @@ from runtime.adapter_format.weight_dtypes import HELD, widened
 
 A_LEAVES = ("lora_A.weight", "lora_embedding_A")
 BIAS_LEAF = "lora_B.bias"
+B_LEAVES = ("lora_B.weight", "lora_embedding_B", BIAS_LEAF)
 
 
 class Part(NamedTuple):
@@ -90,6 +91,10 @@ class _Opened(NamedTuple):
 
 def _open(part: Part, stack: ExitStack) -> _Opened:
     config, header, _ = read_canonical(part.path)
+    for name in header.tensors:
+        if not name.endswith((*A_LEAVES, *B_LEAVES)):
+            reason = "is more than LoRA (DoRA, a trained bias, rows or modules of its own), which PEFT does not add up"
+            raise InvalidAdapter(name, reason, "serve this adapter alone")
     return _Opened(stack.enter_context(part.path.open("rb")), config, header, part.weight)
 
 

@@ -8,6 +8,14 @@ import msgspec
 
 from runtime.adapter_format.errors import CONVERT, MERGE, InvalidAdapter, shown
 from runtime.adapter_format.patterns import Question, answers
+from runtime.adapter_format.replacements import (
+    Bias,
+    check_kinds,
+    feedforward_modules,
+    saved_modules,
+    token_indices,
+    trained_bias,
+)
 from runtime.adapter_format.safetensors_header import exact_json_object
 from runtime.adapter_format.target_modules import TargetModules
 
@@ -16,11 +24,11 @@ MAX_PATTERN_KEYS = 1024  # EVA writes one per module, and the largest dense mode
 MAX_SCALE = 10_000.0  # far more than any trained adapter's; an alpha of 1e30 is an attack or an accident
 MAX_ALPHA = MAX_SCALE * 1000
 
+LORA, IA3 = "LORA", "IA3"
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 ZERO_INITS = (None, True, "gaussian", "eva", "mica")  # B·A begins at zero
 # PEFT writes these fields for plain LoRA too, with a value that means "off", so a field's presence means nothing
 REFUSED_FIELDS = {
-    "use_dora": "DoRA is not supported yet",
     "use_qalora": "QALoRA is not supported",
     "kasa_config": "KaSA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
@@ -28,8 +36,6 @@ REFUSED_FIELDS = {
     "use_bdlora": "BD-LoRA is not supported",
     "velora_config": "VeLoRA is not supported",
     "megatron_config": "Megatron layers are not supported",
-    "modules_to_save": "replaces whole modules of the base, which others share",
-    "trainable_token_indices": "replaces rows of the base's embedding, which others share",
     "layer_replication": "changes the base's layers, which others share",
     "target_parameters": "adapters of bare parameters (MoE experts) are not supported",
 }
@@ -47,14 +53,20 @@ IGNORED_FIELDS = frozenset({
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of PEFT's LoRA configuration that decide the maths, under PEFT's names."""
+    """The fields of PEFT's LoRA or IA³ configuration that decide the maths, under PEFT's names."""
 
-    r: int
-    lora_alpha: float
+    r: int = 0  # as the next, of LoRA
+    lora_alpha: float = 0.0
+    ia3: bool = False
+    feedforward_modules: tuple[str, ...] | None = None  # of IA³: ends of names; None if a pattern chooses them
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}  # by a pattern of module names; the first match in order counts
     alpha_pattern: dict[str, float] = {}  # the same
     lora_bias: bool = False
+    use_dora: bool = False
+    bias: Bias = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: dict[str, tuple[int, ...]] = {}  # by the end of a module's name
     alora_invocation_tokens: tuple[int, ...] | None = None
     target_modules: TargetModules
     ensure_weight_tying: bool = False
@@ -94,13 +106,28 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
             raise InvalidAdapter("adapter_config", f"has {len(config)} bytes, expected at most {MAX_CONFIG_BYTES}")
         config = exact_json_object(config, "adapter_config")
     _refuse_by_name(config)
-    return PeftConfig(
+    if config.get("peft_type") == IA3:
+        return PeftConfig(
+            ia3=True,
+            feedforward_modules=feedforward_modules(config.get("feedforward_modules")),
+            modules_to_save=saved_modules(config.get("modules_to_save")),
+            target_modules=TargetModules(config),
+            starts_at_zero=config.get("init_ia3_weights") is not False,
+            base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
+            base_class=_base_class(config.get("auto_mapping")),
+            warnings=_unknown(config),
+        )
+    peft = PeftConfig(
         r=_rank("r", config.get("r"), max_rank),
         lora_alpha=_alpha("lora_alpha", config.get("lora_alpha")),
         use_rslora=_flag(config, "use_rslora"),
         rank_pattern={k: _rank(f"rank_pattern[{k}]", v, max_rank) for k, v in _keys(config, "rank_pattern")},
         alpha_pattern={k: _alpha(f"alpha_pattern[{k}]", v) for k, v in _keys(config, "alpha_pattern")},
         lora_bias=_flag(config, "lora_bias"),
+        use_dora=_flag(config, "use_dora"),
+        bias=trained_bias(config.get("bias")),
+        modules_to_save=saved_modules(config.get("modules_to_save")),
+        trainable_token_indices=token_indices(config.get("trainable_token_indices"), vocab_size),
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
         target_modules=TargetModules(config),
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
@@ -109,18 +136,24 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         base_class=_base_class(config.get("auto_mapping")),
         warnings=_unknown(config),
     )
+    check_kinds(
+        alora=peft.alora_invocation_tokens is not None,
+        dora=peft.use_dora,
+        lora_bias=peft.lora_bias,
+        bias=peft.bias,
+        saved=bool(peft.modules_to_save),
+        tokens=bool(peft.trainable_token_indices),
+    )
+    return peft
 
 
 def _refuse_by_name(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind not in (None, "LORA"):
-        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected LORA", MERGE)
+    if kind not in (None, LORA, IA3):
+        raise InvalidAdapter("peft_type", f"is {shown(kind)}, expected {LORA} or {IA3}", MERGE)
     for name, reason in REFUSED_FIELDS.items():
         if config.get(name):
             raise InvalidAdapter(name, f"is {shown(config[name])}: {reason}", MERGE)
-    bias = config.get("bias")
-    if bias not in (None, "none"):
-        raise InvalidAdapter("bias", f'is {shown(bias)}: trains the base\'s biases, expected "none"', MERGE)
     if config.get("invocation_string") is not None:
         raise InvalidAdapter(
             "invocation_string",
@@ -209,7 +242,7 @@ def _base_class(mapping: object) -> str | None:
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a warning for each unknown field that is set: it is ignored, as PEFT ignores it."""
     known = IGNORED_FIELDS | REFUSED_FIELDS.keys() | set(PeftConfig.__struct_fields__)
-    known |= {"peft_type", "bias", "init_lora_weights", "invocation_string", "exclude_modules"}
+    known |= {"peft_type", "init_ia3_weights", "init_lora_weights", "invocation_string", "exclude_modules"}
     known |= {"layers_pattern", "layers_to_transform"}
     names = [name for name, value in config.items() if name not in known and value]
     return tuple(f"{shown(name)}: unknown field, ignored" for name in sorted(names))

@@ -8,6 +8,7 @@ import numpy as np
 from runtime.adapter_format.base_tensors import BaseTensor, differs_by
 from runtime.adapter_format.errors import CONVERT, CORRECT, ITS_BASE, MERGE, SAVE_AGAIN, InvalidAdapter, shown
 from runtime.adapter_format.peft_config import PeftConfig
+from runtime.adapter_format.replacements import is_saved, tokens_of
 from runtime.adapter_format.safetensors_header import FILE, GATHER, TensorEntry
 from runtime.adapter_format.tensor_source import TensorSource
 from runtime.adapter_format.weight_dtypes import INFINITY_BITS, largest_magnitude, value_of
@@ -19,6 +20,9 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE_LEAF = "lora_magnitude_vector"  # of DoRA
+WEIGHT_LEAF, BIAS_LEAF, ROWS_LEAF = "weight", "bias", "token_rows"  # what replaces the base's; rows of the vocabulary
+GAIN_LEAF = "gain"  # of IA³: scales the outputs, the bias included
 BASE_LEAF = "base_layer.weight"
 FUSED = ("qkv_proj", "gate_up_proj")
 
@@ -33,6 +37,18 @@ _NAME = re.compile(
     r"(?P<leaf>base_layer|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.default)?(?P<kind>\.weight|\.bias)?",
     re.DOTALL,
 )
+# Tensors that replace the base's, under the names of modules_to_save, bias and trainable_token_indices
+_REPLACES = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[^.].*?)\.(?P<leaf>weight|(?:base_layer\.)?bias|ia3_l|"
+    r"token_adapter\.trainable_tokens_delta)",
+    re.DOTALL,
+)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a tensor of a canonical file."""
+    module, lora, _ = name.partition(".lora_")
+    return module if lora else name.rpartition(".")[0]
 
 
 class AdapterTensors:
@@ -47,23 +63,29 @@ class AdapterTensors:
     ranks: dict[str, int]  # by module
     scales: dict[str, float]  # by module
     warnings: list[str]
+    token_indices: dict[str, tuple[int, ...]]  # the rows that are replaced, of the embedding and the head
 
     def __init__(
         self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
     ) -> None:
         self._source = source
         self._model = model
+        self._config = config
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
         self.warnings = []
+        self._norms, self._biased = set(model.norm_modules()), model.biased()
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
         self._modules: dict[str, str] = {}  # by module, what the source calls it: patterns are made for those names
+        self._vectors: dict[str, str] = {}  # of IA³, by the module that a vector belongs to, its name in the source
         if not source.tensors:
             raise InvalidAdapter(FILE, "has no tensors", GATHER)
         copies = self._normalise(source.tensors)
-        modules = sorted({name.partition(".lora_")[0] for name in self.tensors})
-        if not modules:
+        modules = sorted({module_of(name) for name in self.tensors if ".lora_" in name})
+        if config.ia3:
+            self._check_gains()
+        elif not modules:
             raise InvalidAdapter(
                 FILE, "adapts no module of the model, expected at least one lora_A and lora_B", SAVE_AGAIN
             )
@@ -73,6 +95,9 @@ class AdapterTensors:
         for module in modules:
             self._check_module(module, config)
         self._check_config(config)
+        self._check_replaced_modules()
+        self._check_biases()
+        self._check_token_rows()
         for own_name, entry in copies.items():
             self._check_base_copy(own_name, entry, base_tensor)
 
@@ -82,7 +107,8 @@ class AdapterTensors:
         Raises InvalidAdapter at the first NaN or infinity, or for a value that overflows float32 when it is scaled.
         """
         entry, own_name = self.tensors[name], self._names[name]
-        scale = 1.0 if "lora_A" in name or "embedding_A" in name else self.scales[name.partition(".lora_")[0]]
+        scaled = ".lora_B" in name or ".lora_embedding_B" in name
+        scale = self.scales[module_of(name)] if scaled else 1.0
         for chunk in self._source.chunks(own_name):
             largest = largest_magnitude(chunk, entry.dtype)
             if largest >= INFINITY_BITS[entry.dtype]:
@@ -108,18 +134,17 @@ class AdapterTensors:
         return copies
 
     def _canonical_name(self, own_name: str) -> str:
+        if replacing := self._replacing_name(own_name):
+            return replacing
         if (copy := _COPY.fullmatch(own_name)) is not None:
             return f"{copy['module']}.{BASE_LEAF}"
         match = _NAME.fullmatch(own_name)
         if match is None:
             raise InvalidAdapter(own_name, *_foreign_name(own_name))
-        module, leaf = text_name(match["module"]), match["leaf"] + (match["kind"] or "")
-        if self._modules.setdefault(module, match["module"]) != match["module"]:
-            what = f"is of the module that other tensors call {shown(self._modules[module])}"
-            raise InvalidAdapter(own_name, what, SAVE_AGAIN)
+        module, leaf = self._module(own_name, match["module"]), match["leaf"] + (match["kind"] or "")
         short = module.rpartition(".")[2]
-        if match["leaf"] == "lora_magnitude_vector":
-            raise InvalidAdapter(own_name, "belongs to DoRA, which is not supported yet", MERGE)
+        if match["leaf"] == MAGNITUDE_LEAF and not self._config.use_dora:
+            raise InvalidAdapter(own_name, "is left over: use_dora is false", "set use_dora as it was trained")
         if is_vision(module):
             expected = "target_modules that name the text part only"
             raise InvalidAdapter(own_name, f"adapts the part that sees images, expected {expected}", TRAIN_AGAIN)
@@ -129,9 +154,20 @@ class AdapterTensors:
             step = CONVERT if "language_model" in module or "_module." in module else ITS_BASE
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base", step)
         allowed = EMBEDDING_LEAVES if short == EMBEDDING else LINEAR_LEAVES
+        if self._config.use_dora:
+            leaf = leaf.removesuffix(".weight") if match["leaf"] == MAGNITUDE_LEAF else leaf
+            allowed = (*allowed, MAGNITUDE_LEAF)
         if leaf not in allowed:
             raise InvalidAdapter(own_name, f"is left over: {module} takes {', '.join(allowed)}")
         return f"{module}.{leaf}"
+
+    def _module(self, own_name: str, named: str) -> str:
+        """The module that a source names; remembers what the source calls it."""
+        module = text_name(named)
+        if self._modules.setdefault(module, named) != named:
+            what = f"is of the module that other tensors call {shown(self._modules[module])}"
+            raise InvalidAdapter(own_name, what, SAVE_AGAIN)
+        return module
 
     def _check_module(self, module: str, config: PeftConfig) -> None:
         inputs, outputs = self._shapes[module]
@@ -141,6 +177,8 @@ class AdapterTensors:
         expected: dict[str, tuple[int, ...]] = {f"{module}.{a}": (rank, inputs), f"{module}.{b}": (outputs, rank)}
         if config.lora_bias and not embedding:
             expected[f"{module}.lora_B.bias"] = (outputs,)
+        if config.use_dora:
+            expected[f"{module}.{MAGNITUDE_LEAF}"] = (outputs,)
         for name, shape in expected.items():
             if name not in self.tensors:
                 raise InvalidAdapter(name, f"is missing, expected shape {list(shape)}")
@@ -156,15 +194,17 @@ class AdapterTensors:
     def _check_config(self, config: PeftConfig) -> None:
         """Refuse tensors that PEFT would ignore or would apply differently."""
         ends = {module.rpartition(".")[2] for module in self.scales}
-        firsts = {name.partition(".lora_")[0]: name for name in reversed(self.tensors)}
+        firsts = {module_of(name): name for name in reversed(self.tensors) if ".lora_" in name}
+        adapted = {module: self._names[firsts[module]] for module in self.scales} | self._vectors
         names = source_names(self._shapes, self._modules)
         selected = config.target_modules.among(tuple(names.values()))
         targeted = {module for module, name in names.items() if name in selected}
-        for module in self.scales:
+        for module, own in adapted.items():
             if module not in targeted:
-                own, fields = self._names[firsts[module]], "target_modules, exclude_modules and layers_to_transform"
+                fields = "target_modules, exclude_modules and layers_to_transform"
                 raise InvalidAdapter(own, f"is left over: {fields} do not select its module", CORRECT)
-        self._check_complete([module for module in self._shapes if module in targeted - self.scales.keys()], config)
+        lacking = targeted - adapted.keys()
+        self._check_complete([each for each in self._shapes if each in lacking and not self._is_saved(each)], config)
         if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
             raise InvalidAdapter(
                 "ensure_weight_tying", "is true: tied adapters of the embedding are not supported", MERGE
@@ -184,6 +224,142 @@ class AdapterTensors:
             how = "save all of the adapter, or select only the modules that it has"
             raise InvalidAdapter(FILE, f"has {what}, which init_lora_weights fills at random", how)
         self.warnings.append(f"{FILE}: {what}; they stay as the base has them")
+
+    def _replacing_name(self, own_name: str) -> str | None:
+        """The canonical name of a tensor that replaces one of the base; None if the configuration has no such one."""
+        match, config = _REPLACES.fullmatch(own_name), self._config
+        if match is None:
+            return None
+        module, leaf = text_name(match["module"]), match["leaf"].removeprefix("base_layer.")
+        if leaf == "ia3_l":
+            return f"{self._scaled_module(own_name, self._module(own_name, match['module']))}.{GAIN_LEAF}"
+        if leaf not in (WEIGHT_LEAF, BIAS_LEAF):
+            return f"{module}.{ROWS_LEAF}"
+        if leaf == BIAS_LEAF and config.bias != "none" and module in self._biased:
+            return f"{self._module(own_name, match['module'])}.{BIAS_LEAF}"
+        if not self._is_saved(module) or ".lora_" in own_name or ".base_layer." in own_name:
+            return None
+        if module not in self._shapes and module not in self._norms:
+            reason = f"replaces {shown(module)}: modules_to_save may name projections, embed_tokens, lm_head and norms"
+            raise InvalidAdapter(own_name, f"{reason} of the hidden state", MERGE)
+        if leaf == BIAS_LEAF and module not in self._biased:
+            raise InvalidAdapter(own_name, f"is left over: the base's {module} has no bias", ITS_BASE)
+        return f"{self._module(own_name, match['module'])}.{leaf}"
+
+    def _scaled_module(self, own_name: str, module: str) -> str:
+        """The module whose outputs a vector of IA³ scales; those of up_proj are a factor of down_proj's input."""
+        config, short = self._config, module.rpartition(".")[2]
+        if not config.ia3:
+            raise InvalidAdapter(own_name, "is left over: peft_type is not IA3", "set peft_type as it was trained")
+        if module not in self._shapes or short in (EMBEDDING, HEAD):
+            what = f"scales {shown(module)}, which is not a projection of a layer of the base"
+            raise InvalidAdapter(own_name, what, ITS_BASE)
+        self._vectors[module] = own_name
+        inputs, outputs = self._shapes[module]
+        shape, by_name = self._source.tensors[own_name].shape, config.feedforward_modules
+        of_input = module.endswith(by_name) if by_name else by_name is None and shape[:1] == (1,)
+        expected = (1, inputs) if of_input else (outputs, 1)
+        if shape != expected:
+            raise InvalidAdapter(own_name, f"has shape {list(shape)}, expected {list(expected)}", ITS_BASE)
+        up = f"{module.removesuffix(short)}up_proj"
+        if of_input and (short != "down_proj" or up not in self._shapes):
+            reason = "which only a down_proj beside an up_proj may have here"
+            raise InvalidAdapter(
+                "feedforward_modules", f"scales the input of {module}, {reason}", "train it without feedforward_modules"
+            )
+        return up if of_input else module
+
+    def _check_gains(self) -> None:
+        """Refuse IA³ without vectors, with vectors for saved modules, or with tensors of LoRA."""
+        gains = [name for name in self.tensors if name.endswith(f".{GAIN_LEAF}")]
+        if not gains:
+            raise InvalidAdapter(FILE, "adapts no module of the model, expected at least one ia3_l", SAVE_AGAIN)
+        for name in gains:
+            if self._is_saved(module_of(name)):
+                raise InvalidAdapter("modules_to_save", f"names {module_of(name)}, which has ia3_l too")
+        for name in self.tensors:
+            if ".lora_" in name:
+                step = "set peft_type as it was trained"
+                raise InvalidAdapter(self._names[name], "is left over: peft_type is IA3", step)
+
+    def _is_saved(self, module: str) -> bool:
+        """Whether the adapter has a module whole; with `ensure_weight_tying` a tied head goes with the embedding."""
+        names, tied = self._config.modules_to_save, self._config.ensure_weight_tying and self._model.tie_embeddings
+        return is_saved(module, names) or (tied and module == HEAD and is_saved(f"model.{EMBEDDING}", names))
+
+    def _check_replaced_modules(self) -> None:
+        """Refuse modules of `modules_to_save` that the file lacks, or that have LoRA too."""
+        hidden = self._model.hidden_size
+        for module in (*self._shapes, *self._norms):
+            if not self._is_saved(module):
+                continue
+            inputs, outputs = self._shapes.get(module, (0, hidden))
+            shape = (outputs,) if module in self._norms else (outputs, inputs)
+            shape = (inputs, outputs) if module.endswith(EMBEDDING) else shape
+            why, step = f"modules_to_save names {module}", ITS_BASE
+            if module.endswith((EMBEDDING, HEAD)):
+                why += ", and a vocabulary cannot grow"
+                step = "train new tokens as trainable_token_indices of unused ones"
+            self._check_shape(f"{module}.{WEIGHT_LEAF}", shape, why, "modules_to_save", step)
+            if module in self._biased:
+                why = "modules_to_save has it whole"
+                self._check_shape(f"{module}.{BIAS_LEAF}", (outputs,), why, "modules_to_save")
+            if module in self.scales:
+                raise InvalidAdapter("modules_to_save", f"names {module}, which has lora_A and lora_B too")
+
+    def _check_biases(self) -> None:
+        """Refuse trained biases that PEFT would not save or would not read; all that it saves must be there."""
+        bias = self._config.bias
+        for module in sorted(self._biased):
+            name, adapted = f"{module}.{BIAS_LEAF}", module in self.scales
+            if self._is_saved(module) or bias == "none":
+                continue
+            if adapted or bias == "all":
+                self._check_shape(name, (self._shapes[module][1],), f"bias is {bias}")
+                within = self._names[name].endswith(f".base_layer.{BIAS_LEAF}")
+                if within != adapted:
+                    place = "in" if adapted else "without"
+                    raise InvalidAdapter(self._names[name], f"is left over: PEFT has this bias {place} a base_layer")
+            elif name in self.tensors:
+                what = f"is left over: bias is lora_only, and {module} has no LoRA"
+                raise InvalidAdapter(self._names[name], what, "set bias as it was trained")
+
+    def _check_token_rows(self) -> None:
+        """Match the rows of `trainable_token_indices` to the embedding and the head; fill `token_indices`."""
+        field, indices = "trainable_token_indices", self._config.trainable_token_indices
+        embedding = f"model.{EMBEDDING}"
+        found = {module: ids for module in (embedding, HEAD) if (ids := tokens_of(module, indices)) is not None}
+        if len(found) < len(indices):
+            raise InvalidAdapter(field, f"names {shown(sorted(indices))}, expected {EMBEDDING} or {HEAD}, each once")
+        # PEFT keeps a tied head equal to the embedding, and has a tensor for it only if its tokens are others
+        follows = (
+            self._model.tie_embeddings and embedding in found and found.get(HEAD, found[embedding]) == found[embedding]
+        )
+        for module, ids in found.items():
+            if not (follows and module == HEAD):
+                shape = len(ids), self._model.hidden_size
+                self._check_shape(f"{module}.{ROWS_LEAF}", shape, f"{field} has {len(ids)} tokens", field)
+        if follows:
+            found[HEAD] = found[embedding]
+        for module in found:
+            if module in self.scales or f"{module}.{WEIGHT_LEAF}" in self.tensors:
+                what = f"replaces rows of {module}, which is adapted too: PEFT does not combine them"
+                raise InvalidAdapter(field, what, "train it again with one of the two")
+        for name in self.tensors:
+            module, _, leaf = name.rpartition(".")
+            if leaf == ROWS_LEAF and (module not in found or (follows and module == HEAD)):
+                raise InvalidAdapter(self._names[name], f"is left over: {field} does not name its module", CORRECT)
+        self.token_indices = found
+
+    def _check_shape(
+        self, name: str, shape: tuple[int, ...], why: str, field: str | None = None, step: str = ITS_BASE
+    ) -> None:
+        """Refuse a tensor that is missing, by `field` if it is given, or that has another shape."""
+        if name not in self.tensors:
+            raise InvalidAdapter(field or name, f"lacks {name} of shape {list(shape)}: {why}", SAVE_AGAIN)
+        if self.tensors[name].shape != shape:
+            got = list(self.tensors[name].shape)
+            raise InvalidAdapter(self._names[name], f"has shape {got}, expected {list(shape)}: {why}", step)
 
     def _check_base_copy(self, own_name: str, entry: TensorEntry, base_tensor: BaseTensor | None) -> None:
         """Refuse a copy that differs from the base's tensor by more than its dtype: PEFT would change the base."""

@@ -2,11 +2,12 @@
 
 Sites follow one another in index order. A site begins with the A matrices of its parts, stacked into one block of
 (sum of the parts' ranks, in). Then each part has its B matrix, transposed to (rank, out), and its bias; scales are
-folded into both. The embedding's A is transposed too, so that a token reads one row. Projections that the adapter does
-not adapt take no space.
+folded into both. The embedding's A is transposed too, so that a token reads one row. What the adapter changes besides
+LoRA follows: own weights, rows of the vocabulary, gains, biases. What the adapter leaves as it is takes no space.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.grouped_lora import PartWeights, SiteWeights
+from kernels.cpu.replacements import Changes
 from runtime.adapter_format.canonical import AdapterConfig
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header
-from runtime.adapter_format.weight_dtypes import HELD, widened
-from runtime.models.config import ModelConfig, Site
+from runtime.adapter_format.tensors import WEIGHT_LEAF
+from runtime.adapter_format.weight_dtypes import widened
+from runtime.adapters.parts import AdaptedPart, BaseWeights, PartContent, adapted_sites, stored, tensor_names
+from runtime.models.config import ModelConfig
 
 ALIGNMENT = 16  # elements: 64 bytes of float32, one cache line and one vector
 Sites = list[SiteWeights | None]  # the weights of an adapter, by site index
@@ -52,13 +56,31 @@ LayOut = Callable[[ModelConfig, AdapterConfig, Header], Layout]
 
 
 class PartLayout(NamedTuple):
-    """One adapted projection of a site."""
+    """One projection of a site with A and B."""
 
-    module: str
-    columns: slice  # of the site's output
+    part: AdaptedPart
     ranks: slice  # its rows in the site's A
     b: slice  # elements of the extent
     bias: slice | None  # elements of the extent
+
+    @property
+    def module(self) -> str:
+        return self.part.module
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the site's output."""
+        return self.part.columns
+
+
+class ChangesLayout(NamedTuple):
+    """What one part changes besides LoRA; elements of the extent, None for what it leaves as it is."""
+
+    part: AdaptedPart
+    weight: slice | None
+    rows: slice | None
+    gain: slice | None
+    bias: slice | None
 
 
 class SiteLayout(NamedTuple):
@@ -82,7 +104,9 @@ class AdapterLayout(NamedTuple):
     """The layout of one adapter for PyTorch and Triton."""
 
     sites: tuple[SiteLayout | None, ...]  # by site index; None where the adapter does not adapt the site
+    changes: tuple[tuple[ChangesLayout, ...], ...]  # besides LoRA, by site index; also of the norms' sites
     elements: int
+    base: BaseWeights | None
 
     def check_ranks(self, most: int) -> None:
         """Raises InvalidAdapter for the first module whose rank is over `most`, the engine's max_lora_rank."""
@@ -102,6 +126,10 @@ class AdapterLayout(NamedTuple):
         Calls `pause` before each matrix.
         """
         writer = ExtentWriter(extent)
+
+        def content(part: AdaptedPart) -> PartContent:
+            return PartContent(part, config.scales.get(part.module, 1.0), header, data, self.base)
+
         for site in filter(None, self.sites):
             for part in site.parts:
                 scale = config.scales[part.module]
@@ -113,12 +141,20 @@ class AdapterLayout(NamedTuple):
                 b, dtype = stored(header, data, names.b)
                 writer.write(part.b, b.T, dtype, scale)
                 if part.bias is not None:
-                    writer.write(part.bias, *stored(header, data, names.bias), scale)
+                    writer.write(part.bias, content(part.part).bias(None), "F32")
+        for layout in chain.from_iterable(self.changes):
+            _write_changes(writer, layout, content(layout.part), pause)
 
     def views(self, extent: Tensor) -> Sites:
         """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""
         with torch.inference_mode():  # makes a view in a third of the time
-            return [None if site is None else _site_views(site, extent) for site in self.sites]
+            found: Sites = [None if site is None else _site_views(site, extent) for site in self.sites]
+            found += [None] * (len(self.changes) - len(found))
+            for index, layouts in enumerate(self.changes):
+                if layouts:
+                    weights = found[index] or SiteWeights(extent[:0], ())
+                    found[index] = weights._replace(changes=_changes_views(layouts, extent))
+            return found
 
 
 def check_ranks(ranks: Iterable[tuple[str, int]], most: int) -> None:
@@ -130,23 +166,31 @@ def check_ranks(ranks: Iterable[tuple[str, int]], most: int) -> None:
             )
 
 
-class TensorNames(NamedTuple):
-    """The tensors of one module in a canonical file."""
-
-    a: str
-    b: str
-    bias: str
-
-
-def layout_adapter(model: ModelConfig, config: AdapterConfig, header: Header) -> AdapterLayout:
+def layout_adapter(
+    model: ModelConfig, config: AdapterConfig, header: Header, base: BaseWeights | None = None
+) -> AdapterLayout:
     """Lay out a canonical file's tensors. Raises InvalidAdapter if they do not fit this model."""
     offsets = _Offsets()
-    sites = model.sites()
-    layouts = [_lay_out_site(site, i == model.embed_site, header, offsets) for i, site in enumerate(sites)]
-    placed = {part.module for layout in filter(None, layouts) for part in layout.parts}
-    for module in config.scales.keys() ^ placed:
-        raise InvalidAdapter(module, "is not a projection of this model")
-    return AdapterLayout(tuple(layouts), offsets.end)
+    parts = adapted_sites(model, config, header)
+    sites = tuple(_lay_out_site(each, base, offsets) for each in parts[: len(model.sites())])
+    changes = tuple(tuple(_lay_out_changes(each, base, offsets)) for each in parts)
+    return AdapterLayout(sites, changes, offsets.end, base)
+
+
+def layout_without_weights(
+    model: ModelConfig, config: AdapterConfig, header: Header, base: BaseWeights | None = None
+) -> AdapterLayout:
+    """Lay out an adapter as `layout_adapter` does, for Triton's kernels.
+
+    Raises InvalidAdapter for weights of its own, which those kernels lack.
+    """
+    layout = layout_adapter(model, config, header, base)
+    for change in chain.from_iterable(layout.changes):
+        if change.weight is not None or change.rows is not None:
+            own = "weights of the adapter's own (modules_to_save, trainable_token_indices)"
+            step = "set kernels (--kernels) to compiled or torch"
+            raise InvalidAdapter(change.part.module, f"has {own}, which the triton kernels lack", step)
+    return layout
 
 
 class _Offsets:
@@ -161,50 +205,36 @@ class _Offsets:
         return slice(start, start + count)
 
 
-def _lay_out_site(site: Site, embedding: bool, header: Header, offsets: _Offsets) -> SiteLayout | None:
-    adapted = list(_adapted_parts(site, embedding, header))
+def _lay_out_site(parts: list[AdaptedPart], base: BaseWeights | None, offsets: _Offsets) -> SiteLayout | None:
+    adapted = [part for part in parts if part.rank]
     if not adapted:
         return None
-    rank = sum(part_rank for _, _, part_rank in adapted)
-    a = offsets.take(rank * site.in_features)
-    parts = []
+    inputs, rank = adapted[0].inputs, sum(part.rank for part in adapted)
+    a = offsets.take(rank * inputs)
+    layouts = []
     first = 0
-    for module, columns, part_rank in adapted:
-        out_features = columns.stop - columns.start
-        b = offsets.take(part_rank * out_features)
-        biased = tensor_names(module, embedding).bias in header.tensors
-        bias = offsets.take(out_features) if biased else None
-        parts.append(PartLayout(module, columns, slice(first, first + part_rank), b, bias))
-        first += part_rank
-    return SiteLayout(site.in_features, rank, a, embedding, tuple(parts))
+    for part in adapted:
+        b = offsets.take(part.rank * part.width)
+        bias = offsets.take(part.width) if part.has_bias(base) and not part.gains else None
+        layouts.append(PartLayout(part, slice(first, first + part.rank), b, bias))
+        first += part.rank
+    return SiteLayout(inputs, rank, a, adapted[0].embedding, tuple(layouts))
 
 
-def _adapted_parts(site: Site, embedding: bool, header: Header) -> Iterator[tuple[str, slice, int]]:
-    """Module, output columns and rank of each part that the adapter adapts."""
-    column = 0
-    for module, out_features in site.parts:
-        columns = slice(column, column + out_features)
-        column += out_features
-        names = tensor_names(module, embedding)
-        if names.a not in header.tensors or names.b not in header.tensors:
+def _lay_out_changes(parts: list[AdaptedPart], base: BaseWeights | None, offsets: _Offsets) -> Iterator[ChangesLayout]:
+    """What each part changes besides LoRA; a bias beside LoRA without gains is LoRA's."""
+    for part in parts:
+        biased = part.has_bias(base) and (part.gains or not part.rank)
+        if not (part.own_weight or part.tokens or part.gains or biased):
             continue
-        a, b = header.tensors[names.a].shape, header.tensors[names.b].shape
-        if a != (a[0], site.in_features) or b != (out_features, a[0]):
-            raise InvalidAdapter(module, f"has A {list(a)} and B {list(b)}, which do not fit this model")
-        yield module, columns, a[0]
-
-
-def tensor_names(module: str, embedding: bool) -> TensorNames:
-    """Return the names of a module's tensors; an embedding's A and B have names of their own."""
-    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return TensorNames(f"{module}.{a}", f"{module}.{b}", f"{module}.lora_B.bias")
-
-
-def stored(header: Header, data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """Return a tensor as the file holds it, and its dtype there."""
-    dtype, shape, start, stop = header.tensors[name]
-    held = data[header.data_offset + start : header.data_offset + stop].view(HELD[dtype])
-    return held.reshape(shape), dtype
+        hidden = part.width if part.embedding else part.inputs
+        yield ChangesLayout(
+            part=part,
+            weight=offsets.take(part.width * max(part.inputs, 1)) if part.own_weight else None,
+            rows=offsets.take(len(part.tokens) * hidden) if part.tokens else None,
+            gain=offsets.take(part.width) if part.gains else None,
+            bias=offsets.take(part.width) if biased else None,
+        )
 
 
 def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
@@ -221,6 +251,45 @@ def _site_views(site: SiteLayout, extent: Tensor) -> SiteWeights:
     weights = SiteWeights(a, tuple(parts))
     on_host = extent.dtype == torch.float32 and extent.device.type == "cpu"
     return weights.on_host() if on_host else weights
+
+
+def _changes_views(layouts: Sequence[ChangesLayout], extent: Tensor) -> tuple[Changes, ...]:
+    def view(place: slice | None, *shape: int) -> Tensor | None:
+        return None if place is None else extent[place].view(shape)
+
+    found = []
+    for part, weight, rows, gain, bias in layouts:
+        matrix = (part.inputs, part.width) if part.embedding else (part.width, part.inputs)
+        tokens = torch.from_numpy(part.ordered_tokens()[0]).long() if part.tokens else None
+        found.append(
+            Changes(
+                columns=part.columns,
+                weight=view(weight, *(matrix if part.inputs else (part.width,))),
+                tokens=tokens,
+                rows=view(rows, len(part.tokens), part.width if part.embedding else part.inputs),
+                gain=view(gain, part.width),
+                bias=view(bias, part.width),
+            )
+        )
+    return tuple(found)
+
+
+def _write_changes(
+    writer: "ExtentWriter", layout: ChangesLayout, content: PartContent, pause: Callable[[], None]
+) -> None:
+    pause()
+    gains = None
+    if layout.gain is not None:
+        gains = content.gains(pause)
+        writer.write(layout.gain, gains, "F32")
+    if layout.bias is not None:
+        writer.write(layout.bias, content.bias(gains), "F32")
+    if layout.weight is not None and content.part.is_norm:
+        writer.write(layout.weight, content.norm_weight(), "F32")
+    elif layout.weight is not None:
+        writer.write(layout.weight, *stored(content.header, content.data, f"{content.part.module}.{WEIGHT_LEAF}"))
+    if layout.rows is not None:
+        writer.write(layout.rows, content.rows()[1], "F32")
 
 
 class ExtentWriter:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from kernels.cpu.grouped_lora import Run, SiteWeights, embedding_lora, grouped_lora
 from kernels.cpu.paged_attention import AttentionGroup
+from kernels.cpu.replacements import Span, replace_embeddings, replace_products, scale_and_shift
 from runtime.cpu.adapted_rows import LogitRows, adapted_rows, base_and_adapted, logit_rows
 from runtime.models.config import ModelConfig
+from runtime.models.layers import RmsNorm
 from runtime.request import Request
 from runtime.scheduler import Chunk
 
@@ -28,12 +30,10 @@ class LoraRows:
         self.model = model
         self.runs = runs
         self.logit_runs = logit_runs
-        self.embed_site = model.embed_site
-        self.lm_head_site = model.lm_head_site
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
-        """y += LoRA(x) in place, on the rows that carry an adapter."""
-        grouped_lora(y, x, site, self.runs)
+        """Add LoRA(x) to y in place, and make the adapters' other changes, on the rows that carry an adapter."""
+        self._apply(site, x, y, self.runs)
 
     def of_rows(self, rows: Tensor) -> "LoraRows | None":
         """The adapters of some rows, (n,) in ascending order, which lie side by side from now on; None for none."""
@@ -42,12 +42,34 @@ class LoraRows:
         runs = [Run(first, last, run.sites) for run, (first, last) in pairs if first < last]
         return LoraRows(self.model, runs, []) if runs else None
 
-    def embed(self, token_ids: Tensor, x: Tensor) -> None:
-        embedding_lora(x, token_ids, self.embed_site, self.runs)
-
     def apply_logits(self, x: Tensor, y: Tensor) -> None:
         """As `apply`, for the rows whose logits are computed."""
-        grouped_lora(y, x, self.lm_head_site, self.logit_runs)
+        self._apply(self.model.lm_head_site, x, y, self.logit_runs)
+
+    def embed(self, token_ids: Tensor, x: Tensor) -> None:
+        site = self.model.embed_site
+        spans = _spans(site, self.runs)
+        replace_embeddings(x, token_ids, spans)
+        embedding_lora(x, token_ids, site, self.runs)
+        scale_and_shift(x, spans)
+
+    def norm(self, site: int, norm: RmsNorm, x: Tensor, y: Tensor) -> None:
+        """Where an adapter has a norm's weight, y is x normed by it; the last norm is of the rows of logits."""
+        for start, stop, changes in _spans(site, self.logit_runs if site == self.model.last_norm_site else self.runs):
+            for one in changes:
+                if one.weight is not None:
+                    y[start:stop] = norm.with_weight(x[start:stop], one.weight)
+
+    def _apply(self, site: int, x: Tensor, y: Tensor, runs: list[Run]) -> None:
+        spans = _spans(site, runs)
+        replace_products(y, x, spans)
+        grouped_lora(y, x, site, runs)
+        scale_and_shift(y, spans)
+
+
+def _spans(site: int, runs: Sequence[Run]) -> list[Span]:
+    """The runs whose adapter changes more at a site than LoRA does."""
+    return [(run.start, run.stop, own.changes) for run in runs if (own := run.sites[site]) is not None and own.changes]
 
 
 class Batch(NamedTuple):

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
+from runtime.cpu.panel_base import EMBEDDING, HEAD, PanelBase
 from runtime.cpu.weight_panels import WeightPanels
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, ROUTER, SITES_PER_EXPERT, SITES_PER_LAYER, ModelConfig
+from runtime.models.families import NormKind
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm, rounded_to
 from runtime.models.weights import Checkpoint, Experts, LayerWeights
 
@@ -36,6 +38,7 @@ class CompiledDecoder:
         self.program = Program(pool)
         self.block_size = block_size
         self._panels = panels
+        self.base = PanelBase()  # the weights by module
         q, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self._x = _buffer(rows, config.hidden_size)
         self._normed = _buffer(rows, config.hidden_size)
@@ -58,11 +61,13 @@ class CompiledDecoder:
         config, program = self.config, self.program
         embedding = self._panels.embedding(checkpoint.embedding())
         head = embedding if config.tie_embeddings else self._panels.head(checkpoint.lm_head())
+        for module, weight in ((EMBEDDING, embedding), (HEAD, head)):
+            self.base.add(module, [Part(weight, None)])
         multiplier = config.embedding_scale(partial(rounded_to, checkpoint.dtype))
         program.embed(embedding, self._x, config.embed_site, multiplier)
         for index in range(config.num_layers):
             self._layer(checkpoint.layer(index), index, kv[index])
-        self._norm(checkpoint.norm(), self._x, self._last, of_logits=True)
+        self._norm(checkpoint.norm(), self._x, self._last, config.last_norm_site, of_logits=True)
         # A row's logits are scaled as they are written
         form: Form = "capped" if config.logits_cap else "store"
         scale = config.logits_cap or 1.0 / config.logits_scaling
@@ -75,7 +80,7 @@ class CompiledDecoder:
 
     def _attention(self, layer: LayerWeights, index: int, kv: Tensor) -> None:
         config, program, site = self.config, self.program, index * SITES_PER_LAYER
-        normed = self._normed_rows(layer.attention_norm)
+        normed = self._normed_rows(layer.attention_norm, index, "attention")
         self._linear(layer.qkv, site + QKV, normed, self._qkv)
         program.rotate_write(
             self._qkv,
@@ -89,7 +94,8 @@ class CompiledDecoder:
         )
         how = config.attention_scale, config.window(index), config.attention_cap
         program.attention(self._qkv, kv, self._mixed, config.num_heads, self.block_size, *how)
-        self._add(layer.o, site + OUT, self._mixed, layer.after_attention)
+        self._linear(layer.o, site + OUT, self._mixed, *self._target(layer.after_attention))
+        self._add_normed(layer.after_attention, index, "after_attention")
 
     def _qk_norms(self, layer: LayerWeights) -> tuple[Tensor, Tensor] | None:
         """The weights of a layer's norms of queries and keys: of each head, or of all together."""
@@ -100,20 +106,22 @@ class CompiledDecoder:
         return None if norm is None else (norm.plain[0].float(), norm.plain[self.config.num_heads].float())
 
     def _mlp(self, layer: LayerWeights, index: int) -> None:
-        normed, site = self._normed_rows(layer.mlp_norm), index * SITES_PER_LAYER
+        normed, site = self._normed_rows(layer.mlp_norm, index, "mlp"), index * SITES_PER_LAYER
         gate: Form = "gated_gelu" if self.config.gelu else "gated"
         if isinstance(layer.mlp, Experts):
             assert layer.after_mlp is None, "no family with experts has such a norm"
             self._experts(layer.mlp, index, normed, gate)
             return
         self._linear(layer.mlp.gate_up, site + GATE_UP, normed, self._inner, gate)
-        self._add(layer.mlp.down, site + DOWN, self._inner, layer.after_mlp)
+        self._linear(layer.mlp.down, site + DOWN, self._inner, *self._target(layer.after_mlp))
+        self._add_normed(layer.after_mlp, index, "after_mlp")
 
     def _experts(self, experts: Experts, index: int, normed: Tensor, gate: Form) -> None:
         config = self.config.experts
         assert config is not None
-        router = Part(self._panels.router(experts.router), None)
-        self.program.linear(normed, [router], self._scores, index * SITES_PER_LAYER + ROUTER)
+        router, site = Part(self._panels.router(experts.router), None), index * SITES_PER_LAYER + ROUTER
+        self.base.add(self._sites[site].parts[0].module, [router])
+        self.program.linear(normed, [router], self._scores, site)
         first = self.config.expert_site(index, 0)
         packed: list[tuple[list[Part], Part]] = []
         while experts.each:  # each is dropped when it has been packed
@@ -134,24 +142,27 @@ class CompiledDecoder:
             scale=self.config.residual_multiplier,
         )
 
-    def _normed_rows(self, norm: RmsNorm | None) -> Tensor:
+    def _normed_rows(self, norm: RmsNorm | None, layer: int, kind: NormKind) -> Tensor:
         """The residual stream as a projection reads it."""
         if norm is None:
             return self._x
-        self._norm(norm, self._x, self._normed)
+        self._norm(norm, self._x, self._normed, self.config.norm_site(layer, kind))
         return self._normed
 
-    def _add(self, linear: Linear, site: int, x: Tensor, norm: RmsNorm | None) -> None:
-        """Add a projection to the residual stream, through a norm if there is one."""
-        multiplier = self.config.residual_multiplier
-        if norm is None:
-            self._linear(linear, site, x, self._x, "add", multiplier)
-            return
-        self._linear(linear, site, x, self._normed)
-        self.program.rms_norm(self._normed, norm.plain.float() * multiplier, norm.eps, self._x, add=True)
+    def _target(self, norm: RmsNorm | None) -> tuple[Tensor, Form, float]:
+        """Where a projection goes whose outputs are added to the residual stream, through a norm if there is one."""
+        return (self._x, "add", self.config.residual_multiplier) if norm is None else (self._normed, "store", 1.0)
 
-    def _norm(self, norm: RmsNorm, x: Tensor, out: Tensor, *, of_logits: bool = False) -> None:
-        self.program.rms_norm(x, norm.plain.float(), norm.eps, out, of_logits=of_logits)
+    def _add_normed(self, norm: RmsNorm | None, layer: int, kind: NormKind) -> None:
+        if norm is None:
+            return
+        assert self.config.residual_multiplier == 1.0, "no family scales what such a norm gives"
+        self._norm(norm, self._normed, self._x, self.config.norm_site(layer, kind), add=True)
+
+    def _norm(
+        self, norm: RmsNorm, x: Tensor, out: Tensor, site: int, *, of_logits: bool = False, add: bool = False
+    ) -> None:
+        self.program.rms_norm(x, norm.plain.float(), norm.eps, out, of_logits=of_logits, add=add, site=site)
 
     def _linear(
         self, linear: Linear, site: int, x: Tensor, out: Tensor, form: Form = "store", scale: float = 1.0
@@ -160,11 +171,15 @@ class CompiledDecoder:
 
     def _parts(self, linear: Linear, site: int) -> list[Part]:
         """The packed projections of a site."""
-        fused = self.config.fused_width(site)
-        widths = [part.out_features for part in self._sites[site].parts] if fused is None else [fused, fused]
+        modules, fused = self._sites[site].parts, self.config.fused_width(site)
+        widths = [part.out_features for part in modules] if fused is None else [fused, fused]
         biases = [None] * len(widths) if linear.bias is None else torch.split(linear.bias.float(), widths)
         weights = self._panels.projection(linear, widths)
-        return [Part(*part) for part in zip(weights, biases, strict=True)]
+        parts = [Part(*part) for part in zip(weights, biases, strict=True)]
+        each = [[part] for part in parts] if fused is None else [parts]
+        for (module, _), own in zip(modules, each, strict=True):
+            self.base.add(module, own)
+        return parts
 
     def forward(self, step: structs.Step) -> None:
         """Write every token's K and V, and `logits` and `best` for the step's rows of logits."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -39,7 +40,6 @@ class CompiledRunner(Runner):
     """
 
     adapter_dtype = torch.uint8  # extents of bytes: each adapter has its own dtype
-    adapter_layout = staticmethod(layout_in_panels)
     packs_linears = False  # the kernels have a layout of their own
     reads_float16 = True
     keeps_quantized = True
@@ -56,6 +56,7 @@ class CompiledRunner(Runner):
         )
         del self.checkpoint
         self.weights_held = self._held(panels.description)
+        self.adapter_layout = partial(layout_in_panels, base=self.decoder.base)
         ranks = MOST_PARTS * config.max_lora_rank
         self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
 

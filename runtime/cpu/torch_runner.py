@@ -1,11 +1,14 @@
 """The model on a CPU, by the kernels of `kernels.cpu`."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from runtime.adapters.layout import layout_adapter
 from runtime.adapters.pool import AdapterPool
+from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
 from runtime.cpu.batch import Batch, build_batch
 from runtime.models.decoder import Decoder
@@ -25,8 +28,10 @@ class TorchRunner(Runner):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
-        self.decoder = Decoder(self.model, self.checkpoint.weights())
+        weights = self.checkpoint.weights()
         del self.checkpoint
+        self.decoder = Decoder(self.model, weights)
+        self.adapter_layout = partial(layout_adapter, base=TorchBase(self.model, weights))
 
     def start(self, adapters: AdapterPool) -> None:
         self._adapters = adapters

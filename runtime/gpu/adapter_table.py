@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 
 from kernels.offset_table import FIELDS, PartEntry, SiteEntry, table_rows
-from runtime.adapters.layout import AdapterLayout, SiteLayout
+from runtime.adapters.layout import AdapterLayout, ChangesLayout, SiteLayout
 from runtime.models.config import Site
 
 
@@ -33,7 +33,8 @@ class AdapterTable:
         place = digest, first
         slot = self._slots.get(place)
         if slot is None:
-            rows = table_rows([self._entry(*each, first) for each in enumerate(layout.sites)], self.width)
+            sites = zip(layout.sites, layout.changes, strict=False)  # the changes of norms, which are none, come last
+            rows = table_rows([self._entry(index, *site, first) for index, site in enumerate(sites)], self.width)
             slot = len(self._slots) if len(self._slots) < len(self.rows) else self._slots.popitem(last=False)[1]
             if self.rows.is_cuda:
                 rows = rows.pin_memory()
@@ -42,15 +43,26 @@ class AdapterTable:
         self._slots.move_to_end(place)
         return slot
 
-    def _entry(self, index: int, site: SiteLayout | None, first: int) -> SiteEntry | None:
-        if site is None:
+    def _entry(
+        self, index: int, site: SiteLayout | None, changes: Sequence[ChangesLayout], first: int
+    ) -> SiteEntry | None:
+        """The gains and biases of changed parts are in `changes`, but for the biases of parts with LoRA alone."""
+        if site is None and not changes:
             return None
+
+        def at(place: slice | None) -> int | None:
+            return None if place is None else first + place.start
+
         parts: list[PartEntry | None] = [None] * len(self._columns[index])
-        for part in site.parts:
-            bias = None if part.bias is None else first + part.bias.start
+        for part in () if site is None else site.parts:
             rank = part.ranks.stop - part.ranks.start
-            parts[self._columns[index].index(part.columns.start)] = PartEntry(rank, first + part.b.start, bias)
-        return SiteEntry(first + site.a.start, parts)
+            place = self._columns[index].index(part.columns.start)
+            parts[place] = PartEntry(rank, first + part.b.start, at(part.bias))
+        for change in changes:
+            place = self._columns[index].index(change.part.columns.start)
+            entry = parts[place] or PartEntry(0, first)
+            parts[place] = entry._replace(bias=at(change.bias) or entry.bias, gain=at(change.gain))
+        return SiteEntry(first if site is None else first + site.a.start, parts)
 
 
 def _first_columns(site: Site) -> list[int]:
@@ -58,5 +70,5 @@ def _first_columns(site: Site) -> list[int]:
 
 
 def widest(layout: AdapterLayout) -> int:
-    """The most ranks of an adapter at one site."""
-    return max((site.rank for site in layout.sites if site is not None), default=0)
+    """The most ranks of an adapter at one site, or 1: IA³ has none, and a launch has at least one program."""
+    return max((site.rank for site in layout.sites if site is not None), default=1)

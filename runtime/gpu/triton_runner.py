@@ -11,8 +11,9 @@ from torch import Tensor
 from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
-from runtime.adapters.layout import AdapterLayout
+from runtime.adapters.layout import AdapterLayout, layout_without_weights
 from runtime.adapters.pool import AdapterPool
+from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
 from runtime.gpu.adapter_table import AdapterTable, widest
 from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda
@@ -50,9 +51,11 @@ class TritonRunner(Runner):
             )
         super().__init__(config, device)
         self.adapter_dtype = self.dtype
-        self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.decoder = FusedDecoder(self.model, self.checkpoint.weights(), config.block_size, self.gpu)
+        weights = self.checkpoint.weights()
         del self.checkpoint
+        self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
+        self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.decoder = FusedDecoder(self.model, weights, config.block_size, self.gpu)
         self.graphs: DecodeGraphs | None = None
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank

@@ -5,6 +5,7 @@ To add a model family:
 1. `families.py`: add it to FAMILIES, with what its name says of a model.
 2. `config_file.py`: add its fields to ConfigFile, and refuse values that are not supported.
 3. `config.py`: map those fields to flags of ModelConfig; add a flag only for an operation that no family here has.
+   `sites`, `norm_modules` and `biased` say what an adapter may change.
 4. `weights.py`: add its tensors to `tensor_shapes` and to the layer's weights, if the flags do not say it.
 5. `decoder.py`, `runtime/cpu/compiled_decoder.py` and `runtime/gpu/fused_decoder.py`: do what a new flag says.
 
@@ -25,7 +26,7 @@ from runtime.models.config_file import (
     read_eos_token_ids,
     refuse,
 )
-from runtime.models.families import Bias, ExpertNames, Family, Fused, NormNames, QkNorm
+from runtime.models.families import Bias, ExpertNames, Family, Fused, NormKind, NormNames, QkNorm
 from runtime.quantization.scheme import Scheme
 
 
@@ -232,6 +233,36 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Return the width of the gate, and of up, at a site where one module is both; None at the others."""
         fused = self.gate_up_is_fused and site < self.embed_site and site % SITES_PER_LAYER == GATE_UP
         return self.intermediate_size if fused else None
+
+    def norm_modules(self) -> list[str]:
+        """Return every norm of the hidden state: those of each layer, then the last.
+
+        An adapter may have its own weights of them. Norms of queries and keys are none of these.
+        """
+        layers = (f"model.layers.{layer}" for layer in range(self.num_layers))
+        return [*(f"{layer}.{name}" for layer in layers for name in self.norms if name is not None), "model.norm"]
+
+    def norm_site(self, layer: int, kind: NormKind) -> int:
+        """Return the site of a layer's norm; those of norms follow the ones of `sites`."""
+        kinds = [kind for kind, name in zip(NormNames._fields, self.norms, strict=True) if name is not None]
+        return self._first_norm_site + layer * len(kinds) + kinds.index(kind)
+
+    @property
+    def last_norm_site(self) -> int:
+        return self._first_norm_site + self.num_layers * sum(name is not None for name in self.norms)
+
+    @property
+    def _first_norm_site(self) -> int:
+        experts = 0 if self.experts is None else self.experts.count * len(self.experts.layers)
+        return self.lm_head_site + 1 + SITES_PER_EXPERT * experts
+
+    def biased(self) -> set[str]:
+        """Return the projections to which the base adds a bias."""
+        flags = self.qkv_bias, self.o_bias, self.mlp_bias, self.mlp_bias
+        in_layers = self.sites()[: self.embed_site]
+        return {
+            part.module for index, site in enumerate(in_layers) if flags[index % SITES_PER_LAYER] for part in site.parts
+        }
 
     def sites(self) -> list[Site]:
         """Return every site in index order.

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.cpu.elementwise import gelu_mul, kv_write, rotary, silu_mul
 from kernels.cpu.paged_attention import AttentionGroup, paged_attention
 from runtime.models.config import GATE_UP, OUT, QKV, ROUTER, SITES_PER_LAYER, ModelConfig
+from runtime.models.families import NormKind
 from runtime.models.layers import Angles, Linear, RmsNorm, Rotary, rounded_to
 from runtime.models.weights import Experts, LayerWeights, Mlp, Weights
 
@@ -18,11 +19,13 @@ Groups = Mapping[int, Sequence[AttentionGroup]]  # by the window of a layer's at
 
 
 class Lora(Protocol):
-    """What the decoder asks of a batch's adapters: each call adds in place, on the rows that carry one."""
+    """What the decoder asks of a batch's adapters: each call changes `y` in place, on the rows that carry one."""
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None: ...
 
     def embed(self, token_ids: Tensor, x: Tensor) -> None: ...
+
+    def norm(self, site: int, norm: RmsNorm, x: Tensor, y: Tensor) -> None: ...
 
     def apply_logits(self, x: Tensor, y: Tensor) -> None: ...
 
@@ -66,11 +69,10 @@ class Decoder:
             x = x * self.embedding_scale
         angles = [rotary(positions, x.dtype) for rotary in self.rotaries]
         for index, layer in enumerate(weights.layers):
-            site = index * SITES_PER_LAYER
             turns = angles[config.rope_of(index)] if config.turned(index) else None
-            x = self._attention(layer, site, x, turns, slots, kv[index], groups[config.window(index)], lora)
+            x = self._attention(layer, index, x, turns, slots, kv[index], groups[config.window(index)], lora)
             x = self._mlp(layer, index, x, lora)
-        x = weights.norm(x.index_select(0, logit_rows))
+        x = _norm(weights.norm, config.last_norm_site, x.index_select(0, logit_rows), lora)
         logits = weights.lm_head(x)
         if lora is not None:
             lora.apply_logits(x, logits)
@@ -82,7 +84,7 @@ class Decoder:
     def _attention(
         self,
         layer: LayerWeights,
-        site: int,
+        index: int,
         x: Tensor,
         angles: Angles | None,
         slots: Tensor,
@@ -90,9 +92,9 @@ class Decoder:
         groups: Sequence[AttentionGroup],
         lora: Lora | None,
     ) -> Tensor:
-        config = self.config
+        config, site = self.config, index * SITES_PER_LAYER
         rows, q_heads, kv_heads, head_dim = len(x), config.num_heads, config.num_kv_heads, config.head_dim
-        normed = _normed(layer.attention_norm, x)
+        normed = self._normed(layer.attention_norm, index, "attention", x, lora)
         heads = _project(layer.qkv, site + QKV, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
         # Queries, keys and values lie side by side, so one call rotates queries and keys in place, and one writes keys
         # and values to the cache
@@ -104,15 +106,21 @@ class Decoder:
             turned.copy_(source)
         kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
         mixed = paged_attention(heads[:, :q_heads], kv, groups, config.attention_scale, config.attention_cap)
-        return self._add(x, _normed(layer.after_attention, _project(layer.o, site + OUT, mixed, lora)))
+        out = _project(layer.o, site + OUT, mixed, lora)
+        return self._add(x, self._normed(layer.after_attention, index, "after_attention", out, lora))
 
     def _mlp(self, layer: LayerWeights, index: int, x: Tensor, lora: Lora | None) -> Tensor:
-        normed, mlp = _normed(layer.mlp_norm, x), layer.mlp
+        normed, mlp = self._normed(layer.mlp_norm, index, "mlp", x, lora), layer.mlp
         if isinstance(mlp, Experts):
             out = self._experts(mlp, index, normed, lora)
         else:
             out = self._gated_mlp(mlp, index * SITES_PER_LAYER + GATE_UP, normed, lora)
-        return self._add(x, _normed(layer.after_mlp, out))
+        return self._add(x, self._normed(layer.after_mlp, index, "after_mlp", out, lora))
+
+    def _normed(self, norm: RmsNorm | None, layer: int, kind: NormKind, x: Tensor, lora: Lora | None) -> Tensor:
+        if norm is None:
+            return x
+        return norm(x) if lora is None else _norm(norm, self.config.norm_site(layer, kind), x, lora)
 
     def _gated_mlp(self, mlp: Mlp, site: int, x: Tensor, lora: Lora | None) -> Tensor:
         return _project(mlp.down, site + 1, self.gated(_project(mlp.gate_up, site, x, lora)), lora)
@@ -137,8 +145,11 @@ class Decoder:
         return residual.add_(y, alpha=self.config.residual_multiplier)
 
 
-def _normed(norm: RmsNorm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+def _norm(norm: RmsNorm, site: int, x: Tensor, lora: Lora | None) -> Tensor:
+    y = norm(x)
+    if lora is not None:
+        lora.norm(site, norm, x, y)
+    return y
 
 
 def _project(linear: Linear, site: int, x: Tensor, lora: Lora | None) -> Tensor:

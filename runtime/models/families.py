@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 Bias = Literal["none", "always", "field"]  # "field": as `attention_bias` or `mlp_bias` of config.json says
 QkNorm = Literal["none", "heads", "projections"]  # of each head by itself, or of all heads of q, and of k, together
+NormKind = Literal["attention", "mlp", "after_attention", "after_mlp"]  # the fields of NormNames
 Fused = Literal["qkv_proj", "gate_up_proj"]
 
 

@@ -46,6 +46,10 @@ class Linear:
         self.packed = pack and weight.device.type == "cpu" and onednn.computes(weight.dtype)
         self.weight = onednn.packed(weight) if self.packed else weight
 
+    def plain(self) -> Tensor:
+        """W as (out, in); of a packed one a copy."""
+        return self.weight.to_dense() if self.packed else self.weight
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
             return onednn.linear(x, self.weight, self.bias)
@@ -64,6 +68,10 @@ class RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.floor)
+
+    def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm with another weight, (n,), as in a checkpoint."""
+        return rms_norm(x, weight.float() * weight.shape[-1] ** 0.5, self.floor)
 
 
 class ProjectionNorms(NamedTuple):

@@ -63,6 +63,7 @@ class Part(NamedTuple):
     a: Tensor  # (rank, in)
     b: Tensor  # (rank, out)
     bias: Tensor | None
+    gain: Tensor | None = None  # of DoRA
 
 
 Adapter = Sequence[Part | None]  # at the one site that these tests adapt
@@ -77,7 +78,7 @@ class Memory(NamedTuple):
 
 
 def random_adapter(seed: int, inputs: int, widths: Sequence[int], dtype: torch.dtype) -> Adapter:
-    """Some parts, of different ranks, every other one with a bias; adapter 3 adapts other sites only."""
+    """Some parts, of different ranks, every other with a bias, every third with gains; adapter 3 has other sites."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(*shape: int) -> Tensor:
@@ -88,7 +89,8 @@ def random_adapter(seed: int, inputs: int, widths: Sequence[int], dtype: torch.d
     for index, width in enumerate(widths):
         rank = RANKS[(seed + index) % len(RANKS)]
         bias = weights(width) if (seed + index) % 2 else None
-        part = Part(weights(rank, inputs) / inputs**0.5, weights(rank, width), bias)
+        gain = weights(width) if (seed + index) % 3 == 0 else None
+        part = Part(weights(rank, inputs) / inputs**0.5, weights(rank, width), bias, gain)
         parts.append(part if index in adapted else None)
     return parts
 
@@ -119,7 +121,8 @@ def load(adapters: Sequence[Adapter], dtype: torch.dtype, width: int = 64, embed
 
 
 def entry_of(part: Part, put: Callable[[Tensor], int]) -> PartEntry:
-    return PartEntry(len(part.b), put(part.b), None if part.bias is None else put(part.bias))
+    bias, gain = (None if each is None else put(each) for each in (part.bias, part.gain))
+    return PartEntry(len(part.b), put(part.b), bias, gain)
 
 
 def tiles_of(slots: Sequence[int], height: int = 16, spare: int = 2) -> Tiles:
@@ -170,7 +173,8 @@ def expected(
             if part is not None:
                 a, b = see(part.a).double(), see(part.b).double()
                 bias = 0 if part.bias is None else see(part.bias).double()
-                result[row, columns] += a @ see(x[row].cpu()).double() @ b + bias
+                gain = 1 if part.gain is None else see(part.gain).double()
+                result[row, columns] = (result[row, columns] + a @ see(x[row].cpu()).double() @ b) * gain + bias
     return result
 
 
@@ -263,6 +267,24 @@ def test_any_rank_is_multiplied_whole(rank: int) -> None:
     memory = load(adapters, dtype, width=2 * rank)
     by_kernels(x, y, memory, tiles_of(slots), widths, PREFILL_SHRINK, PREFILL_EXPAND)
     check(y, before, x, slots, adapters, widths)
+
+
+@WAYS
+def test_a_part_without_ranks_is_scaled_and_shifted(way: Callable[..., None]) -> None:
+    inputs, widths = 24, (40, 20)
+    generator = torch.Generator().manual_seed(2)
+    bias, gain = (torch.randn(20, generator=generator) for _ in range(2))
+    none = Part(torch.empty(0, inputs), torch.empty(0, 20), None)
+    adapters: list[Adapter] = [
+        [random_adapter(1, inputs, (40,), torch.float32)[0], none._replace(bias=bias)],
+        [None, none._replace(gain=gain)],
+        [None, none._replace(bias=bias, gain=gain)],
+    ]
+    slots = [0, BASE, 1, 2, 2, 0]
+    x, y = (torch.randn(len(slots), width, generator=generator).to(DEVICE) for width in (inputs, sum(widths)))
+    got = y.clone()
+    way(x, got, load(adapters, torch.float32), tiles_of(slots), widths)
+    check(got, y, x, slots, adapters, widths)
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])

@@ -7,7 +7,7 @@
 #include "pool.h"
 #include "step.h"
 
-// x[row] = scale · (W[token] + Σ A[token] Bᵀ)
+// x[row] = scale · (W[token] + Σ A[token] Bᵀ) · gain, where an adapter may have rows of W of its own
 struct Embed {
   Rows out;
   const void* panels;  // (vocabulary, hidden): a token is a column
@@ -17,22 +17,29 @@ struct Embed {
   void run(Pool& pool, const Step& step) const {
     for (int row; (row = pool.claim()) < step.rows;) {
       float* x = out.at + row * out.stride;
-      copy(step.token_ids[row], x);
+      const LoraSite* adapter = nullptr;
       for (int r = 0; r < step.runs; ++r)
-        if (step.run[r].first <= row && row < step.run[r].last) adapt(step.run[r].sites[site], step.token_ids[row], x);
+        if (step.run[r].first <= row && row < step.run[r].last) adapter = step.run[r].sites + site;
+      if (!adapter || !replace(adapter->parts[0], step.token_ids[row], x)) copy(step.token_ids[row], x);
+      if (adapter) adapt(*adapter, step.token_ids[row], x);
       if (scale != 1.0f)
         for (int i = 0; i < hidden; ++i) x[i] *= scale;
     }
   }
 
  private:
-  void copy(int token, float* x) const {
-    const char* panel = (const char*)panels + token / PANEL * panel_bytes((Type)type, hidden);
-    const float* scales = (const float*)(panel + weight_bytes((Type)type, hidden));  // of int8
-    for (int i = 0; i < hidden; ++i) {
-      x[i] = widen((Type)type, panel, item_in_panel((Type)type, token % PANEL, i));
-      if ((Type)type == Type::int8) x[i] *= scales[i / GROUP * PANEL + token % PANEL];
+  void copy(int token, float* x) const { read_column((Type)type, panels, hidden, token, x); }
+
+  // Whether the adapter has the token's row itself.
+  bool replace(const LoraPart& own, int token, float* x) const {
+    const int i = own.count ? own.first_token(token) : 0;
+    if (i < own.count && own.tokens[i] == token) {
+      memcpy(x, own.rows + (size_t)i * hidden, hidden * 4);
+      return true;
     }
+    if (!own.weight) return false;
+    for (int j = 0; j < hidden; ++j) x[j] = widen((Type)own.type, own.weight, (size_t)token * hidden + j);
+    return true;
   }
 
   void adapt(const LoraSite& lora, int token, float* x) const {
@@ -49,7 +56,7 @@ struct Embed {
       const char* panel = (const char*)part.b + first / PANEL * panel_bytes(held, lora.ranks);
       multiply_rows(held, 1, 1, panel, 0, lora.ranks, t, 0, y, 0, false);
       for (int i = first; i < first + PANEL && i < hidden; ++i)
-        x[i] += y[i - first] + (part.bias ? part.bias[i] : 0.0f);
+        x[i] = (x[i] + y[i - first]) * (part.gain ? part.gain[i] : 1.0f) + (part.bias ? part.bias[i] : 0.0f);
     }
   }
 };
@@ -75,13 +82,23 @@ struct RmsNorm {
   int32_t size;
   int32_t logits;  // out[i] = norm of x[logit_rows[i]]
   int32_t add;     // to out
+  int32_t site;    // of the adapters' own weights; negative: they have none
   float eps;
 
   void run(Pool& pool, const Step& step) const {
     const int rows = logits ? step.logits : step.rows;
     for (int row; (row = pool.claim()) < rows;)
-      normalize(x.at + (logits ? step.logit_rows[row] : row) * x.stride, weight, size, eps, out.at + row * out.stride,
-                add);
+      normalize(x.at + (logits ? step.logit_rows[row] : row) * x.stride, weight_of(row, step), size, eps,
+                out.at + row * out.stride, add);
+  }
+
+ private:
+  const float* weight_of(int row, const Step& step) const {
+    const Run* runs = logits ? step.logit_run : step.run;
+    for (int r = 0; site >= 0 && r < (logits ? step.logit_runs : step.runs); ++r)
+      if (runs[r].first <= row && row < runs[r].last && runs[r].sites[site].parts[0].weight)
+        return (const float*)runs[r].sites[site].parts[0].weight;
+    return weight;
   }
 };
 

@@ -1,7 +1,7 @@
 """The compiled kernels as a ctypes library. Its calls release the interpreter's lock."""
 
 import ctypes
-from ctypes import c_int, c_int64, c_size_t, c_void_p
+from ctypes import c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 
 from kernels.cpu.compiled.build import CannotBuild, library
@@ -26,6 +26,10 @@ def load() -> ctypes.CDLL:
         "panels_bytes": ([c_int, c_int, c_int, c_int], c_size_t),
         "panels_write": ([c_int, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p], None),
         "panels_write_codes": ([c_int, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p], None),
+        "panels_squares": (
+            [c_int, c_void_p, *[c_int] * 5, c_void_p, c_void_p, c_int, c_float, c_int, c_void_p],
+            None,
+        ),
         "panels_quantize": ([c_void_p, c_int64, c_int, c_int, c_void_p], None),
     }
     for name, (arguments, result) in signatures.items():

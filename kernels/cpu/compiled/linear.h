@@ -1,4 +1,5 @@
-// A projection with the adapters of all its rows: out = x Wᵀ + bias + Σ scale · (x Aᵀ) Bᵀ, in one operation.
+// A projection with the adapters of all its rows: out = x Wᵀ + bias + Σ scale · (x Aᵀ) Bᵀ, in one operation. An adapter
+// may have its own W, or some rows of it, and may scale the columns of its rows.
 //
 // First come the shrinks, x Aᵀ, a task for each run of rows and each panel of ranks; then the panels of W. A task of
 // panels computes W's part, waits until all shrinks are done, which were claimed before it, adds each run's expand to
@@ -62,6 +63,7 @@ struct Linear {
     return (const char*)part[index].panels + panel * panel_bytes((Type)type, k, group);
   }
 
+  void replace(const LoraPart& own, int panel, int panels, int columns, int first, int rows, float* y) const;
   void write(int first, int rows, int panel, int part, int columns, const float* y, const float* up, int width) const;
 };
 
@@ -100,6 +102,21 @@ inline void Linear::shrink(const Step& step, const Run& run, int panel) const {
     }
 }
 
+// The sums that come from an adapter's own weights instead of the base's, for rows of one run.
+inline void Linear::replace(const LoraPart& own, int panel, int panels, int columns, int first, int rows,
+                            float* y) const {
+  const int width = panels * PANEL;
+  if (own.weight) {
+    const size_t bytes = panel_bytes((Type)own.type, k);
+    multiply_rows((Type)own.type, rows, panels, (const char*)own.weight + panel * bytes, bytes, k,
+                  x.at + first * x.stride, x.stride, y, width, false);
+  }
+  if (!own.count) return;
+  for (int i = own.first_token(panel * PANEL); i < own.count && own.tokens[i] < panel * PANEL + columns; ++i)
+    for (int row = 0; row < rows; ++row)
+      y[row * width + own.tokens[i] - panel * PANEL] = dot(x.at + (first + row) * x.stride, own.rows + (size_t)i * k, k);
+}
+
 // The sums of some rows and panels of one part, into a tile as wide as the panels.
 inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index, int panel, int panels, int first,
                             int rows, const Inputs<uint32_t>* pairs, const float* wide, const void* ahead,
@@ -109,27 +126,36 @@ inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index
   const Type held = wide ? Type::float32 : (Type)type;
   const void* weights = wide ? (const void*)wide : panels_of(index, panel);
   const size_t stride = panel_bytes(held, k, group);
-  if (pairs)
+  const Run* runs = logits ? step.logit_run : step.run;
+  const int run_count = logits ? step.logit_runs : step.runs;
+  bool based = true;  // whether a row needs the base's weights
+  for (int r = 0; r < run_count; ++r)
+    if (runs[r].first <= first && first + rows <= runs[r].last) based = !runs[r].sites[site].parts[index].weight;
+  if (based && pairs)
     multiply_pairs(held, rows, panels, weights, stride, k, *pairs, tile, width, ahead);
-  else
+  else if (based)
     multiply_rows(held, rows, panels, weights, stride, k, x.at + first * x.stride, x.stride, tile, width, false, ahead,
                   group);
   const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
-  if (base.bias)
+  if (base.bias && based)
     for (int row = 0; row < rows; ++row)
       for (int c = 0; c < columns; ++c) tile[row * width + c] += base.bias[panel * PANEL + c];
   if (shrinks) pool.await_finished(shrinks);
-  const Run* runs = logits ? step.logit_run : step.run;
-  for (int r = 0; r < (logits ? step.logit_runs : step.runs); ++r) {
+  for (int r = 0; r < run_count; ++r) {
     const int from = runs[r].first > first ? runs[r].first : first;
     const int to = runs[r].last < first + rows ? runs[r].last : first + rows;
     const LoraSite& lora = runs[r].sites[site];
     const LoraPart& adapted = lora.parts[index];
-    if (from >= to || !adapted.b) continue;
+    if (from >= to) continue;
     float* y = tile + (from - first) * width;
+    if (adapted.weight || adapted.count) replace(adapted, panel, panels, columns, from, to - from, y);
     const size_t bytes = panel_bytes((Type)lora.type, adapted.ranks);
-    multiply_rows((Type)lora.type, to - from, panels, (const char*)adapted.b + panel * bytes, bytes, adapted.ranks,
-                  step.shrunk.at + from * step.shrunk.stride + adapted.first_rank, step.shrunk.stride, y, width, true);
+    if (adapted.b)
+      multiply_rows((Type)lora.type, to - from, panels, (const char*)adapted.b + panel * bytes, bytes, adapted.ranks,
+                    step.shrunk.at + from * step.shrunk.stride + adapted.first_rank, step.shrunk.stride, y, width, true);
+    if (adapted.gain)
+      for (int row = 0; row < to - from; ++row)
+        for (int c = 0; c < columns; ++c) y[row * width + c] *= adapted.gain[panel * PANEL + c];
     if (adapted.bias)
       for (int row = 0; row < to - from; ++row)
         for (int c = 0; c < columns; ++c) y[row * width + c] += adapted.bias[panel * PANEL + c];

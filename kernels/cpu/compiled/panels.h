@@ -562,7 +562,37 @@ inline float widen(Type type, const void* items, size_t index) {
       return widen_float16(((const uint16_t*)items)[index]);
     case Type::int8:
       return ((const int8_t*)items)[index];
-    default:
-      __builtin_unreachable();
+    case Type::int4:
+      return ((const uint8_t*)items)[index / 2] >> index % 2 * 4 & 15;
+    case Type::nf4:
+      return NF4[((const uint8_t*)items)[index / 2] >> index % 2 * 4 & 15];
+    case Type::float8: {
+      const uint8_t bits = ((const uint8_t*)items)[index];
+      return widen_float16((uint16_t)((bits & 0x80) << 8 | (bits & 0x7f) << 7)) * Float8::factor;
+    }
   }
+  __builtin_unreachable();
+}
+
+// One column of a matrix in panels, as float32.
+inline void read_column(Type type, const void* panels, int k, int column, float* out, int group = GROUP) {
+  const char* panel = (const char*)panels + column / PANEL * panel_bytes(type, k, group);
+  const float* scales = (const float*)(panel + weight_bytes(type, k));  // of quantised weights
+  const int8_t* zeros = (const int8_t*)(scales + (size_t)groups_of(k, group) * PANEL);  // of int4
+  for (int i = 0; i < k; ++i) {
+    const int at = i / group * PANEL + column % PANEL;
+    out[i] = widen(type, panel, item_in_panel(type, column % PANEL, i));
+    if (type == Type::int4) out[i] -= zeros[at];
+    if (quantized(type)) out[i] *= scales[at];
+  }
+}
+
+// Σ x[i] · y[i], in one order.
+inline float dot(const float* x, const float* y, int k) {
+  Vec sums = splat(0.0f);
+  float rest = 0.0f;
+  int i = 0;
+  for (; i + LANES <= k; i += LANES) sums = fma(load(x + i), load(y + i), sums);
+  for (; i < k; ++i) rest += x[i] * y[i];
+  return sum(sums) + rest;
 }

@@ -133,6 +133,40 @@ void panels_write_codes(int type, const uint8_t* codes, const float* scales, con
   }
 }
 
+// Adds the squares of W + scale · B A over some panels of a matrix (columns, k): to `sums[column]`, or to `sums[k]` if
+// `by_k`. `a` is transposed, (k, ranks), `b` is (columns, ranks), both float32.
+void panels_squares(int type, const void* panels, int first, int last, int columns, int k, int group, const float* a,
+                    const float* b, int ranks, float scale, int by_k, double* sums) {
+  std::vector<float> memory((size_t)k * PANEL + (size_t)ranks * PANEL + k);
+  float *wide = memory.data(), *factors = wide + (size_t)k * PANEL, *column = factors + (size_t)ranks * PANEL;
+  for (int panel = first; panel < last; ++panel) {
+    const int start = panel * PANEL, count = columns - start < PANEL ? columns - start : PANEL;
+    if (quantized((Type)type)) {
+      for (int c = 0; c < PANEL; ++c) {
+        read_column((Type)type, panels, k, start + c, column, group);
+        for (int i = 0; i < k; ++i) wide[i * PANEL + c] = column[i];
+      }
+    } else {
+      widen_panels((Type)type, 1, (const char*)panels + panel * panel_bytes((Type)type, k), k, wide);
+    }
+    for (int rank = 0; rank < ranks; ++rank)
+      for (int c = 0; c < PANEL; ++c)
+        factors[rank * PANEL + c] = c < count ? scale * b[(size_t)(start + c) * ranks + rank] : 0.0f;
+    multiply_rows(Type::float32, k, 1, factors, 0, ranks, a, ranks, wide, PANEL, true);
+    double of_columns[PANEL] = {};
+    for (int i = 0; i < k; ++i) {
+      double of_k = 0.0;
+      for (int c = 0; c < PANEL; ++c) {
+        const double square = (double)wide[i * PANEL + c] * wide[i * PANEL + c];
+        of_columns[c] += square;
+        of_k += square;
+      }
+      if (by_k) sums[i] += of_k;
+    }
+    for (int c = 0; c < count && !by_k; ++c) sums[start + c] += of_columns[c];
+  }
+}
+
 // As `panels_write` for all columns of a float32 matrix, quantised to int8: the scale of each column and 128 k makes its
 // largest weight 127.
 void panels_quantize(const float* source, int64_t column_stride, int columns, int k, void* panels) {

@@ -62,13 +62,21 @@ class Program:
         self._add(structs.Embed(self._rows(out), weight.address, weight.k, weight.type, site, scale))
 
     def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, out: Tensor, *, of_logits: bool = False, add: bool = False
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor,
+        *,
+        of_logits: bool = False,
+        add: bool = False,
+        site: int = NO_SITE,
     ) -> None:
         """out = RMSNorm(x) for all rows, or for those whose logits are computed; with `add`, out += that.
 
-        `weight` is float32.
+        `weight` is float32; an adapter may have its own at `site`.
         """
-        kinds = weight.shape[-1], of_logits, add
+        kinds = weight.shape[-1], of_logits, add, site
         self._add(structs.RmsNorm(self._rows(x), self._rows(out), self._keep(weight), *kinds, eps))
 
     def linear(

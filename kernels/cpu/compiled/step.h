@@ -6,14 +6,32 @@
 
 constexpr int MOST_PARTS = 3;  // projections stacked in one site: q, k and v
 
-// One adapted projection of a site.
+// One adapted projection of a site: y = (W x + expand) · gain + bias, where W may have rows of the adapter's own.
 struct LoraPart {
-  const void* b;      // panels (columns, ranks); null if the adapter does not adapt the projection
+  const void* b;      // panels (columns, ranks); null for none
   const float* bias;  // (columns,), scaled; may be null
   int32_t first_rank, ranks;  // columns of the site's shrink
+  const float* gain;      // (columns,), of DoRA; may be null
+  const void* weight;     // instead of the base's, in `type`: panels (columns, k), of the embedding rows; null for none
+  const int32_t* tokens;  // ascending: the rows of the embedding or the head that `rows` replaces
+  const float* rows;      // (count, k)
+  int32_t type, count;
+
+  // The index of the first of `tokens` that is not below `token`.
+  int first_token(int token) const {
+    int from = 0, to = count;
+    while (from < to) {
+      const int middle = (from + to) / 2;
+      if (tokens[middle] < token)
+        from = middle + 1;
+      else
+        to = middle;
+    }
+    return from;
+  }
 };
 
-// One adapter's weights at one site.
+// One adapter's weights at one site. A norm's site has one part: its `weight` in float32.
 struct LoraSite {
   const void* a;        // panels (ranks, k) of all parts; for the embedding a row of ranks for each token; null: none
   const float* scales;  // (ranks, padded to panels)

@@ -18,7 +18,15 @@ class Rows(ctypes.Structure):
 class LoraPart(ctypes.Structure):
     """step.h"""
 
-    _fields_ = [("b", c_void_p), ("bias", c_void_p), ("first_rank", c_int32), ("ranks", c_int32)]
+    _fields_ = [
+        ("b", c_void_p),
+        ("bias", c_void_p),
+        ("first_rank", c_int32),
+        ("ranks", c_int32),
+        *[(name, c_void_p) for name in ("gain", "weight", "tokens", "rows")],
+        ("type", c_int32),
+        ("count", c_int32),
+    ]
 
 
 class LoraSite(ctypes.Structure):
@@ -101,7 +109,7 @@ class RmsNorm(ctypes.Structure):
         ("x", Rows),
         ("out", Rows),
         ("weight", c_void_p),
-        *[(name, c_int32) for name in ("size", "logits", "add")],
+        *[(name, c_int32) for name in ("size", "logits", "add", "site")],
         ("eps", c_float),
     ]
 

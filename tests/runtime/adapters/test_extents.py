@@ -95,7 +95,8 @@ def resident(tensors, config, dtype):
         assert pool.wait(DEADLINE_SECONDS)
         pool.poll()
     found = {}
-    for site, layout, placed in zip(WIDE.sites(), pool.placement(digest)[0].sites, pool.lookup(digest), strict=True):
+    resident_weights = pool.lookup(digest)[: len(WIDE.sites())]  # those of norms follow
+    for site, layout, placed in zip(WIDE.sites(), pool.placement(digest)[0].sites, resident_weights, strict=True):
         for part, at in zip(placed.parts, layout.parts, strict=True) if placed is not None else ():
             assert at.module in [module for module, _ in site.parts]
             found[at.module] = placed.a[:, part.ranks].t(), part.b.t(), part.bias

@@ -64,7 +64,7 @@ def test_an_adapter_is_on_the_device_after_its_load_and_its_weights_are_scaled(m
     assert (part.columns, part.ranks, part.bias) == (slice(0, 64), slice(0, 4), None)
     [value] = pool.lookup(digest)[4].parts
     assert value.columns == slice(96, 128), "v follows q and k"
-    assert [site is not None for site in pool.lookup(digest)] == [i in (0, 4) for i in range(10)]
+    assert [site is not None for site in pool.lookup(digest)] == [i in (0, 4) for i in range(15)], "norms last"
     assert pool.device.bytes_used == pool.host.bytes_used == SIZE
     assert pool.device.adapters == pool.host.adapters == [digest]
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from runtime.models.config import SITES_PER_LAYER, ModelConfig
 from runtime.models.decoder import Decoder
+from runtime.models.layers import RmsNorm
 from runtime.models.weights import load_weights
 from tests.runtime.models.families import FAMILIES, write_checkpoint
 from tests.runtime.models.paged_driver import PagedDriver
@@ -126,7 +127,12 @@ class RecordingLora:
 
     def __init__(self, changed: int | None = None):
         self.calls: list[tuple[object, tuple[int, ...], tuple[int, ...]]] = []
+        self.norms: list[tuple[int, list[int]]] = []  # index and shape of the input
         self.changed = changed
+
+    def norm(self, index: int, norm: RmsNorm, x: Tensor, y: Tensor) -> None:
+        self.norms.append((index, list(x.shape)))
+        torch.testing.assert_close(y, norm(x))
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
         self.calls.append((site, tuple(x.shape), tuple(y.shape)))
@@ -156,6 +162,8 @@ def test_adapters_see_every_projection_in_order_with_its_input_and_output(tmp_pa
     ]
     assert lora.calls == [("embed", (5,), (5, 64)), *layers, ("logits", (5, 64), (5, 131))]
     assert len(layers) == 3 * SITES_PER_LAYER
+    # Two norms a layer, as `ModelConfig.norms` has them, then the last, of the rows of logits
+    assert lora.norms == [(index, [5, 64]) for index in range(7)]
 
 
 @pytest.mark.parametrize("site", [-1, -2, *range(3 * SITES_PER_LAYER)])
