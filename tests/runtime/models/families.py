@@ -34,7 +34,8 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3, 1.2, 1.4, 2.0],
     "long_factor": [1.5, 2.0, 2.5, 3.0, 5.0, 9.0],
 }
-EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 16}
+# Rows of 16 bytes: torch's grouped products of bfloat16 take no others
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "hidden_size": 64}
 # Scores and logits that the caps bend; the same for a family that has none.
 GEMMA = {
     "sliding_window": 17,
@@ -93,7 +94,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2-window": ("Qwen2", DERIVED | {"sliding_window": 11, "use_sliding_window": True, "max_window_layers": 1}),
     "qwen3-moe": ("Qwen3Moe", EXPERTS | {"mlp_only_layers": [1], "norm_topk_prob": True}),
     "qwen3-moe-sparse-step": ("Qwen3Moe", EXPERTS | {"decoder_sparse_step": 2, "norm_topk_prob": False}),
-    "mixtral-moe": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 19}),
+    "mixtral-moe": (
+        "Mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "hidden_size": 64, "sliding_window": 19},
+    ),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", GEMMA | {"rope_parameters": LOCAL_AND_GLOBAL}),
 }
