@@ -44,9 +44,10 @@ class Family:
         base = write_checkpoint(name, directory)
         self.model = ModelConfig.from_directory(directory)
         self.adapters = adapters
-        names = {part.module.rpartition(".")[2] for site in self.model.sites() for part in site.parts}
-        # For PEFT a router of transformers is no linear, and all experts of a layer are one parameter
-        targets = targets or sorted(names - {"gate", "embed_tokens", "lm_head"})
+        modules = [part.module for site in self.model.sites() for part in site.parts]
+        # Of experts PEFT adapts parameters, and has no aLoRA of them
+        modules = [module for module in modules if "self_attn" in module or self.model.experts is None]
+        targets = targets or sorted({module.rpartition(".")[2] for module in modules} - {"embed_tokens", "lm_head"})
         self.peft = None
         for adapter, invocation in adapters.items():
             config = peft.LoraConfig(
@@ -100,7 +101,7 @@ class Family:
             assert one.top_logprobs == pytest.approx(row[one.top_ids].tolist(), abs=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
     return Family(request.param, tmp_path_factory.mktemp("model"))
 
@@ -111,8 +112,12 @@ def ask(engine, tokens, name=None):
     return completion
 
 
+# PyTorch's kernels take longer, and test_compiled_decoder.py compares them with the compiled ones for every family
+ENGINES = [*((name, "compiled") for name in FAMILIES), *((name, "torch") for name in ("olmo2", "gemma3", "qwen3-moe"))]
+
+
 @pytest.mark.filterwarnings("ignore:::peft")
-@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize(("family", "kernels"), ENGINES, indirect=["family"])
 def test_preempted_shared_and_evicted_kv_give_the_numbers_of_peft(family, kernels):
     """Contexts are longer than the windows; seven blocks hold half of what the requests need."""
     engine = family.engine(8, kernels=kernels, host_kv_bytes=MIB)
