@@ -7,6 +7,7 @@ import msgspec
 from msgspec.structs import FieldInfo
 
 MIB = 1024 * 1024
+Quantization = Literal["int8", "int4", "nf4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # asctime has milliseconds
 
@@ -74,9 +75,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "auto"
     quantization: Annotated[
-        Literal["int8"] | None,
+        Quantization | None,
         Option(
-            "int8: the base's weights in int8, with a scale for each 128; adapters stay exact (compiled)",
+            "the base's weights in int8, or its layers' in int4 or nf4; adapters stay exact (compiled)",
             "model",
             unset="none",
         ),

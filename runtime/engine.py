@@ -406,6 +406,7 @@ class Engine:
             dtype=str(self.runner.dtype).removeprefix("torch."),
             adapter_bytes=self.adapters.device.capacity_bytes,
             kernels=self.runner.kernels,
+            weights=self.runner.weights_held,
             timings=dict(self.runner.timings),
         )
 

@@ -210,6 +210,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     adapter_bytes: int
     kernels: str  # triton, compiled or torch; of the compiled ones with their instructions
+    weights: str = ""  # how the base's weights are held: a dtype, or how they are quantised
     timings: dict[str, float] = {}  # milliseconds of what was measured to choose the kernels
 
 

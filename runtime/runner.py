@@ -12,7 +12,7 @@ from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
 from runtime.kv.cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
-from runtime.models.weights import Weights, load_weights
+from runtime.models.weights import open_checkpoint
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
 
@@ -33,7 +33,9 @@ class Runner(ABC):
     adapter_layout: LayOut = staticmethod(layout_adapter)  # of an adapter in its extent
     packs_linears = True  # for oneDNN on a CPU
     reads_float16 = False  # weights of a float16 checkpoint as they are
+    keeps_quantized = False  # weights of a quantised checkpoint, where the kernels have a layout for them
     kernels: str  # as `--kernels` names them
+    weights_held: str  # how the base's weights are held: a dtype, or how they are quantised
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
 
     def __init__(self, config: EngineConfig, device: torch.device):
@@ -64,13 +66,25 @@ class Runner(ABC):
                 self.max_model_len,
                 self.model.rope.original_max_position,
             )
-        self.weights: Weights = load_weights(
-            self.model, directory, self.weight_dtype, config.load_format, device, pack=self.packs_linears
+        self.checkpoint = open_checkpoint(
+            self.model,
+            directory,
+            self.weight_dtype,
+            config.load_format,
+            device,
+            pack=self.packs_linears,
+            keep_quantized=self.keeps_quantized,
         )
+        self.weights_held = self._held(str(self.weight_dtype).removeprefix("torch."))
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
 
     def check_model(self) -> None:  # noqa: B027 - most kernels serve all families
         """Raise ValueError, which names the field and the kernels that serve it, for a model that these cannot."""
+
+    def _held(self, types: str) -> str:
+        """What the weights are held in, and what the checkpoint was that they come from."""
+        scheme = self.model.quantization
+        return types if scheme is None else f"{types}; the checkpoint is {scheme.method}"
 
     def _max_model_len(self, config: EngineConfig) -> int:
         """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""
@@ -106,6 +120,15 @@ class Runner(ABC):
 
 def make_runner(config: EngineConfig) -> Runner:
     """Load the model on the device that `config` asks for. Raises ValueError that names the option to change."""
+    runner = _make_runner(config)
+    if runner.model.quantization is not None or config.quantization is not None:
+        _log.info("the base's weights are held in %s", runner.weights_held)
+    for note in () if runner.model.quantization is None else runner.model.quantization.notes:
+        _log.info("of the checkpoint's quantization_config, %s", note)
+    return runner
+
+
+def _make_runner(config: EngineConfig) -> Runner:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()

@@ -29,6 +29,9 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     )
     dtype: str | None = None
     kernels: str | None = None
+    weights: Annotated[
+        str | None, Meta(description="how the base's weights are held: a dtype, or how they are quantised")
+    ] = None
     timings_ms: dict[str, float] = {}  # of one projection of the model, by the kernels that were candidates
 
 
@@ -59,7 +62,15 @@ async def version(request: Request) -> Response:
     engine = services_of(request).engine.ready
     if engine is None:
         return json_response(Version(version=number))
-    return json_response(Version(version=number, dtype=engine.dtype, kernels=engine.kernels, timings_ms=engine.timings))
+    return json_response(
+        Version(
+            version=number,
+            dtype=engine.dtype,
+            kernels=engine.kernels,
+            weights=engine.weights,
+            timings_ms=engine.timings,
+        )
+    )
 
 
 async def openapi(request: Request) -> Response:

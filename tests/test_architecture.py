@@ -112,7 +112,8 @@ INNER = {
         "service.services",
         "service.source_urls",
     },
-    "runtime.models": set(),
+    "runtime.quantization": set(),
+    "runtime.models": {"runtime.quantization"},
     "runtime.adapter_format": {"runtime.models", "runtime.config"},
     "runtime.conversion": {"runtime.adapter_format"},
     "runtime.adapters": {"runtime.adapter_format", "runtime.models", "runtime.background", "runtime.messages"},
@@ -121,6 +122,7 @@ INNER = {
     "runtime.cpu": {
         "runtime.adapters",
         "runtime.models",
+        "runtime.quantization",
         "runtime.config",
         "runtime.request",
         "runtime.runner",

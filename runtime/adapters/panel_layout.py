@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import load
+from kernels.cpu.compiled.panels import GROUP
 from kernels.cpu.compiled.structs import PANEL
 from runtime.adapter_format.canonical import AdapterConfig
 from runtime.adapter_format.errors import InvalidAdapter
@@ -143,7 +144,7 @@ class _Places:
         return slice(start, start + size)
 
     def panels(self, columns: int, k: int) -> slice:
-        return self.take(load().panels_bytes(self._type, columns, k))
+        return self.take(load().panels_bytes(self._type, columns, k, GROUP))
 
     def items(self, count: int) -> slice:
         return self.take(count * self._item)
@@ -190,6 +191,6 @@ def _table(model: ModelConfig, sites: list[SitePlace | None], dtype: str) -> np.
             row["parts"][part.projection] = part.b.start, bias, part.first_rank, part.ranks
             gate = model.fused_width(index)
             if gate is not None:  # one module is both projections, whose panels follow each other
-                up = part.b.start + load().panels_bytes(TYPES[dtype], gate, part.ranks)
+                up = part.b.start + load().panels_bytes(TYPES[dtype], gate, part.ranks, GROUP)
                 row["parts"][1] = up, bias and bias + 4 * gate, part.first_rank, part.ranks
     return table

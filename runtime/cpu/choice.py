@@ -73,9 +73,9 @@ def choose_kernels(config: EngineConfig) -> tuple[Literal["compiled", "torch"], 
             raise ValueError(f"kernels (--kernels) compiled cannot be built: {error}") from None
         _log.warning("the compiled CPU kernels cannot be built, so the slower ones of PyTorch run: %s", error)
         return "torch", {}
-    if config.kernels == "compiled" or config.quantization is not None:
-        return "compiled", {}
     model = ModelConfig.from_directory(config.model)
+    if config.kernels == "compiled" or config.quantization is not None or model.quantization is not None:
+        return "compiled", {}
     dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
     site = model.sites()[GATE_UP]
     if dtype == torch.float16 or site.in_features * site.parts[0].out_features < LEAST_WEIGHTS:

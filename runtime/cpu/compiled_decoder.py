@@ -1,43 +1,41 @@
 """The decoder as a program of the compiled kernels."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
-from kernels.cpu.compiled.panels import Panels
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
+from runtime.cpu.weight_panels import WeightPanels
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, ROUTER, SITES_PER_EXPERT, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm, rounded_to
-from runtime.models.weights import Experts, LayerWeights, Weights
+from runtime.models.weights import Checkpoint, Experts, LayerWeights
 
 PADDING = 16  # floats between rows: rows of 4 KiB would all lie in the same lines of the first cache
-Pack = Callable[[Tensor], Panels]
 
 
 class CompiledDecoder:
     """The forward pass of one model, recorded once for up to `rows` rows and `logits` rows of logits.
 
-    `weights` lose each matrix when it has been packed, so that there is never a second copy of the model.
+    Each layer is read and packed before the next, so that there is never a second copy of the model.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        checkpoint: Checkpoint,
         kv: list[Tensor],
         block_size: int,
         pool: Pool,
         rows: int,
         logits: int,
-        pack: Pack,
+        panels: WeightPanels,
     ) -> None:
         self.config = config
         self.program = Program(pool)
         self.block_size = block_size
-        self._pack = pack
+        self._panels = panels
         q, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self._x = _buffer(rows, config.hidden_size)
         self._normed = _buffer(rows, config.hidden_size)
@@ -54,24 +52,26 @@ class CompiledDecoder:
         self._last = _buffer(logits, config.hidden_size)
         self.logits = _buffer(logits, config.vocab_size)
         self.best = (structs.Best * logits)()
-        self._record(weights, kv)
+        self._record(checkpoint, kv)
 
-    def _record(self, weights: Weights, kv: list[Tensor]) -> None:
+    def _record(self, checkpoint: Checkpoint, kv: list[Tensor]) -> None:
         config, program = self.config, self.program
-        embedding = self._pack(weights.embedding)
-        head = embedding if config.tie_embeddings else self._pack(weights.lm_head.weight)
-        multiplier = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
+        embedding = self._panels.embedding(checkpoint.embedding())
+        head = embedding if config.tie_embeddings else self._panels.head(checkpoint.lm_head())
+        multiplier = config.embedding_scale(partial(rounded_to, checkpoint.dtype))
         program.embed(embedding, self._x, config.embed_site, multiplier)
         for index in range(config.num_layers):
-            layer = weights.layers.pop(0)
-            self._attention(layer, index, kv[index])
-            self._mlp(layer, index)
-        self._norm(weights.norm, self._x, self._last, of_logits=True)
+            self._layer(checkpoint.layer(index), index, kv[index])
+        self._norm(checkpoint.norm(), self._x, self._last, of_logits=True)
         # A row's logits are scaled as they are written
         form: Form = "capped" if config.logits_cap else "store"
         scale = config.logits_cap or 1.0 / config.logits_scaling
         program.linear(self._last, [Part(head, None)], self.logits, config.lm_head_site, form, scale, of_logits=True)
         program.find_best(self.logits, self.best)
+
+    def _layer(self, layer: LayerWeights, index: int, kv: Tensor) -> None:
+        self._attention(layer, index, kv)
+        self._mlp(layer, index)
 
     def _attention(self, layer: LayerWeights, index: int, kv: Tensor) -> None:
         config, program, site = self.config, self.program, index * SITES_PER_LAYER
@@ -112,7 +112,8 @@ class CompiledDecoder:
     def _experts(self, experts: Experts, index: int, normed: Tensor, gate: Form) -> None:
         config = self.config.experts
         assert config is not None
-        self._linear(experts.router, index * SITES_PER_LAYER + ROUTER, normed, self._scores)
+        router = Part(self._panels.router(experts.router), None)
+        self.program.linear(normed, [router], self._scores, index * SITES_PER_LAYER + ROUTER)
         first = self.config.expert_site(index, 0)
         packed: list[tuple[list[Part], Part]] = []
         while experts.each:  # each is dropped when it has been packed
@@ -162,7 +163,7 @@ class CompiledDecoder:
         fused = self.config.fused_width(site)
         widths = [part.out_features for part in self._sites[site].parts] if fused is None else [fused, fused]
         biases = [None] * len(widths) if linear.bias is None else torch.split(linear.bias.float(), widths)
-        weights = map(self._pack, torch.split(linear.weight, widths))
+        weights = self._panels.projection(linear, widths)
         return [Part(*part) for part in zip(weights, biases, strict=True)]
 
     def forward(self, step: structs.Step) -> None:

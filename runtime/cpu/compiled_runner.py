@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
 from kernels.cpu.compiled.library import instructions
-from kernels.cpu.compiled.panels import PanelMemory, pack, quantize
 from kernels.cpu.compiled.program import Pool
 from kernels.cpu.compiled.structs import PANEL
 from runtime.adapters.panel_layout import layout_in_panels
@@ -16,6 +14,7 @@ from runtime.config import EngineConfig
 from runtime.cpu.choice import threads_of
 from runtime.cpu.compiled_decoder import PADDING, CompiledDecoder
 from runtime.cpu.compiled_step import CompiledStep, StepLayout
+from runtime.cpu.weight_panels import WeightPanels
 from runtime.models.config import MOST_PARTS
 from runtime.runner import Results, Runner
 from runtime.sampler import Best, choose, with_scores
@@ -43,6 +42,7 @@ class CompiledRunner(Runner):
     adapter_layout = staticmethod(layout_in_panels)
     packs_linears = False  # the kernels have a layout of their own
     reads_float16 = True
+    keeps_quantized = True
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
@@ -50,11 +50,12 @@ class CompiledRunner(Runner):
         self.kernels = f"compiled ({instructions()})"
         self._pool = Pool(self.threads)
         rows, logits = config.max_batch_tokens, config.max_running + SCORED_ROWS
-        weight = partial(quantize if config.quantization == "int8" else pack, memory=PanelMemory())
+        panels = WeightPanels(config.quantization, self.weight_dtype)
         self.decoder = CompiledDecoder(
-            self.model, self.weights, self.kv.layers, config.block_size, self._pool, rows, logits, weight
+            self.model, self.checkpoint, self.kv.layers, config.block_size, self._pool, rows, logits, panels
         )
-        del self.weights
+        del self.checkpoint
+        self.weights_held = self._held(panels.description)
         ranks = MOST_PARTS * config.max_lora_rank
         self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
 

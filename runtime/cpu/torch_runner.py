@@ -25,7 +25,8 @@ class TorchRunner(Runner):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config, torch.device("cpu"))
-        self.decoder = Decoder(self.model, self.weights)
+        self.decoder = Decoder(self.model, self.checkpoint.weights())
+        del self.checkpoint
 
     def start(self, adapters: AdapterPool) -> None:
         self._adapters = adapters

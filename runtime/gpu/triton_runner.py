@@ -51,7 +51,8 @@ class TritonRunner(Runner):
         super().__init__(config, device)
         self.adapter_dtype = self.dtype
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.decoder = FusedDecoder(self.model, self.weights, config.block_size, self.gpu)
+        self.decoder = FusedDecoder(self.model, self.checkpoint.weights(), config.block_size, self.gpu)
+        del self.checkpoint
         self.graphs: DecodeGraphs | None = None
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank

@@ -26,6 +26,7 @@ from runtime.models.config_file import (
     refuse,
 )
 from runtime.models.families import Bias, ExpertNames, Family, Fused, NormNames, QkNorm
+from runtime.quantization.scheme import Scheme
 
 
 class Part(NamedTuple):
@@ -121,6 +122,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logits_scaling: float = 1.0
     dtype: str = "bfloat16"  # of the checkpoint's weights; bfloat16 if its configuration does not say
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Scheme | None = None  # how the checkpoint holds its weights; None: as floats of `dtype`
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> "ModelConfig":
@@ -158,6 +160,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             **(_gemma(file, family) if family.gemma else {}),
             dtype=file.stored_dtype or "bfloat16",
             eos_token_ids=read_eos_token_ids(directory, file),
+            quantization=file.quantization,
         )
 
     @property

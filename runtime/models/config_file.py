@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import msgspec
 
 from runtime.models.families import FAMILIES, Family
+from runtime.quantization.scheme import Scheme, UnsupportedQuantization, read_scheme
 
 T = TypeVar("T")
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
@@ -124,6 +125,14 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
         return rope or RopeFile(rope_theta=self.rope_local_base_freq)
 
     @property
+    def quantization(self) -> Scheme | None:
+        """How the checkpoint's weights are quantised. Raises UnsupportedModel."""
+        try:
+            return None if self.quantization_config is None else read_scheme(self.quantization_config)
+        except UnsupportedQuantization as error:
+            raise UnsupportedModel(f"config.json: {error}") from None
+
+    @property
     def stored_dtype(self) -> str | None:
         return self.dtype or self.torch_dtype
 
@@ -179,8 +188,6 @@ def _check(config: ConfigFile, family: Family) -> None:
         refuse("use_sliding_window", True, f"false for {config.architecture}")
     if config.use_bidirectional_attention:
         refuse("use_bidirectional_attention", True, "false")
-    if config.quantization_config is not None:
-        refuse("quantization_config", config.quantization_config, f"null, and weights in {', '.join(DTYPES)}")
     if config.stored_dtype not in (None, *DTYPES):
         refuse("dtype", config.stored_dtype, ", ".join(DTYPES))
     kinds = set(config.layer_types or ()).difference(LAYER_TYPES)

@@ -1,7 +1,6 @@
 """Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +12,13 @@ from torch import Tensor
 from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
 from runtime.models.text_part import is_vision, text_name
+from runtime.quantization.formats import InvalidWeight
+from runtime.quantization.modules import QuantizedModules
+from runtime.quantization.weight import QuantizedWeight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHT = ".weight"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -73,6 +76,15 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 Read = Callable[[str], Tensor]
+
+
+class _Source(NamedTuple):
+    """Where tensors come from, by the name of the tensor that an unquantised checkpoint has."""
+
+    read: Read  # dequantised in float32, if the checkpoint holds it quantised
+    quantized: Callable[[str], QuantizedWeight | None]  # None: the checkpoint holds it in floats
+
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -85,17 +97,30 @@ def load_weights(
     *,
     pack: bool = True,
 ) -> Weights:
-    """Load the model's weights in `dtype` to `device`, tensor by tensor.
+    """Load the whole model; the parameters are those of `open_checkpoint`."""
+    return open_checkpoint(config, directory, dtype, load_format, device, pack=pack).weights()
+
+
+def open_checkpoint(
+    config: ModelConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    load_format: Literal["safetensors", "dummy"],
+    device: torch.device | str = "cpu",
+    *,
+    pack: bool = True,
+    keep_quantized: bool = False,
+) -> "Checkpoint":
+    """Check a checkpoint's names and shapes, for weights that are read in `dtype` to `device` as they are asked for.
 
     `load_format` "dummy" reads no file and makes random weights, the same at every start. Without `pack`, the weights
-    of projections stay (out, in), for kernels with a layout of their own. Raises InvalidCheckpoint, naming tensors that
+    of projections stay (out, in), for kernels with a layout of their own; with `keep_quantized`, those whose parts are
+    all quantised stay so. Raises InvalidCheckpoint, naming tensors that
     are missing, unused, of a different shape or not floating point.
     """
     shapes = tensor_shapes(config)
-    if load_format == "dummy":
-        return _Assembly(config, shapes, dtype, device, pack, _dummy(shapes, device)).weights()
-    with ExitStack() as stack:
-        return _Assembly(config, shapes, dtype, device, pack, _open(config, directory, shapes, stack)).weights()
+    source = _dummy(shapes, device) if load_format == "dummy" else _open(config, directory, shapes)
+    return Checkpoint(config, shapes, dtype, device, pack, keep_quantized, source)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -142,8 +167,11 @@ def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
     return config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
 
 
-class _Assembly:
-    """Builds the decoder's weights from a checkpoint's tensors; keeps no reference to a tensor that it has returned."""
+class Checkpoint:
+    """Builds the decoder's weights from a checkpoint's tensors; keeps no reference to a tensor that it has returned.
+
+    A caller that takes one layer after another and packs it never has the whole model in 16 bits.
+    """
 
     def __init__(
         self,
@@ -152,22 +180,33 @@ class _Assembly:
         dtype: torch.dtype,
         device: torch.device | str,
         pack: bool,
-        read: Read,
+        keep_quantized: bool,
+        source: _Source,
     ):
-        self.config, self.shapes, self.dtype, self.device, self.read = config, shapes, dtype, device, read
-        self.pack = pack
+        self.config, self.shapes, self.dtype, self.device, self.source = config, shapes, dtype, device, source
+        self.pack, self.keep_quantized = pack, keep_quantized
         self.sites = config.sites()
 
     def weights(self) -> Weights:
-        embedding = self._stacked([EMBEDDING])
+        embedding = self.embedding()
         return Weights(
             embedding=embedding,
-            layers=[self._layer(index) for index in range(self.config.num_layers)],
-            norm=self._norm("model.norm.weight"),
-            lm_head=Linear(embedding if self.config.tie_embeddings else self._stacked([HEAD]), pack=self.pack),
+            layers=[self.layer(index) for index in range(self.config.num_layers)],
+            norm=self.norm(),
+            lm_head=Linear(embedding, pack=self.pack) if self.config.tie_embeddings else self.lm_head(),
         )
 
-    def _layer(self, index: int) -> LayerWeights:
+    def embedding(self) -> Tensor:
+        return self._stacked([EMBEDDING])
+
+    def norm(self) -> RmsNorm:
+        return self._norm("model.norm.weight")
+
+    def lm_head(self) -> Linear:
+        """The head of a model that does not take its embedding for it."""
+        return self._linear(self.sites[self.config.lm_head_site])
+
+    def layer(self, index: int) -> LayerWeights:
         prefix, norms = f"model.layers.{index}", self.config.norms
         qkv, o = map(self._linear, _layer_sites(self.sites, index)[:GATE_UP])
         return LayerWeights(
@@ -195,7 +234,11 @@ class _Assembly:
     def _linear(self, site: Site) -> Linear:
         biases = [f"{part.module}.bias" for part in site.parts]
         bias = self._stacked(biases) if biases[0] in self.shapes else None
-        return Linear(self._stacked([f"{part.module}.weight" for part in site.parts]), bias, pack=self.pack)
+        names = [part.module + WEIGHT for part in site.parts]
+        quantized = [self.source.quantized(name) for name in names] if self.keep_quantized else [None]
+        if None not in quantized:
+            return Linear(None, bias, quantized=[one for one in quantized if one is not None])
+        return Linear(self._stacked(names), bias, pack=self.pack)
 
     def _norm(self, name: str) -> RmsNorm:
         weight, offset = self._stacked([name]), self.config.norm_offset
@@ -219,11 +262,11 @@ class _Assembly:
         heights = [self.shapes[name][0] for name in names]
         out = torch.empty((sum(heights), *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
         for name, part in zip(names, torch.split(out, heights), strict=True):
-            part.copy_(self.read(name))
+            part.copy_(self.source.read(name))
         return out
 
 
-def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
+def _dummy(shapes: Shapes, device: torch.device | str) -> _Source:
     """Make random tensors on the device, of a size that keeps activations near 1; norms are ones."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -234,15 +277,15 @@ def _dummy(shapes: Shapes, device: torch.device | str) -> Read:
         scale: float = shape[-1] ** -0.5
         return torch.randn(shape, generator=generator, device=device) * scale
 
-    return read
+    return _Source(read, lambda name: None)
 
 
-def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack) -> Read:
+def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> _Source:
     """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
     found: dict[str, _Stored] = {}
     for path in _files(directory):
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
         for stored_name in file.offset_keys():
@@ -250,26 +293,56 @@ def _open(config: ModelConfig, directory: Path, shapes: Shapes, stack: ExitStack
             if name in found:
                 raise InvalidCheckpoint(f"tensor {name} is in {path.name} and in another file of the checkpoint")
             found[name] = _Stored(file, stored_name)
+
+    def get(name: str) -> Tensor:
+        return found[name].tensor()
+
+    matrices = [name.removesuffix(WEIGHT) for name, shape in shapes.items() if len(shape) == 2]
+    quantized = QuantizedModules(config.quantization, matrices, found)
+    plain = {name: shape for name, shape in shapes.items() if name.removesuffix(WEIGHT) not in quantized}
+    needed = {name for module in matrices if module in quantized for name in quantized.needed(module)}
     _check_tied_head(config, found)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq") or (config.vision and is_vision(name))}
+    ignored |= quantized.ignored()
     if config.tie_embeddings:
         ignored.add(HEAD)
-    _check_names(shapes, found.keys() - ignored)
-    for name, shape in shapes.items():
+    ignored |= _zero_biases(quantized, found.keys() - shapes.keys(), get)
+    _check_names(needed | plain.keys(), found.keys() - (ignored - needed))
+    for name, shape in plain.items():
         file, stored_name = found[name]
         _check_tensor(name, shape, file.get_slice(stored_name))
 
-    def read(name: str) -> Tensor:
-        return found[name].tensor()
+    def read_quantized(name: str) -> QuantizedWeight | None:
+        module = name.removesuffix(WEIGHT)
+        if module not in quantized:
+            return None
+        try:
+            return quantized.read(module, shapes[name], get)
+        except InvalidWeight as error:
+            raise InvalidCheckpoint(str(error)) from error
 
-    return read
+    def read(name: str) -> Tensor:
+        weight = read_quantized(name)
+        return get(name) if weight is None else weight.dequantized()
+
+    return _Source(read, read_quantized)
+
+
+def _zero_biases(quantized: QuantizedModules, names: set[str], get: Read) -> set[str]:
+    """Biases of zeros, which some programs write for every module that they have quantised."""
+    biases = {name for name in names if name.endswith(".bias") and name.removesuffix(".bias") in quantized}
+    return {name for name in biases if not get(name).any()}
 
 
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.exists():
         if not (directory / SINGLE).exists():
-            raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}")
+            gguf = any(directory.glob("*.gguf"))
+            advice = (
+                ": GGUF is not read; save it with transformers (from_pretrained with gguf_file) first" if gguf else ""
+            )
+            raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}{advice}")
         return [directory / SINGLE]
     try:
         names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
@@ -281,8 +354,8 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _check_names(shapes: Shapes, found: set[str]) -> None:
-    for what, names in (("lacks", shapes.keys() - found), ("holds tensors that nothing uses:", found - shapes.keys())):
+def _check_names(needed: set[str], found: set[str]) -> None:
+    for what, names in (("lacks", needed - found), ("holds tensors that nothing uses:", found - needed)):
         if names:
             listed = sorted(names)
             more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""

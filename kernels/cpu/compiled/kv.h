@@ -15,7 +15,7 @@ struct Kv {
   Type type;  // float32 or bfloat16
 
   static size_t values_stride(Type type) { return panel_bytes(type, TILE); }
-  size_t head_bytes() const { return (size_t)2 * TILE * head_dim * item_bytes(type); }
+  size_t head_bytes() const { return (size_t)2 * TILE * head_dim * item_bits(type) / 8; }
   char* keys(size_t tile, int head) const { return at + (tile * heads + head) * head_bytes(); }
   // Where the values begin that belong to some keys.
   const char* values(const char* keys) const { return keys + head_bytes() / 2; }

@@ -23,8 +23,9 @@ def load() -> ctypes.CDLL:
         "pool_new": ([c_int], c_void_p),
         "pool_delete": ([c_void_p], None),
         "program_run": ([c_void_p, c_void_p, c_int, c_void_p], None),
-        "panels_bytes": ([c_int, c_int, c_int], c_size_t),
+        "panels_bytes": ([c_int, c_int, c_int, c_int], c_size_t),
         "panels_write": ([c_int, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p], None),
+        "panels_write_codes": ([c_int, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p], None),
         "panels_quantize": ([c_void_p, c_int64, c_int, c_int, c_void_p], None),
     }
     for name, (arguments, result) in signatures.items():

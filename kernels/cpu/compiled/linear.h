@@ -28,7 +28,8 @@ struct LinearPart {
 struct Linear {
   Rows x, out;
   LinearPart part[MOST_PARTS];
-  int32_t parts, k, type;
+  const int32_t* order;  // which of a row's numbers meets each k of the weights; null: its own
+  int32_t parts, k, type, group;
   int32_t site;    // of the adapters' weights
   int32_t logits;  // whether the rows are those of the logits
   int32_t form;
@@ -58,7 +59,7 @@ struct Linear {
   }
 
   const char* panels_of(int index, int panel) const {
-    return (const char*)part[index].panels + panel * panel_bytes((Type)type, k);
+    return (const char*)part[index].panels + panel * panel_bytes((Type)type, k, group);
   }
 
   void write(int first, int rows, int panel, int part, int columns, const float* y, const float* up, int width) const;
@@ -107,11 +108,12 @@ inline void Linear::compute(Pool& pool, const Step& step, int shrinks, int index
   const int width = panels * PANEL;
   const Type held = wide ? Type::float32 : (Type)type;
   const void* weights = wide ? (const void*)wide : panels_of(index, panel);
+  const size_t stride = panel_bytes(held, k, group);
   if (pairs)
-    multiply_pairs(held, rows, panels, weights, panel_bytes(held, k), k, *pairs, tile, width, ahead);
+    multiply_pairs(held, rows, panels, weights, stride, k, *pairs, tile, width, ahead);
   else
-    multiply_rows(held, rows, panels, weights, panel_bytes(held, k), k, x.at + first * x.stride, x.stride, tile, width,
-                  false, ahead);
+    multiply_rows(held, rows, panels, weights, stride, k, x.at + first * x.stride, x.stride, tile, width, false, ahead,
+                  group);
   const int columns = base.columns - panel * PANEL < panels * PANEL ? base.columns - panel * PANEL : panels * PANEL;
   if (base.bias)
     for (int row = 0; row < rows; ++row)
@@ -186,7 +188,7 @@ inline void Linear::run(Pool& pool, const Step& step) const {
       continue;
     }
     const Place place = place_of(task - shrinks, most);
-    const bool wide = many && !pairs && (Type)type != Type::float32, follows = !many && next >= shrinks && next < tasks;
+    const bool wide = many && !pairs && !quantized((Type)type) && (Type)type != Type::float32, follows = !many && next >= shrinks && next < tasks;
     const Place after = follows ? place_of(next - shrinks, most) : place;
     const int products = parts / outputs;
     for (int i = 0; wide && i < products; ++i) {
@@ -198,7 +200,7 @@ inline void Linear::run(Pool& pool, const Step& step) const {
       if (pairs && paired != first / at_once * at_once) {
         paired = first / at_once * at_once;
         paired_rows.fill((Type)type, rows - paired < at_once ? rows - paired : at_once, k, x.at + paired * x.stride,
-                         x.stride);
+                         x.stride, group, order);
       }
       const Inputs<uint32_t> inputs = pairs ? paired_rows.from(first - paired) : Inputs<uint32_t>{};
       for (int i = 0; i < products; ++i)

@@ -2,36 +2,55 @@
 //
 // A matrix W (columns, k) lies in panels of 16 columns; a panel holds one vector of 16 weights for each k, so that a
 // product reads it from end to end and needs no sum across lanes. bfloat16 and int8 hold two neighbouring k of a column
-// side by side, because CPUs multiply and add pairs. int8 has a float scale for each column and each 128 k, behind the
-// weights.
+// side by side, because CPUs multiply and add pairs. Quantised weights have a float scale for each column and each group
+// of k, behind the weights; int4 a zero point as well, behind the scales.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
 
 constexpr int PANEL = 16;
 constexpr int VECTORS = PANEL / LANES;  // of one k of a panel
-constexpr int GROUP = 128;              // k with one scale, in int8
+constexpr int GROUP = 128;              // k of a row with one scale; of weights it has a whole number of groups
 
-enum class Type : int32_t { float32, bfloat16, float16, int8 };
+// nf4: places in a table of 16 numbers; float8: e4m3 without infinities.
+enum class Type : int32_t { float32, bfloat16, float16, int8, int4, nf4, float8 };
 
-constexpr size_t item_bytes(Type type) { return type == Type::float32 ? 4 : type == Type::int8 ? 1 : 2; }
+constexpr size_t item_bits(Type type) {
+  if (type == Type::int4 || type == Type::nf4) return 4;
+  return type == Type::float32 ? 32 : type == Type::int8 || type == Type::float8 ? 8 : 16;
+}
 
 constexpr bool paired(Type type) { return type == Type::bfloat16 || type == Type::int8; }
 
-inline int groups_of(int k) { return (k + GROUP - 1) / GROUP; }
-
-// The bytes of a panel's weights; the last of an odd number of k has a zero beside it.
-inline size_t weight_bytes(Type type, int k) { return (size_t)(paired(type) ? k + (k & 1) : k) * PANEL * item_bytes(type); }
-
-// The bytes of a panel.
-inline size_t panel_bytes(Type type, int k) {
-  return weight_bytes(type, k) + (type == Type::int8 ? (size_t)groups_of(k) * PANEL * 4 : 0);
+constexpr bool quantized(Type type) {
+  return type == Type::int8 || type == Type::int4 || type == Type::nf4 || type == Type::float8;
 }
 
-// Where the weight of a column of the panel and a k lies, in items from the panel's start.
+inline int groups_of(int k, int group = GROUP) { return (k + group - 1) / group; }
+
+// The k that a panel has room for: whole pairs, or whole bytes of two pairs.
+constexpr int padded(Type type, int k) {
+  const int unit = item_bits(type) == 4 ? 4 : paired(type) ? 2 : 1;
+  return (k + unit - 1) / unit * unit;
+}
+
+// The bytes of a panel's weights.
+inline size_t weight_bytes(Type type, int k) { return (size_t)padded(type, k) * PANEL * item_bits(type) / 8; }
+
+// The bytes of a panel, with `group` k to a scale.
+inline size_t panel_bytes(Type type, int k, int group = GROUP) {
+  const size_t scales = quantized(type) ? (size_t)groups_of(k, group) * PANEL : 0;
+  return weight_bytes(type, k) + scales * 4 + (type == Type::int4 ? scales : 0);
+}
+
+// Where the weight of a column of the panel and a k lies, in items from the panel's start. int4 has the pairs of two
+// steps in one byte each, the first in the low half; nf4 two neighbours of a column.
 inline size_t item_in_panel(Type type, int column, int k) {
+  if (type == Type::int4) return (size_t)(k / 4) * 4 * PANEL + (column * 2 + k % 2) * 2 + k / 2 % 2;
+  if (type == Type::nf4) return (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2;
   return paired(type) ? (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2 : (size_t)k * PANEL + column;
 }
 
@@ -108,8 +127,25 @@ struct Float16 : OneByOne {
 };
 
 // Two integers of a row of 16 bits at a time. Sums of a group are exact: 128 · 127 · 32767 < 2^31.
-struct Int8 {
+struct Integers {
   using Item = uint32_t;
+  static Vec spread(uint32_t x) { return spread_bits(x); }
+
+  static Vec add(Vec weights, Vec x, Vec sum) {
+#if defined(__AVX512VNNI__)
+    return (Vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#elif defined(__AVX512BW__)
+    return (Vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)weights, (__m512i)x));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)weights, (__m256i)x));
+#else
+    const Ints w = (Ints)weights, pair = (Ints)x;
+    return (Vec)((Ints)sum + (w << 16 >> 16) * (pair << 16 >> 16) + (w >> 16) * (pair >> 16));
+#endif
+  }
+};
+
+struct Int8 : Integers {
   static constexpr Type type = Type::int8;
   static constexpr int step = 2, items = 1;
 
@@ -126,19 +162,77 @@ struct Int8 {
     return (Vec)wide;
 #endif
   }
+};
 
-  static Vec spread(uint32_t x) { return spread_bits(x); }
+// Unsigned integers; their zero points are taken off a group's sum.
+struct Int4 : Integers {
+  static constexpr Type type = Type::int4;
+  static constexpr int step = 4, items = 2;
 
-  static Vec add(Vec weights, Vec x, Vec sum) {
-#if defined(__AVX512VNNI__)
-    return (Vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
-#elif defined(__AVX512BW__)
-    return (Vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)weights, (__m512i)x));
+  static Vec widen(const char* panel, int at, int odd, int vector) {
+    const uint8_t* bytes = (const uint8_t*)panel + (size_t)at * PANEL / 2 + vector * LANES * 2;
+#if defined(__AVX512BW__)
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
+    return (Vec)(odd ? _mm512_srli_epi16(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi16(15)));
 #elif defined(__AVX2__)
-    return (Vec)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)weights, (__m256i)x));
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)bytes));
+    return (Vec)(odd ? _mm256_srli_epi16(wide, 4) : _mm256_and_si256(wide, _mm256_set1_epi16(15)));
 #else
-    const Ints w = (Ints)weights, pair = (Ints)x;
-    return (Vec)((Ints)sum + (w << 16 >> 16) * (pair << 16 >> 16) + (w >> 16) * (pair >> 16));
+    Bits wide;
+    for (int lane = 0; lane < LANES; ++lane) wide[lane] = bytes[2 * lane] | (uint32_t)bytes[2 * lane + 1] << 16;
+    return (Vec)((odd ? wide >> 4 : wide) & 0x000f000fu);
+#endif
+  }
+};
+
+// The numbers of bitsandbytes' nf4, quantiles of the normal distribution.
+alignas(64) constexpr float NF4[16] = {
+    -1.0f,       -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+struct Nf4 : OneByOne {
+  static constexpr Type type = Type::nf4;
+  static constexpr int step = 2, items = 2;
+
+  static Vec widen(const char* panel, int at, int odd, int vector) {
+    const uint8_t* bytes = (const uint8_t*)panel + (size_t)at * PANEL / 2 + vector * LANES;
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+    return (Vec)_mm512_permutexvar_ps(odd ? _mm512_srli_epi32(places, 4) : places, _mm512_load_ps(NF4));
+#elif defined(__AVX2__)
+    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+    const __m256i places = odd ? _mm256_srli_epi32(both, 4) : both;  // of which a permutation takes three bits
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4), places);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4 + 8), places);
+    return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
+#else
+    Vec wide;
+    for (int lane = 0; lane < LANES; ++lane) wide[lane] = NF4[odd ? bytes[lane] >> 4 : bytes[lane] & 15];
+    return wide;
+#endif
+  }
+};
+
+// Widened by way of float16, whose exponent has one bit more: its bits are 2^-8 of the number, which the scale makes up
+// for.
+struct Float8 : OneByOne {
+  static constexpr Type type = Type::float8;
+  static constexpr int step = 1, items = 1;
+  static constexpr float factor = 256.0f;
+
+  static Vec widen(const char* panel, int at, int, int vector) {
+    const uint8_t* bytes = (const uint8_t*)panel + (size_t)at * PANEL + vector * LANES;
+#if defined(__AVX512BW__)
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)bytes)), 7);
+    return (Vec)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbf80)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)bytes)), 7);
+    return (Vec)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbf80)));
+#else
+    Vec wide;
+    for (int lane = 0; lane < LANES; ++lane)
+      wide[lane] = widen_float16((uint16_t)((bytes[lane] & 0x80) << 8 | (bytes[lane] & 0x7f) << 7));
+    return wide;
 #endif
   }
 };
@@ -173,37 +267,69 @@ template <class Item>
 struct Inputs {
   const Item* at;
   size_t stride;
-  const float* scales = nullptr;  // (rows, groups), of int8
+  int group = GROUP;              // k with one scale of quantised weights
+  const float* scales = nullptr;  // (rows, groups of 128), of integers
   int groups = 0;
+  const int32_t* sums = nullptr;  // (rows, groups of the weights), of integers that meet zero points
+  int summed = 0;
 
-  Inputs from(int row) const { return {at + row * stride, stride, scales ? scales + row * groups : nullptr, groups}; }
+  Inputs from(int row) const {
+    return {at + row * stride, stride, group, scales ? scales + row * groups : nullptr, groups,
+            sums ? sums + row * summed : nullptr, summed};
+  }
 };
 
-constexpr bool takes_pairs(Type type) { return type == Type::int8 || (ROUNDS_ROWS && type == Type::bfloat16); }
+constexpr bool takes_pairs(Type type) {
+  return type == Type::int8 || type == Type::int4 || (ROUNDS_ROWS && type == Type::bfloat16);
+}
 
-// Rows of float32 as pairs of neighbouring k, for the types that take them.
+// Rows of float32 as pairs of neighbouring k, for the types that take them. `order` says at which k of a row each input
+// lies, because weights may be laid out in another order; null: its own.
 class PairedRows {
  public:
-  void fill(Type type, int rows, int k, const float* x, size_t x_stride) {
-    stride = (k + 1) / 2;
+  void fill(Type type, int rows, int k, const float* x, size_t x_stride, int group, const int32_t* order) {
+    stride = padded(type, k + (k & 1)) / 2;
     groups = groups_of(k);
+    summed = type == Type::int4 ? groups_of(k, group) : 0;
+    of_weights = group;
     pairs.resize(rows * stride);
-    if (type == Type::int8) scales.resize((size_t)rows * groups);
+    if (quantized(type)) scales.resize((size_t)rows * groups);
+    sums.resize((size_t)rows * summed);
+    if (order) ordered.resize(k);
     for (int row = 0; row < rows; ++row, x += x_stride) {
-      if (type == Type::int8) quantize_row(x, k, pairs.data() + row * stride, scales.data() + row * groups);
+      const float* values = x;
+      if (order) {
+        for (int i = 0; i < k; ++i) ordered[i] = x[order[i]];
+        values = ordered.data();
+      }
+      uint32_t* to = pairs.data() + row * stride;
+      if (quantized(type)) {
+        quantize_row(values, k, to, scales.data() + row * groups);
+        for (size_t i = (k + 1) / 2; i < stride; ++i) to[i] = 0;
+      }
 #if ROUNDS_ROWS
-      if (type == Type::bfloat16) round_row(x, k, pairs.data() + row * stride);
+      if (type == Type::bfloat16) round_row(values, k, to);
 #endif
+      for (int i = 0; i < summed; ++i) sums[(size_t)row * summed + i] = sum_of(to, i * group, i * group + group, k);
     }
   }
 
-  Inputs<uint32_t> from(int row) const { return Inputs<uint32_t>{pairs.data(), stride, scales.data(), groups}.from(row); }
+  Inputs<uint32_t> from(int row) const {
+    return Inputs<uint32_t>{pairs.data(), stride, of_weights, scales.data(), groups, sums.data(), summed}.from(row);
+  }
 
  private:
   std::vector<uint32_t> pairs;
-  std::vector<float> scales;
+  std::vector<float> scales, ordered;
+  std::vector<int32_t> sums;
   size_t stride;
-  int groups;
+  int groups, summed, of_weights;
+
+  static int32_t sum_of(const uint32_t* row, int first, int last, int k) {
+    int32_t total = 0;
+    for (int i = first / 2; i < ((last < k ? last : k) + 1) / 2; ++i) total += (int16_t)row[i] + (int16_t)(row[i] >> 16);
+    return total;
+  }
 };
 
 // Memory that a product asks for while it computes, a line at a time, because it is read next.
@@ -224,7 +350,7 @@ struct Sums {
     constexpr int step = Weight::step;
     int i = 0;
     if (ahead.at) {
-      const size_t bytes = item_bytes(Weight::type) * PANEL * step;
+      const size_t bytes = item_bits(Weight::type) * PANEL * step / 8;
       const int wait = 64 / bytes > 1 ? 64 / bytes * ahead.share : ahead.share;  // steps to the next line
       for (int next = 0; i + step <= k; i += step, --next) {
         if (next <= 0) {
@@ -263,16 +389,21 @@ struct Sums {
   }
 };
 
-// `multiply` for int8: each group is summed by itself and scaled by the row and by the column.
-template <int ROWS, int PANELS>
-void multiply_groups(const char* panel, size_t stride, int k, Inputs<uint32_t> x, float* out, size_t out_stride,
-                     Ahead ahead) {
-  const char* scales = panel + weight_bytes(Type::int8, k);
-  for (int group = 0; group < x.groups; ++group) {
-    const int first = group * GROUP;
-    Sums<Int8, ROWS, PANELS> sums;
-    const Ahead next{ahead.at ? ahead.at + first * PANEL : nullptr, ahead.share};
-    sums.add(panel + first * PANEL, stride, k - first < GROUP ? k - first : GROUP, x.at + first / 2, x.stride, next);
+// `multiply` for quantised weights: each group is summed by itself, and scaled by the column and, of integers, by the
+// row.
+template <class Weight, int ROWS, int PANELS>
+void multiply_groups(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out,
+                     size_t out_stride, Ahead ahead) {
+  constexpr bool integers = std::is_base_of_v<Integers, Weight>, has_zeros = Weight::type == Type::int4;
+  const char* scales = panel + weight_bytes(Weight::type, k);
+  const char* zeros = scales + (size_t)groups_of(k, x.group) * PANEL * 4;
+  const int whole = has_zeros ? padded(Weight::type, k) : k;
+  for (int group = 0, first = 0; first < k; ++group, first += x.group) {
+    Sums<Weight, ROWS, PANELS> sums;
+    const size_t at = (size_t)first * PANEL * item_bits(Weight::type) / 8;
+    const Ahead next{ahead.at ? ahead.at + at : nullptr, ahead.share};
+    const auto* row_at = x.at + (integers ? first / 2 : first);
+    sums.add(panel + at, stride, whole - first < x.group ? whole - first : x.group, row_at, x.stride, next);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
@@ -280,20 +411,30 @@ void multiply_groups(const char* panel, size_t stride, int k, Inputs<uint32_t> x
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
           float* to = out + row * out_stride + p * PANEL + v * LANES;
-          const Vec of_columns = load((const float*)(scales + p * stride) + group * PANEL + v * LANES);
-          const Vec scale = of_columns * splat(x.scales[row * x.groups + group]);
-          store(to, fma(to_float((Ints)sums.at[p][row][v]), scale, group ? load(to) : splat(0.0f)));
+          Vec scale = load((const float*)(scales + p * stride) + group * PANEL + v * LANES), total;
+          if constexpr (integers) {
+            Ints whole_sum = (Ints)sums.at[p][row][v];
+            if constexpr (has_zeros)
+              whole_sum -= load_bytes((const int8_t*)zeros + p * stride + group * PANEL + v * LANES) *
+                           x.sums[row * x.summed + group];
+            total = to_float(whole_sum);
+            scale = scale * splat(x.scales[row * x.groups + first / GROUP]);
+          } else {
+            total = sums.at[p][row][v];
+            if constexpr (Weight::type == Type::float8) scale *= splat(Weight::factor);
+          }
+          store(to, fma(total, scale, group ? load(to) : splat(0.0f)));
         }
   }
 }
 
 // out[row][column] (+)= Σ x[row][k] · W[column][k] for ROWS rows and PANELS panels that lie `stride` bytes apart;
-// `add` says whether the sum continues what is in `out`, which int8 never does.
+// `add` says whether the sum continues what is in `out`, which that of quantised weights never does.
 template <class Weight, int ROWS, int PANELS>
 void multiply(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out, size_t out_stride,
               bool add, Ahead ahead) {
-  if constexpr (Weight::type == Type::int8)
-    return multiply_groups<ROWS, PANELS>(panel, stride, k, x, out, out_stride, ahead);
+  if constexpr (quantized(Weight::type))
+    return multiply_groups<Weight, ROWS, PANELS>(panel, stride, k, x, out, out_stride, ahead);
   Sums<Weight, ROWS, PANELS> sums;
   if (add)
 #pragma GCC unroll 4
@@ -355,11 +496,12 @@ void multiply_rows(int rows, int panels, const char* panel, size_t stride, int k
 }
 
 // `ahead` is the panels that are multiplied next, for which the memory is asked meanwhile; null for none. `stride` is the
-// bytes from one panel to the next. Weights in int8 take pairs.
+// bytes from one panel to the next, `group` the k with one scale. Weights of integers take pairs.
 inline void multiply_rows(Type type, int rows, int panels, const void* panel, size_t stride, int k, const float* x,
-                          size_t x_stride, float* out, size_t out_stride, bool add, const void* ahead = nullptr) {
+                          size_t x_stride, float* out, size_t out_stride, bool add, const void* ahead = nullptr,
+                          int group = GROUP) {
   const char *first = (const char*)panel, *next = (const char*)ahead;
-  const Inputs<float> in{x, x_stride};
+  const Inputs<float> in{x, x_stride, group};
   switch (type) {
     case Type::float32:
       return multiply_rows<Float32>(rows, panels, first, stride, k, in, out, out_stride, add, next);
@@ -367,7 +509,12 @@ inline void multiply_rows(Type type, int rows, int panels, const void* panel, si
       return multiply_rows<BFloat16>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::float16:
       return multiply_rows<Float16>(rows, panels, first, stride, k, in, out, out_stride, add, next);
+    case Type::nf4:
+      return multiply_rows<Nf4>(rows, panels, first, stride, k, in, out, out_stride, add, next);
+    case Type::float8:
+      return multiply_rows<Float8>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::int8:
+    case Type::int4:
       __builtin_unreachable();
   }
 }
@@ -377,6 +524,7 @@ inline void multiply_pairs(Type type, int rows, int panels, const void* panel, s
                            Inputs<uint32_t> x, float* out, size_t out_stride, const void* ahead) {
   const char *first = (const char*)panel, *next = (const char*)ahead;
   if (type == Type::int8) return multiply_rows<Int8>(rows, panels, first, stride, k, x, out, out_stride, false, next);
+  if (type == Type::int4) return multiply_rows<Int4>(rows, panels, first, stride, k, x, out, out_stride, false, next);
 #if ROUNDS_ROWS
   multiply_rows<BFloat16Pairs>(rows, panels, first, stride, k, x, out, out_stride, false, next);
 #endif
@@ -399,7 +547,7 @@ inline void widen_panels(Type type, int panels, const void* panel, int k, float*
       return widen_panels<BFloat16>(panels, (const char*)panel, k, out);
     case Type::float16:
       return widen_panels<Float16>(panels, (const char*)panel, k, out);
-    case Type::int8:
+    default:
       __builtin_unreachable();
   }
 }
@@ -414,6 +562,7 @@ inline float widen(Type type, const void* items, size_t index) {
       return widen_float16(((const uint16_t*)items)[index]);
     case Type::int8:
       return ((const int8_t*)items)[index];
+    default:
+      __builtin_unreachable();
   }
-  return 0;
 }

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled.library import load
+from kernels.cpu.compiled.structs import PANEL
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as panels.h numbers them
+INT8, INT4, NF4, FLOAT8 = 3, 4, 5, 6
+GROUP = 128  # panels.h
 
+AT_ONCE = 4096  # columns, whole panels of them
 LINE_BYTES = 64
 PIECE_BYTES = 64 << 20  # numpy asks for huge pages from 4 MB on
 
@@ -21,6 +25,8 @@ class Panels(NamedTuple):
     type: int
     columns: int
     k: int
+    group: int = GROUP  # k with one scale, of quantised weights
+    order: Tensor | None = None  # (k,) int32: which number of a row meets each k; None: its own
 
     @property
     def address(self) -> int:
@@ -60,12 +66,41 @@ def pack(weight: Tensor, memory: PanelMemory | None = None) -> Panels:
 def quantize(weight: Tensor, memory: PanelMemory | None = None) -> Panels:
     """A matrix (columns, k) in int8, with a scale for each column and 128 k; rounded to nearest even."""
     columns, k = weight.shape
-    exact = weight.float().contiguous()
-    panels = _empty(TYPES[torch.int8], columns, k, memory)
-    load().panels_quantize(exact.data_ptr(), exact.stride(0), columns, k, panels.address)
+    panels = _empty(INT8, columns, k, memory)
+    panel_bytes: int = load().panels_bytes(INT8, PANEL, k, GROUP)
+    for first in range(0, columns, AT_ONCE):  # a whole embedding in float32 would need much memory
+        exact = weight[first : first + AT_ONCE].float().contiguous()
+        address = panels.address + first // PANEL * panel_bytes
+        load().panels_quantize(exact.data_ptr(), exact.stride(0), len(exact), k, address)
     return panels
 
 
-def _empty(type: int, columns: int, k: int, memory: PanelMemory | None) -> Panels:
-    size = load().panels_bytes(type, columns, k)
-    return Panels(np.zeros(size, np.uint8) if memory is None else memory.take(size), type, columns, k)
+def pack_codes(
+    type: int,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group: int,
+    memory: PanelMemory | None = None,
+    order: Tensor | None = None,
+) -> Panels:
+    """A matrix (columns, k) that is quantised: (code − zero) · scale.
+
+    `codes` are int8 of INT8, float8_e4m3fn of FLOAT8, else uint8 below 16: integers of INT4, places in a table of NF4.
+    Floats are never NaN. `scales` are float32 and
+    `zeros`, of INT4, int8, both (columns, groups). `group` divides 128; `order` is that of Panels.
+    """
+    columns, k = codes.shape
+    assert GROUP % group == 0, group
+    assert scales.shape == (columns, -(-k // group)), (scales.shape, codes.shape, group)
+    assert (zeros is not None) == (type == INT4)
+    panels = _empty(type, columns, k, memory, group)._replace(order=order)
+    held = [None if one is None else one.contiguous() for one in (codes, scales.float(), zeros)]
+    addresses = [None if one is None else one.data_ptr() for one in held]
+    load().panels_write_codes(type, *addresses, columns, k, group, panels.address)
+    return panels
+
+
+def _empty(type: int, columns: int, k: int, memory: PanelMemory | None, group: int = GROUP) -> Panels:
+    size = load().panels_bytes(type, columns, k, group)
+    return Panels(np.zeros(size, np.uint8) if memory is None else memory.take(size), type, columns, k, group)

@@ -85,8 +85,8 @@ void program_run(void* pool, const Operation* operations, int count, const Step*
   program.pool->run(run_all, &program);
 }
 
-size_t panels_bytes(int type, int columns, int k) {
-  return (size_t)((columns + PANEL - 1) / PANEL) * panel_bytes((Type)type, k);
+size_t panels_bytes(int type, int columns, int k, int group) {
+  return (size_t)((columns + PANEL - 1) / PANEL) * panel_bytes((Type)type, k, group);
 }
 
 // Writes `columns` columns of a matrix, from column `first` of the panels on. The weight of column c and k lies at
@@ -104,6 +104,31 @@ void panels_write(int type, const void* source, int64_t column_stride, int64_t k
         ((float*)panel)[to] = ((const float*)source)[from];
       else
         ((uint16_t*)panel)[to] = ((const uint16_t*)source)[from];
+    }
+  }
+}
+
+// As `panels_write` for all columns of a matrix that is quantised: codes (columns, k) of a byte each, scales (columns,
+// groups) and, of int4, zero points (columns, groups). Panels must be zero before.
+void panels_write_codes(int type, const uint8_t* codes, const float* scales, const int8_t* zeros, int columns, int k,
+                        int group, void* panels) {
+  const size_t bytes = panel_bytes((Type)type, k, group), weights = weight_bytes((Type)type, k);
+  const int groups = groups_of(k, group);
+  for (int c = 0; c < columns; ++c) {
+    uint8_t* panel = (uint8_t*)panels + c / PANEL * bytes;
+    float* to = (float*)(panel + weights) + c % PANEL;
+    int8_t* points = (int8_t*)(panel + weights + (size_t)groups * PANEL * 4) + c % PANEL;
+    for (int i = 0; i < k; ++i) {
+      const size_t item = item_in_panel((Type)type, c % PANEL, i);
+      const uint8_t code = codes[(size_t)c * k + i];
+      if (item_bits((Type)type) == 8)
+        panel[item] = code;
+      else
+        panel[item / 2] |= code << item % 2 * 4;
+    }
+    for (int g = 0; g < groups; ++g) {
+      to[g * PANEL] = scales[(size_t)c * groups + g];
+      if ((Type)type == Type::int4) points[g * PANEL] = zeros[(size_t)c * groups + g];
     }
   }
 }

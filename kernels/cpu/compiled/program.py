@@ -94,10 +94,12 @@ class Program:
             described.append(structs.LinearPart(weight.address, self._keep(bias), weight.columns, first))
             first += 0 if form.startswith("gated") else weight.columns
         weight = parts[0].weight
+        assert len({(one.type, one.k, one.group) for one, _ in parts}) == 1, "a site's parts lie in one kind of panels"
         operation = structs.Linear(
             self._rows(x), self._rows(out), (structs.LinearPart * structs.MOST_PARTS)(*described)
         )
         operation.parts, operation.k, operation.type = len(parts), weight.k, weight.type
+        operation.group, operation.order = weight.group, self._keep(weight.order)
         operation.site, operation.logits, operation.form, operation.scale = site, of_logits, FORMS.index(form), scale
         return operation
 

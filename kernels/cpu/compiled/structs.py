@@ -77,7 +77,8 @@ class Linear(ctypes.Structure):
         ("x", Rows),
         ("out", Rows),
         ("part", LinearPart * MOST_PARTS),
-        *[(name, c_int32) for name in ("parts", "k", "type", "site", "logits", "form")],
+        ("order", c_void_p),
+        *[(name, c_int32) for name in ("parts", "k", "type", "group", "site", "logits", "form")],
         ("scale", c_float),
     ]
 

@@ -59,6 +59,11 @@ inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec to_float(Ints v) { return __builtin_convertvector(v, Vec); }
 
+inline Ints load_bytes(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+  return __builtin_convertvector(*(const Bytes*)from, Ints);
+}
+
 inline float sum(Vec v) {
   float total = 0;
   for (int lane = 0; lane < LANES; ++lane) total += v[lane];

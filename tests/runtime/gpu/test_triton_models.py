@@ -7,6 +7,7 @@ from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import SamplingParams
 from tests.runtime.models.families import INTERPRETED, write_checkpoint
+from tests.runtime.models.quantized_checkpoints import write_quantized
 from tests.runtime.tiny_engine import prompt
 
 TOLERANCE = 1e-4  # of the reference decoder against transformers
@@ -65,3 +66,17 @@ def test_experts_are_refused_with_the_kernels_that_serve_them(tmp_path):
     write_checkpoint("qwen3-moe", tmp_path)
     with pytest.raises(ValueError, match=r"architectures is Qwen3MoeForCausalLM, .* kernels compiled and torch do"):
         Engine(EngineConfig(model=str(tmp_path), kernels="triton", kv_cache_bytes=MIB))
+
+
+def test_a_quantised_checkpoint_is_served_dequantised(tmp_path):
+    model = write_quantized("awq", tmp_path)
+    sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 64}
+    engine = Engine(EngineConfig(model=str(tmp_path), kernels="triton", dtype="float32", **sizes))
+    assert engine.ready.weights == "float32; the checkpoint is awq"
+    tokens = [token % 131 for token in prompt(5, 5)]
+    (found,) = engine.generate([tokens], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=5))
+    engine.close()
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens + found.token_ids])).logits[0, len(tokens) - 1 : -1].log_softmax(-1)
+    for row, one in zip(logits, found.logprobs, strict=True):
+        assert one.top_logprobs == pytest.approx(row[one.top_ids].tolist(), abs=TOLERANCE)

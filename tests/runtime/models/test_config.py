@@ -143,7 +143,7 @@ def test_end_tokens_that_are_not_in_the_vocabulary_are_left_out(tmp_path: Path) 
         (LLAMA, {"hidden_size": 63}, ["num_attention_heads", "4", "divisor", "(63)"]),
         (LLAMA, {"head_dim": 17}, ["head_dim", "17", "even"]),
         (LLAMA, {"dtype": "float8_e4m3fn"}, ["dtype", "float8_e4m3fn", "bfloat16, float16, float32"]),
-        (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        (LLAMA, {"quantization_config": {"quant_method": "hqq"}}, ["quantization_config", "hqq", "awq, bitsandbytes"]),
         (PHI3, {"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5", "an even part", "16"]),
         (PHI3, {"rope_parameters": {"partial_rotary_factor": 0.2}}, ["partial_rotary_factor", "0.2"]),
         (PHI3, {"rope_scaling": LONGROPE | {"long_factor": [2.0] * 7}}, ["long_factor", "8 numbers"]),

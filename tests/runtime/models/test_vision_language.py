@@ -15,6 +15,7 @@ from runtime.messages import SamplingParams
 from runtime.models.config import ModelConfig
 from runtime.models.config_file import UnsupportedModel
 from tests.oracle import logits_of_output
+from tests.runtime.models.quantized_checkpoints import quantize
 from tests.runtime.models.test_decoder import assert_close, expected, load
 from tests.runtime.models.vision_language import MODELS, NAMES_OF_THE_MODULE, respell, write_vision_language
 
@@ -32,6 +33,21 @@ def test_the_text_part_gives_the_logits_of_the_whole_model_whatever_its_names(tm
     assert_close(load(tmp_path).step([(0, TOKENS, 0)])[0], wanted)
     respell(tmp_path, NAMES_OF_THE_MODULE)
     assert not saved & {name for name in load_file(tmp_path / "model.safetensors") if name != "lm_head.weight"}
+    assert_close(load(tmp_path).step([(0, TOKENS, 0)])[0], wanted)
+
+
+@pytest.mark.parametrize("at", ["the whole", "its text"])
+def test_a_quantised_text_part_gives_the_logits_of_the_dequantised_model_whatever_its_names(
+    tmp_path: Path, at: str
+) -> None:
+    model = quantize("packed-zeros", tmp_path, write_vision_language("qwen2.5-vl", tmp_path))
+    if at == "its text":
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = expected(model, TOKENS)
+    assert_close(load(tmp_path).step([(0, TOKENS, 0)])[0], wanted)
+    respell(tmp_path, NAMES_OF_THE_MODULE)
     assert_close(load(tmp_path).step([(0, TOKENS, 0)])[0], wanted)
 
 

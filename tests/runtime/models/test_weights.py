@@ -150,6 +150,9 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE).unlink()
     with pytest.raises(InvalidCheckpoint, match=f"holds neither {SINGLE} nor {INDEX}"):
         load(tmp_path)
+    (tmp_path / "model-q4_0.gguf").touch()
+    with pytest.raises(InvalidCheckpoint, match=f"neither {SINGLE} nor {INDEX}: GGUF is not read; save it with trans"):
+        load(tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import rounds_rows
-from kernels.cpu.compiled.panels import Panels, pack, quantize
+from kernels.cpu.compiled.panels import FLOAT8, INT4, NF4, Panels, pack, pack_codes, quantize
 from kernels.cpu.compiled.program import Part
 from kernels.cpu.compiled.structs import PANEL
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-TYPES = (*FLOATS, torch.int8)
-GROUP = 128  # weights of a column with one scale, in int8
+EMBEDDED = (*FLOATS, torch.int8)
+TYPES = (*EMBEDDED, "int4", "nf4", "float8")  # as panels.h numbers them
+Type = torch.dtype | str
+GROUP = 128  # numbers of a row with one scale; weights of a column with one scale, in int8
+GROUPS = {"int4": 32, "nf4": 64, "float8": 128}
+NEGATIVE = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036)
+POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
+BOOK = np.array([*NEGATIVE, 0.0, *POSITIVE], np.float32)  # of nf4
 GAP = 16  # floats between rows
 TILE = 16  # tokens
 SHRUNK = 336
@@ -79,8 +85,31 @@ def _in_tiles(kv: Tensor, *, pairs: bool) -> Tensor:
     return torch.cat(parts, 2).reshape(kv.shape)
 
 
-def in_panels(weight: Tensor, type: torch.dtype) -> Panels:
+def in_panels(weight: Tensor, type: Type) -> Panels:
+    if isinstance(type, str):
+        return in_groups(weight, type, GROUPS[type])
     return quantize(weight) if type == torch.int8 else pack(weight.to(type))
+
+
+def in_groups(weight: Tensor, type: str, group: int, order: Tensor | None = None) -> Panels:
+    """Near the weights, whose k are in `order`; zero points from 0 to 16, as checkpoints have them."""
+    columns, k = weight.shape
+    wide = torch.nn.functional.pad(weight if order is None else weight[:, order.long()], (0, -k % group))
+    wide = wide.unflatten(1, (-1, group))
+    largest = wide.abs().amax(2, keepdim=True).clamp(min=1e-9)
+    if type == "float8":
+        floats = (wide / largest * 448).to(torch.float8_e4m3fn).flatten(1)[:, :k].contiguous()
+        return pack_codes(FLOAT8, floats, largest[..., 0] / 448, None, group, order=order)
+    if type == "nf4":
+        codes = ((wide / largest)[..., None] - torch.from_numpy(BOOK)).abs().argmin(-1)
+        held = codes.flatten(1)[:, :k].to(torch.uint8).contiguous()
+        return pack_codes(NF4, held, largest[..., 0], None, group, order=order)
+    zeros = (torch.arange(columns)[:, None, None] + torch.arange(wide.shape[1])[None, :, None]) % 17
+    scales = largest / 8
+    codes = (wide / scales + zeros).round().clamp(0, 15).flatten(1)[:, :k].to(torch.uint8)
+    return pack_codes(
+        INT4, codes.contiguous(), scales[..., 0], zeros[..., 0].to(torch.int8).contiguous(), group, order=order
+    )
 
 
 def unpacked(panels: Panels) -> np.ndarray:
@@ -88,7 +117,9 @@ def unpacked(panels: Panels) -> np.ndarray:
     dtype = TYPES[panels.type]
     k, count = panels.k, -(-panels.columns // PANEL)
     memory = panels.memory.reshape(count, -1)
-    if dtype == torch.int8:
+    if isinstance(dtype, str):
+        exact = _in_groups(panels)
+    elif dtype == torch.int8:
         pairs = memory[:, : (k + k % 2) * PANEL].view(np.int8).reshape(count, -1, PANEL, 2)
         weights = pairs.swapaxes(2, 3).reshape(count, -1, PANEL)
         assert not weights[:, k:].any()
@@ -103,6 +134,27 @@ def unpacked(panels: Panels) -> np.ndarray:
         held = np.float32 if dtype == torch.float32 else np.float16
         exact = memory.view(held).reshape(count, k, PANEL).astype(np.float32)
     return exact.swapaxes(1, 2).reshape(count * PANEL, k)
+
+
+def _in_groups(panels: Panels) -> np.ndarray:
+    """Weights (panels, k, 16), by the documented layout."""
+    k, whole = panels.k, -(-panels.k // 4) * 4
+    memory = panels.memory.reshape(-(-panels.columns // PANEL), -1)
+    size = k * PANEL if panels.type == FLOAT8 else whole * PANEL // 2
+    weights, rest = memory[:, :size], memory[:, size:]
+    groups = -(-k // panels.group)
+    scales = rest[:, : groups * PANEL * 4].copy().view(np.float32).reshape(len(memory), groups, PANEL)
+    of_k = np.arange(k) // panels.group
+    if panels.type == FLOAT8:
+        floats = torch.from_numpy(weights.copy()).view(torch.float8_e4m3fn).float().numpy()
+        return floats.reshape(len(memory), k, PANEL) * scales[:, of_k]
+    nibbles = np.stack((weights & 15, weights >> 4), -1)
+    if panels.type == NF4:
+        codes = nibbles.reshape(len(memory), -1, PANEL, 2).swapaxes(2, 3).reshape(len(memory), whole, PANEL)
+        return BOOK[codes[:, :k]] * scales[:, of_k]
+    codes = nibbles.reshape(len(memory), -1, PANEL, 2, 2).transpose(0, 1, 4, 3, 2).reshape(len(memory), whole, PANEL)
+    zeros = rest[:, groups * PANEL * 4 :].view(np.int8).reshape(len(memory), groups, PANEL)
+    return (codes[:, :k].astype(np.float32) - zeros[:, of_k]) * scales[:, of_k]
 
 
 def scales_of(panels: Panels) -> np.ndarray:
@@ -123,7 +175,8 @@ def exact_weight(panels: Panels) -> Tensor:
 
 def multiplied(x: Tensor, weight: Panels) -> Tensor:
     """The rows that the kernels multiply with a base's weights."""
-    if weight.type == TYPES.index(torch.int8):
+    x = x if weight.order is None else x[:, weight.order.long()]
+    if weight.type in (TYPES.index(torch.int8), INT4):
         groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
         most = groups.abs().amax(-1, keepdim=True)
         inverse = torch.tensor(32767.0) / most  # a number / a tensor is a product with a reciprocal

@@ -7,11 +7,12 @@ from torch import Tensor
 from kernels.cpu.compiled.panels import Panels
 from kernels.cpu.compiled.program import Pool, Program
 from tests.kernels.cpu.compiled.steps import (
+    EMBEDDED,
     FLOATS,
-    TYPES,
     UNIT,
     Adapted,
     Adapter,
+    Type,
     empty_rows,
     exact_weight,
     gaps_are_kept,
@@ -23,7 +24,7 @@ from tests.kernels.cpu.compiled.steps import (
 )
 
 VOCABULARY, SITE = 70, 1
-WEIGHTS = pytest.mark.parametrize("type", TYPES, ids=str)
+WEIGHTS = pytest.mark.parametrize("type", EMBEDDED, ids=str)
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 HIDDEN = pytest.mark.parametrize("hidden", [1, 16, 75, 300])
 RANKS = (1, 3, 8, 16, 40, 100)
@@ -50,7 +51,7 @@ def run(
 
 @WEIGHTS
 @HIDDEN
-def test_a_token_has_its_row_of_the_embedding_to_the_bit(pool: Pool, hidden: int, type: torch.dtype) -> None:
+def test_a_token_has_its_row_of_the_embedding_to_the_bit(pool: Pool, hidden: int, type: Type) -> None:
     weight = in_panels(random(VOCABULARY, hidden), type)
     tokens = [*range(VOCABULARY), 3, 3, 0]
     assert same_bits(run(pool, weight, tokens), exact_weight(weight)[tokens])
@@ -60,7 +61,7 @@ def test_a_token_has_its_row_of_the_embedding_to_the_bit(pool: Pool, hidden: int
 @DTYPES
 @HIDDEN
 @pytest.mark.parametrize("rows", [1, 7, 130])
-def test_an_adapted_token_has_its_adapters_row_added(pool: Pool, rows: int, hidden: int, dtype: torch.dtype) -> None:
+def test_an_adapted_token_has_its_adapters_row_added(pool: Pool, rows: int, hidden: int, dtype: Type) -> None:
     weight, tokens = in_panels(random(VOCABULARY, hidden), torch.bfloat16), tokens_of(rows)
     parts = [random_part(VOCABULARY, hidden, ranks, ranks, dtype, bias=ranks % 2 == 0) for ranks in RANKS]
     adapters = [adapter(part) for part in parts]

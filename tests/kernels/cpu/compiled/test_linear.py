@@ -9,6 +9,7 @@ from kernels.cpu.compiled.program import NO_SITE, Form, Part, Pool, Program
 from tests.kernels.cpu.compiled.steps import (
     TYPES,
     UNIT,
+    Type,
     empty_rows,
     gaps_are_kept,
     in_panels,
@@ -45,13 +46,13 @@ def check(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
     assert ((got.double() - want).abs() <= ROUNDINGS * UNIT * magnitude).all()
 
 
-def panels(columns: int, k: int, type: torch.dtype, seed: int = 0) -> Panels:
+def panels(columns: int, k: int, type: Type, seed: int = 0) -> Panels:
     return in_panels(random(columns, k, seed=seed) / k**0.5, type)
 
 
 @WEIGHTS
 @pytest.mark.parametrize(("columns", "k"), [(1, 1), (16, 64), (87, 131), (130, 300)])
-def test_a_projection_is_its_product_and_bias(pool: Pool, columns: int, k: int, type: torch.dtype) -> None:
+def test_a_projection_is_its_product_and_bias(pool: Pool, columns: int, k: int, type: Type) -> None:
     x, weight = random(max(COUNTS), k, seed=50), panels(columns, k, type)
     for bias in (None, random(columns, seed=2)):
         parts = [Part(weight, bias)]
@@ -62,7 +63,7 @@ def test_a_projection_is_its_product_and_bias(pool: Pool, columns: int, k: int, 
 
 @WEIGHTS
 @ROWS
-def test_stacked_parts_lie_side_by_side(pool: Pool, rows: int, type: torch.dtype) -> None:
+def test_stacked_parts_lie_side_by_side(pool: Pool, rows: int, type: Type) -> None:
     x = random(rows, 75, seed=50)
     for widths in ((40, 7), (64, 16, 16), (5, 1, 33)):
         parts = [Part(panels(width, 75, type, width), random(width, seed=width)) for width in widths]
@@ -72,7 +73,7 @@ def test_stacked_parts_lie_side_by_side(pool: Pool, rows: int, type: torch.dtype
 
 @WEIGHTS
 @ROWS
-def test_a_projection_is_scaled_and_added_to_what_is_there(pool: Pool, rows: int, type: torch.dtype) -> None:
+def test_a_projection_is_scaled_and_added_to_what_is_there(pool: Pool, rows: int, type: Type) -> None:
     x, parts = random(rows, 90, seed=50), [Part(panels(43, 90, type), random(43))]
     before, want, magnitude = random(rows, 43, seed=3), wide(x, parts)[0], wide(x, parts, magnitude=True)[0]
     for scale in (1.0, -0.375):
@@ -83,9 +84,7 @@ def test_a_projection_is_scaled_and_added_to_what_is_there(pool: Pool, rows: int
 
 @WEIGHTS
 @ROWS
-def test_a_gated_projection_is_the_second_part_times_the_silu_of_the_first(
-    pool: Pool, rows: int, type: torch.dtype
-) -> None:
+def test_a_gated_projection_is_the_second_part_times_the_silu_of_the_first(pool: Pool, rows: int, type: Type) -> None:
     x = random(rows, 66, seed=50) * 3
     parts = [Part(panels(53, 66, type, seed), random(53, seed=seed)) for seed in (0, 1)]
     gate, up = wide(x, parts)
@@ -135,7 +134,7 @@ def test_a_gate_at_the_lowest_float_closes(pool: Pool) -> None:
 
 @WEIGHTS
 @pytest.mark.parametrize("k", [1025, 2100, 4100])
-def test_a_deep_projection_is_its_product_for_few_rows_and_for_many(pool: Pool, k: int, type: torch.dtype) -> None:
+def test_a_deep_projection_is_its_product_for_few_rows_and_for_many(pool: Pool, k: int, type: Type) -> None:
     parts = [Part(panels(70, k, type), None), Part(panels(70, k, type, 1), None)]
     x = random(34, k, seed=50)
     wants, magnitudes = wide(x, parts), wide(x, parts, magnitude=True)
@@ -166,7 +165,7 @@ def test_a_projection_of_logits_reads_the_rows_of_the_logits(pool: Pool) -> None
 
 
 @WEIGHTS
-def test_infinity_and_nan_in_one_row_reach_no_other(pool: Pool, type: torch.dtype) -> None:
+def test_infinity_and_nan_in_one_row_reach_no_other(pool: Pool, type: Type) -> None:
     parts = [Part(panels(40, 70, type), random(40))]
     for rows in (2, 7, 140):
         x = random(rows, 70, seed=50)

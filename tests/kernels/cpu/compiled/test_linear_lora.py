@@ -11,6 +11,7 @@ from tests.kernels.cpu.compiled.steps import (
     UNIT,
     Adapted,
     Adapter,
+    Type,
     empty_rows,
     gaps_are_kept,
     in_panels,
@@ -29,7 +30,7 @@ SITE = 1  # of two; the adapters have other weights at the other one
 ROUNDINGS = 12  # of the base's sum, of the shrink and of the expand
 
 
-def adapter(seed: int, adapted: tuple[int, ...], dtype: torch.dtype, widths: tuple[int, ...] = WIDTHS) -> Adapter:
+def adapter(seed: int, adapted: tuple[int, ...], dtype: Type, widths: tuple[int, ...] = WIDTHS) -> Adapter:
     """One whose parts have different ranks, and every other one a bias."""
     site: list[Adapted | None] = [None] * len(widths)
     for index in adapted:
@@ -39,7 +40,7 @@ def adapter(seed: int, adapted: tuple[int, ...], dtype: torch.dtype, widths: tup
     return Adapter(other, site)
 
 
-def stacked(type: torch.dtype, widths: tuple[int, ...] = WIDTHS) -> list[Part]:
+def stacked(type: Type, widths: tuple[int, ...] = WIDTHS) -> list[Part]:
     each = enumerate(widths)
     return [Part(in_panels(random(width, K, seed=i) / K**0.5, type), random(width, seed=i)) for i, width in each]
 
@@ -77,9 +78,7 @@ def in_turn(rows: int, adapters: list[Adapter | None], run_length: int) -> list[
 @pytest.mark.parametrize("type", TYPES, ids=str)
 @ROWS
 @pytest.mark.parametrize("run_length", [1, 3, 70])
-def test_every_row_gets_its_own_adapter_of_its_own_dtype(
-    pool: Pool, rows: int, run_length: int, type: torch.dtype
-) -> None:
+def test_every_row_gets_its_own_adapter_of_its_own_dtype(pool: Pool, rows: int, run_length: int, type: Type) -> None:
     subsets = [(0, 1, 2), (0,), (1, 2), (2,), (0, 2), ()]
     adapters = [adapter(seed, subset, FLOATS[(seed + rows) % 3]) for seed, subset in enumerate(subsets)]
     owners = in_turn(rows, [*adapters[:3], None, *adapters[3:]], run_length)
@@ -96,7 +95,7 @@ def test_every_row_gets_its_own_adapter_of_its_own_dtype(
 
 @pytest.mark.parametrize("ranks", [*RANKS, 15, 17, 200])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_rank_alone_or_after_another(pool: Pool, ranks: int, dtype: torch.dtype) -> None:
+def test_every_rank_alone_or_after_another(pool: Pool, ranks: int, dtype: Type) -> None:
     x, parts = random(8, K, seed=1000), stacked(torch.float32)[:2]
     second = random_part(K, WIDTHS[1], ranks, 1, dtype, bias=True)
     for first in (None, random_part(K, WIDTHS[0], 1, 2, dtype), random_part(K, WIDTHS[0], 13, 3, dtype)):
@@ -107,7 +106,7 @@ def test_every_rank_alone_or_after_another(pool: Pool, ranks: int, dtype: torch.
 
 @ROWS
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_adapters_are_added_and_scaled_with_the_projection(pool: Pool, rows: int, dtype: torch.dtype) -> None:
+def test_adapters_are_added_and_scaled_with_the_projection(pool: Pool, rows: int, dtype: Type) -> None:
     adapters = [adapter(seed, (0,), dtype, (43,)) for seed in range(4)]
     owners = in_turn(rows, [*adapters, None], 2)
     x, parts, before = random(rows, K, seed=1000), stacked(torch.bfloat16, (43,)), random(rows, 43, seed=5)

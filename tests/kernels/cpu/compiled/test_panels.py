@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.compiled.panels import LINE_BYTES, PIECE_BYTES, PanelMemory, pack, quantize
+from kernels.cpu.compiled.panels import AT_ONCE, LINE_BYTES, PIECE_BYTES, PanelMemory, pack, quantize
 from tests.kernels.cpu.compiled.steps import FLOATS, GROUP, exact_weight, random, same_bits, scales_of, unpacked
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -86,6 +86,13 @@ def test_equal_weights_and_their_negatives_are_exact() -> None:
     for value in (1.0, -1.0, 1e-20, 3e20):
         weight = one_value(3, 130, value)
         torch.testing.assert_close(exact_weight(quantize(weight)), weight, rtol=2.0**-22, atol=0.0)
+
+
+def test_a_large_matrix_is_quantised_as_its_rows_are() -> None:
+    weight = random(AT_ONCE + 40, 130)
+    whole, last = exact_weight(quantize(weight)), exact_weight(quantize(weight[AT_ONCE - 20 :]))
+    assert same_bits(whole[AT_ONCE - 20 :], last)
+    assert same_bits(whole[:50], exact_weight(quantize(weight[:50])))
 
 
 def test_a_matrix_is_quantised_alike_whatever_its_strides() -> None:

@@ -1,0 +1,43 @@
+"""A quantised weight in memory, the same for every format that it was published in."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QuantizedWeight(NamedTuple):
+    """W[o][i] = (value of codes[o][i] − zeros[o][g]) · scales[o][g], where g is the group of input i.
+
+    A code is an integer of `bits` with a sign, an 8-bit float, or a place in `book`.
+    """
+
+    codes: Tensor  # (out, in) int8, float8_e4m3fn, or uint8 with a book
+    bits: int  # of a code
+    scales: Tensor  # (out, groups) float32
+    group: int  # inputs with one scale; the last group may have fewer
+    zeros: Tensor | None = None  # (out, groups) int16, of the same range as the codes; None: 0
+    book: Tensor | None = None  # (16,) float32
+    group_of_input: Tensor | None = None  # (in,) int64; None: groups are neighbours
+
+    def groups(self) -> Tensor:
+        """The group of each input, (in,) int64."""
+        if self.group_of_input is not None:
+            return self.group_of_input
+        return torch.arange(self.codes.shape[1]) // self.group
+
+    def split(self, widths: Sequence[int]) -> list["QuantizedWeight"]:
+        """The weights of neighbouring outputs, so many each."""
+        sizes = list(widths)
+        zeros = [None] * len(sizes) if self.zeros is None else torch.split(self.zeros, sizes)
+        rows = zip(torch.split(self.codes, sizes), torch.split(self.scales, sizes), zeros, strict=True)
+        return [self._replace(codes=codes, scales=scales, zeros=zero) for codes, scales, zero in rows]
+
+    def dequantized(self) -> Tensor:
+        """W in float32, (out, in)."""
+        values = self.codes.float() if self.book is None else self.book[self.codes.int()]
+        groups = self.groups()
+        if self.zeros is not None:
+            values -= self.zeros.float()[:, groups]
+        return values.mul_(self.scales[:, groups])
