@@ -181,6 +181,7 @@ def request_error(error: Exception) -> RequestError | None:
         return RequestError("storage_full", "there is no room left to keep adapters")
     if isinstance(error, RecursionError):  # a schema or a message inside a body, met after it was decoded
         return RequestError("invalid_json", "the body is nested too deeply")
-    if isinstance(error, StoreError) or (isinstance(error, OSError) and not isinstance(error, NOT_OF_DISKS)):
+    of_a_disk = isinstance(error, OSError) and error.errno is not None and not isinstance(error, NOT_OF_DISKS)
+    if isinstance(error, StoreError) or of_a_disk:
         return RequestError("storage_unavailable", "the adapter store does not work; the server's log says why")
     return None

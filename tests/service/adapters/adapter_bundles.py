@@ -36,13 +36,7 @@ def tensors(seed: int = 0, rank: int = 2, module: str = "q_proj", out: int = 16)
 
 
 def config(rank: int = 2, **fields: Any) -> bytes:
-    written = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 4,
-        "target_modules": ["0.self_attn.q_proj"],
-        "bias": "none",
-    }
+    written = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
     return json.dumps(
         written | {"use_dora": False, "loftq_config": {}, "alora_invocation_tokens": None} | fields
     ).encode()

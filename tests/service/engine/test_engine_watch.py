@@ -100,13 +100,13 @@ def test_what_a_silent_engine_said_last_is_not_told_as_current(
 ) -> None:
     monkeypatch.setattr("service.engine.client.SILENT_SECONDS", 1.0)
     with live_server(fake_settings(tiny_model, tmp_path)) as server:
-        assert "vllm:num_requests_running" in server.client.get("/metrics").text
+        assert "vllm:kv_cache_usage_perc" in server.client.get("/metrics").text
         os.kill(server.services.engine.pid, signal.SIGSTOP)
         wait_until(lambda: up(server) == 0.0)
-        assert "vllm:num_requests_running" not in server.client.get("/metrics").text
+        assert "vllm:kv_cache_usage_perc" not in server.client.get("/metrics").text
         os.kill(server.services.engine.pid, signal.SIGCONT)
         wait_until(lambda: up(server) == 1.0)
-        assert "vllm:num_requests_running" in server.client.get("/metrics").text
+        assert "vllm:kv_cache_usage_perc" in server.client.get("/metrics").text
 
 
 def test_a_silence_is_too_long_by_what_was_seen_before() -> None:

@@ -296,6 +296,7 @@ def test_an_archive_may_have_hundreds_of_members_and_no_more(service: Service, m
         gzip.compress(gzip.compress(good_tar())),
         b"",
     ],
+    ids=["no gzip", "no end", "cut", "more after it", "half a tar", "no tar", "gzip in gzip", "nothing"],
 )
 def test_broken_gzip_is_refused(service: Service, body: bytes) -> None:
     status, code, _ = refused(service, content=body, headers=GZIP)

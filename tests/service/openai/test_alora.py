@@ -272,10 +272,12 @@ def test_an_alora_that_leaves_k_and_v_alone_shares_them_from_its_invocation_on_t
     assert complete(live, before + INVOCATION, "tiny", max_tokens=1).headers["x-cached-tokens"] == "16"
 
 
-def test_a_chat_of_any_length_is_searched(live: LiveServer) -> None:
-    response = chat(live, "x" * 60_000)
-    assert error(response) == (400, "alora_invocation_missing", "messages")
-    assert error(chat(live, "x" * 60_000 + INVOCATION)) == (400, "context_length_exceeded", "messages")
+def test_a_long_chat_is_searched_and_one_that_is_too_long_is_not(tiny_model: Path, tmp_path: Path) -> None:
+    with alora_server(tiny_model, tmp_path, max_model_len=70_000) as live:
+        assert error(chat(live, "x" * 60_000)) == (400, "alora_invocation_missing", "messages")
+        found = chat(live, "x" * 60_000 + INVOCATION, max_tokens=20_000)
+        assert error(found) == (400, "context_length_exceeded", "max_tokens")
+        assert error(chat(live, "x" * 600_000)) == (400, "context_length_exceeded", "messages")
 
 
 def test_a_server_may_answer_as_peft_does_where_the_invocation_is_missing(tiny_model: Path, tmp_path: Path) -> None:
