@@ -39,7 +39,8 @@ class PanelBase:
             rows = np.split(b, np.cumsum([one.columns for one in panels])[:-1])
             each = [_squares(one, _ordered(a, one).T, own, scale, pause) for one, own in zip(panels, rows, strict=True)]
             sums = np.concatenate(each)
-        return np.sqrt(sums).astype(np.float32)
+        lengths: np.ndarray = np.sqrt(sums).astype(np.float32)
+        return lengths
 
 
 def _ordered(a: np.ndarray, panels: Panels) -> np.ndarray:

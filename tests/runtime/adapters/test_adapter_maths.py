@@ -116,7 +116,7 @@ def test_every_module_gets_the_delta_that_peft_gives_it(tmp_path, options):
     sites = resident(summary.digest, tmp_path / "canonical")
     layers = {name: layer for name, layer in model.base_model.model.named_modules() if hasattr(layer, "lora_A")}
     adapted = {}
-    for site, weights in zip(MODEL.sites(), sites, strict=True):
+    for site, weights in zip(MODEL.sites(), sites, strict=False):  # those of norms follow
         column = 0
         for part in site.parts:
             columns = slice(column, column := column + part.out_features)

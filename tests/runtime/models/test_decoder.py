@@ -130,11 +130,11 @@ class RecordingLora:
 
     def __init__(self, changed: int | None = None):
         self.calls: list[tuple[object, tuple[int, ...], tuple[int, ...]]] = []
-        self.norms: list[tuple[int, list[int]]] = []  # index and shape of the input
+        self.norms: list[tuple[int, list[int]]] = []  # site and shape of the input
         self.changed = changed
 
-    def norm(self, index: int, norm: RmsNorm, x: Tensor, y: Tensor) -> None:
-        self.norms.append((index, list(x.shape)))
+    def norm(self, site: int, norm: RmsNorm, x: Tensor, y: Tensor) -> None:
+        self.norms.append((site, list(x.shape)))
         torch.testing.assert_close(y, norm(x))
 
     def apply(self, site: int, x: Tensor, y: Tensor) -> None:
@@ -165,8 +165,8 @@ def test_adapters_see_every_projection_in_order_with_its_input_and_output(tmp_pa
     ]
     assert lora.calls == [("embed", (5,), (5, 64)), *layers, ("logits", (5, 64), (5, 131))]
     assert len(layers) == 3 * SITES_PER_LAYER
-    # Two norms a layer, as `ModelConfig.norms` has them, then the last, of the rows of logits
-    assert lora.norms == [(index, [5, 64]) for index in range(7)]
+    # Two norms a layer, then the last, of the rows of logits; their sites follow those of `sites`
+    assert lora.norms == [(len(sites) + index, [5, 64]) for index in range(7)]
 
 
 @pytest.mark.parametrize("site", [-1, -2, *range(3 * SITES_PER_LAYER)])
