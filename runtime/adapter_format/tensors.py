@@ -158,6 +158,8 @@ class AdapterTensors:
             raise InvalidAdapter(own_name, f"adapts the part that sees images, expected {expected}", TRAIN_AGAIN)
         if short in FUSED and module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts the fused {short}, and this base has its parts apart", ITS_BASE)
+        if module.removesuffix(".base_layer").endswith(".experts"):
+            raise InvalidAdapter(own_name, "adapts a parameter of all experts, which is not supported", MERGE)
         if module not in self._shapes:
             step = CONVERT if "language_model" in module or "_module." in module else ITS_BASE
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base", step)
