@@ -8,8 +8,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from runtime.adapter_format.errors import ITS_BASE, InvalidAdapter
-from runtime.adapter_format.safetensors_header import read_header
+from runtime.adapter_format.errors import ITS_BASE, WITHOUT_COPIES, InvalidAdapter
+from runtime.adapter_format.safetensors_header import LENGTH_BYTES, exact_json_object
 from runtime.adapter_format.weight_dtypes import HELD, rounded, widened
 from runtime.config import EngineConfig
 from runtime.models.text_part import text_name
@@ -38,13 +38,14 @@ def base_tensors(engine: EngineConfig) -> BaseTensor | None:
 
     def read(name: str) -> StoredTensor:
         with _file(directory, name).open("rb") as file:
-            header = read_header(file)
-            entry = next((entry for stored, entry in header.tensors.items() if text_name(stored) == name), None)
-            if entry is None:
-                raise _missing(name)
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            entries = exact_json_object(file.read(length), name)  # a base has dtypes that an adapter has not
+            entry = next((entry for stored, entry in entries.items() if text_name(stored) == name), None)
+            if entry is None or entry["dtype"] not in HELD:
+                raise _quantized(name) if entry or _holds_module(entries, name) else _missing(name)
             data = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ))
-        start = header.data_offset + entry.start
-        return StoredTensor(entry.dtype, entry.shape, data[start : start + entry.stop - entry.start])
+        start, stop = (LENGTH_BYTES + length + offset for offset in entry["data_offsets"])
+        return StoredTensor(entry["dtype"], tuple(entry["shape"]), data[start:stop])
 
     return read if engine.load_format == "safetensors" else None
 
@@ -77,7 +78,17 @@ def _file(directory: Path, name: str) -> Path:
     for stored, file in files.items():
         if text_name(stored) == name:
             return directory / file
-    raise _missing(name)
+    raise _quantized(name) if _holds_module(files, name) else _missing(name)
+
+
+def _holds_module(stored: Iterable[str], name: str) -> bool:
+    """Whether there are other tensors of the module of a weight, in which it is quantised."""
+    module = name.removesuffix("weight")
+    return any(text_name(each).startswith(module) for each in stored)
+
+
+def _quantized(name: str) -> InvalidAdapter:
+    return InvalidAdapter(name, "is quantised in this base, so that a copy cannot be compared", WITHOUT_COPIES)
 
 
 def _missing(name: str) -> InvalidAdapter:

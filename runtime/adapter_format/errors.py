@@ -8,6 +8,7 @@ MAX_SHOWN = 120  # characters
 SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
 CORRECT = "correct it in adapter_config.json"
 CONVERT = "convert it: python -m service.convert SOURCE TARGET"
+WITHOUT_COPIES = "save it with save_pretrained(..., save_embedding_layers=False)"
 ITS_BASE = "serve it with the base that it was trained on"
 MERGE = "train a plain LoRA, or merge this one into a base of its own (PEFT's merge_and_unload) and serve that"
 

@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from runtime.adapter_format.base_tensors import BaseTensor, differs_by
-from runtime.adapter_format.errors import CONVERT, CORRECT, ITS_BASE, MERGE, SAVE_AGAIN, InvalidAdapter, shown
+from runtime.adapter_format.errors import (
+    CONVERT,
+    CORRECT,
+    ITS_BASE,
+    MERGE,
+    SAVE_AGAIN,
+    WITHOUT_COPIES,
+    InvalidAdapter,
+    shown,
+)
 from runtime.adapter_format.peft_config import PeftConfig
 from runtime.adapter_format.replacements import is_saved, tokens_of
 from runtime.adapter_format.safetensors_header import FILE, GATHER, TensorEntry
@@ -28,7 +37,6 @@ FUSED = ("qkv_proj", "gate_up_proj")
 
 MAX_LISTED = 16  # names in a warning
 TRAIN_AGAIN = "train it again, with a lower learning rate, or take an earlier checkpoint"
-WITHOUT_COPIES = "save it with save_pretrained(..., save_embedding_layers=False)"
 
 # PEFT saves the embeddings of the base beside an adapter of one of them, and whenever the vocabulary was resized
 _COPY = re.compile(rf"(?:base_model\.model\.)?(?P<module>model\.{EMBEDDING}|{HEAD})(?:\.base_layer)?\.weight")
@@ -150,6 +158,8 @@ class AdapterTensors:
             raise InvalidAdapter(own_name, f"adapts the part that sees images, expected {expected}", TRAIN_AGAIN)
         if short in FUSED and module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts the fused {short}, and this base has its parts apart", ITS_BASE)
+        if module.removesuffix(".base_layer").endswith(".experts"):
+            raise InvalidAdapter(own_name, "adapts a parameter of all experts, which is not supported", MERGE)
         if module not in self._shapes:
             step = CONVERT if "language_model" in module or "_module." in module else ITS_BASE
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base", step)

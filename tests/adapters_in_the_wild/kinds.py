@@ -1,4 +1,4 @@
-"""Sixty configurations, written after the kinds that training programs leave, and how their weights are kept.
+"""Sixty-one configurations, written after the kinds that training programs leave, and how their weights are kept.
 
 A kind says which fields its program sets; the fields that its version of PEFT writes besides are added. Kinds of
 families that are not served yet stand here too: they are tried once tests/runtime/models/families.py has their family.
@@ -251,6 +251,14 @@ KINDS = [
     kind("Phi-3", "phi3", "0.10", target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     kind("SmolLM3", "smollm3", "0.17", target_modules=ATTENTION),
     kind("OLMo 2", "olmo2", "0.14", target_modules="all-linear"),
-    kind("Mixtral's attention", "mixtral", "0.7", target_modules=ATTENTION),
-    kind("Qwen3-MoE's experts", "qwen3-moe", "0.18", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
+    kind("Mixtral's attention", "mixtral-moe", "0.7", target_modules=ATTENTION),
+    # PEFT adapts all experts of a layer by one parameter, because transformers 5 has them in one
+    kind(
+        "Qwen3-MoE's experts",
+        "qwen3-moe",
+        "0.18",
+        target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"],
+        plain=False,
+    ),
+    kind("Qwen3-MoE's attention", "qwen3-moe", "0.18", target_modules=ATTENTION),
 ]

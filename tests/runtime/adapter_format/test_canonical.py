@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from blake3 import blake3
+from safetensors.torch import save_file
 
-from runtime.adapter_format.base_tensors import StoredTensor
+from runtime.adapter_format.base_tensors import StoredTensor, base_tensors
 from runtime.adapter_format.canonical import canonical_from_tensors, canonicalise, read_canonical
 from runtime.adapter_format.errors import InvalidAdapter
+from runtime.config import EngineConfig
 from tests.runtime.adapter_format.adapter_files import (
     CONFIG,
     MODEL,
@@ -230,6 +232,23 @@ def test_a_copy_of_the_bases_own_embedding_is_accepted_and_left_out(tmp_path, mo
     assert canonical(tmp_path, copied, config, base_tensor=base) == plain
     unwrapped = {name.replace(".base_layer", ""): tensor for name, tensor in copied.items()}
     assert canonical(tmp_path, unwrapped, config, base_tensor=base) == plain
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_copy_of_a_quantised_base_is_compared_where_the_base_has_it_in_floats(tmp_path, sharded):
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    base = {f"{EMBED}.weight": weight, f"{Q}.qweight": torch.zeros(8, 64, dtype=torch.int32)}
+    name = "model-00001-of-00001.safetensors" if sharded else "model.safetensors"
+    for head in ({"lm_head.qweight": torch.zeros(8, 96, dtype=torch.int32)}, {"lm_head.weight": weight.char()}):
+        save_file(base | head, tmp_path / name)
+        if sharded:
+            index = {"weight_map": dict.fromkeys(base | head, name)}
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        options = {"base_tensor": base_tensors(EngineConfig(model=str(tmp_path)))}
+        config = CONFIG | {"target_modules": ".*"}
+        canonical(tmp_path, with_base_copies(EMBED, weight.numpy()), config, **options)
+        with pytest.raises(InvalidAdapter, match=r"lm_head.weight: is quantised .*; save it with save_pretrained"):
+            canonical(tmp_path, with_base_copies(HEAD, weight.numpy()), config, **options)
 
 
 def test_a_copy_in_another_dtype_is_compared_by_value(tmp_path):

@@ -99,6 +99,12 @@ def test_adapters_of_a_family_are_exact_beside_each_other_and_the_base(tmp_path,
         check(engine_of(tmp_path, kernels), models)
 
 
+def test_triton_scales_a_fused_gate_and_up(tmp_path):
+    models = {"dora": adapted(write_checkpoint("phi3", tmp_path), KINDS["phi3"]["dora"])}
+    models[None] = write_checkpoint("phi3", tmp_path)
+    check(engine_of(tmp_path, "triton"), models)
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [("gptq-order", "phi3"), ("packed-zeros", "glm4"), ("nf4-nested", "llama"), ("fp8-block", "gemma2")],
