@@ -1,5 +1,6 @@
 """What clients and browsers expect of every answer: a request id, OPTIONS, and CORS where an option allows it."""
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def test_a_fault_of_ours_is_answered_as_all_else_and_logged(
     def fail(self: object, name: str) -> None:
         raise fault
 
+    caplog.set_level(logging.ERROR, "uvicorn.error")  # other tests' servers share the logger and are quiet
     monkeypatch.setattr(Services, "__getattribute__", fail)
     headers = {"x-request-id": "mine-2", "origin": ORIGIN, "authorization": f"Bearer {KEY}"}
     answer = open_server.client.get("/v1/models", headers=headers)
