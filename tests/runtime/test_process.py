@@ -3,11 +3,13 @@
 tests/service/engine/test_engine_contract.py has what it does on every command.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import zmq
@@ -157,7 +159,11 @@ def test_an_engine_whose_parent_died_before_it_was_ready_ends_by_itself(tmp_path
     socket.bind(f"ipc://{tmp_path}/socket")
     command = [sys.executable, "-m", "runtime.process", f"--parent={os.getpid() + 1}", f"ipc://{tmp_path}/socket"]
     with subprocess.Popen(command) as engine:
-        if configured:
-            socket.send(encode(EngineConfig(model=str(tmp_path), load_format="dummy", max_model_len=128)))
+        configuration = encode(EngineConfig(model=str(tmp_path), load_format="dummy", max_model_len=128))
+        while configured and engine.poll() is None:  # it may end before there is anybody to send to
+            with contextlib.suppress(zmq.Again):
+                socket.send(configuration, zmq.DONTWAIT)
+                break
+            time.sleep(0.02)
         assert engine.wait(timeout=60) == 0
     socket.close(linger=0)
