@@ -142,6 +142,24 @@ def _markers(tokenizer: Tokenizer, model: ModelConfig, vocab_size: int) -> Marke
     return Markers(ids, tokenizer.special | ends)
 
 
+def _engine(settings: Settings, metrics: Metrics) -> EngineClient:
+    return EngineClient(
+        settings.engine,
+        settings.engine_command,
+        metrics,
+        timeout_seconds=settings.engine_timeout_seconds,
+        max_queue_seconds=settings.max_queue_seconds,
+    )
+
+
+def _chat_templates(settings: Settings, tokenizer: Tokenizer) -> ChatTemplates:
+    """The option's template if there is one, else the tokenizer's."""
+    own = tokenizer.chat_templates if settings.chat_template is None else {"default": settings.chat_template}
+    return ChatTemplates(
+        own, tokenizer.special_tokens, family=settings.tool_call_parser, reasoning=settings.reasoning_parser
+    )
+
+
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Services]:
     """The parts of the service, started together and ended in reverse order."""
@@ -149,24 +167,13 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
     model, metrics = ModelConfig.from_directory(directory), Metrics(settings.served_name)
     sources = Sources(settings.allowed_sources, settings.max_upload_bytes, unsigned=settings.unsigned_sources)
     imports = Imports(settings.max_uploads)
-    engine = EngineClient(
-        settings.engine,
-        settings.engine_command,
-        metrics,
-        timeout_seconds=settings.engine_timeout_seconds,
-        max_queue_seconds=settings.max_queue_seconds,
-    )
+    engine = _engine(settings, metrics)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
         starting = asyncio.create_task(engine.start())
         stack.callback(starting.cancel)
         tokenizer = await asyncio.to_thread(Tokenizer, directory)
-        templates = ChatTemplates(
-            tokenizer.chat_templates if settings.chat_template is None else {"default": settings.chat_template},
-            tokenizer.special_tokens,
-            family=settings.tool_call_parser,
-            reasoning=settings.reasoning_parser,
-        )
+        templates = _chat_templates(settings, tokenizer)
         stack.push_async_callback(templates.close)
         catalog = await Catalog.open(
             await asyncio.to_thread(opened_storage, settings),

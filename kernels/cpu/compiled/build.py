@@ -121,7 +121,7 @@ def _cached() -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _log.info("compiling the CPU kernels for this machine, once; it takes about 20 s")
+            _log.info("compiling the CPU kernels for this machine, once; it takes about 25 s")
             started = time.monotonic()
             build(NATIVE, path)
             _log.info("compiled the CPU kernels in %.1f s", time.monotonic() - started)
