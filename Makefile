@@ -18,12 +18,12 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-# Two workers of one thread each (tests/conftest.py sets it); a file's tests share its worker and so its servers.
+# Two workers of one thread each (tests/conftest.py sets it, and the order); a file's tests share its worker and its servers.
 test: .venv/dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-quick: .venv/dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile --quick $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --quick $(ARGS)
 
 test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)

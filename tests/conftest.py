@@ -63,6 +63,9 @@ SLOW = {
 }
 SLOW_FIXTURES = {"default_model_path", "s3_server"}
 
+# A file's tests share a worker: those that take longest come first, or one worker has them alone at the end.
+LONGEST = ("kernels/test_compiled.py",)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out the tests that tests/conftest.py calls slow")
@@ -87,6 +90,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
+    items.sort(key=_place)  # stable: the rest keeps its order
+
+
+def _place(item: pytest.Item) -> int:
+    file = item.path.relative_to(Path(__file__).parent).as_posix()
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")

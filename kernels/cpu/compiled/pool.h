@@ -83,10 +83,11 @@ class Pool {
 
   // Every thread calls it after its last task of an operation; returns when all have, and the tasks begin at 0 again.
   void meet() {
+    const int active = active_;  // once this thread has arrived, the run may end, and the next one may have fewer
     const uint32_t meeting = met_.load(std::memory_order_acquire);
-    if (active_ > 1) {
+    if (active > 1) {
       if (!arrived_.load(std::memory_order_relaxed)) waiting_since_.store(Clock::now().time_since_epoch());
-      if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < active_) {
+      if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < active) {
         await_change(met_, meeting, SPIN);
         return;
       }
@@ -96,7 +97,7 @@ class Pool {
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     met_.store(meeting + 1, std::memory_order_release);
-    if (active_ > 1) met_.notify_all();
+    if (active > 1) met_.notify_all();
   }
 
  private:
