@@ -3,6 +3,7 @@
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
+#   make test-s3 the store's and the catalog's tests on a real S3 server: ROOTSTOCK_TEST_S3_ENDPOINT=http://…, and AWS_… credentials
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
@@ -13,7 +14,7 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients check bench bench-kv fmt openapi
+.PHONY: serve test test-quick test-clients test-s3 check bench bench-kv fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -28,6 +29,10 @@ test-quick: .venv/dev
 test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 	.venv-lm-eval/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_lm_eval.py $(ARGS)
+
+test-s3: .venv/dev
+	@test -n "$(ROOTSTOCK_TEST_S3_ENDPOINT)" || { echo "name an S3 server in ROOTSTOCK_TEST_S3_ENDPOINT, and its credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"; exit 2; }
+	.venv/bin/python -m pytest tests/storage tests/service/catalog/test_catalog_s3.py $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff format --check .

@@ -1,14 +1,12 @@
 """A store in a bucket of S3, or of any server that speaks its protocol."""
 
-import re
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from threading import Event, Lock
-from typing import Any, BinaryIO, TypeVar
+from threading import Event
+from typing import BinaryIO, TypeVar
 
 import boto3
 from botocore import UNSIGNED
@@ -17,16 +15,15 @@ from botocore.exceptions import ClientError
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.futures import NonThreadedExecutor
 from s3transfer.manager import TransferConfig, TransferManager
-from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
 from storage.files import CHUNK_BYTES, atomic_file, disk_errors
 from storage.s3_errors import is_absent, is_not_offered, s3_errors, status_of, url
+from storage.s3_transfers import Upload, Version
 from storage.store import (
     MAX_GET_BYTES,
     Entry,
     NotFound,
     ObjectChanged,
-    ObjectTooLarge,
     OnProgress,
     PreconditionFailed,
     Stored,
@@ -46,7 +43,6 @@ SPLIT_AFTER_SECONDS = 0.03
 _THREADS = 8  # parts in flight, for each transfer
 _CONNECTIONS = 16 * _THREADS  # kept open; more transfers than 16 at once open and close connections
 _VERSIONS_TRIED = 3  # a read starts again when its object is replaced under it, up to so many reads in all
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
 
 _Read = TypeVar("_Read")
 
@@ -81,6 +77,7 @@ class S3Store:
         self._split_after_seconds = split_after_seconds
         self._closed = Event()
         self._deletes_on_condition = True  # until the server answers that it does not implement that
+        self._quotes_etags = True  # in a condition of a PUT, until the server compares the quotes too, as Ceph's does
         config = Config(
             connect_timeout=connect_timeout_seconds,
             read_timeout=read_timeout_seconds,
@@ -104,17 +101,10 @@ class S3Store:
 
     def put(self, key: str, content: bytes | Path, *, if_match: str | None = None, if_none_match: bool = False) -> str:
         where = self._object(key)
-        conditions = {"IfMatch": if_match} if if_match is not None else {}
-        if if_none_match:
-            conditions["IfNoneMatch"] = "*"
         try:
-            with disk_errors(key), s3_errors(where):
-                if isinstance(content, bytes):
-                    return self._put_bytes(where, content, conditions)
-                if not conditions and (size := content.stat().st_size) > self._part_bytes:
-                    return self._upload(where, content, size)
-                with content.open("rb") as file:
-                    return str(self._client.put_object(**where, Body=file, **conditions)["ETag"])
+            if if_match is not None:
+                return self._put_matching(where, content, if_match)
+            return self._put(where, content, {"IfNoneMatch": "*"} if if_none_match else {})
         except NotFound as error:
             if if_match is None or not is_absent(error.__cause__):
                 raise
@@ -142,7 +132,7 @@ class S3Store:
 
         def read() -> str:
             with disk_errors(key), atomic_file(destination) as file:
-                version = _Version(self._client, self._closed, where, max_bytes, on_progress)
+                version = Version(self._client, self._closed, where, max_bytes, on_progress)
                 return self._download(version, file, self._part_bytes)
 
         return _of_one_version(read)
@@ -169,7 +159,7 @@ class S3Store:
         if unless_changed is None:
             self._delete(where)
             return True
-        if unless_changed not in self.list(key):
+        if unless_changed.key != key or unless_changed not in self.list(key):
             return False
         if self._deletes_on_condition:
             try:
@@ -190,18 +180,48 @@ class S3Store:
         if self._closed.is_set():
             raise StoreUnavailable(f"s3://{self._bucket}: the store was closed")
 
+    def _put_matching(self, where: dict[str, str], content: bytes | Path, etag: str) -> str:
+        if self._quotes_etags:
+            try:
+                return self._put(where, content, {"IfMatch": etag})
+            except PreconditionFailed:
+                if self._etag(where) != etag:
+                    raise  # it is true
+        put = self._put(where, content, {"IfMatch": etag.strip('"')})
+        self._quotes_etags = False
+        return put
+
+    def _put(self, where: dict[str, str], content: bytes | Path, conditions: dict[str, str]) -> str:
+        with disk_errors(where["Key"]), s3_errors(where):
+            if isinstance(content, bytes):
+                return self._put_bytes(where, content, conditions)
+            if not conditions and (size := content.stat().st_size) > self._part_bytes:
+                return self._upload(where, content, size)
+            with content.open("rb") as file:
+                return str(self._client.put_object(**where, Body=file, **conditions)["ETag"])
+
+    def _etag(self, where: dict[str, str]) -> str:
+        with s3_errors(where):
+            return str(self._client.head_object(**where)["ETag"])
+
     def _put_bytes(self, where: dict[str, str], content: bytes, conditions: dict[str, str]) -> str:
         try:
             return str(self._client.put_object(**where, Body=content, **conditions)["ETag"])
         except ClientError as error:
-            if status_of(error) not in (409, 412) or not error.response["ResponseMetadata"].get("RetryAttempts"):
-                raise
             # If the answer to an earlier attempt was lost, the retry meets the object that we have stored ourselves.
-            with suppress(StoreError):
-                found = self._get(where)
-                if found.content == content:
-                    return found.etag
+            refused = status_of(error) in (409, 412) and error.response["ResponseMetadata"].get("RetryAttempts")
+            lost = bool(conditions) and status_of(error) == 500  # so Ceph's gateway tells those who lose a race
+            found = self._found(where) if refused or lost else None
+            if found is not None and found.content == content:
+                return found.etag
+            if lost and found is not None and found.etag.strip('"') != conditions.get("IfMatch", "").strip('"'):
+                raise PreconditionFailed(f"{url(where)} was written by another writer") from error
             raise
+
+    def _found(self, where: dict[str, str]) -> Stored | None:
+        with suppress(StoreError):
+            return self._get(where)
+        return None
 
     def _upload(self, where: dict[str, str], content: Path, size: int) -> str:
         """Store a large file by multipart upload; s3transfer aborts the upload if a part fails.
@@ -209,17 +229,17 @@ class S3Store:
         The parts of a process that dies stay in the bucket, invisible, until its lifecycle rule removes them
         (AbortIncompleteMultipartUpload).
         """
-        upload = _Upload(self._client, size)
+        upload = Upload(self._client, size)
         with TransferManager(upload, self._transfer_config(self._part_bytes)) as manager:
             manager.upload(str(content), where["Bucket"], where["Key"]).result()
         return upload.etag
 
     def _get(self, where: dict[str, str]) -> Stored:
         file = BytesIO()
-        etag = self._download(_Version(self._client, self._closed, where, MAX_GET_BYTES), file)
+        etag = self._download(Version(self._client, self._closed, where, MAX_GET_BYTES), file)
         return Stored(file.getvalue(), etag)
 
-    def _download(self, version: "_Version", file: BinaryIO, part_bytes: int = sys.maxsize) -> str:
+    def _download(self, version: Version, file: BinaryIO, part_bytes: int = sys.maxsize) -> str:
         """Copy a version's bytes to an empty file and return its ETag; parts whose body breaks off are read again."""
         try:
             version.open()
@@ -254,163 +274,6 @@ class S3Store:
                     raise
                 return False
         return True
-
-
-class _Version:
-    """One version of one object, as the client and the subscriber of its download by s3transfer.
-
-    `open` sends the first request, for the whole object; its answer states size and ETag. Every later answer must state
-    the same ETag, so that the bytes of two versions never mix, and must be exactly the requested range. Failed requests
-    raise StoreErrors here: s3transfer would repeat some that boto3 has repeated already.
-    """
-
-    def __init__(
-        self,
-        client: Any,
-        closed: Event,
-        where: dict[str, str],
-        max_bytes: int | None,
-        on_progress: OnProgress | None = None,
-    ) -> None:
-        self.meta = client.meta
-        self.where = where
-        self.etag = ""
-        self.size = 0
-        self._client = client
-        self._closed = closed
-        self._max_bytes = max_bytes
-        self._on_progress = on_progress
-        self._first: _FirstBody | None = None  # the answer to `open`, until s3transfer asks for the first part
-        self._bodies: list[Any] = []  # of all answers: s3transfer closes none
-        self._read = 0
-        self._reported = -1  # the most that `on_progress` was told: a part that is read again takes bytes back
-        self._counting = Lock()
-
-    def open(self) -> None:
-        """Send the first request. Raises ObjectTooLarge before any data is read."""
-        response = self._get(**self.where, Range="bytes=0-")
-        stated = _RANGE.fullmatch(response.get("ContentRange", ""))
-        self.etag = response.get("ETag", "")
-        self.size = int(stated[3]) if stated else response.get("ContentLength") or 0
-        if not self.etag:
-            raise StoreError(f"{url(self.where)}: the server sends no ETag, so versions cannot be told apart")
-        self._check(response, 0, self.size)
-        if self._max_bytes is not None and self.size > self._max_bytes:
-            raise ObjectTooLarge(f"{url(self.where)} has {self.size} bytes; at most {self._max_bytes} are taken")
-        self._first = _FirstBody(response["Body"])
-        self.on_progress(0)
-
-    def begins_within(self, seconds: float, size: int) -> bool:
-        """Whether the first `size` bytes arrive in this time; they stay in memory until s3transfer reads them."""
-        assert self._first is not None
-        started = time.monotonic()
-        self._first.read_ahead(size)
-        return time.monotonic() - started < seconds
-
-    def close(self) -> None:
-        for body in self._bodies:
-            body.close()
-
-    def on_queued(self, future: Any, **_: object) -> None:
-        future.meta.provide_transfer_size(self.size)
-        future.meta.provide_object_etag(self.etag)
-
-    def get_object(self, **request: Any) -> dict[str, Any]:
-        first, _, last = request.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-        start, end = int(first), min(int(last) + 1, self.size) if last else self.size
-        if start == 0 and self._first is not None:
-            body, self._first = self._first, None
-            body.end = end
-            return {"Body": body}
-        response = self._get(**self.where, Range=f"bytes={start}-{end - 1}", IfMatch=self.etag)
-        self._check(response, start, end)
-        return response
-
-    def on_progress(self, bytes_transferred: int, **_: object) -> None:
-        if self._closed.is_set():
-            raise StoreUnavailable(f"{url(self.where)}: the store was closed")
-        with self._counting:
-            self._read += bytes_transferred
-            if self._on_progress is not None and self._read > self._reported:
-                self._reported = self._read
-                self._on_progress(self._read, self.size)
-
-    def _get(self, **request: str) -> dict[str, Any]:
-        try:
-            with s3_errors(self.where):
-                try:
-                    response = self._client.get_object(**request)
-                except ClientError as error:
-                    if status_of(error) != 416 or self.etag:
-                        raise
-                    response = self._client.get_object(**self.where)  # an empty object has no range
-        except PreconditionFailed as error:
-            raise ObjectChanged(f"{url(self.where)} was replaced while it was read") from error
-        self._bodies.append(response["Body"])
-        return dict(response)
-
-    def _check(self, response: dict[str, Any], start: int, end: int) -> None:
-        """Raise StoreError for an answer that is not the bytes from `start` to `end` of this version."""
-        if response.get("ETag", "") != self.etag:
-            raise ObjectChanged(f"{url(self.where)} was replaced while it was read")
-        expected = f"bytes {start}-{end - 1}/{self.size}"
-        stated, length = response.get("ContentRange", ""), response.get("ContentLength")
-        whole = not stated and end - start == self.size  # the answer to a request without a range
-        if not (stated == expected or whole) or length != end - start:
-            said = f"the server stated {length} bytes and the range {stated!r} where {expected!r} was asked for"
-            raise StoreError(f"{url(self.where)}: {said}")
-
-
-class _FirstBody:
-    """The first `end` bytes of the answer to `open`, some of them read ahead."""
-
-    def __init__(self, body: Any) -> None:
-        self.end = 0  # until s3transfer asks for the first part
-        self._body = body
-        self._ahead = b""
-        self._position = 0
-        self._error: Exception | None = None  # raised by the reading ahead
-
-    def read_ahead(self, size: int) -> None:
-        try:
-            self._ahead = self._body.read(size)
-        except S3_RETRYABLE_DOWNLOAD_ERRORS as error:
-            self._error = error  # `read` raises it, and s3transfer requests the part again
-
-    def read(self, size: int) -> bytes:
-        if self._error is not None:
-            raise self._error
-        chunk, self._ahead = self._ahead, b""
-        if not chunk and self._position < self.end:
-            chunk = self._body.read(min(size, self.end - self._position))
-        self._position += len(chunk)
-        return chunk
-
-
-class _Upload:
-    """The client of one multipart upload by s3transfer, which does not return the ETag."""
-
-    def __init__(self, client: Any, size: int) -> None:
-        self.etag = ""
-        self._client = client
-        self._size = size
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def complete_multipart_upload(self, **request: Any) -> None:
-        try:
-            self.etag = str(self._client.complete_multipart_upload(**request)["ETag"])
-        except ClientError as error:
-            # An earlier attempt may have completed the upload, so that it no longer exists, and its answer was lost.
-            answer = error.response
-            if answer["Error"]["Code"] != "NoSuchUpload" or not answer["ResponseMetadata"].get("RetryAttempts"):
-                raise
-            found = self._client.head_object(Bucket=request["Bucket"], Key=request["Key"])
-            parts = len(request["MultipartUpload"]["Parts"])
-            if found["ContentLength"] != self._size or not found["ETag"].endswith(f'-{parts}"'):
-                raise
-            self.etag = str(found["ETag"])
 
 
 def _of_one_version(read: Callable[[], _Read]) -> _Read:

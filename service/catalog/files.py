@@ -1,6 +1,7 @@
 """The store of adapters, and where their files are on this machine."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,11 +13,13 @@ from blake3 import blake3
 from service.settings import Settings
 from service.source_urls import store_of
 from storage.cache import DiskCache
+from storage.conditions import require_conditions
 from storage.local import LocalStore
 from storage.s3 import S3Store
-from storage.store import Corrupt, NotFound, OnProgress, Store
+from storage.store import AccessDenied, Corrupt, NotFound, OnProgress, Store
 
 PREFIX, SUFFIX = "blobs/", ".safetensors"
+_log = logging.getLogger(__name__)
 _THREADS = 16  # of the storage's own: a store that does not answer blocks some of them for seconds
 ROOM_SECONDS = 60.0  # that a file waits for room in the disk cache while other downloads occupy it
 _T = TypeVar("_T")
@@ -86,7 +89,12 @@ def open_storage(settings: Settings) -> AdapterStorage:
     if settings.store is None:
         return local_storage(settings.data_directory)
     disk = DiskCache(settings.cache_directory, settings.disk_cache_bytes)
-    return cached_storage(open_remote(settings.store), disk)
+    store = open_remote(settings.store)
+    try:
+        require_conditions(store)
+    except AccessDenied as error:
+        _log.warning("%s: the server may read its store and change nothing in it", error)
+    return cached_storage(store, disk)
 
 
 def open_remote(url: str) -> S3Store:

@@ -121,3 +121,24 @@ def preceded_by(happens: Callable[[], object]) -> Fault:
         passed_on(request, forward)
 
     return answer
+
+
+def compares_quotes(request: Request, forward: Callable[[], Answer]) -> None:
+    """The server takes the quotes of If-Match for a part of the ETag, as Ceph's gateway does for a PUT."""
+    if (etag := request.headers.get("If-Match")) is not None:
+        if etag.startswith('"'):
+            send(request, 412, b"<Error><Code>PreconditionFailed</Code></Error>")
+            return
+        request.headers.replace_header("If-Match", f'"{etag}"')
+    passed_on(request, forward)
+
+
+def ignores(*headers: str) -> Fault:
+    """The server does not know these headers."""
+
+    def answer(request: Request, forward: Callable[[], Answer]) -> None:
+        for header in headers:
+            del request.headers[header]
+        passed_on(request, forward)
+
+    return answer

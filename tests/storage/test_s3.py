@@ -73,7 +73,8 @@ def test_a_large_file_is_put_in_parts(proxy: FaultyS3, store: S3Store, large_fil
     etag = store.put("blobs/big", large_file)
 
     methods = [method for method, _ in proxy.requests]
-    assert methods == ["POST", "PUT", "PUT", "PUT", "POST"]
+    assert methods[:5] == ["POST", "PUT", "PUT", "PUT", "POST"]
+    assert methods[5:] in ([], ["HEAD"])  # of a server whose last answer has no ETag as it should be
     assert store.fetch("blobs/big", tmp_path / "file") == etag
     assert (tmp_path / "file").read_bytes() == large_file.read_bytes()
     assert store.touch("blobs/big")

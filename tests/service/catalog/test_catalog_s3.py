@@ -1,6 +1,7 @@
 """The catalog on S3: several servers on one bucket, and a kill between any two of its calls."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,10 +23,14 @@ from tests.service.catalog.catalogs import FREE, blob, opened, publish, run
 from tests.service.catalog.test_catalog_kills import FIRST, OUTCOMES, ROOT
 
 BUCKET = "adapters"
+S3_ENDPOINT = "ROOTSTOCK_TEST_S3_ENDPOINT"  # as in tests/storage/conftest.py
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
+    if outside := os.environ.get(S3_ENDPOINT):
+        yield outside
+        return
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -36,9 +41,10 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty bucket, credentials that no real account has, and no other place where boto3 could find some."""
-    given = {"ENDPOINT_URL_S3": endpoint, "ACCESS_KEY_ID": "an-id", "SECRET_ACCESS_KEY": "a-secret"}
-    given |= {"DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true"}
-    given |= {"CONFIG_FILE": "/nowhere", "SHARED_CREDENTIALS_FILE": "/nowhere"}
+    given = {"ENDPOINT_URL_S3": endpoint, "EC2_METADATA_DISABLED": "true"}
+    if S3_ENDPOINT not in os.environ:
+        given |= {"ACCESS_KEY_ID": "an-id", "SECRET_ACCESS_KEY": "a-secret", "DEFAULT_REGION": "us-east-1"}
+        given |= {"CONFIG_FILE": "/nowhere", "SHARED_CREDENTIALS_FILE": "/nowhere"}
     for name, value in given.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     client = boto3.session.Session().client("s3")
