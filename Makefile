@@ -6,7 +6,7 @@
 #   make test-s3 the store's and the catalog's tests on a real S3 server: ROOTSTOCK_TEST_S3_ENDPOINT=http://…, and AWS_… credentials
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
-#   make fmt     format                      make openapi rewrite the HTTP contract
+#   make fmt     format                      make openapi rewrite the HTTP contract, and the page of options
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -51,6 +51,7 @@ fmt: .venv/dev
 
 openapi: .venv/runtime
 	.venv/bin/python -m openapi.build
+	.venv/bin/python -m service --help-table > docs/options.md
 
 # Stamps: a later run calls pip only if the requirements have changed.
 .venv/made:

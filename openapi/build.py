@@ -23,6 +23,7 @@ from service.grammars import tags
 from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import models, schemas, tokenize
+from service.options import in_force
 from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
@@ -42,6 +43,7 @@ MODULES = (
     tokens,
     errors,
     health,
+    in_force,
 )
 
 

@@ -32,6 +32,7 @@ from service.openai.schemas import (
     TokenizeRequest,
 )
 from service.openai.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizerInfo
+from service.options.in_force import ConfigInForce
 from service.responses.schemas import (
     EVENTS,
     DeletedResponse,
@@ -246,6 +247,10 @@ OPERATIONS = {
     ("GET", "/ping"): Operation("The same, for SageMaker.", {200: word("status")}),
     ("GET", "/version"): Operation(
         "What runs: the server's version, and the kernels that the engine chose.", {200: Version}
+    ),
+    ("GET", "/config"): Operation(
+        "The options in force and where each value comes from, without secrets; and what the engine decided.",
+        {200: ConfigInForce},
     ),
     ("GET", "/metrics"): Operation("Metrics in Prometheus' format.", {200: {"type": "string"}}, media=TEXT),
     ("GET", "/openapi.json"): Operation("This contract.", {200: {"type": "object"}}),

@@ -9,7 +9,7 @@ from msgspec.structs import FieldInfo
 MIB = 1024 * 1024
 Quantization = Literal["int8", "int4", "nf4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # asctime has milliseconds
+LogFormat = Literal["text", "json"]
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -21,6 +21,8 @@ class Option(msgspec.Struct, frozen=True):
     aliases: tuple[str, ...] = ()  # other names of the same option, without the dashes
     variables: tuple[str, ...] = ()  # environment variables that are read after the option's own
     unset: str | None = None  # the default in words, where the field's default does not say what happens
+    unit: str = ""  # of a number; a field's name has those of sizes and times
+    secret: bool = False  # the value is shown nowhere
     least: float | None = None
     most: float | None = None
     parse: Callable[[str], Any] | None = None  # from text, raises ValueError; None: the parser of the field's type
@@ -86,7 +88,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["safetensors", "dummy"], Option("dummy: random weights, for measurements", "model")
     ] = "safetensors"
     max_model_len: Annotated[
-        int | None, Option("tokens of prompt and answer together", "model", unset="the model's limit", least=1)
+        int | None,
+        Option("tokens of prompt and answer together", "model", unset="the model's limit", unit="tokens", least=1),
     ] = None
     block_size: int = 16  # tokens in a block of K/V
     kv_cache_bytes: Annotated[
@@ -100,19 +103,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, Option("reuse the K/V of equal prefixes", "K/V cache", aliases=("enable-prefix-caching",))
     ] = True
     max_running: Annotated[
-        int, Option("requests computed in one step", "scheduling", aliases=("max-num-seqs",), least=1)
+        int, Option("requests computed in one step", "scheduling", aliases=("max-num-seqs",), unit="requests", least=1)
     ] = 64
-    max_waiting: Annotated[int, Option("requests queued before clients get status 429", "scheduling", least=0)] = 1024
+    max_waiting: Annotated[
+        int, Option("requests queued before clients get status 429", "scheduling", unit="requests", least=0)
+    ] = 1024
     # A decoding request waits for the step's prefill. A prefill step of 256 tokens took 204 ms and one of 512 took
     # 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter step costs no throughput.
     max_batch_tokens: Annotated[
-        int, Option("tokens computed in one step", "scheduling", aliases=("max-num-batched-tokens",), least=1)
+        int,
+        Option(
+            "tokens computed in one step", "scheduling", aliases=("max-num-batched-tokens",), unit="tokens", least=1
+        ),
     ] = 256
     adapter_bytes: Annotated[int, Option("device memory for adapters", "adapters", least=1)] = 1024 * MIB
     host_adapter_bytes: Annotated[int, Option("host memory for adapters", "adapters", least=1)] = 2048 * MIB
     max_lora_rank: Annotated[int, Option("highest rank of an adapter", "adapters", least=1)] = 256
     threads: Annotated[
-        int | None, Option("threads of the engine on a CPU", "device", unset="one per core", least=1)
+        int | None, Option("threads of the engine on a CPU", "device", unset="one per core", unit="threads", least=1)
     ] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: a CUDA device if there is one", "device")] = "auto"
     kernels: Annotated[
@@ -122,6 +130,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: Annotated[bool, Option("replay decode steps as CUDA graphs", "device")] = True
     overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True
     log_level: Annotated[LogLevel, Option("lowest severity that is logged", "server")] = "info"
+    log_format: Annotated[LogFormat, Option("a line of the log: words, or a JSON object", "server")] = "text"
+    bars: bool = False  # progress is shown as bars, on a terminal that standard error ends at
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -281,7 +281,6 @@ class Engine:
 
     def _tokens(self, request: Request, choice: Sampled, reason: FinishReason | None, *, first: bool) -> Tokens:
         assert choice.token_id is not None
-        assert request.started_at is not None
         self.tallies.generated_tokens += 1
         if first:
             self.tallies.count_prompt(request)
@@ -294,21 +293,18 @@ class Engine:
             logprobs=[choice.logprobs] if choice.logprobs and not stopped else None,
             stop_logprobs=choice.logprobs if stopped else None,
             prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
-            cached_tokens=request.cached_tokens if first else None,
-            queue_seconds=request.started_at - request.enqueued_at if first else None,
+            **(request.first_event if first else {}),
         )
 
     def _only_prompt(self, request: Request, reason: FinishReason) -> Tokens:
         """The one event of a request that generates nothing."""
-        assert request.started_at is not None
         self.tallies.count_prompt(request)
         return Tokens(
             request_id=request.request_id,
             token_ids=[],
             finish_reason=reason,
             prompt_logprobs=request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
-            cached_tokens=request.cached_tokens,
-            queue_seconds=request.started_at - request.enqueued_at,
+            **request.first_event,
         )
 
     def _hold(self, request: Request) -> PrefixHeld | Failed:
@@ -408,6 +404,10 @@ class Engine:
             kernels=self.runner.kernels,
             weights=self.runner.weights_held,
             timings=dict(self.runner.timings),
+            device=str(self.runner.device),
+            threads=self.runner.cpu_threads,
+            num_host_blocks=self.runner.num_host_blocks,
+            host_adapter_bytes=self.adapters.host.capacity_bytes,
         )
 
     def stats(self) -> Stats:

@@ -212,6 +212,10 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     kernels: str  # triton, compiled or torch; of the compiled ones with their instructions
     weights: str = ""  # how the base's weights are held: a dtype, or how they are quantised
     timings: dict[str, float] = {}  # milliseconds of what was measured to choose the kernels
+    device: str = "cpu"
+    threads: int | None = None  # of a step on a CPU
+    num_host_blocks: int = 0  # of K/V in host memory
+    host_adapter_bytes: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -236,6 +240,10 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int | None = None  # prompt tokens whose K/V were reused; in the first event
     queue_seconds: float | None = None  # in the first event
+    # Also in the first event: when the request's first step was scheduled, and when its prompt was computed. Times are
+    # of the system's monotonic clock, which both processes read.
+    started_at: float | None = None
+    computed_at: float | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -256,8 +264,14 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True, tag="adapter_state
     tier: Tier | None = None  # the highest that holds the adapter
     pinned: Tier | None = None
     reason: str = ""  # in "missing" and "failed"
-    # Of the stages of a load that has just ended: "read" (and verify), "pack" into host memory, "copy" to the device.
-    seconds: dict[str, float] = {}
+    # When each stage of a load that has just ended began and ended, on the system's monotonic clock: "read" (and
+    # verify), "pack" into host memory, "copy" to the device.
+    stages: dict[str, tuple[float, float]] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took."""
+        return {stage: ended - began for stage, (began, ended) in self.stages.items()}
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 import zmq
 
-from runtime.config import LOG_FORMAT, EngineConfig
+from runtime.config import EngineConfig
 from runtime.messages import (
     BROKEN,
     CANNOT_START,
@@ -47,6 +47,7 @@ from runtime.messages import (
     decode_command,
     encode,
 )
+from runtime.output.logs import write_lines
 from runtime.parent import die_with
 from runtime.request import RequestRefused
 
@@ -199,7 +200,7 @@ def main(endpoint: str, parent: int) -> None:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(endpoint)
     config = msgspec.msgpack.decode(socket.recv(), type=EngineConfig)
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    write_lines(config.log_format, config.log_level.upper())
     from runtime.engine import Engine  # which takes seconds; what comes before it is to be ready at once
 
     start = time.monotonic()

@@ -5,7 +5,7 @@ import secrets
 import time
 from array import array
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.grammar.constraint import Constraint
 from runtime.kv.block_keys import BlockChain
@@ -149,6 +149,17 @@ class Request:
     def reusable(self) -> int:
         """The first tokens whose K/V are enough: of the others the logits are needed too."""
         return self.unscored - 1 if self.scores else len(self) - 1
+
+    @property
+    def first_event(self) -> dict[str, Any]:
+        """What the first event of a request says besides its tokens, once its prompt has been computed."""
+        assert self.started_at is not None
+        return {
+            "cached_tokens": self.cached_tokens,
+            "queue_seconds": self.started_at - self.enqueued_at,
+            "started_at": self.started_at,
+            "computed_at": time.monotonic(),
+        }
 
     @property
     def num_generated(self) -> int:

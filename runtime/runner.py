@@ -36,6 +36,7 @@ class Runner(ABC):
     keeps_quantized = False  # weights of a quantised checkpoint, where the kernels have a layout for them
     kernels: str  # as `--kernels` names them
     weights_held: str  # how the base's weights are held: a dtype, or how they are quantised
+    cpu_threads: int | None = None  # of a step on a CPU
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
 
     def __init__(self, config: EngineConfig, device: torch.device):
@@ -74,6 +75,7 @@ class Runner(ABC):
             device,
             pack=self.packs_linears,
             keep_quantized=self.keeps_quantized,
+            bars=config.bars,
         )
         self.weights_held = self._held(str(self.weight_dtype).removeprefix("torch."))
         self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
@@ -150,7 +152,7 @@ def _triton_runner(config: EngineConfig, on_cuda: bool) -> Runner:
 
 
 def _cpu_runner(config: EngineConfig) -> Runner:
-    from runtime.cpu.choice import choose_kernels  # these modules import this one
+    from runtime.cpu.choice import choose_kernels, threads_of  # these modules import this one
     from runtime.cpu.compiled_runner import CompiledRunner
     from runtime.cpu.torch_runner import TorchRunner
 
@@ -158,6 +160,7 @@ def _cpu_runner(config: EngineConfig) -> Runner:
     if kernels == "torch":
         _refuse_quantization(config, kernels)
     runner = CompiledRunner(config) if kernels == "compiled" else TorchRunner(config)
+    runner.cpu_threads = threads_of(config) if kernels == "compiled" else torch.get_num_threads()
     runner.timings = timings
     return runner
 

@@ -11,18 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import uvicorn
 from huggingface_hub import snapshot_download
 
 from runtime.models.config_file import UnsupportedModel
+from runtime.output.progress import bar_class
 from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
 from service.door.server import Server, allow_descriptors
 from service.engine.process import EngineStartFailed
-from service.logs import say, set_up
-from service.option_parser import BAD_VALUE
+from service.logs import say, set_up, shows_bars
+from service.options.parser import BAD_VALUE
 from service.settings import Arguments, Settings, read
 from service.text.tokenizer import TokenizerMissing
+from service.traces.tracing import TracesMissing
 from storage.store import StoreError
 
 BACKLOG = 2048  # connections that the system accepts before the service does
@@ -47,18 +50,20 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
     A bad value ends the program with a sentence and status 2, an engine or a store that does not answer with 1.
     """
     arguments = read(argv, environment)
-    set_up(arguments.log_level)
+    set_up(arguments.log_level, arguments.log_format)
     try:
         settings = configure(arguments)
     except (ValueError, DefaultModelMissing) as error:
         refuse(str(error), BAD_VALUE)
+    engine = msgspec.structs.replace(settings.engine, bars=shows_bars())
+    settings = msgspec.structs.replace(settings, engine=engine)
     allow_descriptors(settings.max_connections)
     listener = listen(settings)
     loop_factory = uvicorn.Config("", loop="uvloop", log_config=None).get_loop_factory()
     try:
         with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(serve(settings, listener))
-    except (UnsupportedModel, TokenizerMissing) as error:
+    except (UnsupportedModel, TokenizerMissing, TracesMissing) as error:
         refuse(str(error), BAD_VALUE)
     except (EngineStartFailed, StoreError) as error:
         refuse(str(error), CANNOT_START)
@@ -75,7 +80,8 @@ def configure(arguments: Arguments) -> Settings:
         raise ValueError(f"the model directory {model} does not exist")
     say(f"fetching {model} from the Hugging Face hub, unless the cache has it")
     try:
-        directory = snapshot_download(model, allow_patterns=MODEL_FILES)
+        bars = bar_class(bars=shows_bars())
+        directory = snapshot_download(model, allow_patterns=MODEL_FILES, tqdm_class=bars)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} is not a directory, and cannot be fetched from the hub: {error}") from None
     return arguments.settings(Path(directory), model)
@@ -127,7 +133,7 @@ def say_where(settings: Settings, listener: socket.socket) -> None:
 
 
 def refuse(reason: str, status: int) -> NoReturn:
-    say(f"rootstock: {reason}")
+    say(f"rootstock: {reason}", logging.ERROR)
     raise SystemExit(status)
 
 

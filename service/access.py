@@ -12,16 +12,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from runtime.output.logs import Field
 from service.errors import RequestError
-from service.http import REQUEST_ID, error_response
-from service.logs import Few
+from service.http import CLIENT_CLOSED_REQUEST, REQUEST_ID, error_response
+from service.logs import Few, log_event
+from service.traces.stages import Stage
 
-SHOWN = 200  # characters of a path or a model in a line
+API_KEY = "api-key"  # the name of the only key, in the log
 PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _RECORD = "rootstock.access_record"  # in a request's scope
 _log = logging.getLogger(__name__)
-_refused = logging.getLogger(f"{__name__}.refused")
-_refused.addFilter(Few())
+_strangers = logging.getLogger(f"{__name__}.strangers")
+_strangers.addFilter(Few())
 
 
 class RequireKey:
@@ -31,7 +33,13 @@ class RequireKey:
         self._app, self._key, self._open_paths = app, key.encode(), open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths or self._has_key(scope):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_key = self._has_key(scope)
+        if has_key:
+            record_of(scope).key = API_KEY
+        if has_key or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         message = "this server needs an API key: send it as `Authorization: Bearer KEY`"
@@ -66,44 +74,84 @@ class RequestId:
 
 @dataclass(slots=True)
 class AccessRecord:
-    """What the access log says of a request besides its HTTP line; the handler of a generation fills it in."""
+    """What the access log says of a request besides its HTTP line; whoever handles the request fills it in."""
 
+    key: str | None = None  # the name of the key that it came with
     id: str | None = None
     model: str | None = None  # as the client named it
+    adapter: str | None = None  # digest, or digests
     prompt_tokens: int | None = None
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    generated_tokens: int = 0
     first_token_seconds: float | None = None
+    queue_seconds: float | None = None
+    finish: str | None = None  # why its sequences ended
+    trace: str | None = None  # the id of its trace
+    stages: list[Stage] | None = None  # None: nobody asks for them
 
-    def __str__(self) -> str:
-        said = [] if self.id is None else [f"id={self.id}"]
-        if self.model is not None:
-            said.append(f"model={self.model[:SHOWN]!r}")
-        if self.prompt_tokens is not None:
-            said.append(f"tokens={self.prompt_tokens}+{self.completion_tokens} cached={self.cached_tokens}")
-        if self.first_token_seconds is not None:
-            said.append(f"first_token={self.first_token_seconds * 1000:.0f}ms")
-        return "".join(f" {each}" for each in said)
+    def fields(self) -> dict[str, Field]:
+        """What is known of the generation, by its names in the log."""
+        tokens = {"cached_tokens": self.cached_tokens, "generated_tokens": self.generated_tokens}
+        return {
+            "key": self.key,
+            "id": self.id,
+            "model": self.model,
+            "adapter": self.adapter,
+            "prompt_tokens": self.prompt_tokens,
+            **(tokens if self.prompt_tokens is not None else {}),
+            "first_token_ms": milliseconds(self.first_token_seconds),
+            "queue_ms": milliseconds(self.queue_seconds),
+            "finish": self.finish,
+            "trace": self.trace,
+        }
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
 
 
 def access_record(request: Request) -> AccessRecord:
     """The record that the access log writes when the request has been answered."""
-    record: AccessRecord = request.scope.setdefault(_RECORD, AccessRecord())
+    return record_of(request.scope)
+
+
+def record_of(scope: Scope) -> AccessRecord:
+    record: AccessRecord = scope.setdefault(_RECORD, AccessRecord())
     return record
 
 
-class AccessLog:
-    """Writes one line for each request when its answer has ended: status, time, and what generated it."""
+def client_of(scope: Scope) -> str | None:
+    """The address that a request came from."""
+    return scope["client"][0] if scope.get("client") else None
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+
+def who(request: Request) -> str | None:
+    """Who sends a request, for the log: its address, after the name of its key if it has one."""
+    said = filter(None, (access_record(request).key, client_of(request.scope)))
+    return "@".join(said) or None
+
+
+def template_of(scope: Scope) -> str | None:
+    """The path of the route that a request was given to, such as /adapters/{name}; None if there was none."""
+    path: str | None = getattr(scope.get("route"), "path", None)
+    return None if path is None else re.sub(r":\w+}", "}", path)
+
+
+class AccessLog:
+    """Writes one line for each request when its answer has ended: status, time, and what generated it.
+
+    Where requests need a key, those without one have few lines.
+    """
+
+    def __init__(self, app: ASGIApp, *, needs_key: bool = False):
+        self._app, self._needs_key = app, needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _log.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 499  # unless an answer begins, the client went away
-        scope[_RECORD] = record = AccessRecord()
+        started, status = time.perf_counter(), CLIENT_CLOSED_REQUEST  # unless an answer begins, the client went away
+        record = record_of(scope)
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
@@ -114,9 +162,13 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            milliseconds = (time.perf_counter() - started) * 1000
-            request_id = scope["state"]["request_id"]
-            line = "%s %r %d %.0fms%s request_id=%s"
-            # repr of the path: a client must not be able to write lines of its own
-            log = _refused if status == 401 else _log
-            log.info(line, scope["method"], scope["path"][:SHOWN], status, milliseconds, record, request_id)
+            line: dict[str, Field] = {
+                "method": scope["method"],
+                "path": template_of(scope) or scope["path"],
+                "status": status,
+                "ms": milliseconds(time.perf_counter() - started),
+                **record.fields(),
+                "request_id": scope["state"]["request_id"],
+                "client": client_of(scope),
+            }
+            log_event(_strangers if self._needs_key and record.key is None else _log, "request", line)

@@ -29,7 +29,7 @@ from service.engine.client import EngineClient
 from service.errors import RequestError
 from service.grammars.grammars import Grammars
 from service.grammars.structural_tags import Markers
-from service.health import health, metrics, openapi, ready, version
+from service.health import config, health, metrics, openapi, ready, version
 from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
@@ -48,6 +48,7 @@ from service.services import Services
 from service.settings import Settings
 from service.text.chat_templates import ChatTemplates
 from service.text.tokenizer import Tokenizer
+from service.traces.tracing import TraceRequests, Traces, otlp_exporter
 from storage.store import StoreError
 
 routes = [
@@ -69,6 +70,7 @@ routes = [
     Route("/health/ready", ready),
     Route("/ping", ready),
     Route("/version", version),
+    Route("/config", config),
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 ]
@@ -99,8 +101,14 @@ errors = {
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The service as an ASGI application; its lifespan starts and ends the engine process."""
-    middleware = [Middleware(AccessLog), Middleware(RequestId)]
+    """The service as an ASGI application; its lifespan starts and ends the engine process.
+
+    Raises TracesMissing with a sentence.
+    """
+    traces = None if settings.otlp_endpoint is None else Traces(otlp_exporter(settings.otlp_endpoint))
+    middleware = [Middleware(AccessLog, needs_key=settings.api_key is not None), Middleware(RequestId)]
+    if traces is not None:
+        middleware.append(Middleware(TraceRequests, traces, WATCHED_PATHS))
     if settings.cors_origins:  # before the key: browsers ask without one whether they may send it
         middleware.append(
             Middleware(
@@ -120,7 +128,7 @@ def create_app(settings: Settings) -> Starlette:
         middleware.append(Middleware(RequireKey, settings.api_key, open_paths))
     app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.settings, app.state.gate = settings, gate
+    app.state.settings, app.state.gate, app.state.traces = settings, gate, traces
     return app
 
 
@@ -130,8 +138,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
     Raises UnsupportedModel, TokenizerMissing, StoreError or EngineStartFailed with a sentence.
     """
-    async with running(app.state.settings) as services:
-        app.state.services = services
+    async with AsyncExitStack() as stack:
+        if app.state.traces is not None:
+            stack.push_async_callback(app.state.traces.close)
+        app.state.services = await stack.enter_async_context(running(app.state.settings))
         yield
 
 

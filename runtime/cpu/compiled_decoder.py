@@ -65,7 +65,7 @@ class CompiledDecoder:
             self.base.add(module, [Part(weight, None)])
         multiplier = config.embedding_scale(partial(rounded_to, checkpoint.dtype))
         program.embed(embedding, self._x, config.embed_site, multiplier)
-        for index in range(config.num_layers):
+        for index in checkpoint.layers():
             self._layer(checkpoint.layer(index), index, kv[index])
         self._norm(checkpoint.norm(), self._x, self._last, config.last_norm_site, of_logits=True)
         # A row's logits are scaled as they are written

@@ -1,6 +1,6 @@
 """Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig, Site
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
 from runtime.models.text_part import is_vision, text_name
+from runtime.output.progress import progress
 from runtime.quantization.formats import InvalidWeight
 from runtime.quantization.modules import QuantizedModules
 from runtime.quantization.weight import QuantizedWeight
@@ -110,17 +111,18 @@ def open_checkpoint(
     *,
     pack: bool = True,
     keep_quantized: bool = False,
+    bars: bool = False,
 ) -> "Checkpoint":
     """Check a checkpoint's names and shapes, for weights that are read in `dtype` to `device` as they are asked for.
 
     `load_format` "dummy" reads no file and makes random weights, the same at every start. Without `pack`, the weights
     of projections stay (out, in), for kernels with a layout of their own; with `keep_quantized`, those whose parts are
-    all quantised stay so. Raises InvalidCheckpoint, naming tensors that
+    all quantised stay so. `bars` shows as a bar how many layers are read. Raises InvalidCheckpoint, naming tensors that
     are missing, unused, of a different shape or not floating point.
     """
     shapes = tensor_shapes(config)
     source = _dummy(shapes, device) if load_format == "dummy" else _open(config, directory, shapes)
-    return Checkpoint(config, shapes, dtype, device, pack, keep_quantized, source)
+    return Checkpoint(config, shapes, dtype, device, pack, keep_quantized, source, bars)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -182,16 +184,17 @@ class Checkpoint:
         pack: bool,
         keep_quantized: bool,
         source: _Source,
+        bars: bool,
     ):
         self.config, self.shapes, self.dtype, self.device, self.source = config, shapes, dtype, device, source
-        self.pack, self.keep_quantized = pack, keep_quantized
+        self.pack, self.keep_quantized, self._bars = pack, keep_quantized, bars
         self.sites = config.sites()
 
     def weights(self) -> Weights:
         embedding = self.embedding()
         return Weights(
             embedding=embedding,
-            layers=[self.layer(index) for index in range(self.config.num_layers)],
+            layers=[self.layer(index) for index in self.layers()],
             norm=self.norm(),
             lm_head=Linear(embedding, pack=self.pack) if self.config.tie_embeddings else self.lm_head(),
         )
@@ -205,6 +208,10 @@ class Checkpoint:
     def lm_head(self) -> Linear:
         """The head of a model that does not take its embedding for it."""
         return self._linear(self.sites[self.config.lm_head_site])
+
+    def layers(self) -> Iterable[int]:
+        """The number of each layer, while it is shown how many of them have been read."""
+        return progress(range(self.config.num_layers), "loading the model", bars=self._bars, unit="layer")
 
     def layer(self, index: int) -> LayerWeights:
         prefix, norms = f"model.layers.{index}", self.config.norms

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from service.access import who
 from service.adapters.publish import UploadOptions, remove, start_import
 from service.adapters.queries import new_name
 from service.catalog.record import Condition
@@ -153,7 +154,7 @@ async def _load(
     try:
         source = services.sources.checked(_as_source(path))
         name = new_name(name, services.settings.served_name)
-        job = start_import(services, name, source, options, Condition(if_none_match=not replace))
+        job = start_import(services, name, source, options, Condition(if_none_match=not replace), who(request))
         await services.imports.result(job)
     except RequestError as error:
         raise _translated(error, name, param) from None
@@ -161,7 +162,7 @@ async def _load(
 
 async def _unload(request: Request, name: str) -> None:
     try:
-        await remove(services_of(request), name, Condition())
+        await remove(request, name, Condition())
     except (RequestError, StoreError) as error:
         known = request_error(error)
         assert known is not None

@@ -7,6 +7,8 @@ from starlette.requests import Request
 from runtime.adapter_format.base_tensors import base_tensors
 from runtime.adapter_format.canonical import canonicalise
 from runtime.adapter_format.errors import InvalidAdapter
+from service.access import who
+from service.adapters.events import adapter_event
 from service.catalog.record import Condition, OnMissing, Upload
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
@@ -14,7 +16,7 @@ from service.ingest.bundle import WITHOUT_TEMPLATE, Bundle
 from service.ingest.imports import Import, Published
 from service.ingest.throttle import Throttle
 from service.ingest.upload_body import read_bundle
-from service.services import Services
+from service.services import Services, services_of
 from service.source_urls import Source
 from service.text.rendering import InvalidTemplate, names_in
 
@@ -32,6 +34,15 @@ async def upload(
     services: Services, request: Request, name: str, options: UploadOptions, condition: Condition
 ) -> Published:
     """Publish the bundle in a request's body. Raises RequestError, InvalidAdapter, StoreError, ClientDisconnect."""
+    with adapter_event("upload", name, who(request)) as event:
+        published = await _upload(services, request, name, options, condition)
+        event.note(published[0])
+    return published
+
+
+async def _upload(
+    services: Services, request: Request, name: str, options: UploadOptions, condition: Condition
+) -> Published:
     catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
@@ -47,13 +58,25 @@ async def upload(
     return published
 
 
-def start_import(services: Services, name: str, source: Source, options: UploadOptions, condition: Condition) -> Import:
-    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin."""
+def start_import(
+    services: Services, name: str, source: Source, options: UploadOptions, condition: Condition, by: str | None
+) -> Import:
+    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin.
+
+    `by` is whoever asks for it, for the log.
+    """
     catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)
 
     async def work(job: Import) -> Published:
+        with adapter_event("import", name, by) as event:
+            event.note(source=source.url)
+            published = await fetch(job)
+            event.note(published[0])
+        return published
+
+    async def fetch(job: Import) -> Published:
         async with catalog.blobs.staging(options.ephemeral) as directory:
             throttle = Throttle(services.engine.busy)
             fetched = await imports.on_thread(job.cancel, services.sources.fetch, source, directory, job.progressed)
@@ -68,14 +91,17 @@ def start_import(services: Services, name: str, source: Source, options: UploadO
     return imports.start(Import(name, source, ephemeral=options.ephemeral), work)
 
 
-async def remove(services: Services, name: str, condition: Condition, *, force: bool = False) -> None:
+async def remove(request: Request, name: str, condition: Condition, *, force: bool = False) -> None:
     """Delete a name, and cancel an import of it. Raises RequestError as `Catalog.delete` does."""
+    services = services_of(request)
     versions = services.catalog.versions
-    versions.require(name, condition)
-    was_imported = await services.imports.forget(name)
-    if was_imported and versions.resolve(name) is None:
-        return  # the import was all that the name had
-    await services.catalog.delete(name, condition, force=force)
+    with adapter_event("delete", name, who(request)) as event:
+        versions.require(name, condition)
+        was_imported = await services.imports.forget(name)
+        if (version := versions.resolve(name)) is None and was_imported:
+            return  # the import was all that the name had
+        event.note(version)
+        await services.catalog.delete(name, condition, force=force)
 
 
 def _checked(services: Services, bundle: Bundle, source: str, options: UploadOptions, throttle: Throttle) -> Upload:

@@ -9,6 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from runtime.messages import Tier
+from service.access import who
+from service.adapters.events import adapter_event
 from service.adapters.publish import UploadOptions, remove, start_import, upload
 from service.adapters.queries import ON_MISSING, DeleteQuery, ImportQuery, PutQuery, WaitQuery, new_name, read_condition
 from service.adapters.schemas import AdapterList, adapter_resource, find_adapter, list_adapters
@@ -74,7 +76,7 @@ async def post_adapter(request: Request) -> Response:
     name = new_name(body.name, services.settings.served_name)
     source = services.sources.checked(body.src, body.revision)
     options = UploadOptions(body.preload, body.pin, body.ephemeral, body.alora_on_missing)
-    job = start_import(services, name, source, options, read_condition(request))
+    job = start_import(services, name, source, options, read_condition(request), who(request))
     if not query.wait:
         return json_response(find_adapter(services, name), 202)
     version, created = await services.imports.result(job)
@@ -101,21 +103,37 @@ async def load_adapter(request: Request) -> Response:
     body = await read_json(request, AdapterLoad, services.bodies)
     name, catalog = _known_name(request), services.catalog
     if body.pin is not None:
-        await catalog.set_pin(name, body.tier if body.pin else None, Condition())
+        await _pin(request, name, body.tier if body.pin else None, Condition())
     if not query.wait:
         return _shown(services, await catalog.load(name, body.tier, wait=False), 202)
-    return await until_disconnect(request, _loaded(services, name, body.tier))
+    return await until_disconnect(request, _loaded(request, name, body.tier))
 
 
-async def _loaded(services: Services, name: str, tier: Tier) -> Response:
-    return _shown(services, await services.catalog.load(name, tier, wait=True))
+async def _loaded(request: Request, name: str, tier: Tier) -> Response:
+    services = services_of(request)
+    with adapter_event("load", name, who(request)) as event:
+        version = await services.catalog.load(name, tier, wait=True)
+        event.note(version, tier=tier)
+    return _shown(services, version)
+
+
+async def _pin(request: Request, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
+    """Pin an adapter in a tier, or unpin it (None)."""
+    with adapter_event("unpin" if tier is None else "pin", name, who(request)) as event:
+        version = await services_of(request).catalog.set_pin(name, tier, condition)
+        event.note(version, tier=tier)
+    return version
 
 
 async def unload_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
     body = await read_json(request, AdapterUnload, services.bodies)
-    return _shown(services, await services.catalog.unload(_known_name(request), body.tier))
+    name = _known_name(request)
+    with adapter_event("unload", name, who(request)) as event:
+        version = await services.catalog.unload(name, body.tier)
+        event.note(version, tier=body.tier)
+    return _shown(services, version)
 
 
 async def patch_adapter(request: Request) -> Response:
@@ -125,13 +143,13 @@ async def patch_adapter(request: Request) -> Response:
     name = _known_name(request)
     version = services.catalog.versions.resolve(name)
     tier: Tier = "device" if version is None or version.record.pin is None else version.record.pin
-    version = await services.catalog.set_pin(name, tier if body.pinned else None, read_condition(request))
+    version = await _pin(request, name, tier if body.pinned else None, read_condition(request))
     return _shown(services, version)
 
 
 async def delete_adapter(request: Request) -> Response:
     query = read_query(request, DeleteQuery)
-    await remove(services_of(request), request.path_params["name"], read_condition(request), force=query.force)
+    await remove(request, request.path_params["name"], read_condition(request), force=query.force)
     return Response(status_code=204)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.mix import Mix, Part, compose
 from runtime.background import yield_to_others
+from runtime.messages import AdapterState
 from service.catalog.files import SUFFIX, AdapterStorage
 from service.engine.adapters import EngineAdapters
 from service.metrics import Metrics
@@ -233,16 +234,15 @@ class Blobs:
         expected = {digest for digest, blob in self._blobs.items() if blob.recipe is not None}
         assert kept == expected, f"{kept ^ expected} are mixes without a reference, or are missing"
 
-    async def follow_engine(self) -> None:
-        """Fetch the files that the engine asks for, and let the cache evict those that it has read; never returns."""
-        while True:
-            state = await self._engine.changes.get()
-            if (blob := self._blobs.get(state.digest)) is not None:
-                if state.state == "missing":
-                    self._on_missing(blob)
-                elif state.state != "loading":
-                    self._allow_eviction(blob)
-            self._engine.changes.task_done()
+    def on_state(self, state: AdapterState) -> int | None:
+        """Fetch a file that the engine asks for, or let the cache evict one that it has read; returns its bytes."""
+        if (blob := self._blobs.get(state.digest)) is None:
+            return None
+        if state.state == "missing":
+            self._on_missing(blob)
+        elif state.state != "loading":
+            self._allow_eviction(blob)
+        return blob.stored_bytes
 
     def _on_missing(self, blob: Blob) -> None:
         if blob.references and blob.download is None:
@@ -264,7 +264,7 @@ class Blobs:
                     started = time.monotonic()
                     if not blob.in_memory:
                         await self._storage.run(self._files.fetch, blob.digest, download.bytes_total, download.progress)
-            seconds = time.monotonic() - started
+            ended = time.monotonic()
         except (StoreError, OSError, InvalidAdapter) as error:
             failure = error
         finally:
@@ -279,7 +279,8 @@ class Blobs:
             self._engine.fail(blob.digest, reason)
             return
         if blob.recipe is None:
-            self._metrics.downloaded(seconds)
+            self._metrics.downloaded(ended - started)
+            self._engine.fetched(blob.digest, started, ended)
         if blob.references:
             self._register(blob)
 

@@ -11,6 +11,7 @@ import msgspec
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
 from service.catalog.blobs import Blobs
+from service.catalog.engine_log import log_change
 from service.catalog.files import AdapterStorage
 from service.catalog.garbage import Collected, collect
 from service.catalog.mixes import Mixes
@@ -20,6 +21,7 @@ from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upl
 from service.catalog.versions import Versions, no_adapter
 from service.engine.client import EngineClient
 from service.errors import EngineError, RequestError
+from service.logs import log_event
 from service.metrics import Metrics
 from storage.cache import DiskCache
 from storage.store import PreconditionFailed, StoreError
@@ -74,7 +76,7 @@ class Catalog:
             await catalog.close()
             raise
         catalog._chores = [
-            asyncio.create_task(catalog.blobs.follow_engine()),
+            asyncio.create_task(catalog._follow_engine()),
             asyncio.create_task(catalog._refresh_forever(refresh_seconds)),
             asyncio.create_task(catalog._collect_forever(collect_after_seconds)),
         ]
@@ -279,6 +281,7 @@ class Catalog:
             if old is not None and not old.ephemeral:
                 self._pins.pin_later(name, old.digest, None, 0)
                 self.versions.drop(name)
+                log_event(_log, "adapter delete", {"name": name, "digest": old.digest, "who": "another server"})
                 self.mixes.sweep()
         elif old is None or old.ephemeral or old.record != record:
             self.blobs.adopt(record.digest, record.bytes)
@@ -288,6 +291,15 @@ class Catalog:
             if failure is not None:
                 _log.error("adapter %s cannot be served: %s", name, failure)
             self._pins.pin_later(name, record.digest, None if failure else record.pin, record.bytes)
+
+    async def _follow_engine(self) -> None:
+        """Do what the engine's words about adapters ask for, and log them; never returns."""
+        changes = self._engine.adapters.changes
+        while True:
+            change = await changes.get()
+            size = self.blobs.on_state(change.now)
+            log_change(change, self.versions.names_of(change.now.digest), size)
+            changes.task_done()
 
     async def _refresh_forever(self, seconds: float) -> None:
         """Follow the store. While it cannot be reached, the versions in memory stay."""

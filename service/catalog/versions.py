@@ -1,5 +1,6 @@
 """The current version of each name, in memory: readers never wait."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,9 +11,13 @@ import msgspec
 from blake3 import blake3
 
 from runtime.models.config import ModelConfig
+from runtime.output.logs import Field
 from service.catalog.blobs import Blobs
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition
 from service.errors import RequestError
+from service.logs import log_event
+
+_log = logging.getLogger(__name__)
 
 
 class Versions:
@@ -25,6 +30,7 @@ class Versions:
         self._blobs, self._max_rank = blobs, max_rank
         self.base = base_shape(model)  # the digest in the records of adapters that fit this server's base model
         self._versions: dict[str, AdapterVersion] = {}  # by name
+        self._names: dict[str, set[str]] = {}  # by digest
         self._draining: set[AdapterVersion] = set()
 
     def resolve(self, name: str) -> AdapterVersion | None:
@@ -34,6 +40,10 @@ class Versions:
     def list(self) -> list[AdapterVersion]:
         """Every named version, by name."""
         return [version for _, version in sorted(self._versions.items())]
+
+    def names_of(self, digest: str) -> tuple[str, ...]:
+        """The names that point at a digest."""
+        return tuple(sorted(self._names.get(digest, ())))
 
     def draining(self, name: str) -> AdapterVersion | None:
         """The latest version that lost this name while requests run on it."""
@@ -91,6 +101,9 @@ class Versions:
             if version.requests:
                 counts[version.digest] += version.requests
         assert all(version.requests for version in self._draining)
+        assert {(name, digest) for digest, names in self._names.items() for name in names} == {
+            (name, version.digest) for name, version in self._versions.items()
+        }
         self._blobs.check(counts)
 
     def named(self, name: str) -> AdapterVersion:
@@ -108,10 +121,14 @@ class Versions:
             version = old
         else:
             version = self._versions[record.name] = AdapterVersion(record, ephemeral)
+            self._names.setdefault(record.digest, set()).add(record.name)
         if self._unfit(record) is None:
             self._blobs.serve(record.digest)
         if old is not None:
             self._end(old, goes_on=old is version)
+        if old is not None and old is not version:
+            fields: dict[str, Field] = {"name": record.name, "digest": record.digest, "bytes": record.bytes}
+            log_event(_log, "adapter replaced", {**fields, "was": old.digest, "requests_on_it": old.requests})
         return version
 
     def drop(self, name: str) -> None:
@@ -120,6 +137,11 @@ class Versions:
 
     def _end(self, version: AdapterVersion, *, goes_on: bool) -> None:
         """Release a name's reference to a version. Requests on the version have references of their own."""
+        if not goes_on:
+            names = self._names[version.digest]
+            names.discard(version.name)
+            if not names:
+                del self._names[version.digest]
         if version.requests and not goes_on:
             self._draining.add(version)
         self._blobs.release(version.digest)
@@ -127,7 +149,8 @@ class Versions:
     def _unfit(self, record: AdapterRecord) -> str | None:
         if record.base != self.base:
             return (
-                "it was uploaded to a base model of another shape; upload it again to have it checked against this one"
+                "it was checked against a base model of another shape: serve it with that one, or upload one that was "
+                "trained on this one"
             )
         if record.rank > self._max_rank:
             return f"its rank {record.rank} is above this server's limit of {self._max_rank}"

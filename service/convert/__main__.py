@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, help="directory of the base model, for an aLoRA's invocation string")
     options = parser.parse_args(argv)
     try:
-        for sentence in convert(options.source, options.target, _tokenize(options.tokenizer)):
+        for sentence in convert(options.source, options.target, _tokenize(options.tokenizer), bars=sys.stderr.isatty()):
             print(sentence)
     except (InvalidAdapter, TokenizerMissing, OSError) as error:
         sys.exit(f"rootstock: nothing was written: {error}")

@@ -90,4 +90,5 @@ def allow_descriptors(connections: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < wanted:
-        _log.warning("%d connections need %d open files, and the system allows %d", connections, wanted, allowed)
+        need = f"{connections} connections (--max-connections) need {wanted} open files"
+        _log.warning("%s, and the system allows %d: allow fewer connections, or raise `ulimit -Hn`", need, allowed)

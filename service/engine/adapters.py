@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.messages import (
     AdapterState,
@@ -20,14 +21,22 @@ from service.engine.connection import Connection
 from service.metrics import Metrics
 
 
+class StateChange(NamedTuple):
+    """What the engine says of an adapter now, and what it said last."""
+
+    now: AdapterState
+    before: AdapterState | None
+
+
 class EngineAdapters:
     """Remembers which adapters the engine must know and pin, so that a new engine can be told all of it again."""
 
     def __init__(self, connection: Connection, metrics: Metrics) -> None:
         self.states: dict[str, AdapterState] = {}  # by digest: the engine's last word on each adapter
-        self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()  # every word, for the owner of the files
+        self.changes: asyncio.Queue[StateChange] = asyncio.Queue()  # every word, for the owner of the files
         self._connection, self._metrics = connection, metrics
         self._paths: dict[str, Path] = {}
+        self._stages: dict[str, dict[str, tuple[float, float]]] = {}  # by digest: those of its last load, or fetch
         self._pins: dict[str, Tier] = {}  # by digest: the last wish
         self._had_engine = False
 
@@ -39,9 +48,19 @@ class EngineAdapters:
     def retire(self, digest: str) -> None:
         """Forget an adapter; requests that run on it finish."""
         self._paths.pop(digest, None)
+        self._stages.pop(digest, None)
         self._pins.pop(digest, None)
         self.states.pop(digest, None)
         self._connection.send(RetireAdapter(digest=digest))
+
+    def fetched(self, digest: str, began: float, ended: float) -> None:
+        """The file of an adapter was fetched from a remote store in this time, by the system's monotonic clock."""
+        if digest in self._paths:
+            self._stages[digest] = {"fetch": (began, ended)}
+
+    def stages_of(self, digest: str | None) -> Mapping[str, tuple[float, float]]:
+        """When each stage of an adapter's last load began and ended, on the system's monotonic clock."""
+        return self._stages.get(digest or "", {})
 
     def fail(self, digest: str, reason: str) -> None:
         """Tell the engine that a file which it asked for cannot be fetched."""
@@ -87,10 +106,12 @@ class EngineAdapters:
         self.states.clear()
 
     def on_state(self, event: AdapterState) -> None:
-        if event.seconds:
+        if event.stages:
             self._metrics.loaded(event.seconds)
         if event.state == "retired" or event.digest not in self._paths:
             self.states.pop(event.digest, None)
             return
+        if event.stages:
+            self._stages[event.digest] = {**self._stages.get(event.digest, {}), **event.stages}
+        self.changes.put_nowait(StateChange(event, self.states.get(event.digest)))
         self.states[event.digest] = event
-        self.changes.put_nowait(event)

@@ -17,6 +17,7 @@ from service.openai.invocation import Prompt
 from service.openai.schemas import PromptTokensDetails, Usage
 from service.text.detokenizer import StopStrings
 from service.text.tokenizer import Tokenizer
+from service.traces.stages import MOST_SEQUENCES, SequenceStages
 
 FinishReason = Literal["stop", "length"]
 
@@ -121,6 +122,7 @@ class Generation:
         self._longest = [0] * len(plan.prompts)  # tokens of each prompt's longest choice
         self._arrived = self._last = arrived  # time.perf_counter() when the request came in, and at its last token
         self._completion_tokens = self._computed_prompts = 0
+        self._finishes: set[Finish] = set()
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.first_token_seconds: float | None = None
@@ -167,8 +169,10 @@ class Generation:
         for tokens in filter(None, self._longest):
             self._vllm.longest_choice.observe(tokens)
         self._record.prompt_tokens, self._record.cached_tokens = usage.prompt_tokens, self.cached_tokens
-        self._record.completion_tokens = usage.completion_tokens
+        self._record.generated_tokens = usage.completion_tokens
         self._record.first_token_seconds = self.first_token_seconds
+        self._record.queue_seconds = self.queue_seconds if self._computed_prompts else None
+        self._record.finish = ",".join(sorted(self._finishes)) or None
 
     def _time(self) -> None:
         now = time.perf_counter()
@@ -196,6 +200,7 @@ class Generation:
             await computed.wait()
         index = number * self._plan.choices + choice
         text, times = Choice(index, self._plan, self._tokenizer), SequenceTimes(self._vllm, self._arrived)
+        stages = self._stages(index)
         finish: Finish = "abort"
         try:
             async with aclosing(self._engine.generate(self._command(index, choice, prompt), self._deadline)) as events:
@@ -203,6 +208,8 @@ class Generation:
                 async for tokens in events:
                     computed.set()
                     times.got(tokens)
+                    if stages is not None and tokens.started_at is not None:
+                        stages.started(tokens, self._engine.adapters.stages_of(prompt.adapter))
                     self._count(tokens, counts_prompt=choice == 0)
                     delta = text.push(tokens)
                     if delta.finish_reason is not None:
@@ -215,7 +222,15 @@ class Generation:
             raise
         finally:
             times.ended(len(prompt.token_ids), finish)
+            self._finishes.add(finish)
+            if stages is not None:
+                stages.ended(time.monotonic(), times.tokens)
             self._longest[number] = max(self._longest[number], times.tokens)
+
+    def _stages(self, index: int) -> SequenceStages | None:
+        """Where the stages of a sequence that begins now are noted; None where nobody asks for them."""
+        asked = self._record.stages
+        return None if asked is None or index >= MOST_SEQUENCES else SequenceStages(asked, index, time.monotonic())
 
     def _command(self, index: int, choice: int, prompt: Prompt) -> Generate:
         params = self._plan.params

@@ -63,6 +63,11 @@ class Adapters(NamedTuple):
         return MIX if self.mixed else SEVERAL if len(names) > 1 else names.pop()
 
     @property
+    def digests(self) -> str | None:
+        """The content that the request runs on, for the log; None for the base alone."""
+        return ",".join(self.headers.values()) or None
+
+    @property
     def headers(self) -> dict[str, str]:
         """Which content the request ran on; one value for each of the first prompts if they differ."""
         digests = [None if version is None else version.digest for version in self.versions]

@@ -1,5 +1,6 @@
 """A generation as an HTTP answer: whole or streamed, aborted when the client goes away."""
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from service.openai.models import Adapters, adapters_in_use
 from service.openai.sampling_params import refuse_unbuilt, stop_strings
 from service.openai.schemas import GenerationRequest, Usage
 from service.services import Services
+from service.traces.stages import Stage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -97,7 +99,11 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
         adapters = await source.enter_async_context(in_use)
         refuse_unbuilt(body, built=call.built)
         require_applicable(body.alora, adapters.versions)
+        began = time.monotonic()
         prompts, params, special, choices = await call.inputs(adapters)
+        if record.stages is not None:
+            record.stages.append(Stage("tokenize", began, time.monotonic(), {}))
+        record.adapter = adapters.digests
         plan = Plan(
             request_id=call.id,
             prompts=prompts,

@@ -1,6 +1,7 @@
 """Turns text into token ids and back."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import t
 from service.text.detokenizer import Detokenizer
 from service.text.encoder import LONG_TEXT, TextEncoder
 from service.text.token_bytes import TokenBytes
+
+_log = logging.getLogger(__name__)
 
 
 class TokenizerMissing(ValueError):
@@ -24,6 +27,11 @@ class Tokenizer:
         if not (directory / "tokenizer.json").is_file():
             raise TokenizerMissing(f"{directory} has no tokenizer.json")
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        if getattr(self._tokenizer, "fix_mistral_regex", None) is False:  # transformers has found it, and says less
+            mend = 'set "fix_mistral_regex": true in tokenizer_config.json'
+            _log.warning(
+                "%s has a tokenizer that splits text wrongly, as early ones of Mistral do: %s", directory, mend
+            )
         # transformers sets the backend's truncation at each call, and a second thread that encodes at that moment
         # would fail; so the backend is called directly
         self._backend: Backend = self._tokenizer.backend_tokenizer

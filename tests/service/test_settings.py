@@ -12,7 +12,7 @@ import pytest
 import service.__main__
 from runtime.config import MIB, EngineConfig
 from service.__main__ import main
-from service.option_parser import Declared, declared, size, size_text
+from service.options.parser import Declared, declared, size, size_text
 from service.settings import Settings, read
 from tests.service.tiny_model import CONFIG
 
@@ -83,6 +83,9 @@ def test_options_of_the_engine_reach_it(tmp_path: Path) -> None:
 
 # Each option with a text and the field and the value that it gives; an option that is declared and not here fails.
 OPTIONS = {
+    "--config": ("/dev/null", "config", Path("/dev/null")),
+    "--otlp-endpoint": ("http://collector:4318/", "otlp_endpoint", "http://collector:4318"),
+    "--log-format": ("json", "log_format", "json"),
     "--host": ("0.0.0.0", "host", "0.0.0.0"),
     "--port": ("0", "port", 0),
     "--api-key": ("a,key", "api_key", "a,key"),
@@ -147,7 +150,13 @@ def value_of(field: str, *argv: str, **environment: str) -> object:
 def test_every_option_is_in_the_list_above() -> None:
     assert {f"--{option.name}" for option in DECLARED} == set(OPTIONS)
     fields = {*Settings.__struct_fields__, *EngineConfig.__struct_fields__}
-    assert fields - {option.field for option in DECLARED} == {"engine", "engine_command", "block_size"}
+    assert fields - {option.field for option in DECLARED} == {
+        "engine",
+        "engine_command",
+        "sources",
+        "block_size",
+        "bars",
+    }
 
 
 @pytest.mark.parametrize("option", OPTIONS)

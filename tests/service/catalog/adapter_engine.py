@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.messages import AdapterState, Refusal, Tier
+from service.engine.adapters import StateChange
 from service.errors import EngineError
 
 
@@ -13,11 +14,12 @@ class AdapterEngine:
 
     def __init__(self) -> None:
         self.adapters = self  # a client's part for adapters, and the rest that adapters need of a client
-        self.changes: asyncio.Queue[AdapterState] = asyncio.Queue()
+        self.changes: asyncio.Queue[StateChange] = asyncio.Queue()
         self.states: dict[str, AdapterState] = {}
         self.registered: dict[str, Path] = {}
         self.loads: list[tuple[str, Tier]] = []
         self.retired: list[str] = []
+        self.fetches: list[tuple[str, float]] = []
         self.failed: dict[str, str] = {}
         self.pins: dict[str, Tier] = {}
         self.unloads: list[tuple[str, Tier]] = []
@@ -33,11 +35,11 @@ class AdapterEngine:
         """Say that a registered adapter's file is not there, or not whole."""
         assert digest in self.registered
         del self.registered[digest]
-        self.changes.put_nowait(AdapterState(digest=digest, state="missing"))
+        self.changes.put_nowait(StateChange(AdapterState(digest=digest, state="missing"), None))
 
     def settle(self, digest: str) -> None:
         """Say that the file has been read, or is not needed any more."""
-        self.changes.put_nowait(AdapterState(digest=digest, state="idle"))
+        self.changes.put_nowait(StateChange(AdapterState(digest=digest, state="idle"), None))
 
     def register(self, digest: str, path: Path) -> None:
         self.registered[digest] = path
@@ -49,6 +51,9 @@ class AdapterEngine:
 
     def fail(self, digest: str, reason: str) -> None:
         self.failed[digest] = reason
+
+    def fetched(self, digest: str, began: float, ended: float) -> None:
+        self.fetches.append((digest, ended - began))
 
     def prefetch(self, digest: str, tier: Tier = "device") -> None:
         self.loads.append((digest, tier))

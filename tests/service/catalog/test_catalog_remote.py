@@ -54,6 +54,8 @@ def test_a_file_is_fetched_when_it_is_wanted_and_once(tmp_path: Path) -> None:
             await catalog.until_idle()
             assert store.fetches == 1
             assert b'rootstock_adapter_load_seconds_count{stage="download"} 2.0' in metrics.render()
+            assert [fetched for fetched, _ in engine.fetches] == [digest] * 2
+            assert engine.fetches[0][1] > 0
 
     run(program())
 

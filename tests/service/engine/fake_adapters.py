@@ -1,5 +1,6 @@
 """The fake engine's adapters: where each is, whose file is missing, who waits for it, which one is pinned."""
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,9 @@ class FakeAdapters:
             self._loads["device"] += 1
             seconds["copy"] = 0.04
         adapter.tier = "device" if "device" in (tier, adapter.tier) else "host"
-        return [self._state(digest, seconds), *_answer(command)]
+        began = time.monotonic()
+        stages = {stage: (began, began + spent) for stage, spent in seconds.items()}
+        return [self._state(digest, stages), *_answer(command)]
 
     def unload(self, command: UnloadAdapter, *, in_use: bool) -> list[Event]:
         adapter = self._find(command.digest)
@@ -194,11 +197,9 @@ class FakeAdapters:
         loads, self._known[digest].loads = self._known[digest].loads, []
         return [event for load in loads for event in _answer(load, code, message)]
 
-    def _state(self, digest: str, seconds: dict[str, float] | None = None) -> AdapterState:
+    def _state(self, digest: str, stages: dict[str, tuple[float, float]] | None = None) -> AdapterState:
         adapter = self._known[digest]
-        return AdapterState(
-            digest=digest, state="idle", tier=adapter.tier, pinned=adapter.pinned, seconds=seconds or {}
-        )
+        return AdapterState(digest=digest, state="idle", tier=adapter.tier, pinned=adapter.pinned, stages=stages or {})
 
 
 def _answer(command: LoadAdapter | UnloadAdapter, code: EngineCode | None = None, message: str = "") -> list[Event]:

@@ -10,6 +10,7 @@ Command line: python -m tests.service.engine.fake_engine [--cannot-start] ENDPOI
 
 import os
 import sys
+import time
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Sequence:
     def __init__(self, command: Generate):
         self.command = command
         self.cached_tokens: int | None = None  # None while it waits
+        self.started_at = 0.0
         prompt = command.token_ids[command.invocation_start :][::-1] if command.adapter else command.token_ids
         self.answer = list(islice(cycle(prompt or command.token_ids), command.params.max_tokens))
         self.given = 0
@@ -77,8 +79,7 @@ class Sequence:
                 token_ids=[],
                 finish_reason="length",
                 prompt_logprobs=scores,
-                cached_tokens=self.cached_tokens,
-                queue_seconds=0.25,
+                **self.first_event,
             )
         token, first = self.answer[self.given], self.given == 0
         self.given += 1
@@ -92,9 +93,13 @@ class Sequence:
             logprobs=None if stopped or params.logprobs is None else [entry],
             stop_logprobs=entry if stopped and params.logprobs is not None else None,
             prompt_logprobs=scores,
-            cached_tokens=self.cached_tokens if first else None,
-            queue_seconds=0.25 if first else None,
+            **(self.first_event if first else {}),
         )
+
+    @property
+    def first_event(self) -> dict[str, object]:
+        times = {"started_at": self.started_at, "computed_at": time.monotonic()}
+        return {"cached_tokens": self.cached_tokens, "queue_seconds": 0.25, **times}
 
     def scores(self) -> list[TokenLogprobs]:
         """Of token i of the prompt -i, as the third likeliest."""
@@ -221,7 +226,7 @@ class FakeEngine:
         """Let a request run if its adapter is on the device, or fail it if it will not be."""
         command = sequence.command
         if command.adapter is None or self.adapters.on_device(command.adapter):
-            sequence.cached_tokens = self.kv.look_up(command)
+            sequence.cached_tokens, sequence.started_at = self.kv.look_up(command), time.monotonic()
         elif not self.adapters.usable(command.adapter):
             message = self.adapters.failure(command.adapter)
             return Failed(request_id=command.request_id, code="adapter_failed", message=message)

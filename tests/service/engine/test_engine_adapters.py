@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from runtime.config import EngineConfig
+from runtime.messages import AdapterState
+from service.engine.adapters import EngineAdapters
 from service.engine.client import EngineClient
+from service.engine.connection import Connection
 from service.errors import EngineError
 from service.metrics import Metrics
 from tests.service.engine import fake_engine
@@ -39,6 +42,19 @@ async def code_of(work: Coroutine[Any, Any, None]) -> str | None:
     except EngineError as error:
         return error.code
     return None
+
+
+def test_the_stages_of_an_adapters_last_load_are_known_from_its_fetch_on() -> None:
+    adapters = EngineAdapters(Connection(), Metrics())
+    adapters.register("d1", Path("file"))
+    adapters.on_state(AdapterState(digest="d1", state="idle", stages={"read": (1.0, 2.0), "copy": (2.0, 3.0)}))
+    adapters.fetched("d1", 4.0, 5.0)
+    adapters.on_state(AdapterState(digest="d1", state="loading", tier="host", stages={"read": (5.0, 6.0)}))
+    adapters.on_state(AdapterState(digest="d1", state="idle", tier="device", stages={"copy": (7.0, 8.0)}))
+    assert adapters.stages_of("d1") == {"fetch": (4.0, 5.0), "read": (5.0, 6.0), "copy": (7.0, 8.0)}
+    adapters.retire("d1")
+    adapters.fetched("d1", 9.0, 10.0)
+    assert adapters.stages_of("d1") == adapters.stages_of(None) == {}
 
 
 def test_the_state_of_an_adapter_is_known_until_it_is_retired(config: EngineConfig, tmp_path: Path) -> None:
@@ -69,7 +85,7 @@ def test_a_file_that_the_engine_wants_is_brought_and_the_load_goes_on(config: En
             file = tmp_path / "file"
             client.adapters.register("d1", file)
             loading = asyncio.create_task(client.adapters.load("d1", "device"))
-            while (await client.adapters.changes.get()).state != "missing":
+            while (await client.adapters.changes.get()).now.state != "missing":
                 pass
             file.write_bytes(b"x")
             client.adapters.register("d1", file)
@@ -83,7 +99,7 @@ def test_a_file_that_cannot_be_had_fails_who_waits_with_the_reason(config: Engin
         async with started(config) as client:
             client.adapters.register("d1", tmp_path / "nowhere")
             loading = asyncio.create_task(client.adapters.load("d1", "device"))
-            while (await client.adapters.changes.get()).state != "missing":
+            while (await client.adapters.changes.get()).now.state != "missing":
                 pass
             client.adapters.fail("d1", "the bucket is gone")
             with pytest.raises(EngineError, match="the bucket is gone"):

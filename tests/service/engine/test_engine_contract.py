@@ -4,6 +4,7 @@ Every test speaks runtime.messages with both, and leaves no request, adapter or 
 """
 
 import ast
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,14 +50,18 @@ def test_it_is_ready_with_its_limits(engine: Engine) -> None:
 
 
 def test_a_request_gives_a_token_at_a_time_until_its_length(engine: Engine) -> None:
+    asked_at = time.monotonic()
     first, *between, last = engine.generate(max_tokens=5, cache_salt="a salt of its own")
     assert len(between) == 3
     assert [len(event.token_ids) for event in (first, *between, last)] == [1] * 5
     assert (first.cached_tokens, first.finish_reason, last.finish_reason) == (0, None, "length")
     assert first.queue_seconds is not None
     assert first.queue_seconds >= 0
+    assert first.started_at is not None
+    assert first.computed_at is not None
+    assert asked_at <= first.started_at <= first.computed_at <= time.monotonic(), "it has a clock of its own"
     for event in (*between, last):
-        assert (event.cached_tokens, event.queue_seconds) == (None, None)
+        assert (event.cached_tokens, event.queue_seconds, event.started_at, event.computed_at) == (None,) * 4
     assert {event.logprobs for event in (first, *between, last)} == {None}
     assert {event.stop_token for event in (first, *between, last)} == {None}
 

@@ -1,5 +1,7 @@
 """What the service may expect of an engine process with adapters, of the fake one and of the real one alike."""
 
+import time
+
 from runtime.messages import (
     Abort,
     AdapterState,
@@ -57,8 +59,11 @@ def test_an_adapter_is_loaded_from_tier_to_tier_and_unloaded(engine: Engine, ada
 
 def test_a_request_loads_its_adapter_which_is_in_use_meanwhile(engine: Engine, adapter: Adapter) -> None:
     adapter.write()
+    asked_at = time.monotonic()
     engine.send(adapter.register(), endless("long", adapter=adapter.digest))
-    assert set(state(engine, adapter, "idle", "device").seconds) == {"read", "pack", "copy"}
+    loaded = state(engine, adapter, "idle", "device")
+    assert set(loaded.stages) == {"read", "pack", "copy"}
+    assert all(asked_at <= began <= ended for began, ended in loaded.stages.values()), "it has a clock of its own"
     engine.next(Tokens, request_id="long")
     assert engine.stats().running_adapters == [adapter.digest]
     assert engine.ask(UnloadAdapter, digest=adapter.digest, tier="device") == "adapter_in_use"

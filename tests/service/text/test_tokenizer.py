@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from service.errors import RequestError
 from service.openai.sampling_params import sampling_params
@@ -33,6 +34,16 @@ def test_prompts_are_those_of_transformers(tokenizer: Tokenizer, default_model_p
     oracle = AutoTokenizer.from_pretrained(default_model_path)
     for text in ("Hello  world", "", " 1234 \n\n<|im_start|>", "東京 😀" * 20):
         assert tokenizer.encode(text) == oracle(text)["input_ids"]
+
+
+def test_a_tokenizer_that_transformers_finds_wrong_is_told_with_what_an_operator_can_do(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Tokenizer(tiny_model)
+    assert caplog.text == ""
+    monkeypatch.setattr(PreTrainedTokenizerFast, "fix_mistral_regex", False, raising=False)  # as transformers marks it
+    Tokenizer(tiny_model)
+    assert 'set "fix_mistral_regex": true in tokenizer_config.json' in caplog.text
 
 
 def test_long_texts_are_encoded_as_short_ones_are(tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The command line and the environment variables of the options that a Struct declares."""
+"""The options that a Struct declares, on the command line, in the environment and in a file."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
 import msgspec
 from msgspec.structs import FieldInfo
@@ -16,6 +16,23 @@ from runtime.config import MIB, Option, options_of
 BAD_VALUE = 2  # the exit status
 UNITS = {"": 1, "K": 1024, "M": MIB, "G": 1024 * MIB}
 GROUPS = ("server", "model", "adapters", "K/V cache", "scheduling", "device")  # the order of --help
+TYPES = {  # of TOML; all others are times
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "a table",
+}
+
+Source = Literal["command line", "environment", "file"]  # of a value, the first one that has it; else it is a default
+
+
+class Given(NamedTuple):
+    """The values that are set, by field, and where each comes from."""
+
+    values: dict[str, Any]
+    sources: dict[str, Source]
 
 
 class Declared:
@@ -27,6 +44,7 @@ class Declared:
         # Without "| None"; a Literal with it is a Union, other types with it are a UnionType
         self.kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind
         self.name = option.name or field.name.replace("_", "-")
+        self.names = (self.name, *option.aliases)
         self.variables = (f"ROOTSTOCK_{self.name.replace('-', '_').upper()}", *option.variables)
 
     def parse(self, text: str) -> Any:
@@ -34,6 +52,22 @@ class Declared:
         value = (self.option.parse or parser_of(self.field, self.kind))(text)
         self.option.check(value)
         return value
+
+    def convert(self, given: Any) -> Any:
+        """The field's value, from one of a TOML file. Raises ValueError with a sentence."""
+        many, is_size = get_origin(self.kind) is tuple, self.field.endswith("_bytes")
+        if many and isinstance(given, list) and all(isinstance(item, str) for item in given):
+            return tuple(given)
+        kinds: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float)}
+        types = (list,) if many else (int, str) if is_size else kinds.get(self.kind, (str,))
+        if many or type(given) not in types:
+            size = 'bytes, such as 1048576 or "512M"'
+            expected = "a list of texts" if many else size if is_size else TYPES[types[-1]]
+            found = "one with other items" if many and isinstance(given, list) else TYPES.get(type(given), "a time")
+            raise ValueError(f"expected {expected}, not {found}")
+        if isinstance(given, float):
+            return self.parse(f"{given:.9f}")
+        return self.parse(str(given).lower() if isinstance(given, bool) else str(given))
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add the option to the command line; its aliases have no line of their own in --help."""
@@ -48,6 +82,16 @@ class Declared:
         for alias in self.option.aliases:
             group.add_argument(f"--{alias}", help=argparse.SUPPRESS, **how)
 
+    @property
+    def unit(self) -> str:
+        """What the value is: a unit, a list of choices, or a kind."""
+        if get_origin(self.kind) is Literal:
+            return ", ".join(get_args(self.kind))
+        if self.field.endswith("_bytes"):
+            return "bytes"
+        many = get_origin(self.kind) is tuple
+        return self.option.unit or {bool: "yes or no", float: "seconds", Path: "path"}.get(self.kind, "list" * many)
+
     def _metavar(self) -> str:
         if get_origin(self.kind) is Literal:
             return "|".join(get_args(self.kind))
@@ -57,9 +101,11 @@ class Declared:
 
     def _help(self) -> str:
         aliases = "".join(f"; also --{alias}" for alias in self.option.aliases)
-        return f"{self.option.help} [{self._default()}; {' or '.join(self.variables)}{aliases}]"
+        return f"{self.option.help} [{self.default_text}; {' or '.join(self.variables)}{aliases}]"
 
-    def _default(self) -> str:
+    @property
+    def default_text(self) -> str:
+        """The default as one would write it, or in words."""
         if self.option.unset is not None:
             return self.option.unset
         if self.kind is bool:
@@ -83,7 +129,8 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             usage=f"{prog} [OPTION ...]",
             description=f"{description} A SIZE is in bytes or has the unit K, M or G (powers of 1024). In brackets: "
-            "the default; the environment variable, which is read if the option is not on the command line.",
+            "the default; the environment variable, which is read if the option is not on the command line. A TOML "
+            "file that --config names is read last.",
             formatter_class=partial(argparse.HelpFormatter, max_help_position=36),
         )
         self._options = options
@@ -94,10 +141,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_VALUE, f"rootstock: {message}\n")
 
-    def read(self, argv: Sequence[str] | None, environment: Mapping[str, str]) -> dict[str, Any]:
-        """The values that are set, by field. A bad value ends the program."""
+    def read(self, argv: Sequence[str] | None, environment: Mapping[str, str]) -> Given:
+        """The values of the command line, else of the environment. A bad value ends the program."""
         given = vars(self.parse_args(argv))
         values = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
+        sources: dict[str, Source] = dict.fromkeys(values, "command line")
         for option in self._options:
             for variable in option.variables:
                 text = environment.get(variable, "")
@@ -105,13 +153,25 @@ class Parser(argparse.ArgumentParser):
                     continue  # not ours: Kubernetes sets it in the pods beside a Service that is named rootstock
                 if text and option.field not in values:
                     values[option.field] = self._parse(option, variable, text)
-        return values
+                    sources[option.field] = "environment"
+        return Given(values, sources)
 
     def _parse(self, option: Declared, variable: str, text: str) -> Any:
         try:
             return option.parse(text)
         except ValueError as error:
             self.error(f"{variable}: {error}")
+
+
+class PrintTable(argparse.Action):
+    """Prints the text in `const`, and ends the program."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.const, end="")
+        parser.exit()
 
 
 class AbsentOption(argparse.Action):
