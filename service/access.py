@@ -1,10 +1,8 @@
-"""What every request passes: the API key, the id that its answer carries, and the access log."""
+"""What every request passes: the id that its answer carries, and the access log."""
 
-import hmac
 import logging
 import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -12,34 +10,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import RequestError
-from service.http import REQUEST_ID, error_response
+from service.http import REQUEST_ID
 from service.logs import Few
 
 SHOWN = 200  # characters of a path or a model in a line
 PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _RECORD = "rootstock.access_record"  # in a request's scope
 _log = logging.getLogger(__name__)
-_refused = logging.getLogger(f"{__name__}.refused")
-_refused.addFilter(Few())
-
-
-class RequireKey:
-    """Refuses requests without the API key, except for the open paths."""
-
-    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]):
-        self._app, self._key, self._open_paths = app, key.encode(), open_paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths or self._has_key(scope):
-            await self._app(scope, receive, send)
-            return
-        message = "this server needs an API key: send it as `Authorization: Bearer KEY`"
-        await error_response(RequestError("invalid_api_key", message))(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
+_strangers = logging.getLogger(f"{__name__}.strangers")
+_strangers.addFilter(Few())
 
 
 class RequestId:
@@ -68,6 +47,7 @@ class RequestId:
 class AccessRecord:
     """What the access log says of a request besides its HTTP line; the handler of a generation fills it in."""
 
+    key: str | None = None  # the id of its key
     id: str | None = None
     model: str | None = None  # as the client named it
     prompt_tokens: int | None = None
@@ -76,7 +56,9 @@ class AccessRecord:
     first_token_seconds: float | None = None
 
     def __str__(self) -> str:
-        said = [] if self.id is None else [f"id={self.id}"]
+        said = [] if self.key is None else [f"key={self.key}"]
+        if self.id is not None:
+            said.append(f"id={self.id}")
         if self.model is not None:
             said.append(f"model={self.model[:SHOWN]!r}")
         if self.prompt_tokens is not None:
@@ -93,10 +75,13 @@ def access_record(request: Request) -> AccessRecord:
 
 
 class AccessLog:
-    """Writes one line for each request when its answer has ended: status, time, and what generated it."""
+    """Writes one line for each request when its answer has ended: status, time, and what generated it.
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    Where requests need a key, those without one write few lines.
+    """
+
+    def __init__(self, app: ASGIApp, *, needs_key: bool = False):
+        self._app, self._needs_key = app, needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _log.isEnabledFor(logging.INFO):
@@ -118,5 +103,5 @@ class AccessLog:
             request_id = scope["state"]["request_id"]
             line = "%s %r %d %.0fms%s request_id=%s"
             # repr of the path: a client must not be able to write lines of its own
-            log = _refused if status == 401 else _log
+            log = _strangers if self._needs_key and record.key is None else _log
             log.info(line, scope["method"], scope["path"][:SHOWN], status, milliseconds, record, request_id)

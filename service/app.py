@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.models.config import ModelConfig
-from service.access import AccessLog, RequestId, RequireKey
+from service.access import AccessLog, RequestId
 from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.catalog.catalog import Catalog
@@ -33,6 +33,9 @@ from service.health import health, metrics, openapi, ready, version
 from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
+from service.keys.keys import Keys
+from service.keys.require import RequireKey
+from service.keys.scopes import OPEN_PATHS, guarded
 from service.kv import control
 from service.kv import routes as kv
 from service.kv.prefixes import Prefixes
@@ -45,7 +48,7 @@ from service.openai.tokenize import detokenize, tokenize, tokenizer_info
 from service.responses import routes as responses
 from service.responses.store import ResponseStore
 from service.services import Services
-from service.settings import Settings
+from service.settings import Settings, child_environment
 from service.text.chat_templates import ChatTemplates
 from service.text.tokenizer import Tokenizer
 from storage.store import StoreError
@@ -72,7 +75,6 @@ routes = [
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 ]
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"})  # no key needed
 WATCHED_PATHS = OPEN_PATHS | {"/metrics"}  # answered while the service drains
 SHOWN_HEADERS = (  # to scripts of other origins
     "etag",
@@ -99,8 +101,12 @@ errors = {
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The service as an ASGI application; its lifespan starts and ends the engine process."""
-    middleware = [Middleware(AccessLog), Middleware(RequestId)]
+    """The service as an ASGI application; its lifespan starts and ends the engine process.
+
+    Raises KeysFileError with a sentence.
+    """
+    keys = Keys(settings.api_key, settings.keys_file, share_cache=settings.share_cache_between_keys)
+    middleware = [Middleware(AccessLog, needs_key=keys.needed), Middleware(RequestId)]
     if settings.cors_origins:  # before the key: browsers ask without one whether they may send it
         middleware.append(
             Middleware(
@@ -115,12 +121,12 @@ def create_app(settings: Settings) -> Starlette:
     middleware.append(Middleware(ServerErrorMiddleware, handler=on_unhandled))
     gate = Gate()
     middleware.append(Middleware(AtGate, gate, WATCHED_PATHS))
-    if settings.api_key is not None:
+    if keys.needed:
         open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
-        middleware.append(Middleware(RequireKey, settings.api_key, open_paths))
-    app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
+        middleware.append(Middleware(RequireKey, keys, open_paths))
+    app = Starlette(routes=guarded(routes), exception_handlers=errors, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.settings, app.state.gate = settings, gate
+    app.state.settings, app.state.gate, app.state.keys = settings, gate, keys
     return app
 
 
@@ -132,7 +138,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """
     async with running(app.state.settings) as services:
         app.state.services = services
-        yield
+        following = asyncio.create_task(app.state.keys.follow(), name="keys file")
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
 
 def _markers(tokenizer: Tokenizer, model: ModelConfig, vocab_size: int) -> Markers:
@@ -149,6 +160,7 @@ def _engine(settings: Settings, metrics: Metrics) -> EngineClient:
         metrics,
         timeout_seconds=settings.engine_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
+        environment=child_environment(),
     )
 
 
@@ -156,7 +168,11 @@ def _chat_templates(settings: Settings, tokenizer: Tokenizer) -> ChatTemplates:
     """The option's template if there is one, else the tokenizer's."""
     own = tokenizer.chat_templates if settings.chat_template is None else {"default": settings.chat_template}
     return ChatTemplates(
-        own, tokenizer.special_tokens, family=settings.tool_call_parser, reasoning=settings.reasoning_parser
+        own,
+        tokenizer.special_tokens,
+        family=settings.tool_call_parser,
+        reasoning=settings.reasoning_parser,
+        environment=child_environment(),
     )
 
 
@@ -192,7 +208,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await starting
         assert engine.ready is not None
         max_model_len, vocab_size = engine.ready.max_model_len, engine.ready.vocab_size
-        grammars = Grammars(_markers(tokenizer, model, vocab_size))
+        grammars = Grammars(_markers(tokenizer, model, vocab_size), environment=child_environment())
         stack.push_async_callback(grammars.close)
         yield Services(
             settings=settings,

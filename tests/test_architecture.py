@@ -57,10 +57,18 @@ LIBRARIES = {
 }
 # What an inner room may import of its own tree, besides itself: other inner rooms, and files of the outer room.
 INNER = {
+    "service.keys": {
+        "service.access",
+        "service.errors",
+        "service.http",
+        "service.option_parser",
+        "service.settings",
+    },
     "service.door": {"service.errors", "service.http", "service.logs", "service.settings"},
     "service.engine": {"service.errors", "service.metrics"},
     "service.catalog": {
         "service.engine",
+        "service.keys.caller",
         "service.errors",
         "service.metrics",
         "service.settings",
@@ -77,13 +85,21 @@ INNER = {
         "service.catalog.record",
         "service.catalog.mixes",
         "service.catalog.versions",
+        "service.keys.caller",
+        "service.keys.limits",
         "service.access",
         "service.errors",
         "service.http",
         "service.metrics",
         "service.services",
     },
-    "service.responses": {"service.openai", "service.errors", "service.http", "service.services"},
+    "service.responses": {
+        "service.openai",
+        "service.keys.caller",
+        "service.errors",
+        "service.http",
+        "service.services",
+    },
     "service.dialects": {
         "service.openai",
         "service.catalog.record",
@@ -98,6 +114,7 @@ INNER = {
         "service.engine",
         "service.catalog.record",
         "service.catalog.versions",
+        "service.keys.caller",
         "service.openai",
         "service.errors",
         "service.http",
@@ -106,6 +123,7 @@ INNER = {
     "service.adapters": {
         "service.catalog",
         "service.ingest",
+        "service.keys.caller",
         "service.text",
         "service.errors",
         "service.http",

@@ -25,6 +25,7 @@ from service.http import (
     read_query,
     until_disconnect,
 )
+from service.keys.caller import caller_of
 from service.services import Services, services_of
 
 
@@ -61,7 +62,7 @@ class AdapterChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 async def put_adapter(request: Request) -> Response:
     services = services_of(request)
-    name = new_name(request.path_params["name"], services.settings.served_name)
+    name = new_name(request.path_params["name"], services.settings.served_name, caller_of(request))
     query = read_query(request, PutQuery)
     options = UploadOptions(query.preload, query.pin, query.ephemeral, query.alora_on_missing)
     version, created = await upload(services, request, name, options, read_condition(request))
@@ -69,14 +70,14 @@ async def put_adapter(request: Request) -> Response:
 
 
 async def post_adapter(request: Request) -> Response:
-    services, query = services_of(request), read_query(request, ImportQuery)
+    services, query, caller = services_of(request), read_query(request, ImportQuery), caller_of(request)
     body = await _source(request, query)
-    name = new_name(body.name, services.settings.served_name)
+    name = new_name(body.name, services.settings.served_name, caller)
     source = services.sources.checked(body.src, body.revision)
     options = UploadOptions(body.preload, body.pin, body.ephemeral, body.alora_on_missing)
-    job = start_import(services, name, source, options, read_condition(request))
+    job = start_import(services, name, source, options, read_condition(request), caller)
     if not query.wait:
-        return json_response(find_adapter(services, name), 202)
+        return json_response(find_adapter(services, name, caller), 202)
     version, created = await services.imports.result(job)
     return _shown(services, version, 201 if created else 200)
 
@@ -84,13 +85,14 @@ async def post_adapter(request: Request) -> Response:
 async def get_adapters(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    return json_response(AdapterList(adapters=list_adapters(services, await services.engine.recent_stats())))
+    stats = await services.engine.recent_stats()
+    return json_response(AdapterList(adapters=list_adapters(services, caller_of(request), stats)))
 
 
 async def get_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     name, services = request.path_params["name"], services_of(request)
-    adapter = find_adapter(services, name, await services.engine.recent_stats())
+    adapter = find_adapter(services, name, caller_of(request), await services.engine.recent_stats())
     if adapter is None:
         raise no_adapter(name)
     return json_response(adapter, headers=None if adapter.digest is None else {"ETag": f'"{adapter.digest}"'})
@@ -101,7 +103,7 @@ async def load_adapter(request: Request) -> Response:
     body = await read_json(request, AdapterLoad, services.bodies)
     name, catalog = _known_name(request), services.catalog
     if body.pin is not None:
-        await catalog.set_pin(name, body.tier if body.pin else None, Condition())
+        await catalog.set_pin(name, body.tier if body.pin else None, Condition(), caller_of(request))
     if not query.wait:
         return _shown(services, await catalog.load(name, body.tier, wait=False), 202)
     return await until_disconnect(request, _loaded(services, name, body.tier))
@@ -125,13 +127,15 @@ async def patch_adapter(request: Request) -> Response:
     name = _known_name(request)
     version = services.catalog.versions.resolve(name)
     tier: Tier = "device" if version is None or version.record.pin is None else version.record.pin
-    version = await services.catalog.set_pin(name, tier if body.pinned else None, read_condition(request))
+    caller, condition = caller_of(request), read_condition(request)
+    version = await services.catalog.set_pin(name, tier if body.pinned else None, condition, caller)
     return _shown(services, version)
 
 
 async def delete_adapter(request: Request) -> Response:
     query = read_query(request, DeleteQuery)
-    await remove(services_of(request), request.path_params["name"], read_condition(request), force=query.force)
+    name, condition = request.path_params["name"], read_condition(request)
+    await remove(services_of(request), name, condition, caller_of(request), force=query.force)
     return Response(status_code=204)
 
 
@@ -162,9 +166,10 @@ async def _source(request: Request, query: ImportQuery) -> AdapterSource:
 
 
 def _known_name(request: Request) -> str:
-    """The name in the path. Raises RequestError while the first import of the name runs."""
+    """The name in the path. Raises RequestError if the caller does not see it, or while its first import runs."""
     name: str = request.path_params["name"]
     services = services_of(request)
+    services.catalog.versions.seen_by(caller_of(request)).require(name)
     if services.catalog.versions.resolve(name) is None:
         services.imports.require_idle(name)
     return name

@@ -86,6 +86,8 @@ OPTIONS = {
     "--host": ("0.0.0.0", "host", "0.0.0.0"),
     "--port": ("0", "port", 0),
     "--api-key": ("a,key", "api_key", "a,key"),
+    "--keys-file": ("/etc/keys.json", "keys_file", Path("/etc/keys.json")),
+    "--share-cache-between-keys": ("yes", "share_cache_between_keys", True),
     "--open-metrics": ("yes", "open_metrics", True),
     "--insecure": ("yes", "insecure", True),
     "--max-connections": ("100", "max_connections", 100),
@@ -351,7 +353,7 @@ def test_an_address_that_others_reach_needs_a_key_or_a_word(
     with pytest.raises(SystemExit) as end:
         main(argv, {})
     assert end.value.code == 2
-    assert "is not this machine's own address: set --api-key, or --insecure" in capsys.readouterr().err
+    assert "is not this machine's own address: set --keys-file or --api-key, or --insecure" in capsys.readouterr().err
     listening: list[str] = []
     monkeypatch.setattr(service.__main__, "serve", lambda settings, listener: record(listening, settings.host))
     for allowed in (["--api-key", "secret"], ["--insecure"]):
