@@ -89,7 +89,7 @@ async def metrics(request: Request) -> Response:
     keys: Keys = request.app.state.keys
     shown: list[Collector] = [InFlightMetrics(*services.engine.in_flight(), name)]
     if keys.needed:
-        shown.append(KeyMetrics(keys.usage, keys.unknown))
+        shown.append(KeyMetrics(keys.usage, keys.unknown, services.catalog.quotas.used()))
     if stats is not None and engine is not None:
         named = services.catalog.versions.list()
         services.metrics.looked_up(stats.namespaces, {version.digest: version.record.kind for version in named})

@@ -16,6 +16,9 @@ class Used(NamedTuple):
     pinned_bytes: int  # of what it pinned, by the sizes of the files
 
 
+NOTHING = Used(0, 0)
+
+
 class Quotas:
     """Owns the changes of names that are under way, so that changes at one time count each other.
 
@@ -27,23 +30,28 @@ class Quotas:
         self._versions = versions
         self._changing: dict[str, AdapterRecord] = {}  # by name: as it is going to be
 
-    def used(self, id: str) -> Used:
-        """What the names of a key take, those included that are being changed for it."""
-        return _used(id, self._records().values())
+    def used(self) -> dict[str, Used]:
+        """What the names of each key take, by its id, as they are going to be."""
+        return _used(self._records().values())
 
     def require_room(self, name: str, caller: Caller) -> None:
-        """Raise RequestError for an upload that no content could make fit, before its bytes are read."""
+        """Raise RequestError for an upload to a full quota before its bytes are read.
+
+        Not for a name that the key has uploaded before: the same content, or a smaller one, needs no room.
+        """
         if caller.id is None or caller.disk_bytes is None:
             return
-        others = (record for each, record in self._records().items() if each != name)
-        if (used := _used(caller.id, others).disk_bytes) >= caller.disk_bytes:
+        records = self._records()
+        used = _used(records.values()).get(caller.id, NOTHING).disk_bytes
+        own = name in records and records[name].uploaded_by == caller.id
+        if used >= caller.disk_bytes and not own:
             raise _exceeded("disk_quota_exceeded", "uploaded", used, caller.disk_bytes, "delete some")
 
     def admit(self, record: AdapterRecord, caller: Caller) -> None:
         """Count a name as it is going to be, until `settle`. Raises RequestError if that exceeds a quota of the key."""
         if caller.id is not None:
-            before = self.used(caller.id)
-            after = _used(caller.id, {**self._records(), record.name: record}.values())
+            before = self.used().get(caller.id, NOTHING)
+            after = _used({**self._records(), record.name: record}.values()).get(caller.id, NOTHING)
             disk, pinned = caller.disk_bytes, caller.pinned_bytes
             if disk is not None and after.disk_bytes > max(disk, before.disk_bytes):
                 raise _exceeded("disk_quota_exceeded", "uploaded", after.disk_bytes, disk, "delete some")
@@ -63,15 +71,18 @@ class Quotas:
         return {version.name: version.record for version in self._versions.list()} | self._changing
 
 
-def _used(id: str, records: Iterable[AdapterRecord]) -> Used:
-    uploaded: dict[str, int] = {}  # bytes by digest
-    pinned: dict[str, int] = {}
+def _used(records: Iterable[AdapterRecord]) -> dict[str, Used]:
+    uploaded: dict[str | None, dict[str, int]] = {}  # by key: bytes by digest
+    pinned: dict[str | None, dict[str, int]] = {}
     for record in records:
-        if record.uploaded_by == id:
-            uploaded[record.digest] = record.bytes
-        if record.pinned and record.pinned_by == id:
-            pinned[record.digest] = record.bytes
-    return Used(sum(uploaded.values()), sum(pinned.values()))
+        uploaded.setdefault(record.uploaded_by, {})[record.digest] = record.bytes
+        if record.pinned:
+            pinned.setdefault(record.pinned_by, {})[record.digest] = record.bytes
+    return {
+        id: Used(sum(uploaded.get(id, {}).values()), sum(pinned.get(id, {}).values()))
+        for id in {*uploaded, *pinned}
+        if id is not None
+    }
 
 
 def _exceeded(code: str, done: str, bytes: int, quota: int, advice: str) -> RequestError:

@@ -12,11 +12,16 @@ NONE, OTHERS = "_none", "_others"  # no id can be one of these
 
 
 class KeyMetrics(Collector):
-    """Requests and tokens by the id of their key; `unknown` are the requests without a valid one."""
+    """Requests, tokens and bytes by the id of their key.
 
-    def __init__(self, usage: Mapping[str, KeyUsage], unknown: KeyUsage) -> None:
+    `unknown` are the requests without a valid one; `kept` are the bytes of the adapters that each key has uploaded,
+    and of those that it has pinned.
+    """
+
+    def __init__(self, usage: Mapping[str, KeyUsage], unknown: KeyUsage, kept: Mapping[str, tuple[int, int]]) -> None:
         self._shown = [(NONE, unknown), *list(usage.items())[:MAX_KEYS]]
         self._others = list(usage.values())[MAX_KEYS:]
+        self._kept = {key: kept.get(key, (0, 0)) for key, _ in self._shown[1:]}
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -30,4 +35,9 @@ class KeyMetrics(Collector):
             if used and key != NONE:
                 tokens.add_metric([key], sum(one.tokens for one in used))
                 running.add_metric([key], sum(one.in_flight for one in used))
-        yield from (requests, tokens, running)
+        disk = GaugeMetricFamily("rootstock_key_disk_bytes", "Of the adapters that a key uploaded.", labels=["key"])
+        pinned = GaugeMetricFamily("rootstock_key_pinned_bytes", "Of the adapters that a key pinned.", labels=["key"])
+        for key, (uploaded_bytes, pinned_bytes) in self._kept.items():
+            disk.add_metric([key], uploaded_bytes)
+            pinned.add_metric([key], pinned_bytes)
+        yield from (requests, tokens, running, disk, pinned)

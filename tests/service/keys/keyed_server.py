@@ -15,14 +15,15 @@ from tests.service.live_server import LiveServer, fake_settings, live_server
 
 
 def record(id: str, key: str, **fields: Any) -> KeyRecord:
-    return KeyRecord(id=id, hash=hash_of(key), created_at=time.time(), **{"scopes": ["generate"], **fields})
+    given = {"scopes": ["generate"], "created_at": time.time(), **fields}
+    return KeyRecord(id=id, hash=hash_of(key), **given)
 
 
 class Client(httpx.Client):
     """A client with a key, whose answers are held against the contract."""
 
     def __init__(self, url: str, key: str) -> None:
-        headers = {"authorization": f"Bearer {key}"}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         super().__init__(base_url=url, timeout=20, headers=headers, event_hooks=HOOKS)
         self.key = key
 

@@ -167,7 +167,7 @@ def test_a_running_service_follows_the_file(
         wait_until(lambda: logged("cannot be read"))
         assert [client.get("/v1/models").status_code for client in (server["first"], new)] == [200, 200]
         write_keys(server.file, [record(second.id, "rk_second_b", requests_per_minute=1), first])
-        wait_until(lambda: refusal(new.get("/v1/models")) == (401, "invalid_api_key"))
+        wait_until(lambda: new.get("/v1/models").status_code == 401)
         assert refusal(server["second"].get("/v1/models")) == (401, "invalid_api_key"), "its id has another key"
         server["second"].headers["authorization"] = "Bearer rk_second_b"
         assert [server["second"].get("/v1/models").status_code for _ in range(2)] == [200, 429]

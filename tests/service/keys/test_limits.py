@@ -134,7 +134,8 @@ def test_a_stream_is_under_way_until_its_client_has_gone(server: Keyed) -> None:
     client = server["few-at-once"]
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 50, "stream": True, "cache_salt": "hold"}
     with client.stream("POST", "/v1/completions", json=asked) as held:
-        assert next(held.iter_lines()).startswith("data: ")
+        lines = held.iter_lines()  # a stream whose lines nobody reads any more is closed
+        assert next(lines).startswith("data: ")
         answer = client.complete()
         assert refusal(answer) == (429, "concurrent_requests_exceeded")
         assert answer.headers["retry-after"] == "1"

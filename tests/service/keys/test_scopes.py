@@ -62,7 +62,7 @@ def test_the_options_key_may_do_everything(server: Keyed) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["", "Bearer ", "Bearer wrong", "Basic {key}", "{key}", "Bearer {key}x", "Bearer {other}"]
+    "header", ["", "Bearer", "Bearer wrong", "Basic {key}", "{key}", "Bearer {key}x", "Bearer {other}"]
 )
 def test_without_a_valid_key_no_answer_has_a_name_a_path_a_digest_or_a_key(server: Keyed, header: str) -> None:
     key = server["only-admin"].key
@@ -95,6 +95,8 @@ def test_metrics_count_requests_by_the_ids_of_keys(server: Keyed) -> None:
         r'rootstock_key_requests_total{key="only-generate",status="2xx"} \d',
         r'rootstock_key_tokens_total{key="only-generate"} \d',
         r'rootstock_key_requests_in_flight{key="only-admin"} 1.0',
+        r'rootstock_key_disk_bytes{key="only-manage"} [1-9]',
+        r'rootstock_key_pinned_bytes{key="only-manage"} 0',
     ):
         assert re.search(f"^{sample}", text, re.M), sample
 
