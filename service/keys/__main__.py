@@ -11,18 +11,18 @@ import msgspec
 
 from service.keys.caller import Scope
 from service.keys.keys_file import ID, KeyRecord, KeysFileError, hash_of, new_key, read_keys, write_keys
-from service.option_parser import BAD_VALUE, Parser, argument, count, declared, items, size, size_text
+from service.option_parser import BAD_VALUE, Parser, argument, choice, count, declared, items, size, size_text
 from service.settings import Settings, read_with
 from storage.scratch import locked
 
 # Of a new key, by field: how each is read, and what it means
 LIMITS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "adapter_prefix": (str, "it sees and manages only adapters whose names begin so, such as team-a/"),
-    "requests_per_minute": (count, "requests a minute, and as many at once after a minute without any"),
-    "tokens_per_minute": (count, "tokens of prompts and answers a minute"),
-    "concurrent_requests": (count, "requests at one time"),
-    "disk_bytes": (size, "bytes of the adapters that it uploads"),
-    "pinned_bytes": (size, "bytes of the adapters that it pins in memory"),
+    "adapter_prefix": (str, "it sees and manages only adapters whose names begin so, such as team-a/ [all]"),
+    "requests_per_minute": (count, "requests a minute, and as many at once after a minute without any [no limit]"),
+    "tokens_per_minute": (count, "tokens of prompts and answers a minute [no limit]"),
+    "concurrent_requests": (count, "requests at one time [no limit]"),
+    "disk_bytes": (size, "bytes of the adapters that it uploads [no limit]"),
+    "pinned_bytes": (size, "bytes of the adapters that it pins in memory [no limit]"),
 }
 
 
@@ -61,12 +61,19 @@ def parser() -> Parser:
     found.add_argument("do", choices=("add", "list", "revoke"), help="what to do")
     found.add_argument("id", nargs="?", help="the key's name: lower-case letters, digits, '.' and '-'")
     names = ",".join(get_args(Scope))
-    found.add_argument("--scopes", type=items, metavar=names, help="of add: what it allows, one or several [generate]")
+    found.add_argument(
+        "--scopes", type=argument(scopes), metavar=names, help="of add: what it allows, one or several [generate]"
+    )
     for field, (parse, text) in LIMITS.items():
         option = f"--{field.replace('_', '-')}"
         metavar = "SIZE" if parse is size else "N" if parse is count else "PREFIX"
-        found.add_argument(option, type=argument(parse), metavar=metavar, help=f"of add: {text} [no limit]")
+        found.add_argument(option, type=argument(parse), metavar=metavar, help=f"of add: {text}")
     return found
+
+
+def scopes(text: str) -> list[str]:
+    """The scopes in a list that is separated by commas. Raises ValueError with a sentence."""
+    return [choice(get_args(Scope), each) for each in dict.fromkeys(items(text))]
 
 
 def add(path: Path, id: str, given: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -85,9 +86,9 @@ def read_keys(path: Path) -> list[KeyRecord]:
         raise KeysFileError(f"the keys file {path} cannot be read: {error.strerror}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise KeysFileError(f"{path} is no keys file: {error}") from None
-    ids = [record.id for record in found]
-    if twice := next((id for id in ids if ids.count(id) > 1), None):
-        raise KeysFileError(f"{path} is no keys file: it has {twice!r} twice")
+    for id, times in Counter(record.id for record in found).items():
+        if times > 1:
+            raise KeysFileError(f"{path} is no keys file: it has the id {id!r} {times} times")
     return found
 
 
