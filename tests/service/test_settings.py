@@ -13,7 +13,7 @@ import service.__main__
 from runtime.config import MIB, EngineConfig
 from service.__main__ import main
 from service.option_parser import Declared, declared, size, size_text
-from service.settings import Settings, read
+from service.settings import Settings, child_environment, read
 from tests.service.tiny_model import CONFIG
 
 
@@ -253,6 +253,16 @@ def test_the_command_line_wins_over_a_variable_and_an_options_own_variable_over_
         "s3://bucket-a",
         "s3://bucket-b",
     )
+
+
+def test_a_child_gets_the_variables_that_matter_to_it_and_no_secret() -> None:
+    names = "PATH HOME TMPDIR LD_LIBRARY_PATH LC_ALL PYTHONPATH XDG_CACHE_HOME CUDA_VISIBLE_DEVICES CUDA_HOME CXX "
+    names += "NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS MKL_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR HF_HOME "
+    names += "TRITON_INTERPRET TORCHINDUCTOR_CACHE_DIR HF_HUB_OFFLINE TOKENIZERS_PARALLELISM MALLOC_ARENA_MAX"
+    needed = dict.fromkeys(names.split(), "a value")
+    secrets = "ROOTSTOCK_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_PROFILE HF_TOKEN HUGGING_FACE_HUB_TOKEN "
+    secrets += "OPENAI_API_KEY DATABASE_URL GOOGLE_APPLICATION_CREDENTIALS PGPASSWORD MINIO_ROOT_PASSWORD"
+    assert child_environment(needed | dict.fromkeys(secrets.split(), "a secret")) == needed
 
 
 def test_an_empty_variable_sets_nothing() -> None:
