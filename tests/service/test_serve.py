@@ -174,7 +174,7 @@ def test_a_service_with_keys_follows_their_file_and_keeps_secrets_from_its_engin
         assert {"PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME", "OMP_NUM_THREADS"} <= given.keys()
         assert not secrets.keys() & given.keys()
         assert not [name for name, value in given.items() if value in secrets.values()]
-        assert [models(key) for key in (first, "the-option", "wrong", "")] == [200, 200, 401, 401]
+        assert [models(key) for key in (first, "the-option", "wrong")] == [200, 200, 401]
         asked = {"model": tiny_model.name, "prompt": "hello", "max_tokens": 4}
         answer = httpx.post(f"{url}/v1/completions", json=asked, headers={"authorization": f"Bearer {first}"})
         assert answer.json()["usage"]["completion_tokens"] >= 1
