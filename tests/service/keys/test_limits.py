@@ -9,6 +9,7 @@ import pytest
 
 from service.errors import RequestError
 from service.keys.limits import KeyUsage, Limits
+from service.keys.metrics import MAX_KEYS, KeyMetrics
 from tests.service.keys.keyed_server import Keyed, keyed_server, refusal
 from tests.service.live_server import wait_until
 
@@ -141,3 +142,17 @@ def test_a_stream_is_under_way_until_its_client_has_gone(server: Keyed) -> None:
         assert answer.headers["retry-after"] == "1"
     wait_until(lambda: client.complete().status_code == 200)
     assert json.loads(client.complete().content)["usage"]["completion_tokens"] == 3
+
+
+def test_keys_with_series_of_their_own_are_bounded_and_nothing_is_left_out() -> None:
+    usage = {f"key-{number}": KeyUsage() for number in range(MAX_KEYS + 50)}
+    for each in usage.values():
+        each.enter()
+        each.leave(200)
+        each.spend(7)
+    shown = {metric.name: metric.samples for metric in KeyMetrics(usage, KeyUsage(), {"key-0": (5, 3)}).collect()}
+    answers, tokens = shown["rootstock_key_requests"], shown["rootstock_key_tokens"]
+    assert len(answers) == len(tokens) == MAX_KEYS + 1
+    assert (sum(each.value for each in answers), sum(each.value for each in tokens)) == (150, 150 * 7)
+    assert [each.value for each in tokens if each.labels == {"key": "_others"}] == [50 * 7]
+    assert [shown[f"rootstock_key_{what}_bytes"][0].value for what in ("disk", "pinned")] == [5, 3]
