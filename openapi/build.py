@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from starlette.routing import Route
 
-from openapi.operations import JSON, OPEN, OPERATIONS, REFERENCE, Operation
+from openapi.operations import JSON, OPERATIONS, REFERENCE, Operation
 from service import errors, health
 from service.adapters import dialects
 from service.adapters import routes as adapters
@@ -20,6 +20,8 @@ from service.adapters import schemas as adapter_schemas
 from service.app import routes
 from service.dialects import lmi, tokens
 from service.grammars import tags
+from service.keys.caller import Scope
+from service.keys.scopes import SCOPES
 from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import models, schemas, tokenize
@@ -27,6 +29,7 @@ from service.options import in_force
 from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
+NEEDED = {(method, re.sub(r":\w+}", "}", path)): needed for (method, path), needed in SCOPES.items()}
 # Whose Structs are bodies
 MODULES = (
     schemas,
@@ -72,7 +75,8 @@ def contract() -> dict[str, Any]:
     """Return the whole document. Raises KeyError for a route that is not in `OPERATIONS`."""
     paths: dict[str, dict[str, Any]] = {}
     for method, path in sorted(served()):
-        paths.setdefault(path, {})[method.lower()] = describe(path, OPERATIONS[method, path])
+        described = describe(path, OPERATIONS[method, path])
+        paths.setdefault(path, {})[method.lower()] = described | security(NEEDED[method, path])
     _, components = msgspec.json.schema_components(structs(), ref_template=REFERENCE)
     return {
         "openapi": "3.1.0",
@@ -87,7 +91,9 @@ def contract() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "A key with one of the scopes listed."}
+            },
         },
     }
 
@@ -102,9 +108,14 @@ def describe(path: str, operation: Operation) -> dict[str, Any]:
         **{str(status): answer(operation, schema) for status, schema in operation.answers.items()},
         "default": {"description": "An error.", "content": {JSON: {"schema": reference("Error")}}},
     }
-    if path in OPEN:
-        described["security"] = []
     return described
+
+
+def security(needed: frozenset[Scope]) -> dict[str, Any]:
+    """The scopes of a key, of which an operation needs one; a server without keys needs none."""
+    if not needed:
+        return {"security": []}
+    return {"security": [*({"key": [scope]} for scope in sorted(needed)), {}]}
 
 
 def answer(operation: Operation, schema: Any) -> dict[str, Any]:

@@ -44,7 +44,6 @@ from service.responses.schemas import (
 )
 
 JSON, TEXT = "application/json", "text/plain"
-OPEN = frozenset({"/health", "/health/ready", "/ping"})  # need no API key
 REFERENCE = "#/components/schemas/{name}"
 BINARY = {"type": "string", "contentMediaType": "application/octet-stream"}
 BUNDLE = {

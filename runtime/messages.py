@@ -75,13 +75,14 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     adapter: str | None = None  # digest; None for the base
     invocation_start: int = 0  # index of the first prompt token that the adapter applies to
     kv_is_base: bool = False  # the adapter leaves every K and V as the base's, so that they share blocks
-    cache_salt: str = ""  # only requests with the same salt share K/V; it also says whose turn to run it is
+    cache_salt: str = ""  # only requests with the same salt share K/V
+    tenant: str = ""  # whose turn to run it is; empty: that of its cache_salt
     call: str = ""  # the client's request, which may have many sequences; empty: this is the only one
 
     @property
     def groups(self) -> tuple[Group, Group, Group]:
         """Whose turn it is when this runs: a tenant's, an adapter's of it, a call's on that."""
-        tenant, adapter, call = self.cache_salt, self.adapter, self.call or self.request_id
+        tenant, adapter, call = self.tenant or self.cache_salt, self.adapter, self.call or self.request_id
         return (tenant,), (tenant, adapter), (tenant, adapter, call)
 
 
@@ -151,6 +152,7 @@ class HoldPrefix(msgspec.Struct, frozen=True, kw_only=True, tag="hold_prefix"):
     invocation_start: int = 0
     kv_is_base: bool = False
     cache_salt: str = ""
+    tenant: str = ""
 
 
 class ReleasePrefix(msgspec.Struct, frozen=True, kw_only=True, tag="release_prefix"):

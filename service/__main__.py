@@ -21,6 +21,7 @@ from service.app import create_app
 from service.default_model import DefaultModelMissing, ensure_default_model
 from service.door.server import Server, allow_descriptors
 from service.engine.process import EngineStartFailed
+from service.keys.keys_file import KeysFileError
 from service.logs import say, set_up, shows_bars
 from service.options.parser import BAD_VALUE
 from service.settings import Arguments, Settings, read
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
     try:
         with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(serve(settings, listener))
-    except (UnsupportedModel, TokenizerMissing, TracesMissing) as error:
+    except (UnsupportedModel, TokenizerMissing, KeysFileError, TracesMissing) as error:
         refuse(str(error), BAD_VALUE)
     except (EngineStartFailed, StoreError) as error:
         refuse(str(error), CANNOT_START)
@@ -94,8 +95,10 @@ def listen(settings: Settings) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         try:
-            if not (settings.api_key or settings.insecure or ipaddress.ip_address(address[0]).is_loopback):
-                refuse(f"{settings.host} is not this machine's own address: set --api-key, or --insecure", BAD_VALUE)
+            keyed = settings.api_key or settings.keys_file
+            if not (keyed or settings.insecure or ipaddress.ip_address(address[0]).is_loopback):
+                advice = "set --keys-file or --api-key, or --insecure"
+                refuse(f"{settings.host} is not this machine's own address: {advice}", BAD_VALUE)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
         except BaseException:
@@ -128,7 +131,8 @@ def say_where(settings: Settings, listener: socket.socket) -> None:
     """Write the banner."""
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    key = "" if settings.api_key is None else " -H 'authorization: Bearer KEY'"
+    keyed = settings.api_key is not None or settings.keys_file is not None
+    key = " -H 'authorization: Bearer KEY'" if keyed else ""
     say(BANNER.format(name=settings.served_name, url=url, key=key))
 
 

@@ -1,10 +1,8 @@
-"""What every request passes: the API key, the id that its answer carries, and the access log."""
+"""What every request passes: the id that its answer carries, and the access log."""
 
-import hmac
 import logging
 import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -13,41 +11,15 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.output.logs import Field
-from service.errors import RequestError
-from service.http import CLIENT_CLOSED_REQUEST, REQUEST_ID, error_response
+from service.http import CLIENT_CLOSED_REQUEST, REQUEST_ID
 from service.logs import Few, log_event
 from service.traces.stages import Stage
 
-API_KEY = "api-key"  # the name of the only key, in the log
 PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _RECORD = "rootstock.access_record"  # in a request's scope
 _log = logging.getLogger(__name__)
 _strangers = logging.getLogger(f"{__name__}.strangers")
 _strangers.addFilter(Few())
-
-
-class RequireKey:
-    """Refuses requests without the API key, except for the open paths."""
-
-    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]):
-        self._app, self._key, self._open_paths = app, key.encode(), open_paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        has_key = self._has_key(scope)
-        if has_key:
-            record_of(scope).key = API_KEY
-        if has_key or scope["path"] in self._open_paths:
-            await self._app(scope, receive, send)
-            return
-        message = "this server needs an API key: send it as `Authorization: Bearer KEY`"
-        await error_response(RequestError("invalid_api_key", message))(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
 
 
 class RequestId:
@@ -76,7 +48,7 @@ class RequestId:
 class AccessRecord:
     """What the access log says of a request besides its HTTP line; whoever handles the request fills it in."""
 
-    key: str | None = None  # the name of the key that it came with
+    key: str | None = None  # the id of its key
     id: str | None = None
     model: str | None = None  # as the client named it
     adapter: str | None = None  # digest, or digests
@@ -126,7 +98,7 @@ def client_of(scope: Scope) -> str | None:
 
 
 def who(request: Request) -> str | None:
-    """Who sends a request, for the log: its address, after the name of its key if it has one."""
+    """Who sends a request, for the log: its address, after the id of its key if it has one."""
     said = filter(None, (access_record(request).key, client_of(request.scope)))
     return "@".join(said) or None
 

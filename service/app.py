@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.models.config import ModelConfig
-from service.access import AccessLog, RequestId, RequireKey
+from service.access import AccessLog, RequestId
 from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.catalog.catalog import Catalog
@@ -33,6 +33,9 @@ from service.health import config, health, metrics, openapi, ready, version
 from service.http import on_client_disconnect, on_error, on_http_exception, on_unhandled
 from service.ingest.imports import Imports
 from service.ingest.sources import Sources
+from service.keys.keys import Keys
+from service.keys.require import RequireKey
+from service.keys.scopes import OPEN_PATHS, guarded
 from service.kv import control
 from service.kv import routes as kv
 from service.kv.prefixes import Prefixes
@@ -45,7 +48,7 @@ from service.openai.tokenize import detokenize, tokenize, tokenizer_info
 from service.responses import routes as responses
 from service.responses.store import ResponseStore
 from service.services import Services
-from service.settings import Settings
+from service.settings import Settings, child_environment
 from service.text.chat_templates import ChatTemplates
 from service.text.tokenizer import Tokenizer
 from service.traces.tracing import TraceRequests, Traces, otlp_exporter
@@ -74,7 +77,6 @@ routes = [
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 ]
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"})  # no key needed
 WATCHED_PATHS = OPEN_PATHS | {"/metrics"}  # answered while the service drains
 SHOWN_HEADERS = (  # to scripts of other origins
     "etag",
@@ -103,10 +105,11 @@ errors = {
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application; its lifespan starts and ends the engine process.
 
-    Raises TracesMissing with a sentence.
+    Raises KeysFileError and TracesMissing with a sentence.
     """
+    keys = Keys(settings.api_key, settings.keys_file, share_cache=settings.share_cache_between_keys)
     traces = None if settings.otlp_endpoint is None else Traces(otlp_exporter(settings.otlp_endpoint))
-    middleware = [Middleware(AccessLog, needs_key=settings.api_key is not None), Middleware(RequestId)]
+    middleware = [Middleware(AccessLog, needs_key=keys.needed), Middleware(RequestId)]
     if traces is not None:
         middleware.append(Middleware(TraceRequests, traces, WATCHED_PATHS))
     if settings.cors_origins:  # before the key: browsers ask without one whether they may send it
@@ -123,12 +126,12 @@ def create_app(settings: Settings) -> Starlette:
     middleware.append(Middleware(ServerErrorMiddleware, handler=on_unhandled))
     gate = Gate()
     middleware.append(Middleware(AtGate, gate, WATCHED_PATHS))
-    if settings.api_key is not None:
+    if keys.needed:
         open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
-        middleware.append(Middleware(RequireKey, settings.api_key, open_paths))
-    app = Starlette(routes=routes, exception_handlers=errors, middleware=middleware, lifespan=lifespan)
+        middleware.append(Middleware(RequireKey, keys, open_paths))
+    app = Starlette(routes=guarded(routes), exception_handlers=errors, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.settings, app.state.gate, app.state.traces = settings, gate, traces
+    app.state.settings, app.state.gate, app.state.keys, app.state.traces = settings, gate, keys, traces
     return app
 
 
@@ -142,7 +145,14 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if app.state.traces is not None:
             stack.push_async_callback(app.state.traces.close)
         app.state.services = await stack.enter_async_context(running(app.state.settings))
+        stack.push_async_callback(ended, asyncio.create_task(app.state.keys.follow(), name="keys file"))
         yield
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """End a task that would never return."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _markers(tokenizer: Tokenizer, model: ModelConfig, vocab_size: int) -> Markers:
@@ -159,6 +169,7 @@ def _engine(settings: Settings, metrics: Metrics) -> EngineClient:
         metrics,
         timeout_seconds=settings.engine_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
+        environment=child_environment(),
     )
 
 
@@ -166,7 +177,11 @@ def _chat_templates(settings: Settings, tokenizer: Tokenizer) -> ChatTemplates:
     """The option's template if there is one, else the tokenizer's."""
     own = tokenizer.chat_templates if settings.chat_template is None else {"default": settings.chat_template}
     return ChatTemplates(
-        own, tokenizer.special_tokens, family=settings.tool_call_parser, reasoning=settings.reasoning_parser
+        own,
+        tokenizer.special_tokens,
+        family=settings.tool_call_parser,
+        reasoning=settings.reasoning_parser,
+        environment=child_environment(),
     )
 
 
@@ -202,7 +217,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await starting
         assert engine.ready is not None
         max_model_len, vocab_size = engine.ready.max_model_len, engine.ready.vocab_size
-        grammars = Grammars(_markers(tokenizer, model, vocab_size))
+        grammars = Grammars(_markers(tokenizer, model, vocab_size), environment=child_environment())
         stack.push_async_callback(grammars.close)
         yield Services(
             settings=settings,

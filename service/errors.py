@@ -45,7 +45,16 @@ ANSWERS: dict[str, Answer] = {
     "not_found": Answer(404),
     "method_not_allowed": Answer(405),
     "bad_request": Answer(400),
+    # keys
     "invalid_api_key": Answer(401, headers={"www-authenticate": "Bearer"}),
+    "missing_scope": Answer(403),
+    "name_outside_prefix": Answer(403),
+    "requests_per_minute_exceeded": Answer(429),
+    "tokens_per_minute_exceeded": Answer(429),
+    "concurrent_requests_exceeded": Answer(429),
+    "disk_quota_exceeded": Answer(403),  # no 507: the server has room, and nothing changes by itself
+    "pinned_quota_exceeded": Answer(403),
+    # bodies and fields
     "body_too_large": Answer(413),
     "too_many_values": Answer(413),
     "body_too_slow": Answer(408, headers={"connection": "close"}),

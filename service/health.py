@@ -14,6 +14,8 @@ from service.door.gate import Gate
 from service.engine_metrics import EngineMetrics, InFlightMetrics
 from service.errors import RequestError
 from service.http import json_response
+from service.keys.keys import Keys
+from service.keys.metrics import KeyMetrics
 from service.metrics import CONTENT_TYPE
 from service.options.in_force import config_in_force
 from service.services import services_of
@@ -91,7 +93,10 @@ async def metrics(request: Request) -> Response:
     stats, engine = await services.engine.latest_stats(), services.engine.ready
     services.metrics.engine_up.set(services.engine.answers)
     name = services.settings.served_name
+    keys: Keys = request.app.state.keys
     shown: list[Collector] = [InFlightMetrics(*services.engine.in_flight(), name)]
+    if keys.needed:
+        shown.append(KeyMetrics(keys.usage, keys.unknown, services.catalog.quotas.used()))
     if stats is not None and engine is not None:
         named = services.catalog.versions.list()
         services.metrics.looked_up(stats.namespaces, {version.digest: version.record.kind for version in named})

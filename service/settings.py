@@ -22,6 +22,13 @@ from service.tool_calls.syntax import Family
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/,\s]+")
 HTTP_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
+# Where programs, libraries, caches and compilers are; how libraries compute, use memory, and speak
+CHILD_VARIABLE = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|TZ|TMPDIR|TEMP|TMP|VIRTUAL_ENV|CONDA_PREFIX|CC|CXX|CPATH|LIBRARY_PATH"
+    r"|(?:LC|LD|DYLD|XDG|PYTHON|CUDA|CUBLAS|NVIDIA|NVRTC|NCCL|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|OMP|GOMP|KMP|MKL|DNNL"
+    r"|ONEDNN|OPENBLAS|BLIS|NUMEXPR|MALLOC|GLIBC|RAYON|RUST|TOKENIZERS|SAFETENSORS|TRANSFORMERS|HF)(?:_\w+)?|PYTHON\w+"
+)
+SECRET_WORD = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASS|CREDENTIALS?)(?:_|$)")  # HF_TOKEN, say
 ABSENT_OPTIONS = {
     "--enable-lora": "LoRA is always enabled: leave this option out",
     "--allowed-origins": "use --cors-origins, once for each origin",
@@ -61,9 +68,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, Option("port to listen on; 0: a free one", "server", variables=("PORT",), least=0, most=65535)
     ] = 8000
     api_key: Annotated[
-        str | None, Option("key that clients must send, except to health checks", "server", unset="no key", secret=True)
+        str | None,
+        Option(
+            "key that clients must send, except to health checks; it may do everything",
+            "server",
+            unset="no key",
+            secret=True,
+        ),
     ] = None
-    open_metrics: Annotated[bool, Option("answer /metrics, which names adapters, without the key", "server")] = False
+    keys_file: Annotated[
+        Path | None,
+        Option(
+            "file of clients' keys, by `python -m service.keys`; read again when it changes", "server", unset="none"
+        ),
+    ] = None
+    share_cache_between_keys: Annotated[
+        bool, Option("let keys reuse each other's K/V, which tells them by cached tokens what others asked", "server")
+    ] = False
+    open_metrics: Annotated[bool, Option("answer /metrics, which names adapters and keys, without a key", "server")] = (
+        False
+    )
     insecure: Annotated[bool, Option("listen on an address that is not this machine's own without a key", "server")] = (
         False
     )
@@ -262,6 +286,19 @@ def read_with(parser: Parser, argv: Sequence[str] | None = None, environment: Ma
         parser.error(str(error))
     from_file: dict[str, Source] = dict.fromkeys(in_file, "file")
     return Given(directories | in_file | values, from_file | sources)
+
+
+def child_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What an engine or a sandbox gets of the environment; None stands for the process's own.
+
+    Only what is known to matter to them, since any other variable may be a key or a credential under any name.
+    """
+    environment = os.environ if environment is None else environment
+    return {
+        name: value
+        for name, value in environment.items()
+        if CHILD_VARIABLE.fullmatch(name) and not SECRET_WORD.search(name)
+    }
 
 
 def user_cache_directory(environment: Mapping[str, str] | None = None) -> Path:

@@ -58,12 +58,20 @@ LIBRARIES = {
 }
 # What an inner room may import of its own tree, besides itself: other inner rooms, and files of the outer room.
 INNER = {
+    "service.keys": {
+        "service.access",
+        "service.errors",
+        "service.http",
+        "service.options",
+        "service.settings",
+    },
     "service.door": {"service.errors", "service.http", "service.logs", "service.settings"},
     "service.engine": {"service.errors", "service.metrics"},
     "service.options": {"service.settings"},
     "service.traces": {"service.access", "service.http"},
     "service.catalog": {
         "service.engine",
+        "service.keys.caller",
         "service.errors",
         "service.logs",
         "service.metrics",
@@ -81,6 +89,8 @@ INNER = {
         "service.catalog.record",
         "service.catalog.mixes",
         "service.catalog.versions",
+        "service.keys.caller",
+        "service.keys.limits",
         "service.access",
         "service.errors",
         "service.http",
@@ -88,7 +98,13 @@ INNER = {
         "service.services",
         "service.traces.stages",
     },
-    "service.responses": {"service.openai", "service.errors", "service.http", "service.services"},
+    "service.responses": {
+        "service.openai",
+        "service.keys.caller",
+        "service.errors",
+        "service.http",
+        "service.services",
+    },
     "service.dialects": {
         "service.openai",
         "service.catalog.record",
@@ -103,6 +119,7 @@ INNER = {
         "service.engine",
         "service.catalog.record",
         "service.catalog.versions",
+        "service.keys.caller",
         "service.openai",
         "service.errors",
         "service.http",
@@ -111,6 +128,7 @@ INNER = {
     "service.adapters": {
         "service.catalog",
         "service.ingest",
+        "service.keys.caller",
         "service.text",
         "service.access",
         "service.errors",

@@ -29,6 +29,11 @@ NOT_RUN = {
     "docker build --tag rootstock . && docker run --publish 127.0.0.1:8000:8000 --volume rootstock-data:/data "
     "--volume rootstock-cache:/cache rootstock": "builds an image from the network",
     "docker compose up --build": "builds an image from the network; tests/test_compose.py checks compose.yaml",
+    ".venv/bin/python -m service.keys add team-a --keys-file keys.json --scopes generate,manage --adapter-prefix "
+    "team-a/": "makes a file; tests/service/keys/ runs the program",
+    ".venv/bin/python -m service.keys list --keys-file keys.json": "the same",
+    ".venv/bin/python -m service.keys revoke team-a --keys-file keys.json": "the same",
+    "make serve HOST=0.0.0.0 ARGS='--keys-file keys.json'": "serves without end, on an address that others reach",
     ".venv/bin/pip install --editable '.[gpu]' && .venv/bin/python -m tools.gpu_report": "needs a GPU",
     "make test": "runs the tests, this one among them",
     "make test-quick": "runs some of these tests",

@@ -34,6 +34,7 @@ def as_generate(command: HoldPrefix) -> Generate:
         invocation_start=command.invocation_start,
         kv_is_base=command.kv_is_base,
         cache_salt=command.cache_salt,
+        tenant=command.tenant,
     )
 
 

@@ -13,15 +13,17 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from service.access import who
 from service.adapters.publish import UploadOptions, remove, start_import
 from service.adapters.queries import new_name
 from service.catalog.record import Condition
+from service.catalog.versions import Seen
 from service.errors import RequestError, answer_of, error_body, request_error
 from service.http import json_response, read_json
-from service.services import Services, services_of
+from service.keys.caller import caller_of
+from service.services import services_of
 from storage.store import StoreError
 
+OF_KEYS = {"name_outside_prefix", "disk_quota_exceeded", "pinned_quota_exceeded"}
 LoraPath = Annotated[
     str, Meta(description="a source's URL, a path on the server, or organisation/repository of the Hugging Face hub")
 ]
@@ -119,7 +121,7 @@ async def dynamo_load(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, DynamoLoad, services.bodies)
     name, uri = body.lora_name, body.source.uri
-    if not _is_from(services, name, uri):
+    if not _is_from(request, name, uri):
         await _load(request, name, uri, UploadOptions(), replace=False, param="source.uri")
     return _dynamo_answer(name, "loaded")
 
@@ -131,7 +133,7 @@ async def dynamo_unload(request: Request) -> Response:
 
 
 async def dynamo_list(request: Request) -> Response:
-    loras = {version.name: _dynamo_id(version.name) for version in services_of(request).catalog.versions.list()}
+    loras = {version.name: _dynamo_id(version.name) for version in _seen(request).list()}
     return json_response(DynamoList(loras=loras, count=len(loras)))
 
 
@@ -150,11 +152,11 @@ async def _load(
     request: Request, name: str, path: str, options: UploadOptions, *, replace: bool, param: str = "lora_path"
 ) -> None:
     """Import an adapter; `param` is the field that its path came from."""
-    services = services_of(request)
+    services, caller = services_of(request), caller_of(request)
     try:
         source = services.sources.checked(_as_source(path))
-        name = new_name(name, services.settings.served_name)
-        job = start_import(services, name, source, options, Condition(if_none_match=not replace), who(request))
+        name = new_name(name, services.settings.served_name, caller)
+        job = start_import(request, name, source, options, Condition(if_none_match=not replace))
         await services.imports.result(job)
     except RequestError as error:
         raise _translated(error, name, param) from None
@@ -169,11 +171,15 @@ async def _unload(request: Request, name: str) -> None:
         raise _translated(known, name) from None
 
 
-def _is_from(services: Services, name: str, path: str) -> bool:
+def _seen(request: Request) -> Seen:
+    return services_of(request).catalog.versions.seen_by(caller_of(request))
+
+
+def _is_from(request: Request, name: str, path: str) -> bool:
     """Whether there is an adapter of a name that was imported from a path."""
-    version = services.catalog.versions.resolve(name)
+    version, sources = _seen(request).resolve(name), services_of(request).sources
     with suppress(RequestError):
-        return version is not None and version.record.source == services.sources.checked(_as_source(path)).url
+        return version is not None and version.record.source == sources.checked(_as_source(path)).url
     return False
 
 
@@ -194,15 +200,18 @@ def _translated(error: RequestError, name: str, path_param: str = "lora_path") -
 
 
 def _sglang_answer(request: Request, error: RequestError | None = None) -> Response:
-    """SGLang answers 200 or 400. A source that is not there is vLLM's 404; failures of the server keep their status."""
-    loaded = {version.name: version.record.source for version in services_of(request).catalog.versions.list()}
+    """SGLang answers 200 or 400. A source that is not there is vLLM's 404.
+
+    Failures of the server keep their status, and so do refusals because of the key.
+    """
+    loaded = {version.name: version.record.source for version in _seen(request).list()}
     message = None if error is None else error.message
     answer = SglangAnswer(success=error is None, error_message=message, loaded_adapters=loaded)
     if error is None:
         return json_response(answer)
     found = answer_of(error)
     body = {**msgspec.structs.asdict(answer), **msgspec.structs.asdict(error_body(error))}
-    kept = found.status >= 500 or error.code == "source_not_found"
+    kept = found.status >= 500 or error.code == "source_not_found" or error.code in OF_KEYS
     return json_response(body, found.status if kept else 400, found.headers)
 
 

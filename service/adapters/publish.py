@@ -16,6 +16,7 @@ from service.ingest.bundle import WITHOUT_TEMPLATE, Bundle
 from service.ingest.imports import Import, Published
 from service.ingest.throttle import Throttle
 from service.ingest.upload_body import read_bundle
+from service.keys.caller import caller_of
 from service.services import Services, services_of
 from service.source_urls import Source
 from service.text.rendering import InvalidTemplate, names_in
@@ -43,31 +44,29 @@ async def upload(
 async def _upload(
     services: Services, request: Request, name: str, options: UploadOptions, condition: Condition
 ) -> Published:
-    catalog, imports = services.catalog, services.imports
+    catalog, imports, caller = services.catalog, services.imports, caller_of(request)
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
+    catalog.quotas.require_room(name, caller)
     address = "" if request.client is None else request.client.host
-    async with imports.uploading(address), catalog.blobs.staging(options.ephemeral) as directory:
+    async with imports.uploading(caller.id or address), catalog.blobs.staging(options.ephemeral) as directory:
         throttle = Throttle(services.engine.busy)
         body = BodyReader(request, services.settings.max_upload_bytes, throttle)
         bundle = await imports.on_thread(body.close, read_bundle, body, directory)
         checked = await imports.on_thread(body.close, _checked, services, bundle, "upload", options, throttle)
         imports.require_idle(name)
-        published = await catalog.publish(name, checked, condition)
+        published = await catalog.publish(name, checked, condition, caller)
     imports.published(name)
     return published
 
 
-def start_import(
-    services: Services, name: str, source: Source, options: UploadOptions, condition: Condition, by: str | None
-) -> Import:
-    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin.
-
-    `by` is whoever asks for it, for the log.
-    """
+def start_import(request: Request, name: str, source: Source, options: UploadOptions, condition: Condition) -> Import:
+    """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin."""
+    services, caller, by = services_of(request), caller_of(request), who(request)
     catalog, imports = services.catalog, services.imports
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)
+    catalog.quotas.require_room(name, caller)
 
     async def work(job: Import) -> Published:
         with adapter_event("import", name, by) as event:
@@ -84,7 +83,7 @@ def start_import(
                 job.cancel, _checked, services, fetched.bundle, fetched.url, options, throttle
             )
             job.committing = True
-            published = await catalog.publish(name, checked, condition)
+            published = await catalog.publish(name, checked, condition, caller)
             imports.published(name)
             return published
 
@@ -93,15 +92,16 @@ def start_import(
 
 async def remove(request: Request, name: str, condition: Condition, *, force: bool = False) -> None:
     """Delete a name, and cancel an import of it. Raises RequestError as `Catalog.delete` does."""
-    services = services_of(request)
+    services, caller = services_of(request), caller_of(request)
     versions = services.catalog.versions
     with adapter_event("delete", name, who(request)) as event:
+        versions.seen_by(caller).require(name)
         versions.require(name, condition)
         was_imported = await services.imports.forget(name)
         if (version := versions.resolve(name)) is None and was_imported:
             return  # the import was all that the name had
         event.note(version)
-        await services.catalog.delete(name, condition, force=force)
+        await services.catalog.delete(name, condition, force=force, caller=caller)
 
 
 def _checked(services: Services, bundle: Bundle, source: str, options: UploadOptions, throttle: Throttle) -> Upload:

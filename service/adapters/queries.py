@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from service.catalog.record import NAME_PATTERN, Condition, OnMissing
 from service.errors import RequestError
+from service.keys.caller import Caller
 
 ON_MISSING = (
     "of an aLoRA: what to do for a prompt without its invocation if the request does not say; left out: keep the "
@@ -75,8 +76,8 @@ def read_condition(request: Request) -> Condition:
     return Condition(digests, none_match is not None)
 
 
-def new_name(name: str, base: str) -> str:
-    """Check the name of a new adapter; `base` is the name of the base model. Raises RequestError."""
+def new_name(name: str, base: str, caller: Caller) -> str:
+    """Check the name of a new adapter of a caller; `base` is the name of the base model. Raises RequestError."""
     if not _NAME.match(name):
         strange = next((character for character in name if character not in _CHARACTERS), None)
         message = (
@@ -88,4 +89,7 @@ def new_name(name: str, base: str) -> str:
         raise RequestError("invalid_name", message, "name")
     if name == base:
         raise RequestError("name_is_base_model", f"{name!r} is the base model's name", "name")
+    if not caller.sees(name):
+        message = f"the name {name!r} does not begin with {caller.adapter_prefix!r}, as those of this key do"
+        raise RequestError("name_outside_prefix", message, "name")
     return name

@@ -27,6 +27,7 @@ from service.http import (
     read_query,
     until_disconnect,
 )
+from service.keys.caller import caller_of
 from service.services import Services, services_of
 
 
@@ -63,7 +64,7 @@ class AdapterChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 async def put_adapter(request: Request) -> Response:
     services = services_of(request)
-    name = new_name(request.path_params["name"], services.settings.served_name)
+    name = new_name(request.path_params["name"], services.settings.served_name, caller_of(request))
     query = read_query(request, PutQuery)
     options = UploadOptions(query.preload, query.pin, query.ephemeral, query.alora_on_missing)
     version, created = await upload(services, request, name, options, read_condition(request))
@@ -71,14 +72,14 @@ async def put_adapter(request: Request) -> Response:
 
 
 async def post_adapter(request: Request) -> Response:
-    services, query = services_of(request), read_query(request, ImportQuery)
+    services, query, caller = services_of(request), read_query(request, ImportQuery), caller_of(request)
     body = await _source(request, query)
-    name = new_name(body.name, services.settings.served_name)
+    name = new_name(body.name, services.settings.served_name, caller)
     source = services.sources.checked(body.src, body.revision)
     options = UploadOptions(body.preload, body.pin, body.ephemeral, body.alora_on_missing)
-    job = start_import(services, name, source, options, read_condition(request), who(request))
+    job = start_import(request, name, source, options, read_condition(request))
     if not query.wait:
-        return json_response(find_adapter(services, name), 202)
+        return json_response(find_adapter(services, name, caller), 202)
     version, created = await services.imports.result(job)
     return _shown(services, version, 201 if created else 200)
 
@@ -86,13 +87,14 @@ async def post_adapter(request: Request) -> Response:
 async def get_adapters(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    return json_response(AdapterList(adapters=list_adapters(services, await services.engine.recent_stats())))
+    stats = await services.engine.recent_stats()
+    return json_response(AdapterList(adapters=list_adapters(services, caller_of(request), stats)))
 
 
 async def get_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     name, services = request.path_params["name"], services_of(request)
-    adapter = find_adapter(services, name, await services.engine.recent_stats())
+    adapter = find_adapter(services, name, caller_of(request), await services.engine.recent_stats())
     if adapter is None:
         raise no_adapter(name)
     return json_response(adapter, headers=None if adapter.digest is None else {"ETag": f'"{adapter.digest}"'})
@@ -120,7 +122,7 @@ async def _loaded(request: Request, name: str, tier: Tier) -> Response:
 async def _pin(request: Request, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
     """Pin an adapter in a tier, or unpin it (None)."""
     with adapter_event("unpin" if tier is None else "pin", name, who(request)) as event:
-        version = await services_of(request).catalog.set_pin(name, tier, condition)
+        version = await services_of(request).catalog.set_pin(name, tier, condition, caller_of(request))
         event.note(version, tier=tier)
     return version
 
@@ -180,9 +182,10 @@ async def _source(request: Request, query: ImportQuery) -> AdapterSource:
 
 
 def _known_name(request: Request) -> str:
-    """The name in the path. Raises RequestError while the first import of the name runs."""
+    """The name in the path. Raises RequestError if the caller does not see it, or while its first import runs."""
     name: str = request.path_params["name"]
     services = services_of(request)
+    services.catalog.versions.seen_by(caller_of(request)).require(name)
     if services.catalog.versions.resolve(name) is None:
         services.imports.require_idle(name)
     return name

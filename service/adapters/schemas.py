@@ -9,6 +9,7 @@ from runtime.messages import AdapterState, Stats, Tier
 from service.catalog.catalog import Catalog
 from service.catalog.record import AdapterVersion, OnMissing
 from service.ingest.imports import Import
+from service.keys.caller import Caller
 from service.services import Services
 
 
@@ -71,8 +72,13 @@ class AdapterList(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[Adapter]
 
 
-def find_adapter(services: Services, name: str, stats: Stats | None = None) -> Adapter | None:
-    """A name's current version, else its import, else the version that still drains after it lost the name."""
+def find_adapter(services: Services, name: str, caller: Caller, stats: Stats | None = None) -> Adapter | None:
+    """A name's current version, else its import, else the version that still drains after it lost the name.
+
+    None also for a name that the caller does not see.
+    """
+    if not caller.sees(name):
+        return None
     versions, job = services.catalog.versions, services.imports.get(name)
     if (version := versions.resolve(name)) is not None:
         return adapter_resource(services, version, job, stats)
@@ -82,10 +88,10 @@ def find_adapter(services: Services, name: str, stats: Stats | None = None) -> A
     return None if draining is None else adapter_resource(services, draining, stats=stats)
 
 
-def list_adapters(services: Services, stats: Stats | None = None) -> list[Adapter]:
-    """Every named version and every import of a new name, sorted by name."""
-    jobs = {job.name: job for job in services.imports.jobs()}
-    named = services.catalog.versions.list()
+def list_adapters(services: Services, caller: Caller, stats: Stats | None = None) -> list[Adapter]:
+    """Every named version and every import of a new name that the caller sees, sorted by name."""
+    jobs = {job.name: job for job in services.imports.jobs() if caller.sees(job.name)}
+    named = services.catalog.versions.seen_by(caller).list()
     found = [adapter_resource(services, version, jobs.pop(version.name, None), stats) for version in named]
     return sorted([*found, *map(_imported, jobs.values())], key=lambda adapter: adapter.name)
 

@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
-
-import msgspec
 
 from runtime.messages import Tier
 from runtime.models.config import ModelConfig
@@ -17,10 +16,12 @@ from service.catalog.garbage import Collected, collect
 from service.catalog.mixes import Mixes
 from service.catalog.names import AdapterNames, UnreadableName
 from service.catalog.pins import Pins
-from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, record_of
+from service.catalog.quotas import Quotas
+from service.catalog.record import AdapterRecord, AdapterVersion, Condition, Upload, pinned_record, record_of
 from service.catalog.versions import Versions, no_adapter
 from service.engine.client import EngineClient
 from service.errors import EngineError, RequestError
+from service.keys.caller import ANYONE, Caller
 from service.logs import log_event
 from service.metrics import Metrics
 from storage.cache import DiskCache
@@ -45,6 +46,7 @@ class Catalog:
         self.blobs = Blobs(storage, engine.adapters, metrics)
         self.versions = Versions(self.blobs, model, max_rank)
         self.mixes = Mixes(self.blobs, self.versions, max_rank)
+        self.quotas = Quotas(self.versions)
         self._storage, self._engine = storage, engine
         self._names = AdapterNames(storage.store)
         self._pins = Pins(storage, engine.adapters)
@@ -130,25 +132,29 @@ class Catalog:
             raise EngineError(error.code, error.message, "name") from error
         return version
 
-    async def publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
+    async def publish(
+        self, name: str, upload: Upload, condition: Condition, caller: Caller = ANYONE
+    ) -> tuple[AdapterVersion, bool]:
         """Make a name point at an upload, and return its version and whether the name is new; durable on return.
 
-        The generation rises only with another digest. Raises RequestError: as `Versions.require` does, `pins_full`,
-        or `adapter_changed` if other processes keep changing the name; StoreError or OSError if the store fails.
+        The generation rises only with another digest. Raises RequestError: as `Versions.require` does, `pins_full`, a
+        quota, or `adapter_changed` if other processes keep changing the name; StoreError or OSError if the store fails.
         """
-        return await self._whole(self._publish(name, upload, condition))
+        return await self._whole(self._publish(name, upload, condition, caller))
 
-    async def set_pin(self, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
+    async def set_pin(
+        self, name: str, tier: Tier | None, condition: Condition, caller: Caller = ANYONE
+    ) -> AdapterVersion:
         """Pin a name's adapter in a tier, or unpin it (None); durable on return. Raises RequestError."""
-        return await self._whole(self._set_pin(name, tier, condition))
+        return await self._whole(self._set_pin(name, tier, condition, caller))
 
-    async def delete(self, name: str, condition: Condition, *, force: bool = False) -> None:
+    async def delete(self, name: str, condition: Condition, *, force: bool = False, caller: Caller = ANYONE) -> None:
         """Delete a name; durable on return. `force` ends the requests that run on it.
 
         Raises RequestError: `adapter_not_found`, `precondition_failed`, or `adapter_is_shared` if `force` would end the
         requests of another name with the same content.
         """
-        await self._whole(self._delete(name, condition, force))
+        await self._whole(self._delete(name, condition, force, caller))
 
     async def refresh(self) -> None:
         """Read the names that other processes have written. Raises StoreError after all readable ones are read."""
@@ -171,16 +177,22 @@ class Catalog:
         task.add_done_callback(self._changes.discard)
         return await asyncio.shield(task)
 
-    async def _publish(self, name: str, upload: Upload, condition: Condition) -> tuple[AdapterVersion, bool]:
+    async def _publish(
+        self, name: str, upload: Upload, condition: Condition, caller: Caller
+    ) -> tuple[AdapterVersion, bool]:
         summary = upload.summary
-        async with self._lock(name):
+
+        def uploaded(old: AdapterRecord | None) -> AdapterRecord:
+            return record_of(name, upload, old, self.versions.base, caller.id)
+
+        async with self._changing(name):
             self.versions.require(name, condition, ephemeral=upload.ephemeral)
+            old = self.versions.resolve(name)
+            self.quotas.admit(uploaded(None if old is None else old.record), caller)  # before the file is stored
             await self.blobs.keep(summary.digest, summary.bytes, upload.file, ephemeral=upload.ephemeral)
             try:
                 self.blobs.serve(summary.digest)
-                record, new = await self._commit(
-                    name, condition, lambda old: record_of(name, upload, old, self.versions.base), upload.ephemeral
-                )
+                record, new = await self._commit(name, condition, uploaded, upload.ephemeral, caller)
                 if not upload.ephemeral:
                     await self.blobs.confirm(summary.digest, upload.file)
             except BaseException:
@@ -192,20 +204,34 @@ class Catalog:
                 self._engine.adapters.prefetch(summary.digest)
             return version, new
 
-    async def _set_pin(self, name: str, tier: Tier | None, condition: Condition) -> AdapterVersion:
+    async def _set_pin(self, name: str, tier: Tier | None, condition: Condition, caller: Caller) -> AdapterVersion:
         def pinned(old: AdapterRecord | None) -> AdapterRecord:
             if old is None:
                 raise no_adapter(name)
-            return msgspec.structs.replace(old, pinned=tier is not None, pin_tier=tier or old.pin_tier)
+            return pinned_record(old, tier, caller.id)
 
-        async with self._lock(name):
+        async with self._changing(name):
             ephemeral = self.versions.named(name).ephemeral
-            record, _ = await self._commit(name, condition, pinned, ephemeral)
+            record, _ = await self._commit(name, condition, pinned, ephemeral, caller)
             self.blobs.acquire(record.digest)
             return self.versions.point(record, ephemeral=ephemeral)
 
+    @asynccontextmanager
+    async def _changing(self, name: str) -> AsyncIterator[None]:
+        """Hold a name's lock; what the change admits to quotas counts until it is made, or not."""
+        async with self._lock(name):
+            try:
+                yield
+            finally:
+                self.quotas.settle(name)
+
     async def _commit(
-        self, name: str, condition: Condition, change: Callable[[AdapterRecord | None], AdapterRecord], ephemeral: bool
+        self,
+        name: str,
+        condition: Condition,
+        change: Callable[[AdapterRecord | None], AdapterRecord],
+        ephemeral: bool,
+        caller: Caller,
     ) -> tuple[AdapterRecord, bool]:
         """Change a name's record: pin it, then write it. Returns the record and whether the name is new.
 
@@ -215,6 +241,7 @@ class Catalog:
             self.versions.require(name, condition, ephemeral=ephemeral)
             old = self.versions.resolve(name)
             record = change(None if old is None else old.record)
+            self.quotas.admit(record, caller)
             await self._pins.pin(name, record.digest, record.pin, record.bytes)
             try:
                 if not ephemeral and (old is None or old.ephemeral or old.record != record):
@@ -234,7 +261,7 @@ class Catalog:
         else:
             await self._pins.pin(name, version.digest, version.record.pin, version.record.bytes)
 
-    async def _delete(self, name: str, condition: Condition, force: bool) -> None:
+    async def _delete(self, name: str, condition: Condition, force: bool, caller: Caller) -> None:
         async with self._lock(name):
             for _ in range(_ATTEMPTS):
                 version = self.versions.named(name)
@@ -245,7 +272,8 @@ class Catalog:
                     if other.digest == version.digest and other is not version
                 ]
                 if force and twins:
-                    message = f"adapter {twins[0]!r} has the same content, and force would end its requests too"
+                    shown = next((f"adapter {twin!r}" for twin in twins if caller.sees(twin)), "another adapter")
+                    message = f"{shown} has the same content, and force would end its requests too"
                     raise RequestError("adapter_is_shared", message, "force")
                 try:
                     if not version.ephemeral:

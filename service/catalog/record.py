@@ -37,6 +37,8 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     leaves_kv: bool = False  # its K/V equal the base's
     alora_on_missing: OnMissing | None = None  # for requests that do not say; None: as the server's option
     chat_template: str | None = None  # in place of the base's
+    uploaded_by: str | None = None  # the id of the key whose upload it is; None: there were no keys
+    pinned_by: str | None = None  # the id of the key that pinned it
 
     @property
     def pin(self) -> Tier | None:
@@ -87,8 +89,17 @@ class Upload(NamedTuple):
     chat_template: str | None = None
 
 
-def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -> AdapterRecord:
-    """The record of a name after an upload; `old` is the record before. Only other bytes raise the generation."""
+def pinned_record(old: AdapterRecord, tier: Tier | None, by: str | None) -> AdapterRecord:
+    """A record with another pin, of the key with the id `by`; one that is there already stays its key's."""
+    pinned_by = None if tier is None else old.pinned_by if tier == old.pin else by
+    return msgspec.structs.replace(old, pinned=tier is not None, pin_tier=tier or old.pin_tier, pinned_by=pinned_by)
+
+
+def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str, by: str | None = None) -> AdapterRecord:
+    """The record of a name after an upload with the key of the id `by`; `old` is the record before.
+
+    Only other bytes raise the generation.
+    """
     summary = upload.summary
     pin = None if old is None else old.pin
     if upload.pin is not None:
@@ -97,9 +108,9 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
     on_missing = upload.alora_on_missing or (None if old is None else old.alora_on_missing)
     if old is not None and old.digest == summary.digest:
         return msgspec.structs.replace(
-            old,
-            pinned=pinned,
+            pinned_record(old, pin, by),
             pin_tier=pin_tier,
+            uploaded_by=by,
             base=base,
             leaves_kv=summary.kv_is_base,
             alora_on_missing=on_missing,
@@ -123,4 +134,6 @@ def record_of(name: str, upload: Upload, old: AdapterRecord | None, base: str) -
         leaves_kv=summary.kv_is_base,
         alora_on_missing=on_missing,
         chat_template=upload.chat_template,
+        uploaded_by=by,
+        pinned_by=by if pinned else None,
     )

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from runtime.config import EngineConfig
@@ -73,12 +73,13 @@ class EngineClient:
         metrics: Metrics,
         timeout_seconds: float | None = None,  # without a sign of life, after which an engine is killed
         max_queue_seconds: float = 0.0,  # that a request may be expected to wait; 0: any time
+        environment: Mapping[str, str] | None = None,  # of the engine's process; None: that of this one
     ):
         self._connection = Connection()
         self._metrics, self._timeout_seconds = metrics, timeout_seconds
         self.adapters = EngineAdapters(self._connection, metrics)
         self.prefixes = EnginePrefixes(self._connection)
-        self._config, self._command = config, command
+        self._config, self._command, self._environment = config, command, environment
         self._backlog, self._max_queue_seconds = Backlog(config.max_running), max_queue_seconds
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}  # by request id
@@ -233,7 +234,7 @@ class EngineClient:
         return time.monotonic() - self._stats_at
 
     async def _launch(self) -> None:
-        process = EngineProcess(self._command)
+        process = EngineProcess(self._command, self._environment)
         self._connection.process = process
         try:
             self._connection.ready = await process.start(self._config, self._on_event)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import zmq
@@ -44,8 +44,9 @@ class EngineStartFailed(RuntimeError):
 class EngineProcess:
     """An engine process until its end. A restarted engine gets a new socket, so no message of an old one reaches it."""
 
-    def __init__(self, command: Sequence[str]):
-        self._command = command
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
+        """`environment` is the whole one of the process; None: that of this one."""
+        self._command, self._environment = command, environment
         self._scratch = private_scratch()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -75,6 +76,7 @@ class EngineProcess:
                 endpoint,
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
+                env=self._environment,
                 start_new_session=True,  # Ctrl-C in the terminal must reach the service only
             )
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -21,9 +22,14 @@ KEPT = 256  # grammars that were found good
 class Grammars:
     """Has the grammars of requests translated and checked, in a sandbox, and remembers those that it found good."""
 
-    def __init__(self, markers: Markers = NO_MARKERS, seconds: float = CHECK_SECONDS) -> None:
+    def __init__(
+        self,
+        markers: Markers = NO_MARKERS,
+        seconds: float = CHECK_SECONDS,
+        environment: Mapping[str, str] | None = None,  # of the processes; None: that of this one
+    ) -> None:
         self._markers, self._seconds = markers, seconds
-        self._sandbox = Sandbox("service.grammars.process", PLACES, seconds)
+        self._sandbox = Sandbox("service.grammars.process", PLACES, seconds, environment)
         self._good: OrderedDict[bytes, str] = OrderedDict()  # the least recently used first
 
     async def close(self) -> None:

@@ -64,7 +64,7 @@ class Imports:
     def __init__(self, max_running: int) -> None:
         self._slots = asyncio.Semaphore(max_running)
         self._most_uploads = max(1, max_running - 1)  # of one client
-        self._uploads: Counter[str] = Counter()  # by the client's address
+        self._uploads: Counter[str] = Counter()  # by the id of the client's key, else by its address
         self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="import")
         self._tasks: dict[Import, asyncio.Task[Published]] = {}
         self._running: dict[str, Import] = {}  # by name
@@ -135,23 +135,23 @@ class Imports:
         self._failed.pop(name, None)
 
     @asynccontextmanager
-    async def uploading(self, address: str) -> AsyncIterator[None]:
+    async def uploading(self, client: str) -> AsyncIterator[None]:
         """Occupy a slot for a client. Raises RequestError `too_many_uploads` if none is free: its bytes cannot wait.
 
         No client has all of them, so that slow uploads of one do not keep out another's.
         """
         if self._slots.locked():
             raise RequestError("too_many_uploads", "too many uploads and imports are under way")
-        if self._uploads[address] >= self._most_uploads:
-            message = f"{self._most_uploads} uploads from this address are under way, of which one has at most so many"
+        if self._uploads[client] >= self._most_uploads:
+            message = f"{self._most_uploads} uploads of this key or address are under way, and none has more"
             raise RequestError("too_many_uploads", message)
         async with self._slots:
-            self._uploads[address] += 1
+            self._uploads[client] += 1
             try:
                 yield
             finally:
-                self._uploads[address] -= 1
-                self._uploads += Counter()  # drops addresses without any
+                self._uploads[client] -= 1
+                self._uploads += Counter()  # drops clients without any
 
     async def on_thread(self, cancel: Callable[[], None], work: Callable[..., _T], *arguments: Any) -> _T:
         """Run a blocking part of an import or an upload, whose slot the caller occupies.

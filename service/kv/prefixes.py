@@ -11,6 +11,7 @@ from service.catalog.record import AdapterVersion
 from service.catalog.versions import Versions
 from service.engine.prefixes import EnginePrefixes, HeldPrefix
 from service.errors import RequestError
+from service.keys.caller import ANYONE, Caller
 from service.openai.invocation import Prompt
 
 MAX_PREFIXES = 4096  # held at once: the engine bounds blocks only, and prefixes may share theirs
@@ -34,6 +35,15 @@ class PrefixSpec(NamedTuple):
     prompt: Prompt
     ttl_seconds: float
     cache_salt: str
+    tenant: str = ""  # whose turn it is to compute; empty: that of the cache_salt
+    owner: str | None = None  # the id of the key that holds it
+
+
+class Ended(NamedTuple):
+    """Why a prefix is held no longer, and the id of the key that held it."""
+
+    reason: str
+    owner: str | None
 
 
 class Prefix:
@@ -58,6 +68,7 @@ class Prefix:
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,
             cache_salt=self.spec.cache_salt,
+            tenant=self.spec.tenant,
         )
 
 
@@ -67,7 +78,7 @@ class Prefixes:
     def __init__(self, engine: EnginePrefixes, versions: Versions) -> None:
         self._engine, self._versions = engine, versions
         self._prefixes: dict[str, Prefix] = {}
-        self._ended: dict[str, str] = {}  # reason by prefix id, the oldest first
+        self._ended: dict[str, Ended] = {}  # by prefix id, the oldest first
 
     async def hold(self, spec: PrefixSpec) -> Prefix:
         """Compute a prefix and hold it for its `ttl_seconds`. Raises RequestError."""
@@ -83,22 +94,23 @@ class Prefixes:
         self._forget(prefix.id)
         return prefix
 
-    def list(self) -> list[Prefix]:
-        """Every held prefix, the oldest first."""
-        return [prefix for prefix in self._prefixes.values() if prefix.held is not None]
+    def list(self, caller: Caller = ANYONE) -> list[Prefix]:
+        """Every held prefix of a caller, the oldest first."""
+        return [prefix for prefix in self._prefixes.values() if _of(prefix, caller)]
 
-    def get(self, prefix_id: str) -> Prefix:
-        """A held prefix. Raises RequestError, with the reason if it was held before."""
+    def get(self, prefix_id: str, caller: Caller = ANYONE) -> Prefix:
+        """A held prefix of a caller. Raises RequestError, with the reason if it held it before."""
         prefix = self._prefixes.get(prefix_id)
-        if prefix is not None and prefix.held is not None:
+        if prefix is not None and _of(prefix, caller):
             return prefix
-        reason = self._ended.get(prefix_id)
+        ended = self._ended.get(prefix_id)
+        reason = ended.reason if ended is not None and caller.owns(ended.owner) else None
         why = "there is no such prefix" if reason is None else f"it is held no longer: {REASONS.get(reason, reason)}"
         raise RequestError("prefix_not_found", f"prefix {prefix_id!r}: {why}", "id")
 
-    def release(self, prefix_id: str) -> None:
+    def release(self, prefix_id: str, caller: Caller = ANYONE) -> None:
         """Stop holding a prefix. Raises RequestError as `get` does."""
-        self._end(self.get(prefix_id), "released")
+        self._end(self.get(prefix_id, caller), "released")
 
     async def close(self) -> None:
         """Release every prefix."""
@@ -133,7 +145,7 @@ class Prefixes:
     def _end(self, prefix: Prefix, reason: str) -> None:
         if self._forget(prefix.id):
             self._engine.release(prefix.id)
-            self._ended[prefix.id] = reason
+            self._ended[prefix.id] = Ended(reason, prefix.spec.owner)
             if len(self._ended) > MAX_ENDED:
                 del self._ended[next(iter(self._ended))]
 
@@ -144,3 +156,8 @@ class Prefixes:
             if prefix.timer is not None and prefix.timer is not asyncio.current_task():
                 prefix.timer.cancel()
         return prefix is not None
+
+
+def _of(prefix: Prefix, caller: Caller) -> bool:
+    """Whether a prefix is held, and of the caller's."""
+    return prefix.held is not None and caller.owns(prefix.spec.owner)

@@ -9,8 +9,9 @@ from starlette.routing import Route
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
+from service.keys.caller import Caller, caller_of
 from service.kv.prefixes import PrefixSpec
-from service.kv.schemas import PrefixList, PrefixRequest, held_prefix, kv_cache
+from service.kv.schemas import PrefixList, PrefixRequest, held_prefix, kv_cache, kv_of_adapters
 from service.openai.invocation import Prompt, require_applicable
 from service.openai.models import find_version
 from service.openai.sampling_params import answer_length
@@ -25,37 +26,42 @@ async def get_kv(request: Request) -> Response:
     stats, engine = await services.engine.latest_stats(), services.engine.ready
     if stats is None or engine is None:
         raise RequestError("engine_unavailable", "the engine is not running, or too busy to answer: try again")
-    name, versions = services.settings.served_name, services.catalog.versions.list()
-    return json_response(kv_cache(stats, services.engine.stats_age, engine.block_size, name, versions))
+    caller, name = caller_of(request), services.settings.served_name
+    shown = kv_cache if "admin" in caller.scopes else kv_of_adapters
+    versions = services.catalog.versions.seen_by(caller).list()
+    return json_response(shown(stats, services.engine.stats_age, engine.block_size, name, versions))
 
 
 async def post_prefix(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
     body = await read_json(request, PrefixRequest, services.bodies)
-    return await until_disconnect(request, _compute(services, body))
+    return await until_disconnect(request, _compute(services, body, caller_of(request)))
 
 
 async def get_prefixes(request: Request) -> Response:
     read_query(request, NoQuery)
-    return json_response(PrefixList(prefixes=[held_prefix(prefix) for prefix in services_of(request).prefixes.list()]))
+    prefixes = services_of(request).prefixes.list(caller_of(request))
+    return json_response(PrefixList(prefixes=[held_prefix(prefix) for prefix in prefixes]))
 
 
 async def get_prefix(request: Request) -> Response:
     read_query(request, NoQuery)
-    return json_response(held_prefix(services_of(request).prefixes.get(request.path_params["id"])))
+    prefix = services_of(request).prefixes.get(request.path_params["id"], caller_of(request))
+    return json_response(held_prefix(prefix))
 
 
 async def delete_prefix(request: Request) -> Response:
     read_query(request, NoQuery)
-    services_of(request).prefixes.release(request.path_params["id"])
+    services_of(request).prefixes.release(request.path_params["id"], caller_of(request))
     return Response(status_code=204)
 
 
 async def delete_namespace(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    await services.engine.prefixes.drop_namespace(_namespace(services, request.path_params["namespace"]))
+    namespace = _namespace(services, request.path_params["namespace"], caller_of(request))
+    await services.engine.prefixes.drop_namespace(namespace)
     return Response(status_code=204)
 
 
@@ -69,15 +75,18 @@ routes = [
 ]
 
 
-async def _compute(services: Services, body: PrefixRequest) -> Response:
-    versions = services.catalog.versions
+async def _compute(services: Services, body: PrefixRequest, caller: Caller) -> Response:
+    caller.usage.require_tokens()
+    versions = services.catalog.versions.seen_by(caller)
     version = find_version(body.model, services.settings.served_name, versions, "model")
     require_applicable(body.alora, [version])
     with ExitStack() as using:
         if version is not None:
             using.enter_context(versions.using(version))
         prompt = await _prompt(services, body, version)
-        spec = PrefixSpec(body.model, version, prompt, body.ttl_seconds, body.cache_salt or "")
+        caller.usage.spend(len(prompt.token_ids))
+        salt = caller.salt(body.cache_salt)
+        spec = PrefixSpec(body.model, version, prompt, body.ttl_seconds, salt, caller.tenant, caller.id)
         prefix = await (services.prefixes.hold(spec) if body.pin else services.prefixes.warm(spec))
     if not body.pin:
         return json_response(held_prefix(prefix, pinned=False))
@@ -98,7 +107,7 @@ async def _prompt(services: Services, body: PrefixRequest, version: AdapterVersi
     return prompt
 
 
-def _namespace(services: Services, name: str) -> str | None:
+def _namespace(services: Services, name: str, caller: Caller) -> str | None:
     """The digest of a namespace, None for the base. Raises RequestError `namespace_not_found`."""
     base, catalog = services.settings.served_name, services.catalog
     if name in (BASE, base):
@@ -106,7 +115,7 @@ def _namespace(services: Services, name: str) -> str | None:
     if catalog.versions.resolve(name) is None and catalog.blobs.referenced(name):
         return name
     try:
-        version = find_version(name, base, catalog.versions, "namespace")
+        version = find_version(name, base, catalog.versions.seen_by(caller), "namespace")
     except RequestError as error:
         raise RequestError("namespace_not_found", error.message, "namespace") from None
     return None if version is None else version.digest

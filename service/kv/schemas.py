@@ -62,8 +62,10 @@ class KvCache(KvLookups, frozen=True, kw_only=True):
 
     age_seconds: Annotated[float, Meta(description="since the snapshot")]
     block_size: Annotated[int, Meta(description="tokens a block")]
-    blocks: KvBlocks
-    host: Annotated[KvHost | None, Meta(description="null if host memory keeps no K/V")]
+    blocks: Annotated[KvBlocks | None, Meta(description="null for a key without the scope admin")]
+    host: Annotated[
+        KvHost | None, Meta(description="null if host memory keeps no K/V, and for a key without the scope admin")
+    ]
     namespaces: list[KvShare]
 
 
@@ -144,6 +146,17 @@ def kv_cache(
         host=_host(stats.host_kv) if stats.host_kv.bytes_total else None,
         namespaces=_shares(stats.namespaces, served_name, versions),
     )
+
+
+def kv_of_adapters(
+    stats: Stats, age_seconds: float, block_size: int, served_name: str, versions: Sequence[AdapterVersion]
+) -> KvCache:
+    """The resource for a key that may see these adapters only: without the base, whose K/V tell of all keys."""
+    digests = {version.digest for version in versions}
+    seen = {digest: share for digest, share in stats.namespaces.items() if digest in digests}
+    whole = kv_cache(msgspec.structs.replace(stats, namespaces=seen), age_seconds, block_size, served_name, versions)
+    shares = [share for share in whole.namespaces if share.kind != "base"]
+    return msgspec.structs.replace(whole, blocks=None, host=None, namespaces=shares)
 
 
 def _host(host: HostKvStats) -> KvHost:

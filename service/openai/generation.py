@@ -12,6 +12,7 @@ from runtime.messages import Generate, SamplingParams, TokenLogprobs, Tokens
 from service.access import AccessRecord
 from service.engine.client import Deadline, EngineClient
 from service.errors import EngineError
+from service.keys.limits import KeyUsage
 from service.metrics import Finish, SequenceTimes, Series, VllmSeries
 from service.openai.invocation import Prompt
 from service.openai.schemas import PromptTokensDetails, Usage
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     choices: int  # sequences for each prompt
     stops: tuple[str, ...]  # stop strings
     cache_salt: str
+    tenant: str = ""  # whose turn it is; empty: that of the cache_salt
     special: bool = False  # whether the text has the special tokens too
     include_stop: bool = False  # whether it has the stop string that ended it
     seconds: float | None = None  # that it may take from the arrival of its request
@@ -42,6 +44,7 @@ class Counted(NamedTuple):
     series: Series  # of its adapter
     vllm: VllmSeries
     record: AccessRecord
+    usage: KeyUsage
 
 
 class Delta(NamedTuple):
@@ -117,7 +120,7 @@ class Generation:
         arrived: float,
     ):
         self._plan, self._engine, self._tokenizer = plan, engine, tokenizer
-        self._series, self._vllm, self._record = counted
+        self._series, self._vllm, self._record, self._usage = counted
         self._deadline = None if plan.seconds is None else Deadline(plan.seconds, arrived + plan.seconds)
         self._longest = [0] * len(plan.prompts)  # tokens of each prompt's longest choice
         self._arrived = self._last = arrived  # time.perf_counter() when the request came in, and at its last token
@@ -244,11 +247,14 @@ class Generation:
             invocation_start=prompt.invocation_start,
             kv_is_base=prompt.kv_is_base,
             cache_salt=self._plan.cache_salt,
+            tenant=self._plan.tenant,
             call=self._plan.request_id,
         )
 
     def _count(self, tokens: Tokens, counts_prompt: bool) -> None:
-        self._completion_tokens += len(tokens.token_ids) + (tokens.stop_token is not None)
+        generated = len(tokens.token_ids) + (tokens.stop_token is not None)
+        self._completion_tokens += generated
+        self._usage.spend(generated)
         if counts_prompt and tokens.cached_tokens is not None:
             self._computed_prompts += 1
             self.cached_tokens += tokens.cached_tokens

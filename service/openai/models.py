@@ -12,9 +12,10 @@ from starlette.responses import Response
 
 from service.catalog.mixes import Mixes, Weighted
 from service.catalog.record import AdapterVersion
-from service.catalog.versions import Versions
+from service.catalog.versions import Seen
 from service.errors import RequestError
 from service.http import json_response
+from service.keys.caller import caller_of
 from service.metrics import MIX, SEVERAL
 from service.openai.schemas import GenerationRequest
 from service.services import services_of
@@ -79,11 +80,11 @@ class Adapters(NamedTuple):
 
 @asynccontextmanager
 async def adapters_in_use(
-    request: GenerationRequest, base: str, versions: Versions, mixes: Mixes
+    request: GenerationRequest, base: str, versions: Seen, mixes: Mixes
 ) -> AsyncIterator[Adapters]:
     """The adapters that a request asks for, kept also if their names are meanwhile given to other versions.
 
-    Raises RequestError, also if the request asks for an adapter in two ways.
+    `versions` are those that the caller sees. Raises RequestError, also if the request asks for an adapter in two ways.
     """
     async with AsyncExitStack() as kept:
         adapters = _resolve(request, base, versions)
@@ -103,7 +104,7 @@ async def adapters_in_use(
         yield adapters
 
 
-def _resolve(request: GenerationRequest, base: str, versions: Versions) -> Adapters:
+def _resolve(request: GenerationRequest, base: str, versions: Seen) -> Adapters:
     """What model, lora_path and adapter_id name. Raises RequestError, also if they name different adapters."""
     named = find_version(request.model, base, versions, "model")
     asked = {field: value for field in FIELDS if (value := getattr(request, field, None)) is not None}
@@ -125,7 +126,7 @@ def _resolve(request: GenerationRequest, base: str, versions: Versions) -> Adapt
 
 
 def _other(
-    model: str, named: AdapterVersion | None, field: str, name: str | None, base: str, versions: Versions
+    model: str, named: AdapterVersion | None, field: str, name: str | None, base: str, versions: Seen
 ) -> AdapterVersion | None:
     """The adapter that another field names; it may only repeat the one that is named already."""
     other = None if name is None else find_version(name, base, versions, field)
@@ -136,7 +137,7 @@ def _other(
     return other
 
 
-def _parts(request: GenerationRequest, base: str, versions: Versions) -> list[Weighted] | None:
+def _parts(request: GenerationRequest, base: str, versions: Seen) -> list[Weighted] | None:
     """The parts of the mix that a request asks for, without those of weight 0; None if it asks for none."""
     if request.adapters is None:
         return None
@@ -157,8 +158,10 @@ def _parts(request: GenerationRequest, base: str, versions: Versions) -> list[We
     return parts
 
 
-def find_version(name: str, base: str, versions: Versions, param: str) -> AdapterVersion | None:
-    """The adapter that goes by a name, None for the base. Raises RequestError.
+def find_version(name: str, base: str, versions: Seen, param: str) -> AdapterVersion | None:
+    """The adapter that goes by a name, None for the base; `versions` are those that the caller sees.
+
+    Raises RequestError.
 
     A name may itself look like name@digest or base:adapter, so a name as it stands comes first.
     """
@@ -203,7 +206,7 @@ def _cards(request: Request) -> list[ModelCard]:
             max_model_len=services.max_model_len,
         )
 
-    named = services.catalog.versions.list()
+    named = services.catalog.versions.seen_by(caller_of(request)).list()
     return [
         card(base, services.started_at, None),
         *(card(version.name, version.record.created_at, base) for version in named),

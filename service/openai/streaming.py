@@ -14,6 +14,7 @@ from runtime.messages import SamplingParams
 from service.access import access_record
 from service.errors import EngineError, error_body
 from service.http import encode_json, json_response, until_disconnect
+from service.keys.caller import caller_of
 from service.openai.generation import Counted, Delta, Generation, Plan
 from service.openai.invocation import Prompt, alora_headers, require_applicable
 from service.openai.models import Adapters, adapters_in_use
@@ -91,11 +92,12 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
 
     Raises RequestError naming the field.
     """
-    body, record = call.body, access_record(request)
+    body, record, caller = call.body, access_record(request), caller_of(request)
     record.id, record.model = call.id, body.model
+    caller.usage.require_tokens()
     async with AsyncExitStack() as source:
         catalog = services.catalog
-        in_use = adapters_in_use(body, services.settings.served_name, catalog.versions, catalog.mixes)
+        in_use = adapters_in_use(body, services.settings.served_name, catalog.versions.seen_by(caller), catalog.mixes)
         adapters = await source.enter_async_context(in_use)
         refuse_unbuilt(body, built=call.built)
         require_applicable(body.alora, adapters.versions)
@@ -110,13 +112,16 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
             params=params,
             choices=choices or body.n or 1,
             stops=stop_strings(body),
-            cache_salt=body.cache_salt or "",
+            cache_salt=caller.salt(body.cache_salt),
+            tenant=caller.tenant,
             special=special,
             include_stop=bool(body.include_stop_str_in_output),
             seconds=_shortest(body.timeout, services.settings.request_timeout_seconds),
         )
-        services.engine.refuse_long_wait(plan.cache_salt, {prompt.adapter for prompt in prompts})
-        counted = Counted(services.metrics.series(adapters.label), services.metrics.vllm, record)
+        tenant = plan.tenant or plan.cache_salt
+        services.engine.refuse_long_wait(tenant, {prompt.adapter for prompt in prompts})
+        caller.usage.spend(sum(len(prompt.token_ids) for prompt in prompts))
+        counted = Counted(services.metrics.series(adapters.label), services.metrics.vllm, record, caller.usage)
         generation = Generation(plan, services.engine, services.tokenizer, counted, arrived)
         deltas = await source.enter_async_context(aclosing(generation.deltas()))
         headers = adapters.headers | alora_headers(prompts)

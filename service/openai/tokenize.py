@@ -7,6 +7,7 @@ from starlette.responses import Response
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError
 from service.http import json_response, read_json, until_disconnect
+from service.keys.caller import caller_of
 from service.openai.conversations import template_fields
 from service.openai.models import find_version
 from service.openai.prompts import encoding_of
@@ -50,11 +51,10 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, TokenizeRequest, services.bodies)
-    return await until_disconnect(request, _tokenize(services, body))
+    return await until_disconnect(request, _tokenize(services, body, _version(body.model, request)))
 
 
-async def _tokenize(services: Services, body: TokenizeRequest) -> Response:
-    version = _version(body.model, services)
+async def _tokenize(services: Services, body: TokenizeRequest, version: AdapterVersion | None) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(
             "invalid_field", "expected either prompt or messages", "messages" if body.prompt else "prompt"
@@ -95,13 +95,15 @@ async def tokenizer_info(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, DetokenizeRequest, services.bodies)
-    _version(body.model, services)
+    _version(body.model, request)
     check_token_ids(body.tokens, services.vocab_size, "tokens")
     return json_response(Detokenized(prompt=await services.tokenizer.shown_long(body.tokens)))
 
 
-def _version(name: str | None, services: Services) -> AdapterVersion | None:
+def _version(name: str | None, request: Request) -> AdapterVersion | None:
     """The adapter of that name. Adapters share the base's tokenizer, but may have a chat template of their own."""
     if name is None:
         return None
-    return find_version(name, services.settings.served_name, services.catalog.versions, "model")
+    services = services_of(request)
+    versions = services.catalog.versions.seen_by(caller_of(request))
+    return find_version(name, services.settings.served_name, versions, "model")

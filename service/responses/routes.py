@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from service.errors import EngineError, RequestError
 from service.http import encode_json, json_response, read_body, read_query, until_disconnect
+from service.keys.caller import Caller, caller_of
 from service.openai.chat import Chat
 from service.openai.generation import Delta, FinishReason
 from service.openai.known_fields import decode_request
@@ -40,7 +41,7 @@ async def create(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
     body = decode_request(await read_body(request, services.bodies), ResponsesRequest)
     check_request(body)
-    answer = Answer(services, body)
+    answer = Answer(services, body, caller_of(request))
     try:
         return await until_disconnect(request, _respond(request, services, answer, arrived))
     except RequestError as error:
@@ -50,12 +51,12 @@ async def create(request: Request) -> Response:
 class Answer:
     """One response: its chat, what the chat has given, and the bodies that tell of it."""
 
-    def __init__(self, services: Services, body: ResponsesRequest) -> None:
-        self.body, self._store = body, services.responses
+    def __init__(self, services: Services, body: ResponsesRequest, caller: Caller) -> None:
+        self.body, self._store, self._caller = body, services.responses, caller
         self._created_at = int(time.time())
         self._previous = None
         if body.previous_response_id is not None:
-            self._previous = services.responses.previous(body.previous_response_id)
+            self._previous = services.responses.previous(body.previous_response_id, caller)
         if len(body.input) > services.max_model_len and not isinstance(body.input, str):
             message = f"input: {len(body.input)} items are more than the {services.max_model_len} tokens of the context"
             raise RequestError("context_length_exceeded", message, "input")
@@ -79,7 +80,7 @@ class Answer:
         """The whole response, which is stored if it is to be."""
         response = self._now(usage)
         if response.store:
-            self._store.put(response, self._items, self._previous)
+            self._store.put(response, self._items, self._previous, self._caller.id)
         return response
 
     def last(self, response: ModelResponse) -> Event:
@@ -169,18 +170,18 @@ async def get(request: Request) -> Response:
     if read_query(request, ResponseQuery).stream:
         message = "stream: only a background response could be streamed again, and there are none: leave it out"
         raise RequestError("unsupported_parameter", message, "stream")
-    stored = services_of(request).responses.get(request.path_params["id"])
+    stored = services_of(request).responses.get(request.path_params["id"], caller_of(request))
     return json_response(stored.response)
 
 
 async def delete(request: Request) -> Response:
     id = request.path_params["id"]
-    services_of(request).responses.delete(id)
+    services_of(request).responses.delete(id, caller_of(request))
     return json_response(DeletedResponse(id=id))
 
 
 async def cancel(request: Request) -> Response:
-    services_of(request).responses.get(request.path_params["id"])
+    services_of(request).responses.get(request.path_params["id"], caller_of(request))
     message = (
         "only a background response can be cancelled, and background is not supported: close the connection instead"
     )
@@ -190,7 +191,7 @@ async def cancel(request: Request) -> Response:
 async def input_items(request: Request) -> Response:
     """The input of this response alone; that of the ones before it is theirs."""
     query = read_query(request, ItemsQuery)
-    items = services_of(request).responses.get(request.path_params["id"]).items
+    items = services_of(request).responses.get(request.path_params["id"], caller_of(request)).items
     if query.order == "desc":
         items.reverse()
     if query.after is not None:

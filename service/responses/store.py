@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from service.errors import RequestError
+from service.keys.caller import ANYONE, Caller
 from service.responses.schemas import Item, ModelResponse
 
 ENTRY_BYTES = 512  # what an entry takes besides its JSON
@@ -20,6 +21,7 @@ class Stored(NamedTuple):
     content: bytes
     input: bytes
     previous: "Stored | None"
+    owner: str | None  # the id of the key that made it
     size: int  # bytes, with all that came before
 
     @property
@@ -55,26 +57,28 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._stored)
 
-    def put(self, response: ModelResponse, items: list[Item], previous: Stored | None) -> None:
+    def put(
+        self, response: ModelResponse, items: list[Item], previous: Stored | None, owner: str | None = None
+    ) -> None:
         content, given = msgspec.json.encode(response), msgspec.json.encode(items)
         size = len(content) + len(given) + ENTRY_BYTES + (0 if previous is None else previous.size)
-        self._stored[response.id] = Stored(content, given, previous, size)
+        self._stored[response.id] = Stored(content, given, previous, owner, size)
         self.bytes += size
         while self.bytes > self._most_bytes:
             _, forgotten = self._stored.popitem(last=False)
             self.bytes -= forgotten.size
 
-    def get(self, id: str) -> Stored:
-        """A response, which is now the most recently used one. Raises RequestError."""
-        if id not in self._stored:
+    def get(self, id: str, caller: Caller = ANYONE) -> Stored:
+        """A response of a caller, which is now the most recently used one. Raises RequestError."""
+        if id not in self._stored or not caller.owns(self._stored[id].owner):
             raise RequestError("response_not_found", f"there is no response {id!r}: {self._forgotten}", "id")
         self._stored.move_to_end(id)
         return self._stored[id]
 
-    def previous(self, id: str) -> Stored:
+    def previous(self, id: str, caller: Caller = ANYONE) -> Stored:
         """The response that a request goes on from. Raises RequestError."""
         try:
-            return self.get(id)
+            return self.get(id, caller)
         except RequestError:
             message = (
                 f"previous_response_id: there is no response {id!r}: {self._forgotten}. "
@@ -82,9 +86,9 @@ class ResponseStore:
             )
             raise RequestError("previous_response_not_found", message, "previous_response_id") from None
 
-    def delete(self, id: str) -> None:
+    def delete(self, id: str, caller: Caller = ANYONE) -> None:
         """Forget a response. Raises RequestError."""
-        self.bytes -= self.get(id).size
+        self.bytes -= self.get(id, caller).size
         del self._stored[id]
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sys
+from collections.abc import Mapping
 
 import msgspec
 
@@ -25,8 +26,9 @@ class Sandbox:
     to one event loop.
     """
 
-    def __init__(self, module: str, places: int, seconds: float) -> None:
-        self._module, self._seconds = module, seconds
+    def __init__(self, module: str, places: int, seconds: float, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` is the whole one of the processes; None: that of this one."""
+        self._module, self._seconds, self._environment = module, seconds, environment
         self._places = asyncio.Semaphore(places)
         self._idle: list[asyncio.subprocess.Process] = []
 
@@ -63,6 +65,7 @@ class Sandbox:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
+            env=self._environment,
         )
         assert process.stdout is not None
         try:

@@ -33,7 +33,8 @@ class ChatTemplate(NamedTuple):
 class ChatTemplates:
     """Knows the server's own template, and renders any.
 
-    `own` has templates by name, as transformers knows them; `family` and `reasoning` override what templates say.
+    `own` has templates by name, as transformers knows them; `family` and `reasoning` override what templates say, and
+    `environment` is that of the processes which render; None: that of this one.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class ChatTemplates:
         *,
         family: Family | None = None,
         reasoning: ReasoningFamily | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._own, self._special_tokens = own, special_tokens
         self._family, self._reasoning = family, reasoning
-        self._sandbox = TemplateSandbox()
+        self._sandbox = TemplateSandbox(environment=environment)
         self._parsed: dict[str, ChatTemplate] = {}  # the oldest first
 
     async def of(self, text: str | None, *, tools: bool = False) -> ChatTemplate | None:

@@ -1,5 +1,7 @@
 """Rendering chat templates of strangers: in processes that end if a template runs for too long."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from service.sandbox.sandbox import JobFailed, Sandbox
@@ -13,9 +15,9 @@ PLACES = 4  # prompts that are rendered at one time; others wait
 class TemplateSandbox:
     """Owns the processes that render."""
 
-    def __init__(self, seconds: float = SECONDS) -> None:
+    def __init__(self, seconds: float = SECONDS, environment: Mapping[str, str] | None = None) -> None:
         self._seconds = seconds
-        self._sandbox = Sandbox("service.text.template_process", PLACES, seconds)
+        self._sandbox = Sandbox("service.text.template_process", PLACES, seconds, environment)
 
     async def render(self, template: str, conversation: Conversation) -> str:
         """The prompt. Raises InvalidChat, also for a template that takes longer than the limit."""

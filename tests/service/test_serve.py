@@ -149,3 +149,46 @@ def test_an_engine_does_not_outlive_a_service_that_was_killed(tiny_model: Path, 
         process.kill()
         process.wait(timeout=10)
         wait_until(lambda: not alive(engine))
+
+
+def test_a_service_with_keys_follows_their_file_and_keeps_secrets_from_its_engine(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+
+    def program(*argv: str) -> str:
+        command = [sys.executable, "-m", "service.keys", *argv, "--keys-file", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def models(key: str) -> int:
+        return httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+    secrets = {"ROOTSTOCK_API_KEY": "the-option", "AWS_SECRET_ACCESS_KEY": "of-aws", "HF_TOKEN": "hf_of-the-hub"}
+    secrets |= {"AWS_SESSION_TOKEN": "of-aws-too", "DATABASE_URL": "postgres://user:password@host"}
+    first = program("add", "first")
+    options = ("--load-format", "dummy", "--keys-file", str(file))
+    with service(tiny_model, tmp_path, *options, **secrets, CUDA_VISIBLE_DEVICES="", HF_HOME="/hub") as process:
+        url = said(process, r"at (http://127\.0\.0\.1:\d+)$")
+        engine = Path(f"/proc/{engine_of(process)}/environ").read_text().split("\0")
+        given = dict(variable.split("=", 1) for variable in engine if variable)
+        assert {"PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME", "OMP_NUM_THREADS"} <= given.keys()
+        assert not secrets.keys() & given.keys()
+        assert not [name for name, value in given.items() if value in secrets.values()]
+        assert [models(key) for key in (first, "the-option", "wrong")] == [200, 200, 401]
+        asked = {"model": tiny_model.name, "prompt": "hello", "max_tokens": 4}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, headers={"authorization": f"Bearer {first}"})
+        assert answer.json()["usage"]["completion_tokens"] >= 1
+        second = program("add", "second")
+        wait_until(lambda: models(second) == 200)
+        program("revoke", "first")
+        wait_until(lambda: models(first) == 401)
+        assert models(second) == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_broken_keys_file_ends_the_service_with_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{")
+    with service(tiny_model, tmp_path, "--keys-file", str(tmp_path / "keys.json")) as process:
+        assert "keys.json is no keys file" in said(process, "^rootstock: (.*)$")
+        assert process.wait(timeout=10) == 2

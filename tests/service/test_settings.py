@@ -13,7 +13,7 @@ import service.__main__
 from runtime.config import MIB, EngineConfig
 from service.__main__ import main
 from service.options.parser import Declared, declared, size, size_text
-from service.settings import Settings, read
+from service.settings import Settings, child_environment, read
 from tests.service.tiny_model import CONFIG
 
 
@@ -89,6 +89,8 @@ OPTIONS = {
     "--host": ("0.0.0.0", "host", "0.0.0.0"),
     "--port": ("0", "port", 0),
     "--api-key": ("a,key", "api_key", "a,key"),
+    "--keys-file": ("/etc/keys.json", "keys_file", Path("/etc/keys.json")),
+    "--share-cache-between-keys": ("yes", "share_cache_between_keys", True),
     "--open-metrics": ("yes", "open_metrics", True),
     "--insecure": ("yes", "insecure", True),
     "--max-connections": ("100", "max_connections", 100),
@@ -262,6 +264,16 @@ def test_the_command_line_wins_over_a_variable_and_an_options_own_variable_over_
     )
 
 
+def test_a_child_gets_the_variables_that_matter_to_it_and_no_secret() -> None:
+    names = "PATH HOME TMPDIR LD_LIBRARY_PATH LC_ALL PYTHONPATH XDG_CACHE_HOME CUDA_VISIBLE_DEVICES CUDA_HOME CXX "
+    names += "NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS MKL_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR HF_HOME "
+    names += "TRITON_INTERPRET TORCHINDUCTOR_CACHE_DIR HF_HUB_OFFLINE TOKENIZERS_PARALLELISM MALLOC_ARENA_MAX"
+    needed = dict.fromkeys(names.split(), "a value")
+    secrets = "ROOTSTOCK_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_PROFILE HF_TOKEN HUGGING_FACE_HUB_TOKEN "
+    secrets += "OPENAI_API_KEY DATABASE_URL GOOGLE_APPLICATION_CREDENTIALS PGPASSWORD MINIO_ROOT_PASSWORD"
+    assert child_environment(needed | dict.fromkeys(secrets.split(), "a secret")) == needed
+
+
 def test_an_empty_variable_sets_nothing() -> None:
     assert settings(ROOTSTOCK_API_KEY="", ROOTSTOCK_STORE="", PORT="", ROOTSTOCK_PREFIX_CACHE="") == settings()
 
@@ -360,7 +372,7 @@ def test_an_address_that_others_reach_needs_a_key_or_a_word(
     with pytest.raises(SystemExit) as end:
         main(argv, {})
     assert end.value.code == 2
-    assert "is not this machine's own address: set --api-key, or --insecure" in capsys.readouterr().err
+    assert "is not this machine's own address: set --keys-file or --api-key, or --insecure" in capsys.readouterr().err
     listening: list[str] = []
     monkeypatch.setattr(service.__main__, "serve", lambda settings, listener: record(listening, settings.host))
     for allowed in (["--api-key", "secret"], ["--insecure"]):
