@@ -3,6 +3,7 @@
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
+#   make test-page  the operators' page in headless Chromium, with screenshots in build/page: ARGS; in .venv-page
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract
@@ -13,7 +14,7 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients check bench bench-kv fmt openapi
+.PHONY: serve test test-quick test-clients test-page check bench bench-kv fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -28,6 +29,9 @@ test-quick: .venv/dev
 test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 	.venv-lm-eval/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_lm_eval.py $(ARGS)
+
+test-page: .venv/runtime .venv-page/made
+	.venv-page/bin/python -m pytest -c tests/page/pytest.ini tests/page $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff format --check .
@@ -76,4 +80,10 @@ openapi: .venv/runtime
 	@echo "environment: making .venv-lm-eval; torch is the large one, 200 MB or more"
 	@$(PYTHON) -m venv .venv-lm-eval
 	@.venv-lm-eval/bin/python -m pip install --disable-pip-version-check --requirement $<
+	@touch $@
+
+.venv-page/made: tests/page/requirements.txt
+	@echo "environment: making .venv-page, about 50 MB; the browser and its driver are Debian's chromium and chromium-driver"
+	@$(PYTHON) -m venv .venv-page
+	@.venv-page/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@

@@ -42,6 +42,7 @@ from service.openai.completions import completions
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
 from service.openai.tokenize import detokenize, tokenize, tokenizer_info
+from service.page import routes as page
 from service.responses import routes as responses
 from service.responses.store import ResponseStore
 from service.services import Services
@@ -63,6 +64,7 @@ routes = [
     *dialects.routes,
     *kv.routes,
     *control.routes,
+    *page.routes,
     Route("/invocations", invocations, methods=["POST"]),
     Route("/inference/v1/generate", generate, methods=["POST"]),
     Route("/health", health),
@@ -72,8 +74,9 @@ routes = [
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 ]
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"})  # no key needed
-WATCHED_PATHS = OPEN_PATHS | {"/metrics"}  # answered while the service drains
+HEALTH_PATHS = frozenset({"/health", "/health/ready", "/ping"})
+OPEN_PATHS = HEALTH_PATHS | page.PATHS  # no key needed
+WATCHED_PATHS = HEALTH_PATHS | {"/metrics"}  # answered while the service drains
 SHOWN_HEADERS = (  # to scripts of other origins
     "etag",
     "location",
