@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,39 @@ def test_memory_and_load_are_drawn_and_a_namespace_is_dropped(page: Page, aurora
     page.press(of_aurora().find_element(By.CSS_SELECTOR, "button").get_attribute("aria-label"))
     page.until(lambda: of_aurora().find_elements(By.CSS_SELECTOR, "td")[1].text == "0", "the end of its blocks")
     assert cached() == 0
+
+
+def test_quantiles_lie_in_the_buckets_of_the_true_ones(page: Page) -> None:
+    """Of what came between two readings: random times, counted by bounds as Prometheus counts them."""
+    page.open()
+    metrics = page.find("script").get_attribute("src").replace("main.js", "metrics.js")
+    source = """
+        const [address, before, after, shares, done] = arguments;
+        import(address).then(({ histogram, parse, quantile }) => {
+            const of = (text) => histogram(parse(text, new Set(["t_bucket"])), "t");
+            done(shares.map((share) => quantile(of(before), of(after), share)));
+        });
+    """
+    chance, bounds = random.Random(7), [0.01, 0.05, 0.2, 1.0, math.inf]
+    shares = [0.05, 0.5, 0.95]
+
+    def text(times: list[float]) -> str:
+        counts = [(bound, sum(time <= bound for time in times)) for bound in bounds]
+        lines = [
+            f't_bucket{{adapter="x y",le="{"+Inf" if bound == math.inf else bound}"}} {count}.0'
+            for bound, count in counts
+        ]
+        return "\n".join(["# TYPE t histogram", *lines, "t_count 1.0", ""])
+
+    for size in (1, 2, 7, 100):
+        old, new = ([chance.uniform(0, 1) ** 3 for _ in range(size)] for _ in range(2))
+        found = page.driver.execute_async_script(source, metrics, text(old), text(old + new), shares)
+        for share, value in zip(shares, found, strict=True):
+            true = sorted(new)[math.ceil(share * size) - 1]
+            upper = next(bound for bound in bounds if true <= bound)
+            lower = max((bound for bound in bounds if bound < upper), default=0.0)
+            assert lower <= value <= upper, (size, share, true, value)
+    assert page.driver.execute_async_script(source, metrics, text([0.1]), text([0.1]), shares) == [None] * 3
 
 
 def test_a_hidden_page_asks_nothing(page: Page) -> None:

@@ -45,7 +45,7 @@ async function readMetrics() {
 /** Who serves; asked until it is known. */
 async function introduce() {
   const [{ data }, { version, dtype, kernels }] = await Promise.all([getJson("v1", "models"), getJson("version")]);
-  base = data.find(({ parent }) => parent === null).id;
+  base = (data.find(({ parent }) => parent === null) ?? data[0]).id;
   setText(byId("model"), base);
   setText(byId("version"), ["version " + version, kernels && `${kernels} kernels`, dtype].filter(Boolean).join(" · "));
   document.title = `${base} · Rootstock`;

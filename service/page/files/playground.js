@@ -11,10 +11,10 @@ export class Playground {
   constructor() {
     this.notices = new Notices(byId("ask-form"));
     byId("add-column").addEventListener("click", () => this.#add(byId("add-model").value));
-    byId("stop").addEventListener("click", () => this.#running?.abort());
+    byId("stop").addEventListener("click", () => this.#columns.forEach((column) => column.stop()));
     byId("ask-form").addEventListener("submit", (event) => {
       event.preventDefault();
-      if (this.#running === null) this.#ask();
+      if (!this.#running) this.#ask();
     });
     byId("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask-form").requestSubmit();
@@ -23,7 +23,7 @@ export class Playground {
 
   #columns = [];
   #options = new Map();
-  #running = null; // the AbortController of answers that come
+  #running = false; // whether answers come
 
   /** Say which models there are; the first is the base. */
   update(models) {
@@ -45,6 +45,7 @@ export class Playground {
   }
 
   #remove(column) {
+    column.stop();
     this.#columns = this.#columns.filter((other) => other !== column);
     column.node.remove();
     byId("add-model").focus();
@@ -59,11 +60,11 @@ export class Playground {
       stream_options: { include_usage: true },
     };
     if (byId("logprobs").checked) Object.assign(shared, { logprobs: true, top_logprobs: ALTERNATIVES });
-    this.#running = new AbortController();
+    this.#running = true;
     byId("stop").disabled = false;
-    await Promise.all(this.#columns.map((column) => column.ask(shared, this.#running.signal)));
+    await Promise.all(this.#columns.map((column) => column.ask(shared)));
     byId("stop").disabled = true;
-    this.#running = null;
+    this.#running = false;
   }
 }
 
@@ -86,8 +87,15 @@ class Column {
   #alternatives;
   #text;
   #notices;
+  #call = null; // the AbortController of an answer that comes
 
-  async ask(shared, signal) {
+  stop() {
+    this.#call?.abort();
+  }
+
+  async ask(shared) {
+    this.#call = new AbortController();
+    const { signal } = this.#call;
     this.#notices.clear();
     this.#alternatives.replaceChildren();
     this.#text.clear();
@@ -101,6 +109,7 @@ class Column {
       if (error.name === "AbortError") seen.finish = "stopped here";
       else this.#notices.error(error, `Asking ${this.model}`);
     }
+    this.#text.end();
     setText(this.#facts, factsOf(seen));
   }
 
@@ -171,16 +180,24 @@ class TokenText {
     for (const token of tokens) {
       this.#waiting.push(token);
       const text = this.#decoder.decode(new Uint8Array(token.bytes), { stream: true });
-      if (text === "") continue;
-      const likely = Math.min(...this.#waiting.map(({ logprob }) => Math.exp(logprob)));
-      const unsure = likely < 0.2 ? "3" : likely < 0.5 ? "2" : likely < 0.9 ? "1" : "0";
-      // Not a button element, whose text would not flow over lines
-      const tabindex = this.node.firstElementChild === null ? "0" : "-1";
-      const piece = element("span", { role: "button", tabindex, "aria-pressed": "false", "data-unsure": unsure }, text);
-      this.#tokens.set(piece, this.#waiting);
-      this.#waiting = [];
-      this.node.append(piece);
+      if (text !== "") this.#addPiece(text);
     }
+  }
+
+  /** Show what is left of a character that was never completed. */
+  end() {
+    if (this.#waiting.length) this.#addPiece(this.#decoder.decode() || "\ufffd");
+  }
+
+  #addPiece(text) {
+    const likely = Math.min(...this.#waiting.map(({ logprob }) => Math.exp(logprob)));
+    const unsure = likely < 0.2 ? "3" : likely < 0.5 ? "2" : likely < 0.9 ? "1" : "0";
+    // Not a button element, whose text would not flow over lines
+    const tabindex = this.node.firstElementChild === null ? "0" : "-1";
+    const piece = element("span", { role: "button", tabindex, "aria-pressed": "false", "data-unsure": unsure }, text);
+    this.#tokens.set(piece, this.#waiting);
+    this.#waiting = [];
+    this.node.append(piece);
   }
 
   #onKey(event) {
