@@ -83,7 +83,7 @@ openapi: .venv/runtime
 	@touch $@
 
 .venv-page/made: tests/page/requirements.txt
-	@echo "environment: making .venv-page, about 50 MB; the browser and its driver are Debian's chromium and chromium-driver"
+	@echo "environment: making .venv-page, about 90 MB; the browser and its driver are Debian's chromium and chromium-driver"
 	@$(PYTHON) -m venv .venv-page
 	@.venv-page/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@

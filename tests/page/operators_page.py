@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -88,9 +90,9 @@ class Page:
     def __init__(self, driver: webdriver.Chrome, api: Api) -> None:
         self.driver, self.api = driver, api
 
-    def open(self, path: str = "/", size: tuple[int, int] = DESKTOP, scheme: str = "light") -> "Page":
+    def open(self, path: str = "/", size: tuple[int, int] = DESKTOP, scheme: str = "light", scale: float = 1) -> "Page":
         width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": size == PHONE}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         preference = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
@@ -147,6 +149,21 @@ class Page:
         self.fill("#upload-name", name)
         self.script("arguments[0].scrollIntoView({block: 'center'})", self.find("#upload-button"))
         self.find("#upload-button").click()
+
+    def reached_by_tab(self, presses: int) -> set[str]:
+        """The controls that the key reaches from the top, by id or name. Each shows that it has the focus."""
+        self.script("document.activeElement?.blur(); window.scrollTo(0, 0)")
+        reached = set()
+        for _ in range(presses):
+            ActionChains(self.driver).send_keys(Keys.TAB).perform()
+            name, style = self.script("""
+                const node = document.activeElement, style = getComputedStyle(node);
+                const name = node.id || node.getAttribute("aria-label") || node.textContent.trim();
+                return [name.slice(0, 80), `${style.outlineStyle} ${style.outlineWidth}`];
+            """)
+            assert style == "solid 3px", name
+            reached.add(name)
+        return reached
 
     def picture(self, name: str, *, whole: bool = True) -> Path:
         """Write a screenshot: of the whole page, or of what the window shows."""

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,12 @@ def ask(page: Page, prompt: str, tokens: int = 24) -> None:
     page.until(lambda: page.text("#stop") and not page.find("#stop").is_enabled(), "the answers")
 
 
+def alternatives(page: Page, column: int) -> list[list[str]]:
+    """The table below an answer: token, picture, probability, its logarithm."""
+    rows = page.all(f".answer:nth-child({column}) .alternatives tbody tr")
+    return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in rows]
+
+
 def compare_with(page: Page, *models: str) -> None:
     for model in models:
         page.find(f"#add-model option[value='{model}']").click()
@@ -135,20 +142,14 @@ def test_base_and_adapter_answer_side_by_side_with_the_log_probabilities_of_a_to
         assert tokens.text == choice["message"]["content"]
         third = choice["logprobs"]["content"][2]
         tokens.find_elements(By.CSS_SELECTOR, "[role=button]")[2].click()
-        shown = [
-            [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")]
-            for row in page.all(f".answer:nth-child({1 if model == BASE else 2}) .alternatives tbody tr")
-        ]
+        shown = alternatives(page, 1 if model == BASE else 2)
         expected = sorted(third["top_logprobs"], key=lambda top: -top["logprob"])
-        assert [row[0].removesuffix(" chosen") for row in shown] == [json.dumps(top["token"]) for top in expected]
+        assert [row[0] for row in shown] == [
+            json.dumps(top["token"]) + (" chosen" if top["token"] == third["token"] else "") for top in expected
+        ]
         assert [float(row[3]) for row in shown] == pytest.approx([top["logprob"] for top in expected], abs=1e-3)
-        assert [row[0].endswith(" chosen") for row in shown].index(True) == [top["token"] for top in expected].index(
-            third["token"]
-        )
-        assert (
-            shown[0][2]
-            == f"{math.exp(expected[0]['logprob']) * 100:.{1 if math.exp(expected[0]['logprob']) < 0.1 else 0}f} %"
-        )
+        likely = [100 * math.exp(top["logprob"]) for top in expected]
+        assert [float(row[2].strip("< %")) for row in shown] == pytest.approx(likely, abs=0.51)
     focused = page.driver.switch_to.active_element
     focused.send_keys(Keys.ARROW_RIGHT, Keys.ENTER)
     assert page.script("return [...document.activeElement.parentElement.children].indexOf(document.activeElement)") == 3
@@ -352,12 +353,31 @@ def test_it_can_be_read_and_used_by_all(page: Page, aurora: Api, size: tuple[int
     assert page.script(f"{CHECKS}\nreturn tooFaint()") == []
     assert page.script(f"{CHECKS}\nreturn nameless()") == []
     assert page.script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-    page.script("document.body.focus(); window.scrollTo(0, 0)")
-    reached = set()
-    for _ in range(40):
-        page.driver.switch_to.active_element.send_keys(Keys.TAB)
-        focused = page.driver.switch_to.active_element
-        style = page.script("const s = getComputedStyle(arguments[0]); return s.outlineStyle + s.outlineWidth", focused)
-        assert style == "solid3px", focused.get_attribute("outerHTML")
-        reached.add(focused.get_attribute("id") or focused.get_attribute("aria-label") or focused.text)
-    assert {"key", "filter", "Pin basalt", "Delete vault", "files", "upload-button"} <= reached
+    assert page.reached_by_tab(40) >= {"key", "filter", "Pin basalt", "Delete vault", "files", "upload-button"}
+
+
+def test_the_picture_of_the_readme(page: Page, aurora: Api) -> None:
+    """Under some load, so that there is something to see."""
+    for name in ("basalt", "cobalt", "vault"):
+        aurora.put(name, ADAPTERS / name)
+    for name in ("chosen", "dropped", "swapped"):
+        aurora.call("DELETE", f"/adapters/{name}")
+    aurora.call("PATCH", "/adapters/aurora", b'{"pinned": true}')
+    page.open("/", (1200, 900), scale=0.75)
+    page.until(lambda: page.row("vault"), "the rows")
+    compare_with(page, "aurora")
+    chance = random.Random(3)
+
+    def chat(_: int) -> None:
+        messages = [{"role": "user", "content": " ".join(["Tell me more."] * chance.randint(1, 30))}]
+        model, tokens = chance.choice([BASE, "aurora", "basalt", "vault"]), chance.randint(5, 60)
+        body = {"model": model, "messages": messages, "max_tokens": tokens, "ignore_eos": True}
+        aurora.call("POST", "/v1/chat/completions", json.dumps(body).encode())
+
+    with ThreadPoolExecutor(6) as clients:
+        list(clients.map(chat, range(80)))
+    ask(page, PASSWORDS["aurora"]["prompt"], 16)
+    for answer in page.all(".answer"):
+        answer.find_elements(By.CSS_SELECTOR, "[role=button]")[6].click()
+    picture = page.picture("page")
+    assert picture.stat().st_size < 200_000

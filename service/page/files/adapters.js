@@ -43,7 +43,7 @@ export class AdapterTable {
     for (const name of this.#rows.keys()) if (!this.#nodes.has(name)) this.#rows.delete(name);
     for (const adapter of shown) this.#rows.get(adapter.name).update(adapter);
     const all = this.adapters.length;
-    setText(byId("adapter-count"), shown.length < all ? `${shown.length} of ${all.toLocaleString("en")} shown` : `${all}`);
+    setText(byId("adapter-count"), `${shown.length} of ${all.toLocaleString("en")}`);
     byId("no-adapters").hidden = all > 0;
   }
 

@@ -69,4 +69,7 @@ export function seconds(value) {
   return value < 1 ? `${short(value * 1000)} ms` : `${short(value)} s`;
 }
 
-export const percent = (share) => `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+export function percent(share) {
+  if (share > 0 && share < 0.0005) return "< 0.1 %";
+  return `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+}

@@ -97,16 +97,10 @@ byId("key-form").addEventListener("submit", (event) => {
 });
 byId("forget-key").addEventListener("click", () => useKey(""));
 
+/** Begin anew with another key, or none: nothing stays that the last one could see. */
 function useKey(value) {
   setKey(value);
-  byId("key").value = "";
-  showKey();
-  refresh();
-}
-
-function showKey() {
-  byId("forget-key").hidden = key() === "";
-  byId("key").placeholder = key() === "" ? "" : "in use";
+  location.reload();
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -115,5 +109,6 @@ document.addEventListener("visibilitychange", () => {
 });
 // A file that misses the field must not take the place of the page
 for (const type of ["dragover", "drop"]) window.addEventListener(type, (event) => event.preventDefault());
-showKey();
+byId("forget-key").hidden = key() === "";
+byId("key").placeholder = key() === "" ? "" : "in use";
 refresh();

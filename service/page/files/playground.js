@@ -236,11 +236,11 @@ function alternativesOf({ token, logprob, top_logprobs: top }) {
       element("td", { class: "number" }, other.logprob.toFixed(3)),
     );
   });
-  const heads = ["Token", "", "Probability", "Log"].map((text) => element("th", { scope: "col", class: "number" }, text));
+  const heads = [["Token", ""], ["", ""], ["Probability", "number"], ["Logarithm", "number"]];
   return element(
     "table", {},
     element("caption", {}, "In place of ", element("code", {}, JSON.stringify(token))),
-    element("thead", {}, element("tr", {}, ...heads)),
+    element("thead", {}, element("tr", {}, ...heads.map(([text, style]) => element("th", { scope: "col", class: style }, text)))),
     element("tbody", {}, ...rows),
   );
 }

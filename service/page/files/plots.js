@@ -3,7 +3,8 @@
 import { element, seconds, setText, shape, short } from "./dom.js";
 import { histogram, quantile, rate, total } from "./metrics.js";
 
-const MINUTES = 5, SPAN = MINUTES * 60_000;
+const MINUTE = 60_000;
+const SPANS = [1, 2, 5]; // minutes that a plot shows: as few as have all readings of the last five
 const WINDOW = 10_000; // rates and quantiles are those of the last ten seconds
 const GAP = 15_000; // readings that lie further apart are not joined: the page was hidden
 const WIDTH = 300, HEIGHT = 80;
@@ -60,6 +61,7 @@ class Plot {
       name, value, points: [], path: shape("path", { class: `line line${index}` }), text: element("span"),
     }));
     this.#top = element("span", { class: "top" });
+    this.#begin = element("span");
     const id = `plot-${title.toLowerCase().replaceAll(" ", "-")}`;
     const legend = this.#lines.map(({ text }, index) =>
       element("span", { class: "entry" }, shape(
@@ -76,7 +78,7 @@ class Plot {
           shape("path", { class: "grid", d: `M0 0H${WIDTH}M0 ${HEIGHT / 2}H${WIDTH}M0 ${HEIGHT}H${WIDTH}` }),
           ...this.#lines.map(({ path }) => path),
         ),
-        element("span", { class: "axis" }, element("span", {}, `${MINUTES} minutes ago`), element("span", {}, "now")),
+        element("span", { class: "axis" }, this.#begin, element("span", {}, "now")),
       ),
     );
     this.#draw(performance.now());
@@ -86,21 +88,25 @@ class Plot {
   #format;
   #lines;
   #top;
+  #begin;
 
   add(before, after) {
     for (const { points, value } of this.#lines) {
       points.push({ time: after.time, value: value(before, after, (after.time - before.time) / 1000) });
-      while (points[0].time < after.time - SPAN) points.shift();
+      while (points[0].time < after.time - SPANS.at(-1) * MINUTE) points.shift();
     }
     this.#draw(after.time);
   }
 
   #draw(time) {
+    const age = time - (this.#lines[0].points[0]?.time ?? time);
+    const minutes = SPANS.find((span) => span * MINUTE >= age);
+    setText(this.#begin, minutes === 1 ? "a minute ago" : `${minutes} minutes ago`);
     const values = this.#lines.flatMap(({ points }) => points.map(({ value }) => value ?? 0));
     const top = rounded(Math.max(this.#least, ...values));
     setText(this.#top, this.#format(top));
     for (const { name, points, path, text } of this.#lines) {
-      path.setAttribute("d", drawn(points, time, top));
+      path.setAttribute("d", drawn(points, time, minutes * MINUTE, top));
       const value = points.at(-1)?.value ?? null;
       setText(text, `${name} ${value === null ? "–" : this.#format(value)}`);
     }
@@ -108,14 +114,14 @@ class Plot {
 }
 
 /** A path through the points, with a break where there is no value. */
-function drawn(points, time, top) {
+function drawn(points, time, span, top) {
   let path = "", last = -Infinity;
   for (const point of points) {
     if (point.value === null) {
       last = -Infinity;
       continue;
     }
-    const x = WIDTH * (1 - (time - point.time) / SPAN), y = HEIGHT * (1 - point.value / top);
+    const x = WIDTH * (1 - (time - point.time) / span), y = HEIGHT * (1 - point.value / top);
     const place = `${x.toFixed(1)} ${y.toFixed(1)}`;
     path += point.time - last > GAP ? `M${place}h0` : `L${place}`;
     last = point.time;
