@@ -43,3 +43,15 @@ function nameless() {
     || node.textContent.trim();
   return controls.filter((node) => !named(node)).map((node) => node.outerHTML.slice(0, 200));
 }
+
+/** Elements that reach beyond the inside of their section, as their HTML. */
+function outside() {
+  const found = [];
+  for (const section of document.querySelectorAll("section")) {
+    const end = section.getBoundingClientRect().right - parseFloat(getComputedStyle(section).paddingRight);
+    for (const node of section.querySelectorAll(":not(svg, svg *)")) {
+      if (node.checkVisibility() && node.getBoundingClientRect().right > end + 1) found.push(node.outerHTML.slice(0, 200));
+    }
+  }
+  return found;
+}

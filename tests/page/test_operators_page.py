@@ -352,6 +352,7 @@ def test_it_can_be_read_and_used_by_all(page: Page, aurora: Api, size: tuple[int
     page.picture(f"{'desktop' if size == DESKTOP else 'phone'}-{scheme}")
     assert page.script(f"{CHECKS}\nreturn tooFaint()") == []
     assert page.script(f"{CHECKS}\nreturn nameless()") == []
+    assert page.script(f"{CHECKS}\nreturn outside()") == []
     assert page.script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     assert page.reached_by_tab(40) >= {"key", "filter", "Pin basalt", "Delete vault", "files", "upload-button"}
 
@@ -363,7 +364,7 @@ def test_the_picture_of_the_readme(page: Page, aurora: Api) -> None:
     for name in ("chosen", "dropped", "swapped"):
         aurora.call("DELETE", f"/adapters/{name}")
     aurora.call("PATCH", "/adapters/aurora", b'{"pinned": true}')
-    page.open("/", (1200, 900), scale=0.75)
+    page.open("/", (1120, 900), scale=0.75)
     page.until(lambda: page.row("vault"), "the rows")
     compare_with(page, "aurora")
     chance = random.Random(3)
