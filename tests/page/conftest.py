@@ -32,7 +32,7 @@ def server() -> Iterator[Api]:
 
 @pytest.fixture(scope="session")
 def locked_server() -> Iterator[Api]:
-    with started("--api-key", "open sesame") as url:
+    with started("--api-key", "open sesame", "--max-upload-bytes", "2M") as url:
         yield Api(url, "open sesame")
 
 

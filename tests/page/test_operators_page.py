@@ -307,7 +307,16 @@ def show(page: Page, *, hidden: bool) -> None:
     page.script(source, hidden)
 
 
-def test_a_server_with_a_key_shows_nothing_without_it(locked_page: Page) -> None:
+def refused_before_it_is_sent(page: Page, directory: Path) -> None:
+    """A refusal that comes in the middle of an upload is read nevertheless."""
+    (directory / FILES[0]).write_text("{}")
+    with (directory / FILES[1]).open("wb") as file:
+        file.truncate(64 * 2**20)
+    page.choose("large", *(directory / file for file in FILES))
+    page.says("#upload-form .notices", "status 413")
+
+
+def test_a_server_with_a_key_shows_nothing_without_it(locked_page: Page, tmp_path: Path) -> None:
     page = locked_page.open("/ui")
     page.script("sessionStorage.clear()")
     page.open("/ui")
@@ -327,6 +336,7 @@ def test_a_server_with_a_key_shows_nothing_without_it(locked_page: Page) -> None
     compare_with(page, "secret")
     ask(page, PASSWORDS["aurora"]["prompt"])
     assert PASSWORDS["aurora"]["password"] in page.all(".answer .tokens")[1].text
+    refused_before_it_is_sent(page, tmp_path)
     page.open("/ui")
     page.says("#model", BASE)
     page.press("Forget")
