@@ -3,6 +3,7 @@
 // Found from this file's own address, so that the page works below a path of a proxy as well.
 const ROOT = new URL("../../", import.meta.url);
 const KEY = "rootstock.key";
+const PATIENCE = 15_000; // milliseconds for what is only read; a load or an upload takes its time
 
 export function key() {
   return sessionStorage.getItem(KEY) ?? "";
@@ -31,6 +32,7 @@ export function headers(given = {}) {
 }
 
 export async function call(method, url, { body, given, signal } = {}) {
+  signal ??= method === "GET" ? AbortSignal.timeout(PATIENCE) : undefined;
   const sent = body === undefined ? given : { "content-type": "application/json", ...given };
   const text = body === undefined ? undefined : JSON.stringify(body);
   let answer;

@@ -43,7 +43,7 @@ def test_the_page_and_its_files_come_without_a_key_and_nothing_else_does(locked:
         assert locked.client.get(path).status_code == 401, path
 
 
-def test_scripts_import_only_scripts_of_the_page(server: LiveServer) -> None:
+def test_scripts_import_only_scripts_of_the_page() -> None:
     folder = next(path for path in PATHS if path.endswith("main.js")).removesuffix("main.js")
     imported = {name for module in MODULES for name in re.findall(r'from "\./([^"]*)"', module.read_text())}
     assert {f"{folder}{name}" for name in {*imported, "main.js"}} == {path for path in PATHS if path.endswith(".js")}
