@@ -10,7 +10,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from tests.page.operators_page import Api, Page, complaints, started
+from tests.page.operators_page import ADAPTERS, Api, Page, complaints, started
 
 OPTIONS = (
     "--headless=new",
@@ -26,7 +26,8 @@ OPTIONS = (
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Api]:
-    with started("--host-kv-bytes", "64M", "--kv-cache-bytes", "64M", "--adapter-bytes", "64M") as url:
+    memory = ("--host-kv-bytes", "64M", "--kv-cache-bytes", "64M", "--adapter-bytes", "64M")
+    with started(*memory, "--allow-source", f"file://{ADAPTERS}") as url:
         yield Api(url)
 
 

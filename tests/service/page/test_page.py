@@ -125,3 +125,7 @@ def test_the_files_are_part_of_the_package() -> None:
     assert "service.page" in tool["packages"]
     packed = {path for pattern in tool["package-data"]["service.page"] for path in FILES.parent.glob(pattern)}
     assert packed == set(FILES.iterdir())
+
+
+def test_the_picture_of_the_readme_is_small() -> None:
+    assert FILES.with_name("page.png").stat().st_size < 200_000
