@@ -4,6 +4,7 @@
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
 #   make test-s3 the store's and the catalog's tests on a real S3 server: ROOTSTOCK_TEST_S3_ENDPOINT=http://…, and AWS_… credentials
+#   make test-page  the operators' page in headless Chromium, with screenshots in build/page: ARGS; in .venv-page
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract, and the page of options
@@ -14,7 +15,7 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients test-s3 check bench bench-kv fmt openapi
+.PHONY: serve test test-quick test-clients test-page test-s3 check bench bench-kv fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -29,6 +30,9 @@ test-quick: .venv/dev
 test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 	.venv-lm-eval/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_lm_eval.py $(ARGS)
+
+test-page: .venv/runtime .venv-page/made
+	.venv-page/bin/python -m pytest -c tests/page/pytest.ini tests/page $(ARGS)
 
 test-s3: .venv/dev
 	@test -n "$(ROOTSTOCK_TEST_S3_ENDPOINT)" || { echo "name an S3 server in ROOTSTOCK_TEST_S3_ENDPOINT, and its credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"; exit 2; }
@@ -82,4 +86,10 @@ openapi: .venv/runtime
 	@echo "environment: making .venv-lm-eval; torch is the large one, 200 MB or more"
 	@$(PYTHON) -m venv .venv-lm-eval
 	@.venv-lm-eval/bin/python -m pip install --disable-pip-version-check --requirement $<
+	@touch $@
+
+.venv-page/made: tests/page/requirements.txt
+	@echo "environment: making .venv-page, about 90 MB; the browser and its driver are Debian's chromium and chromium-driver"
+	@$(PYTHON) -m venv .venv-page
+	@.venv-page/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@

@@ -26,6 +26,7 @@ from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import models, schemas, tokenize
 from service.options import in_force
+from service.page import routes as page
 from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
@@ -47,6 +48,7 @@ MODULES = (
     errors,
     health,
     in_force,
+    page,
 )
 
 
@@ -122,6 +124,7 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
     if schema is None:
         return {"description": "Done; no body."}
     content: dict[str, Any] = {operation.media: {"schema": as_schema(schema)}}
+    content |= {media: {"schema": {"type": "string"}} for media in operation.texts}
     if operation.streams:
         kinds = " or a ".join(kind.__name__ for kind in operation.streams)
         text = f"Server-sent events, each the JSON of a {kinds}; the last is [DONE]."

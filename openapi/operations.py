@@ -33,6 +33,7 @@ from service.openai.schemas import (
 )
 from service.openai.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizerInfo
 from service.options.in_force import ConfigInForce
+from service.page.routes import Links
 from service.responses.schemas import (
     EVENTS,
     DeletedResponse,
@@ -43,7 +44,8 @@ from service.responses.schemas import (
     ResponsesRequest,
 )
 
-JSON, TEXT = "application/json", "text/plain"
+JSON, TEXT, HTML = "application/json", "text/plain", "text/html"
+STRING = {"type": "string"}
 REFERENCE = "#/components/schemas/{name}"
 BINARY = {"type": "string", "contentMediaType": "application/octet-stream"}
 BUNDLE = {
@@ -96,6 +98,7 @@ class Operation(NamedTuple):
     streams: tuple[type, ...] = ()  # the Structs that an event can be, if the answer can be a stream
     named_events: bool = False  # whether the events have the names of their types
     media: str = JSON  # content type of the answer
+    texts: tuple[str, ...] = ()  # other content types that it may have, each a text
     answer_headers: Mapping[str, str] = {}  # descriptions by name
 
 
@@ -253,4 +256,18 @@ OPERATIONS = {
     ),
     ("GET", "/metrics"): Operation("Metrics in Prometheus' format.", {200: {"type": "string"}}, media=TEXT),
     ("GET", "/openapi.json"): Operation("This contract.", {200: {"type": "object"}}),
+    ("GET", "/"): Operation(
+        "The operators' page; links for a program that accepts JSON and no HTML.",
+        {200: Links, 304: None},
+        headers=("If-None-Match",),
+        texts=(HTML,),
+    ),
+    ("GET", "/ui"): Operation("The operators' page.", {200: STRING, 304: None}, headers=("If-None-Match",), media=HTML),
+    ("GET", "/ui/{version}/{file}"): Operation(
+        "A file of the page.",
+        {200: STRING, 304: None},
+        headers=("If-None-Match",),
+        media="text/javascript",
+        texts=("text/css", "image/svg+xml"),
+    ),
 }

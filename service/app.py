@@ -35,7 +35,7 @@ from service.ingest.imports import Imports
 from service.ingest.sources import Sources
 from service.keys.keys import Keys
 from service.keys.require import RequireKey
-from service.keys.scopes import OPEN_PATHS, guarded
+from service.keys.scopes import OPEN_ROUTES, guarded
 from service.kv import control
 from service.kv import routes as kv
 from service.kv.prefixes import Prefixes
@@ -45,6 +45,7 @@ from service.openai.completions import completions
 from service.openai.models import get_model, list_models
 from service.openai.prompts import PromptEncoder
 from service.openai.tokenize import detokenize, tokenize, tokenizer_info
+from service.page import routes as page
 from service.responses import routes as responses
 from service.responses.store import ResponseStore
 from service.services import Services
@@ -67,6 +68,7 @@ routes = [
     *dialects.routes,
     *kv.routes,
     *control.routes,
+    *page.routes,
     Route("/invocations", invocations, methods=["POST"]),
     Route("/inference/v1/generate", generate, methods=["POST"]),
     Route("/health", health),
@@ -77,7 +79,8 @@ routes = [
     Route("/metrics", metrics),
     Route("/openapi.json", openapi),
 ]
-WATCHED_PATHS = OPEN_PATHS | {"/metrics"}  # answered while the service drains
+OPEN_PATHS = OPEN_ROUTES | page.PATHS  # no key needed
+WATCHED_PATHS = frozenset({"/health", "/health/ready", "/ping", "/metrics"})  # answered while the service drains
 SHOWN_HEADERS = (  # to scripts of other origins
     "etag",
     "location",

@@ -79,6 +79,7 @@ INNER = {
         "service.source_urls",
     },
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
+    "service.page": {"service.errors", "service.http"},
     "service.sandbox": set(),
     "service.grammars": {"service.errors", "service.sandbox"},
     "service.openai": {

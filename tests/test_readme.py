@@ -38,6 +38,7 @@ NOT_RUN = {
     "make test": "runs the tests, this one among them",
     "make test-quick": "runs some of these tests",
     "make test-clients": "makes an environment of its own from the network",
+    "make test-page": "makes an environment of its own from the network, and needs a browser",
     "make check": "runs beside the tests",
     "make bench": "takes many minutes",
 }

@@ -66,8 +66,11 @@ SCOPES: Mapping[tuple[str, str], frozenset[caller.Scope]] = {
     ("GET", "/health"): _OPEN,
     ("GET", "/health/ready"): _OPEN,
     ("GET", "/ping"): _OPEN,
+    ("GET", "/"): _OPEN,
+    ("GET", "/ui"): _OPEN,
+    ("GET", "/ui/{version}/{file}"): _OPEN,
 }
-OPEN_PATHS = frozenset(path for (_, path), needed in SCOPES.items() if not needed)
+OPEN_ROUTES = frozenset(path for (_, path), needed in SCOPES.items() if not needed)
 
 
 class RequireScope:

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from runtime.output.logs import fields_of
-from service.app import routes
+from service.app import OPEN_PATHS, routes
 from service.keys.caller import ALL_SCOPES
-from service.keys.scopes import OPEN_PATHS, SCOPES
+from service.keys.scopes import OPEN_ROUTES, SCOPES
 from tests.service.keys.keyed_server import Keyed, keyed_server, refusal
 from tests.service.live_server import wait_until
 
@@ -34,7 +34,7 @@ def filled(path: str) -> str:
 
 def test_every_route_has_its_scopes_and_nothing_else_has() -> None:
     assert set(SCOPES) == set(CALLS)
-    assert set(OPEN_PATHS) == {"/health", "/health/ready", "/ping"}
+    assert set(OPEN_ROUTES) == {"/health", "/health/ready", "/ping", "/", "/ui", "/ui/{version}/{file}"}
 
 
 @pytest.mark.parametrize("scope", sorted(ALL_SCOPES))
@@ -77,7 +77,7 @@ def test_without_a_valid_key_no_answer_has_a_name_a_path_a_digest_or_a_key(serve
                 answer = stranger.request(method, asked)
                 text = f"{answer.headers}{answer.text}"
                 assert not [each for each in told if each in text], (method, asked, text)
-                assert answer.status_code == (200 if path in OPEN_PATHS else 401), (method, asked)
+                assert answer.status_code == (200 if asked in OPEN_PATHS else 401), (method, asked)
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "rk_only-admin_schlüssel", "κλειδί"])
