@@ -1,6 +1,7 @@
 """Grouped LoRA products over tiles: one launch shrinks all rows of a site, one launch expands them to all its parts.
 
 A shrink is t = x Aᵀ, an expand y = (y + t B) · gain + bias. kernels.reference.grouped_lora specifies both in PyTorch.
+A tile of an expert has the expert's site: `site` is then that of the first one.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ _ALIGNMENT = tl.constexpr(offset_table.ALIGNMENT)
 _FIRST_ROW = tl.constexpr(lora_tiles.FIRST_ROW)
 _ROWS = tl.constexpr(lora_tiles.ROWS)
 _SLOT = tl.constexpr(lora_tiles.SLOT)
+_EXPERT = tl.constexpr(lora_tiles.EXPERT)
+_SITES_PER_EXPERT = tl.constexpr(lora_tiles.SITES_PER_EXPERT)
 _TILE_FIELDS = tl.constexpr(lora_tiles.TILE_FIELDS)
 
 _EMBEDDING_RANKS = 64  # ranks of one program; not measured
@@ -222,10 +225,10 @@ def _shrink_kernel(
 ) -> None:
     """t[rows, s, ranks] = Σₖ x[rows, k] A[ranks, k] for one tile, a block of ranks and the k of split s."""
     tile = tiles + tl.program_id(0) * _TILE_FIELDS
-    count = tl.load(tile + _ROWS)
-    if count == 0:
+    count, slot = tl.load(tile + _ROWS), tl.load(tile + _SLOT)
+    if (count == 0) | (slot < 0):
         return
-    entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS
+    entry = table + (slot.to(tl.int64) * sites + site + tl.load(tile + _EXPERT) * _SITES_PER_EXPERT) * _FIELDS
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.load(entry + _ALL_RANKS).to(tl.int32)
     if tl.program_id(1) * BLOCK_R >= total:
@@ -268,10 +271,10 @@ def _embedding_shrink_kernel(
 ) -> None:
     """t[rows, 0, ranks] = A[token_ids[rows], ranks] for one tile and a block of ranks."""
     tile = tiles + tl.program_id(0) * _TILE_FIELDS
-    count = tl.load(tile + _ROWS)
-    if count == 0:
+    count, slot = tl.load(tile + _ROWS), tl.load(tile + _SLOT)
+    if (count == 0) | (slot < 0):
         return
-    entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS
+    entry = table + (slot.to(tl.int64) * sites + site + tl.load(tile + _EXPERT) * _SITES_PER_EXPERT) * _FIELDS
     total = tl.load(entry + _ALL_RANKS)
     row = tl.arange(0, BLOCK_M)
     first_row = tl.load(tile + _FIRST_ROW).to(tl.int64)
@@ -322,11 +325,11 @@ def _expand_kernel(
 ) -> None:
     """y[rows, n] = (y[rows, n] + Σₛ Σᵣ t[rows, s, r] B[r, n]) · gain[n] + bias[n] for one tile and a block."""
     tile = tiles + tl.program_id(0) * _TILE_FIELDS
-    count = tl.load(tile + _ROWS)
-    if count == 0:
+    count, slot = tl.load(tile + _ROWS), tl.load(tile + _SLOT)
+    if (count == 0) | (slot < 0):
         return
     part, width, first_column, block = _part_of(tl.program_id(1), WIDTH_0, WIDTH_1, WIDTH_2, BLOCK_N)
-    entry = table + (tl.load(tile + _SLOT).to(tl.int64) * sites + site) * _FIELDS + part
+    entry = table + (slot.to(tl.int64) * sites + site + tl.load(tile + _EXPERT) * _SITES_PER_EXPERT) * _FIELDS + part
     first_rank = tl.load(entry + _RANKS).to(tl.int32)
     rank = tl.load(entry + _RANKS + 1).to(tl.int32) - first_rank
     bias, gain = tl.load(entry + _BIAS), tl.load(entry + _GAIN)

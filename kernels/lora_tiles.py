@@ -1,4 +1,4 @@
-"""Tiles: the units of work of the grouped LoRA kernels. A tile is consecutive rows of a batch under one adapter."""
+"""Tiles: the units of work of grouped kernels. A tile is consecutive rows of one adapter, and of one expert if any."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-FIRST_ROW, ROWS, SLOT = range(3)  # the fields of a tile; SLOT is the adapter's row of the offset table
-TILE_FIELDS = 3
+FIRST_ROW, ROWS, SLOT, EXPERT = range(4)  # the fields of a tile; SLOT is the adapter's row of the offset table
+TILE_FIELDS = 4
+SITES_PER_EXPERT = 2  # what lies between the entries of two experts in the offset table
 BASE = -1  # the slot of a row without an adapter
 
 
@@ -18,7 +19,7 @@ class Tiles(NamedTuple):
     later written there. Outside graphs, a slice of the used tiles is enough.
     """
 
-    fields: Tensor  # (tiles, TILE_FIELDS) int32; an unused tile has 0 rows
+    fields: Tensor  # (tiles, TILE_FIELDS) int32; an unused tile has 0 rows, and the expert is 0 where there are none
     height: int  # the most rows that a tile may have
 
 
@@ -50,5 +51,6 @@ def lay_tiles(slots: npt.NDArray[np.int32], height: int, out: npt.NDArray[np.int
     out[:total, FIRST_ROW] = starts[run] + within * height
     out[:total, ROWS] = np.minimum(stops[run] - out[:total, FIRST_ROW], height)
     out[:total, SLOT] = slots[starts[run]]
+    out[:total, EXPERT] = 0
     out[total:] = 0
     return total

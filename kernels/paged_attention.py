@@ -77,6 +77,7 @@ def paged_decode(
     config: DecodeConfig = DECODE,
     window: int = 0,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """out[s, h] = softmax(q[s, h] Kᵀ · scale) V over sequence s's context, h reading KV head h // (heads / kv_heads).
 
@@ -87,7 +88,8 @@ def paged_decode(
     on shapes and `config` alone, so that its CUDA graph serves any contexts.
 
     With a `window`, a query sees the last so many tokens of its context, its own included, and nothing before them is
-    read. A `cap` other than 0 caps the scores: cap · tanh(q Kᵀ · scale / cap).
+    read. A `cap` other than 0 caps the scores: cap · tanh(q Kᵀ · scale / cap). `sinks` (heads,) float32 are scores that
+    each head's softmax has beside those of tokens, and that weigh no value.
     """
     rows, heads, head_dim = q.shape
     layout = _layout(q, kv, block_tables, out, block_size)
@@ -98,8 +100,9 @@ def paged_decode(
         sums = torch.empty((rows, heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((rows, heads, config.splits, 2), dtype=torch.float32, device=q.device)
     _decode_kernel[(layout["KV_HEADS"], config.splits, rows)](
-        q, kv, block_tables, context_lens, out, sums, stats, *_score_factors(scale, cap),
+        q, kv, block_tables, context_lens, out, sums, stats, q if sinks is None else sinks, *_score_factors(scale, cap),
         q.stride(0), block_tables.stride(0), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
+        SINKS=sinks is not None,
         ROWS=max(MIN_DOT, triton.next_power_of_2(layout["GROUP"])), SPLITS=config.splits, KEYS=config.keys,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -123,6 +126,7 @@ def paged_prefill(
     config: PrefillConfig = PREFILL,
     window: int = 0,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """As `paged_decode`, for several queries a sequence: the last tokens of its context, with a causal mask.
 
@@ -139,8 +143,10 @@ def paged_prefill(
     queries = tile_rows // layout["GROUP"]
     # One more tile for each sequence, and for the rows of no sequence, because each may end within a tile.
     _prefill_kernel[(rows // queries + sequences + 1, layout["KV_HEADS"])](
-        q, kv, block_tables, context_lens, query_starts, out, *_score_factors(scale, cap), sequences, rows,
+        q, kv, block_tables, context_lens, query_starts, out, q if sinks is None else sinks,
+        *_score_factors(scale, cap), sequences, rows,
         q.stride(0), block_tables.stride(0), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
+        SINKS=sinks is not None,
         SEQUENCES=max(LEAST_SEQUENCES, triton.next_power_of_2(sequences + 1)), QUERIES=queries, ROWS=tile_rows,
         KEYS=config.keys,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
@@ -261,6 +267,13 @@ def _normalised(mixed: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _sunk(sinks: tl.tensor, heads: tl.tensor, inside: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The peak and the total (see `_attend`) of a softmax over the sinks of some rows' heads, and nothing of others."""
+    peak = tl.load(sinks + heads, inside, other=float("-inf")) * 1.4426950408889634
+    return peak, tl.where(inside, 1.0, 0.0)
+
+
+@triton.jit
 def _span(keys: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
     """Keys of each split: whole steps, so that only the last split in use has a partial step."""
     return tl.cdiv(tl.cdiv(keys, KEYS), SPLITS) * KEYS
@@ -275,10 +288,11 @@ def _first_step(begin: tl.tensor, KEYS: tl.constexpr) -> tl.tensor:
 @triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_TABLES)
 def _decode_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, out: tl.tensor,
-    sums: tl.tensor, stats: tl.tensor, scale: tl.tensor, cap: tl.tensor, q_row: tl.tensor, table_row: tl.tensor,
-    out_row: tl.tensor,
+    sums: tl.tensor, stats: tl.tensor, sinks: tl.tensor, scale: tl.tensor, cap: tl.tensor, q_row: tl.tensor,
+    table_row: tl.tensor, out_row: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Peak, total and mixed values (see `_attend`) of a split of one sequence, for all query heads of a KV head."""
     kv_head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -297,6 +311,8 @@ def _decode_kernel(
     query = tl.load(q + sequence * q_row + places, inside, other=0.0)
     table, kv_places = block_tables + sequence * table_row, kv + kv_head * HEAD_DIM
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if SINKS:
+        peak, total = _sunk(sinks, heads, rows < tl.where(split == 0, GROUP, 0))
     mixed = tl.zeros((ROWS, DIMS), tl.float32)
     # A window begins within a step, so all its steps are masked
     whole = first if WINDOW else first + (stop - first) // KEYS * KEYS
@@ -345,11 +361,11 @@ def _reduce_kernel(
 @triton.jit(do_not_specialize=["sequences", "tokens", "table_row"], do_not_specialize_on_alignment=_TABLES)
 def _prefill_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, query_starts: tl.tensor,
-    out: tl.tensor, scale: tl.tensor, cap: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,
+    out: tl.tensor, sinks: tl.tensor, scale: tl.tensor, cap: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,
     q_row: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = mixed / total (see `_attend`) for QUERIES queries of one sequence and the query heads of a KV head."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -372,6 +388,8 @@ def _prefill_kernel(
     query = tl.load(q + token * q_row + places, inside, other=0.0)
     table, kv_places = block_tables + sequence.to(tl.int64) * table_row, kv + kv_head * HEAD_DIM
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if SINKS:
+        peak, total = _sunk(sinks, kv_head * GROUP + rows % GROUP, rows < QUERIES * GROUP)
     mixed = tl.zeros((ROWS, DIMS), tl.float32)
     before = context - (stop - start)
     shared = tl.maximum(before + first + 1, 0) // KEYS * KEYS  # whole steps of keys that every row sees

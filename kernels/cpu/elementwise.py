@@ -40,6 +40,13 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
+def clamped_mul(gate_up: Tensor, limit: float) -> Tensor:
+    """y = g · sigmoid(1.702 g) · (u + 1), for g the gate up to `limit`, and u from -limit to limit; as `silu_mul`."""
+    gate, up = gate_up.chunk(2, -1)
+    gate = gate.clamp(max=limit)
+    return (gate * 1.702).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+
 def kv_write(kv: Tensor, slot_mapping: Tensor, rows: Tensor) -> None:
     """kv[slot_mapping[t]] = rows[t].
 

@@ -33,33 +33,42 @@ class AttentionGroup(NamedTuple):
     windowed: bool = False  # whether the mask hides more than what comes after a query
 
 
-def paged_attention(q: Tensor, kv: Tensor, groups: Sequence[AttentionGroup], scale: float, cap: float = 0.0) -> Tensor:
+def paged_attention(
+    q: Tensor,
+    kv: Tensor,
+    groups: Sequence[AttentionGroup],
+    scale: float,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """softmax(q Kᵀ · scale + mask) V for each group, query head h reading KV head h // (heads / kv_heads).
 
     `q` is (T, heads, d), `kv` (slots, 2, kv_heads, d) with K at index 0 and V at 1, and the groups cover the T
-    rows. A `cap` other than 0 caps the scores before the mask: cap · tanh(q Kᵀ · scale / cap). Returns (T, heads * d).
+    rows. A `cap` other than 0 caps the scores before the mask: cap · tanh(q Kᵀ · scale / cap). `sinks` are scores
+    (heads,) float32 that the softmax has beside those of keys, and that weigh no value. Returns (T, heads * d).
     """
     if len(groups) == 1:
-        return _attend(q, kv, groups[0], scale, cap).reshape(q.shape[0], -1)
+        return _attend(q, kv, groups[0], scale, cap, sinks).reshape(q.shape[0], -1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for group in groups:
-        out[group.rows] = _attend(q[group.rows], kv, group, scale, cap)
+        out[group.rows] = _attend(q[group.rows], kv, group, scale, cap, sinks)
     return out.view(q.shape[0], -1)
 
 
-def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float, cap: float) -> Tensor:
+def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float, cap: float, sinks: Tensor | None) -> Tensor:
     """One group's attention, (rows, heads, d)."""
     rows, heads, d = q.shape
     kv_heads = kv.shape[2]
     scores = group.queries * group.slots.shape[1] * heads // kv_heads
-    alone = group.sequences == 1 < group.queries and not group.windowed and not cap
+    plain = not cap and sinks is None
+    alone = group.sequences == 1 < group.queries and not group.windowed and plain
     if alone and scores >= BY_HEAD_SCORES and q.device.type == "cpu" and onednn.computes(q.dtype):
         return _attend_by_head(q, kv, group, scale)
     # One gather copies K and V; the permutation is a view, (2, sequences, kv_heads, L, d).
     context = kv.index_select(0, group.slots.flatten()).view(*group.slots.shape, 2, kv_heads, d).permute(2, 0, 3, 1, 4)
     k, v = context[0], context[1]
-    if cap:
-        return _attend_capped(q, k, v, group, scale, cap)
+    if not plain:
+        return _attend_by_formula(q, k, v, group, scale, cap, sinks)
     if group.queries == 1:
         # The heads that share a KV head become queries of that head, so that K and V are not repeated for them.
         folded = q.view(rows, kv_heads, heads // kv_heads, d)
@@ -69,16 +78,21 @@ def _attend(q: Tensor, kv: Tensor, group: AttentionGroup, scale: float, cap: flo
     return out.transpose(1, 2).reshape(rows, heads, d)
 
 
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup, scale: float, cap: float) -> Tensor:
-    """`_attend` with capped scores, which torch's attention has not; `k` and `v` are (sequences, kv_heads, L, d)."""
+def _attend_by_formula(
+    q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup, scale: float, cap: float, sinks: Tensor | None
+) -> Tensor:
+    """`_attend` with caps or sinks, which torch's attention has not; `k` and `v` are (sequences, kv_heads, L, d)."""
     rows, heads, d = q.shape
     kv_heads = k.shape[1]
     split = q.view(group.sequences, group.queries, kv_heads, heads // kv_heads, d).permute(0, 2, 3, 1, 4)
-    scores = split.float() @ k[:, :, None].float().transpose(-2, -1) * (scale / cap)
-    scores = scores.tanh_().mul_(cap)  # (sequences, kv_heads, heads of each, queries, L)
+    scores = split.float() @ k[:, :, None].float().transpose(-2, -1)  # (sequences, kv_heads, heads of each, queries, L)
+    scores = (scores * (scale / cap)).tanh_().mul_(cap) if cap else scores * scale
     if group.mask is not None:
         scores += group.mask[:, :, None]
-    weights = torch.softmax(scores, -1).to(v.dtype)
+    if sinks is not None:
+        own = sinks.view(1, kv_heads, heads // kv_heads, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, own), -1)
+    weights = torch.softmax(scores, -1)[..., : k.shape[2]].to(v.dtype)
     return (weights @ v[:, :, None]).permute(0, 3, 1, 2, 4).reshape(rows, heads, d)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.lora_tiles import Tiles
+from kernels.lora_tiles import SITES_PER_EXPERT, Tiles
 from kernels.offset_table import BIAS, GAIN, MAX_PARTS, RANKS, A, B
 
 
@@ -60,8 +60,8 @@ def expand(t: Tensor, y: Tensor, site: int, arena: Tensor, table: Tensor, tiles:
 
 def _adapted(site: int, table: Tensor, tiles: Tiles) -> Iterator[tuple[slice, list[int]]]:
     """Rows and table entry of every tile whose adapter adapts the site."""
-    for first, count, slot in tiles.fields.tolist():
-        fields = table[slot, site].tolist()
+    for first, count, slot, expert in tiles.fields.tolist():
+        fields = [] if slot < 0 else table[slot, site + SITES_PER_EXPERT * expert].tolist()
         if count and any(fields):
             yield slice(first, first + count), fields
 

@@ -20,7 +20,15 @@ from runtime.adapter_format.base_names import base_warnings, check_base_class
 from runtime.adapter_format.base_tensors import BaseTensor
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.peft_config import PeftConfig, parse_peft_config
-from runtime.adapter_format.safetensors_header import Header, consecutive, header_in, read_header, write_header
+from runtime.adapter_format.safetensors_header import (
+    FILE,
+    MAX_HEADER_BYTES,
+    Header,
+    consecutive,
+    header_in,
+    read_header,
+    write_header,
+)
 from runtime.adapter_format.tensor_source import CHUNK_BYTES, ArrayTensors, FileTensors
 from runtime.adapter_format.tensors import AdapterTensors, module_of
 from runtime.models.config import ModelConfig
@@ -169,7 +177,9 @@ def kv_is_base(tensors: Iterable[str], model: ModelConfig) -> bool:
     after the last layer's K and V change none.
     """
     last = f"model.layers.{model.num_layers - 1}."
-    harmless = (f"{last}self_attn.q_proj", f"{last}self_attn.o_proj", f"{last}mlp.", "lm_head")
+    blocks = () if model.experts is None else model.experts.names.blocks
+    within = ("self_attn.q_proj", "self_attn.o_proj", "mlp.", *blocks)
+    harmless = ("lm_head", *(last + name for name in within))
     after = (model.norms.mlp, model.norms.after_attention, model.norms.after_mlp)
     norms = ("model.norm", *(last + name for name in after if name is not None))
     return all(module.startswith(harmless) or module in norms for module in changed_modules(tensors))
@@ -192,6 +202,9 @@ def _head(adapter: AdapterTensors, peft: PeftConfig) -> _Head:
     metadata = {CONFIG_KEY: msgspec.json.encode(config, order="sorted").decode()}
     shapes = {name: (entry.dtype, entry.shape) for name, entry in adapter.tensors.items()}
     text = write_header(shapes, metadata)
+    if len(text) > MAX_HEADER_BYTES:
+        what = f"has {len(shapes)} tensors, whose header takes {len(text)} bytes, expected at most {MAX_HEADER_BYTES}"
+        raise InvalidAdapter(FILE, what, "train it on fewer layers or experts")
     return _Head(config, Header(consecutive(shapes), metadata, len(text)), text)
 
 

@@ -1,6 +1,7 @@
 """Reads PEFT's `adapter_config.json`: keeps the fields that change the maths, refuses unsupported ones by name."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from runtime.adapter_format.replacements import (
     check_kinds,
     feedforward_modules,
     saved_modules,
+    target_parameters,
     token_indices,
     trained_bias,
 )
@@ -37,11 +39,11 @@ REFUSED_FIELDS = {
     "velora_config": "VeLoRA is not supported",
     "megatron_config": "Megatron layers are not supported",
     "layer_replication": "changes the base's layers, which others share",
-    "target_parameters": "adapters of bare parameters (MoE experts) are not supported",
 }
 # PEFT's own conversion writes the difference from the base as it was before the initialisation
 BY_PEFT = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
 BY_LOFTQ = "serve the base that LoftQ wrote beside it, and set init_lora_weights to true"
+CORRECTED = (0, 19, 1)  # the version of PEFT since which A reads the inputs of experts' parameters
 MERGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fmt: off
 IGNORED_FIELDS = frozenset({
@@ -69,6 +71,8 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     trainable_token_indices: dict[str, tuple[int, ...]] = {}  # by the end of a module's name
     alora_invocation_tokens: tuple[int, ...] | None = None
     target_modules: TargetModules
+    target_parameters: tuple[str, ...] = ()  # ends of the names of bare parameters, such as those of all experts
+    swaps_experts: bool = False  # whether the PEFT that wrote it took the inputs of such parameters for the outputs
     ensure_weight_tying: bool = False
     starts_at_zero: bool = True  # what PEFT gives a module whose tensors are not in the file
     base_model_name_or_path: str | None = None
@@ -130,6 +134,8 @@ def parse_peft_config(config: bytes | Mapping[str, Any], *, max_rank: int, vocab
         trainable_token_indices=token_indices(config.get("trainable_token_indices"), vocab_size),
         alora_invocation_tokens=_invocation_tokens(config.get("alora_invocation_tokens"), vocab_size),
         target_modules=TargetModules(config),
+        target_parameters=target_parameters(config.get("target_parameters")),
+        swaps_experts=_is_before(config.get("peft_version"), CORRECTED),
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
         starts_at_zero=_starts_at_zero(config.get("init_lora_weights")),
         base_model_name_or_path=_base_model(config.get("base_model_name_or_path")),
@@ -171,6 +177,12 @@ def _refuse_by_name(config: Mapping[str, Any]) -> None:
         raise InvalidAdapter(
             "init_lora_weights", f"is {shown(init)}, expected a boolean or one of {', '.join(PLAIN_INITS)}"
         )
+
+
+def _is_before(version: object, other: tuple[int, ...]) -> bool:
+    """Whether a version of PEFT is known and older."""
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
+    return numbers is not None and tuple(int(number or 0) for number in numbers.groups()) < other
 
 
 def _starts_at_zero(init: object) -> bool:

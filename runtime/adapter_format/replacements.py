@@ -1,4 +1,4 @@
-"""What a PEFT configuration lets an adapter replace outright: biases, whole modules, rows of the vocabulary."""
+"""What a PEFT configuration selects besides modules: biases, whole modules, rows of the vocabulary, parameters."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -27,6 +27,15 @@ def saved_modules(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
         raise InvalidAdapter("modules_to_save", f"is {shown(value)}, expected null or a list of module names")
     return tuple(value)
+
+
+def target_parameters(value: object) -> tuple[str, ...]:
+    """Read `target_parameters`: ends of the names of parameters that have A and B although no module has them."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set) or not all(isinstance(name, str) and name for name in value):
+        raise InvalidAdapter("target_parameters", f"is {shown(value)}, expected null or a list of parameter names")
+    return tuple(sorted(value))
 
 
 def feedforward_modules(value: object) -> tuple[str, ...] | None:

@@ -28,7 +28,11 @@ class TargetModules:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._targets = _selector("target_modules", config.get("target_modules"))
+        targets = config.get("target_modules")
+        # PEFT takes none where there are parameters instead
+        self._targets = _selector(
+            "target_modules", () if targets is None and config.get("target_parameters") else targets
+        )
         self._excluded = _selector("exclude_modules", config.get("exclude_modules"))
         self._layers = _layers(config.get("layers_to_transform"))
         self._layers_patterns = _layers_patterns(config.get("layers_pattern"))

@@ -16,6 +16,7 @@ from runtime.adapter_format.errors import (
     InvalidAdapter,
     shown,
 )
+from runtime.adapter_format.parameters import ParameterTensors
 from runtime.adapter_format.peft_config import PeftConfig
 from runtime.adapter_format.replacements import is_saved, tokens_of
 from runtime.adapter_format.safetensors_header import FILE, GATHER, TensorEntry
@@ -76,13 +77,13 @@ class AdapterTensors:
     def __init__(
         self, source: TensorSource, config: PeftConfig, model: ModelConfig, base_tensor: BaseTensor | None
     ) -> None:
-        self._source = source
+        self._source = source = ParameterTensors(source, config, model)
         self._model = model
         self._config = config
         self._shapes = {
             part.module: (site.in_features, part.out_features) for site in model.sites() for part in site.parts
         }
-        self.warnings = []
+        self.warnings = source.warnings
         self._norms, self._biased = set(model.norm_modules()), model.biased()
         self._names: dict[str, str] = {}  # by canonical name, the name in the source
         self._modules: dict[str, str] = {}  # by module, what the source calls it: patterns are made for those names
@@ -97,9 +98,10 @@ class AdapterTensors:
             raise InvalidAdapter(
                 FILE, "adapts no module of the model, expected at least one lora_A and lora_B", SAVE_AGAIN
             )
-        resolved = config.scales([self._modules[module] for module in modules])
-        self.ranks = {module: resolved[self._modules[module]][0] for module in modules}
-        self.scales = {module: resolved[self._modules[module]][1] for module in modules}
+        own = {module: source.keys.get(module, self._modules[module]) for module in modules}
+        resolved = config.scales(list(own.values()))
+        self.ranks = {module: resolved[name][0] for module, name in own.items()}
+        self.scales = {module: resolved[name][1] for module, name in own.items()}
         for module in modules:
             self._check_module(module, config)
         self._check_config(config)
@@ -159,7 +161,8 @@ class AdapterTensors:
         if short in FUSED and module not in self._shapes:
             raise InvalidAdapter(own_name, f"adapts the fused {short}, and this base has its parts apart", ITS_BASE)
         if module.removesuffix(".base_layer").endswith(".experts"):
-            raise InvalidAdapter(own_name, "adapts a parameter of all experts, which is not supported", MERGE)
+            what = "adapts a parameter of all experts, expected one that target_parameters selects and this base has"
+            raise InvalidAdapter(own_name, what, ITS_BASE)
         if module not in self._shapes:
             step = CONVERT if "language_model" in module or "_module." in module else ITS_BASE
             raise InvalidAdapter(own_name, f"adapts {shown(module)}, which is not a projection of the base", step)
@@ -208,13 +211,15 @@ class AdapterTensors:
         adapted = {module: self._names[firsts[module]] for module in self.scales} | self._vectors
         names = source_names(self._shapes, self._modules)
         selected = config.target_modules.among(tuple(names.values()))
-        targeted = {module for module, name in names.items() if name in selected}
+        targeted = {module for module, name in names.items() if name in selected} | self._source.keys.keys()
         for module, own in adapted.items():
             if module not in targeted:
                 fields = "target_modules, exclude_modules and layers_to_transform"
                 raise InvalidAdapter(own, f"is left over: {fields} do not select its module", CORRECT)
         lacking = targeted - adapted.keys()
-        self._check_complete([each for each in self._shapes if each in lacking and not self._is_saved(each)], config)
+        lacking -= set() if self._model.experts is None else self._model.experts.never_linear()
+        missing = [each for each in self._shapes if each in lacking and not self._is_saved(each)]
+        self._check_complete([*missing, *self._source.lacking], config)
         if config.ensure_weight_tying and ends & {EMBEDDING, HEAD}:
             raise InvalidAdapter(
                 "ensure_weight_tying", "is true: tied adapters of the embedding are not supported", MERGE
@@ -229,7 +234,7 @@ class AdapterTensors:
         if not lacking:
             return
         names = ", ".join(lacking[:MAX_LISTED]) + ("" if len(lacking) <= MAX_LISTED else ", …")
-        what = f"no tensors for {len(lacking)} of the modules that target_modules selects ({names})"
+        what = f"no tensors for {len(lacking)} of the modules and parameters that are selected ({names})"
         if not config.starts_at_zero:
             how = "save all of the adapter, or select only the modules that it has"
             raise InvalidAdapter(FILE, f"has {what}, which init_lora_weights fills at random", how)

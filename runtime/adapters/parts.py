@@ -19,7 +19,8 @@ from runtime.adapter_format.tensors import (
     WEIGHT_LEAF,
 )
 from runtime.adapter_format.weight_dtypes import HELD, widened
-from runtime.models.config import ModelConfig, Part, Site
+from runtime.models.config import ModelConfig
+from runtime.models.sites import Part, Site
 
 Pause = Callable[[], None]
 

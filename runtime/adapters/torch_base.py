@@ -68,6 +68,11 @@ def _linears(model: ModelConfig, weights: Weights) -> Iterator[tuple[int, Linear
         yield site + ROUTER, mlp.router
         for expert, each in enumerate(mlp.each):
             yield from enumerate(each, model.expert_site(index, expert))
+        if mlp.shared is not None:
+            first = model.shared_site(index)
+            yield from enumerate(mlp.shared.mlp, first)
+            if mlp.shared.gate is not None:
+                yield first + 2, mlp.shared.gate
 
 
 def _squares(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> Iterator[np.ndarray]:

@@ -9,10 +9,11 @@ from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.program import Form, Part, Pool, Program
 from runtime.cpu.panel_base import EMBEDDING, HEAD, PanelBase
 from runtime.cpu.weight_panels import WeightPanels
-from runtime.models.config import DOWN, GATE_UP, OUT, QKV, ROUTER, SITES_PER_EXPERT, SITES_PER_LAYER, ModelConfig
+from runtime.models.config import DOWN, GATE_UP, OUT, QKV, ROUTER, SITES_PER_LAYER, ModelConfig
+from runtime.models.experts import SITES_PER_EXPERT
 from runtime.models.families import NormKind
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm, rounded_to
-from runtime.models.weights import Checkpoint, Experts, LayerWeights
+from runtime.models.weights import Checkpoint, Experts, LayerWeights, SharedExpert
 
 PADDING = 16  # floats between rows: rows of 4 KiB would all lie in the same lines of the first cache
 
@@ -48,6 +49,7 @@ class CompiledDecoder:
         if config.experts is not None:
             pairs = rows * config.experts.chosen
             self._scores = _buffer(rows, config.experts.count)
+            self._shared_inner, self._shared_gate = _buffer(rows, config.experts.shared_size), _buffer(rows, 1)
             self._gathered, self._expert_inner = (
                 _buffer(pairs, width) for width in (config.hidden_size, config.experts.intermediate_size)
             )
@@ -92,7 +94,7 @@ class CompiledDecoder:
             turned=config.turned(index),
             interleaved=config.rope.interleaved,
         )
-        how = config.attention_scale, config.window(index), config.attention_cap
+        how = config.attention_scale, config.window(index), config.attention_cap, layer.sinks
         program.attention(self._qkv, kv, self._mixed, config.num_heads, self.block_size, *how)
         self._linear(layer.o, site + OUT, self._mixed, *self._target(layer.after_attention))
         self._add_normed(layer.after_attention, index, "after_attention")
@@ -117,9 +119,10 @@ class CompiledDecoder:
         self._add_normed(layer.after_mlp, index, "after_mlp")
 
     def _experts(self, experts: Experts, index: int, normed: Tensor, gate: Form) -> None:
-        config = self.config.experts
+        config, bias = self.config.experts, experts.router.bias
         assert config is not None
-        router, site = Part(self._panels.router(experts.router), None), index * SITES_PER_LAYER + ROUTER
+        weight, site = self._panels.router(experts.router), index * SITES_PER_LAYER + ROUTER
+        router = Part(weight, None if bias is None else bias.float())
         self.base.add(self._sites[site].parts[0].module, [router])
         self.program.linear(normed, [router], self._scores, site)
         first = self.config.expert_site(index, 0)
@@ -138,9 +141,22 @@ class CompiledDecoder:
             first,
             config.chosen,
             normalised=config.normalised,
-            gate=gate,
+            gate="gated_clamped" if config.limit else gate,
+            limit=config.limit or 1.0,
             scale=self.config.residual_multiplier,
         )
+        if experts.shared is not None:
+            self._shared(experts.shared, index, normed, gate)
+
+    def _shared(self, shared: SharedExpert, index: int, normed: Tensor, form: Form) -> None:
+        site, scale = self.config.shared_site(index), self.config.residual_multiplier
+        if shared.gate is not None:
+            gate = Part(self._panels.router(shared.gate), None)
+            self.base.add(self._sites[site + 2].parts[0].module, [gate])
+            self.program.linear(normed, [gate], self._shared_gate, site + 2)
+        self._linear(shared.mlp.gate_up, site, normed, self._shared_inner, form)
+        down, gates = self._parts(shared.mlp.down, site + 1), None if shared.gate is None else self._shared_gate
+        self.program.linear(self._shared_inner, down, self._x, site + 1, "add", scale, gates=gates)
 
     def _normed_rows(self, norm: RmsNorm | None, layer: int, kind: NormKind) -> Tensor:
         """The residual stream as a projection reads it."""

@@ -61,11 +61,12 @@ class CompiledRunner(Runner):
         self._shrunk = torch.zeros(rows, -(-ranks // PANEL) * PANEL + PADDING)
 
     def check_model(self) -> None:
-        if self.model.gate_up_is_fused and self.model.intermediate_size % PANEL:
-            raise ValueError(
-                f"config.json: intermediate_size is {self.model.intermediate_size}, and kernels (--kernels) compiled "
-                f"take a gate_up_proj of a multiple of {PANEL}; kernels torch take any"
-            )
+        for width in map(self.model.fused_width, range(len(self.model.sites()))):
+            if width is not None and width % PANEL:
+                raise ValueError(
+                    f"config.json: the model has a gate and an up of {width} in one module, and kernels (--kernels) "
+                    f"compiled take multiples of {PANEL}; kernels torch take any"
+                )
 
     def start(self, adapters: AdapterPool) -> None:
         self._layout = StepLayout(self.model, self.block_size, self.threads, self._shrunk, adapters.lookup)

@@ -54,7 +54,7 @@ class WeightPanels:
         return self.embedding(linear.quantized[0].dequantized().to(self._dtype))
 
     def router(self, linear: Linear) -> Panels:
-        """Of experts, in its dtype: it is small, and an error there changes which of them compute."""
+        """Of experts, or a shared one's gate, in its dtype: it is small, and an error there changes much."""
         weight = linear.quantized[0].dequantized().to(self._dtype) if linear.quantized else linear.weight
         return self._counted(pack(weight, self._memory))
 

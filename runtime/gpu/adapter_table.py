@@ -8,7 +8,7 @@ import torch
 
 from kernels.offset_table import FIELDS, PartEntry, SiteEntry, table_rows
 from runtime.adapters.layout import AdapterLayout, ChangesLayout, SiteLayout
-from runtime.models.config import Site
+from runtime.models.sites import Site
 
 
 class AdapterTable:

@@ -1,5 +1,6 @@
 """The decoder on Triton kernels: one launch between two projections, and two launches a site for adapters."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import kv_write, paged_attention, rms_norm, silu_mul, tuned
+from runtime.gpu.fused_experts import FusedExperts
 from runtime.gpu.step_inputs import StepInputs
-from runtime.gpu.step_lora import StepLora
+from runtime.gpu.step_lora import StepLora, tile_height
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
 from runtime.models.layers import ProjectionNorms, RmsNorm, inverse_frequencies, rounded_to
-from runtime.models.weights import LayerWeights, Mlp, Weights
+from runtime.models.weights import Experts, LayerWeights, Mlp, Weights
 
 
 class FusedDecoder:
@@ -28,7 +30,14 @@ class FusedDecoder:
             inverse_frequencies(rope, config.head_dim).to(weights.embedding.device) for rope in config.ropes
         ]
         self.embedding_scale = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
-        self.gated = silu_mul.gelu_mul if config.gelu else silu_mul.silu_mul
+        self.gated: Callable[..., Tensor] = silu_mul.gelu_mul if config.gelu else silu_mul.silu_mul
+        if config.experts is not None and config.experts.limit:
+            self.gated = partial(silu_mul.clamped_mul, limit=config.experts.limit)
+        self.experts = {
+            index: FusedExperts(config, index, layer.mlp)
+            for index, layer in enumerate(weights.layers)
+            if isinstance(layer.mlp, Experts)
+        }
         self.block_size = block_size
         self.gpu = gpu
 
@@ -50,9 +59,7 @@ class FusedDecoder:
             site = index * SITES_PER_LAYER
             mixed = self._attention(layer, index, normed, step, kv[index], lora)
             normed = self._add(x, self._project(layer, OUT, site, mixed, lora), layer.after_attention, layer.mlp_norm)
-            gate_up = self._project(layer, GATE_UP, site, normed, lora)
-            inner = self.gated(gate_up, self._tuned("silu_mul", len(x)))
-            down = self._project(layer, DOWN, site, inner, lora)
+            down = self._mlp(layer, index, normed, step, lora)
             following = weights.layers[index + 1].attention_norm if index + 1 < len(weights.layers) else None
             normed = self._add(x, down, layer.after_mlp, following)
         last = self._norm(weights.norm, x.index_select(0, step.logit_rows))
@@ -103,6 +110,7 @@ class FusedDecoder:
                 self._tuned("paged_decode", decodes),
                 window,
                 cap,
+                layer.sinks,
             )
         if decodes < rows:
             paged_attention.paged_prefill(
@@ -117,13 +125,22 @@ class FusedDecoder:
                 self._tuned("paged_prefill", rows - decodes).of_heads(head_dim),
                 window,
                 cap,
+                layer.sinks,
             )
         return out.view(rows, -1)
 
+    def _mlp(self, layer: LayerWeights, index: int, normed: Tensor, step: StepInputs, lora: StepLora | None) -> Tensor:
+        if index in self.experts:
+            return self.experts[index].forward(normed, tile_height(step.decodes, len(normed)), lora, self._gated)
+        site = index * SITES_PER_LAYER
+        return self._project(layer, DOWN, site, self._gated(self._project(layer, GATE_UP, site, normed, lora)), lora)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        return self.gated(gate_up, config=self._tuned("silu_mul", len(gate_up)))
+
     def _project(self, layer: LayerWeights, which: int, site: int, x: Tensor, lora: StepLora | None) -> Tensor:
-        assert isinstance(layer.mlp, Mlp), "the runner refuses experts"
-        linear = (layer.qkv, layer.o, *layer.mlp)[which]
-        y = linear(x)
+        linears = layer.qkv, layer.o, *(layer.mlp if isinstance(layer.mlp, Mlp) else ())
+        y: Tensor = linears[which](x)
         if lora is not None:
             lora.apply(site + which, x, y)
         return y

@@ -1,5 +1,6 @@
 """The adapters of one step for the fused decoder: two launches a site, for any adapters and ranks."""
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kernels import tuned
 from kernels.grouped_lora import DECODE, PREFILL, ExpandConfig, ShrinkConfig, embedding_shrink, expand, shrink
 from kernels.lora_tiles import Tiles
+from runtime.gpu.expert_sorting import row_slots
 from runtime.gpu.step_inputs import StepInputs
 from runtime.models.config import ModelConfig
 
@@ -24,9 +26,12 @@ class LoraMemory(NamedTuple):
     between: Tensor  # (rows, width) float32, the results of a shrink, which its expand reads
 
     @classmethod
-    def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int) -> "LoraMemory":
-        """Memory for steps of at most `tokens` tokens, or `decodes` decoding requests, and `width` ranks at a site."""
-        rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS)
+    def of(cls, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int, chosen: int = 1) -> "LoraMemory":
+        """Memory for steps of at most `tokens` tokens, or `decodes` decoding requests, and `width` ranks at a site.
+
+        `chosen` are the experts of each token.
+        """
+        rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS) * chosen
         return cls(arena, table, torch.empty((rows, width), dtype=torch.float32, device=arena.device))
 
 
@@ -48,6 +53,26 @@ class StepLora:
         """y += LoRA(x) in place, on the rows under an adapter."""
         self._apply(site, x, y, self._step.tiles)
 
+    def apply_sorted(self, site: int, x: Tensor, y: Tensor, tiles: Tiles) -> None:
+        """As `apply`, for rows that are sorted by expert; `site` is that of the first expert."""
+        splits = self._between.shape[1]
+        between = self._memory.between[: len(x) * splits].unflatten(0, (len(x), splits))[..., : self._between.shape[2]]
+        self._apply(site, x, y, tiles, between)
+
+    @cached_property
+    def row_slots(self) -> Tensor:
+        """The slot of each row's adapter, BASE for none."""
+        return row_slots(self._step.tiles, len(self._step.token_ids))
+
+    @property
+    def most_slots(self) -> int:
+        return len(self._memory.table)
+
+    @property
+    def adapters(self) -> int:
+        """The most adapters that the step can have: it has a tile for each."""
+        return len(self._step.tiles.fields)
+
     def apply_logits(self, x: Tensor, y: Tensor) -> None:
         """As `apply`, for the head and the sampled rows."""
         if len(self._step.logit_tiles.fields):
@@ -59,10 +84,11 @@ class StepLora:
         t = embedding_shrink(token_ids, self._embed_site, arena, table, self._step.tiles, self._between)
         self._expand(t, x, self._embed_site, self._step.tiles)
 
-    def _apply(self, site: int, x: Tensor, y: Tensor, tiles: Tiles) -> None:
+    def _apply(self, site: int, x: Tensor, y: Tensor, tiles: Tiles, between: Tensor | None = None) -> None:
         arena, table, _ = self._memory
         config: ShrinkConfig = self._tuned("shrink", len(x))
-        self._expand(shrink(x, site, arena, table, tiles, self._between, config), y, site, tiles)
+        t = self._between if between is None else between
+        self._expand(shrink(x, site, arena, table, tiles, t, config), y, site, tiles)
 
     def _expand(self, t: Tensor, y: Tensor, site: int, tiles: Tiles) -> None:
         arena, table, _ = self._memory

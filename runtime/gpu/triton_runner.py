@@ -67,19 +67,13 @@ class TritonRunner(Runner):
         self._overlap = config.overlap
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
 
-    def check_model(self) -> None:
-        if self.model.experts is not None:
-            raise ValueError(
-                f"config.json: architectures is {self.model.architecture}, whose experts kernels (--kernels) triton "
-                "do not serve; kernels compiled and torch do, with device (--device) cpu"
-            )
-
     def start(self, adapters: AdapterPool) -> None:
         """Reserve device memory for the adapters of a step, compile kernels and capture graphs."""
         self._adapters = adapters
         self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
+        chosen = 1 if self.model.experts is None else self.model.experts.chosen
         self._memory = LoraMemory.of(
-            adapters.arena, self._table.rows, self._max_tokens, self._max_running, self._lora_width
+            adapters.arena, self._table.rows, self._max_tokens, self._max_running, self._lora_width, chosen
         )
         if self.device.type == "cuda":
             self.warm_up()

@@ -4,7 +4,7 @@ To add a model family:
 
 1. `families.py`: add it to FAMILIES, with what its name says of a model.
 2. `config_file.py`: add its fields to ConfigFile, and refuse values that are not supported.
-3. `config.py`: map those fields to flags of ModelConfig; add a flag only for an operation that no family here has.
+3. `config.py` (and `experts.py`): map those fields to flags; add a flag only for an operation that no family here has.
    `sites`, `norm_modules` and `biased` say what an adapter may change.
 4. `weights.py`: add its tensors to `tensor_shapes` and to the layer's weights, if the flags do not say it.
 5. `decoder.py`, `runtime/cpu/compiled_decoder.py` and `runtime/gpu/fused_decoder.py`: do what a new flag says.
@@ -15,7 +15,7 @@ Then add a tiny model of it to `tests/runtime/models/families.py`: the decoders'
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -26,29 +26,15 @@ from runtime.models.config_file import (
     read_eos_token_ids,
     refuse,
 )
-from runtime.models.families import Bias, ExpertNames, Family, Fused, NormKind, NormNames, QkNorm
+from runtime.models.experts import ExpertsConfig, experts_config
+from runtime.models.families import Bias, Family, Fused, NormKind, NormNames, QkNorm
+from runtime.models.sites import Part, Site
 from runtime.quantization.scheme import Scheme
-
-
-class Part(NamedTuple):
-    """One projection of the checkpoint, as a part of a stacked site."""
-
-    module: str  # its name in the checkpoint
-    out_features: int
-
-
-class Site(NamedTuple):
-    """One fused projection, to which an adapter can add."""
-
-    in_features: int
-    parts: tuple[Part, ...]  # stacked along the output
-
 
 MOST_PARTS = 3  # of a site: q, k and v
 SITES_PER_LAYER = 4  # qkv, o, gate_up, down
 QKV, OUT, GATE_UP, DOWN = range(SITES_PER_LAYER)
 ROUTER = GATE_UP  # of a layer with experts, whose DOWN has no part: the sites of experts come last
-SITES_PER_EXPERT = 2  # gate_up, down
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,17 +59,6 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     def rotary_dim(self, head_dim: int) -> int:
         """Return how many of a head's first dimensions turn."""
         return int(head_dim * self.rotary_fraction)
-
-
-class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The routed experts that some layers have in place of one MLP."""
-
-    count: int  # of each layer
-    chosen: int  # for each token
-    intermediate_size: int
-    normalised: bool  # whether the weights of those chosen add up to 1
-    names: ExpertNames
-    layers: tuple[int, ...]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +90,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_cap: float = 0.0  # of scores, cap · tanh(score / cap); 0: none
     logits_cap: float = 0.0
     experts: ExpertsConfig | None = None
+    sinks: bool = False  # each head's attention has a score of its own, beside those of tokens
     vision: bool = False  # whether the checkpoint has a part that sees images, which is not loaded
     rounds_embedding_multiplier: bool = False  # to the dtype of the weights, before the product
     embedding_multiplier: float = 1.0
@@ -154,14 +130,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             fused=tuple(sorted(family.fused)),
             unrotated=_unrotated(file, family),
             windows=_windows(file, family),
+            sinks=family.sinks,
             vision=family.vision,
-            experts=None if family.experts is None else _experts(file, family.experts),
+            experts=None if family.experts is None else experts_config(file, family.experts),
             local_rope=_rope(file, file.local_rope, family) if family.local_rope else None,
             **(_granite(file) if family.multipliers else {}),
             **(_gemma(file, family) if family.gemma else {}),
             dtype=file.stored_dtype or "bfloat16",
             eos_token_ids=read_eos_token_ids(directory, file),
-            quantization=file.quantization,
+            quantization=Scheme(method="mxfp4") if family.has_mxfp4 and file.is_mxfp4 else file.quantization,
         )
 
     @property
@@ -221,8 +198,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def expert_site(self, layer: int, expert: int) -> int:
         """Return the first of the sites of an expert: gate_up, and then down."""
         assert self.experts is not None
-        index = self.experts.layers.index(layer) * self.experts.count + expert
-        return self.lm_head_site + 1 + SITES_PER_EXPERT * index
+        return self._experts_site + self.experts.site(layer, expert)
+
+    def shared_site(self, layer: int) -> int:
+        """Return the first of the sites of a layer's shared expert: gate_up, down, and then the gate of it."""
+        assert self.experts is not None
+        return self._experts_site + self.experts.shared_site(layer)
 
     @property
     def gate_up_is_fused(self) -> bool:
@@ -231,6 +212,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def fused_width(self, site: int) -> int | None:
         """Return the width of the gate, and of up, at a site where one module is both; None at the others."""
+        if site >= self._experts_site:
+            return None if self.experts is None else self.experts.fused_width(site - self._experts_site)
         fused = self.gate_up_is_fused and site < self.embed_site and site % SITES_PER_LAYER == GATE_UP
         return self.intermediate_size if fused else None
 
@@ -252,9 +235,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self._first_norm_site + self.num_layers * sum(name is not None for name in self.norms)
 
     @property
+    def _experts_site(self) -> int:
+        return self.lm_head_site + 1
+
+    @property
     def _first_norm_site(self) -> int:
-        experts = 0 if self.experts is None else self.experts.count * len(self.experts.layers)
-        return self.lm_head_site + 1 + SITES_PER_EXPERT * experts
+        return self._experts_site + (0 if self.experts is None else self.experts.site_count)
 
     def biased(self) -> set[str]:
         """Return the projections to which the base adds a bias."""
@@ -267,7 +253,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def sites(self) -> list[Site]:
         """Return every site in index order.
 
-        There are four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head, then two for each expert.
+        There are four a layer (qkv, o, gate_up, down), then embed_tokens, then lm_head, then those of experts.
         """
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -282,8 +268,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 Site(q, (Part(f"{attention}.o_proj", hidden),)),
             ]
             if experts is not None and layer in experts.layers:
-                router = Part(f"model.layers.{layer}.{experts.names.block}.gate", experts.count)
-                sites += [Site(hidden, (router,)), Site(0, ())]
+                sites += [Site(hidden, (experts.router(layer),)), Site(0, ())]
                 continue
             sites += [
                 Site(hidden, tuple(Part(f"{mlp}.{name}", width) for name, width in gate_up.items())),
@@ -291,21 +276,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             ]
         sites.append(Site(self.vocab_size, (Part("model.embed_tokens", hidden),)))
         sites.append(Site(hidden, (Part("lm_head", self.vocab_size),)))
-        return sites + self._expert_sites()
-
-    def _expert_sites(self) -> list[Site]:
-        if self.experts is None:
-            return []
-        hidden, inner, names = self.hidden_size, self.experts.intermediate_size, self.experts.names
-        sites = []
-        for layer in self.experts.layers:
-            for expert in range(self.experts.count):
-                module = f"model.layers.{layer}.{names.block}.experts.{expert}"
-                sites += [
-                    Site(hidden, (Part(f"{module}.{names.gate}", inner), Part(f"{module}.{names.up}", inner))),
-                    Site(inner, (Part(f"{module}.{names.down}", hidden),)),
-                ]
-        return sites
+        return sites if self.experts is None else sites + self.experts.sites(hidden)
 
 
 def _has(bias: Bias, field: bool) -> bool:
@@ -353,23 +324,6 @@ def _slides(file: ConfigFile, family: Family, layer: int) -> bool:
     return file.use_sliding_window and (
         layer in _unrotated(file, family) if family.nope else layer >= file.max_window_layers
     )
-
-
-def _experts(file: ConfigFile, names: ExpertNames) -> ExpertsConfig | None:
-    count, chosen = file.num_experts or 0, file.num_experts_per_tok or 0
-    if chosen > count:
-        refuse("num_experts_per_tok", chosen, f"at most num_experts ({count})")
-    step, dense = file.decoder_sparse_step, file.mlp_only_layers or ()
-    layers = tuple(layer for layer in range(step - 1, file.num_hidden_layers, step) if layer not in dense)
-    config = ExpertsConfig(
-        count=count,
-        chosen=chosen,
-        intermediate_size=file.moe_intermediate_size or file.intermediate_size,
-        normalised=file.norm_topk_prob,
-        layers=layers,
-        names=names,
-    )
-    return config if layers else None
 
 
 def _granite(file: ConfigFile) -> dict[str, Any]:

@@ -19,7 +19,11 @@ TokenIds = int | list[int] | None
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 OLDER_ROPE_TYPES = {"su": "longrope"}
 TEXT_MODELS = ("gemma3_text", "mistral", "qwen2_5_vl_text")  # of models that see images
-OTHER_NAMES = {"num_local_experts": "num_experts"}
+OTHER_NAMES = {
+    "num_local_experts": "num_experts",
+    "shared_intermediate_size": "shared_expert_intermediate_size",
+    "qkv_bias": "attention_bias",
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -84,7 +88,7 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     partial_rotary_factor: float | None = None
     no_rope_layers: list[int] | None = None  # 0 for each layer without rotation, 1 for the others
     no_rope_layer_interval: int = 0
-    sliding_window: PositiveInt | None = None
+    sliding_window: Annotated[int, msgspec.Meta(ge=0)] | None = None  # 0: there is none
     use_sliding_window: bool = False
     max_window_layers: int = 28
     sliding_window_pattern: PositiveInt | None = None  # of so many layers one does not slide
@@ -97,7 +101,10 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     num_experts: PositiveInt | None = None
     num_experts_per_tok: PositiveInt | None = None
     moe_intermediate_size: PositiveInt | None = None
+    shared_expert_intermediate_size: Annotated[int, msgspec.Meta(ge=0)] | None = None  # 0: there is none
     norm_topk_prob: bool = False
+    swiglu_alpha: PositiveFloat | None = None
+    swiglu_limit: PositiveFloat | None = None
     decoder_sparse_step: PositiveInt = 1  # of so many layers one has experts
     mlp_only_layers: list[int] | None = None  # which have none nevertheless
     quantization_config: dict[str, Any] | None = None
@@ -123,6 +130,11 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     def local_rope(self) -> RopeFile:
         rope = self.rope_parameters and self.rope_parameters.sliding_attention
         return rope or RopeFile(rope_theta=self.rope_local_base_freq)
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether experts are in blocks of 32 numbers of four bits with one scale, and all else in floats."""
+        return self.quantization_config is not None and self.quantization_config.get("quant_method") == "mxfp4"
 
     @property
     def quantization(self) -> Scheme | None:

@@ -1,6 +1,6 @@
 """A decoder-only transformer over a paged K/V cache; after every projection, adapters add to its output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.elementwise import gelu_mul, kv_write, rotary, silu_mul
+from kernels.cpu.elementwise import clamped_mul, gelu_mul, kv_write, rotary, silu_mul
 from kernels.cpu.paged_attention import AttentionGroup, paged_attention
 from runtime.models.config import GATE_UP, OUT, QKV, ROUTER, SITES_PER_LAYER, ModelConfig
 from runtime.models.families import NormKind
 from runtime.models.layers import Angles, Linear, RmsNorm, Rotary, rounded_to
-from runtime.models.weights import Experts, LayerWeights, Mlp, Weights
+from runtime.models.weights import Experts, LayerWeights, Mlp, SharedExpert, Weights
 
 Groups = Mapping[int, Sequence[AttentionGroup]]  # by the window of a layer's attention; 0: the whole context
 
@@ -41,7 +41,9 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.rotaries = [Rotary(rope, config.head_dim, weights.embedding.device) for rope in config.ropes]
-        self.gated = gelu_mul if config.gelu else silu_mul
+        self.gated: Callable[[Tensor], Tensor] = gelu_mul if config.gelu else silu_mul
+        if config.experts is not None and config.experts.limit:
+            self.gated = partial(clamped_mul, limit=config.experts.limit)
         self.embedding_scale = config.embedding_scale(partial(rounded_to, weights.embedding.dtype))
 
     def forward(
@@ -105,7 +107,8 @@ class Decoder:
         elif source is not turned:
             turned.copy_(source)
         kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
-        mixed = paged_attention(heads[:, :q_heads], kv, groups, config.attention_scale, config.attention_cap)
+        how = config.attention_scale, config.attention_cap, layer.sinks
+        mixed = paged_attention(heads[:, :q_heads], kv, groups, *how)
         out = _project(layer.o, site + OUT, mixed, lora)
         return self._add(x, self._normed(layer.after_attention, index, "after_attention", out, lora))
 
@@ -139,7 +142,12 @@ class Decoder:
             own = None if lora is None else lora.of_rows(rows)
             y = self._gated_mlp(experts.each[expert], self.config.expert_site(index, expert), x[rows], own)
             out.index_add_(0, rows, y * weights[rows, place, None].to(y.dtype))
-        return out
+        return out if experts.shared is None else out.add_(self._shared(experts.shared, index, x, lora))
+
+    def _shared(self, shared: SharedExpert, index: int, x: Tensor, lora: Lora | None) -> Tensor:
+        site = self.config.shared_site(index)
+        y = self._gated_mlp(shared.mlp, site, x, lora)
+        return y if shared.gate is None else y * _project(shared.gate, site + 2, x, lora).sigmoid()
 
     def _add(self, residual: Tensor, y: Tensor) -> Tensor:
         return residual.add_(y, alpha=self.config.residual_multiplier)

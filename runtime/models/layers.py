@@ -50,6 +50,10 @@ class Linear:
         """W as (out, in); of a packed one a copy."""
         return self.weight.to_dense() if self.packed else self.weight
 
+    def hold(self, weight: Tensor) -> None:
+        """Take an equal W that lies elsewhere, as it is."""
+        self.weight, self.packed = weight, False
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
             return onednn.linear(x, self.weight, self.bias)

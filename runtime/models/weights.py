@@ -9,8 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig, Site
+from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig
+from runtime.models.experts import ExpertsConfig
 from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
+from runtime.models.sites import Site
+from runtime.models.stacked_experts import BLOCKS, SCALES, Projection, read_stacked, stacked_shapes
 from runtime.models.text_part import is_vision, text_name
 from runtime.output.progress import progress
 from runtime.quantization.formats import InvalidWeight
@@ -33,6 +36,7 @@ class LayerWeights(NamedTuple):
     attention_norm: RmsNorm | None
     qkv: Linear
     qk_norm: RmsNorm | ProjectionNorms | None  # of heads: a row for each query head and then each key head
+    sinks: Tensor | None  # (heads,) float32, what a score would be that no token has
     o: Linear
     after_attention: RmsNorm | None
     mlp_norm: RmsNorm | None
@@ -47,11 +51,19 @@ class Mlp(NamedTuple):
     down: Linear
 
 
+class SharedExpert(NamedTuple):
+    """An MLP that every row goes through beside its experts."""
+
+    mlp: Mlp
+    gate: Linear | None  # one output, whose sigmoid the MLP's are multiplied by
+
+
 class Experts(NamedTuple):
     """Routed experts, each a gated MLP."""
 
     router: Linear
     each: list[Mlp]
+    shared: SharedExpert | None
 
 
 class Weights(NamedTuple):
@@ -130,14 +142,19 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     sites = config.sites()
     shapes: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
-        for site, bias in zip(_layer_sites(sites, layer), _site_biases(config), strict=True):
+        for site, bias in zip(_layer_sites(sites, layer), _site_biases(config, layer), strict=True):
             shapes |= _site_shapes(site, bias)
+        if config.sinks:
+            shapes[f"model.layers.{layer}.self_attn.sinks"] = (config.num_heads,)
         for norm in filter(None, config.norms):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
         for norm, heads in _qk_norms(config).items():
             shapes[f"model.layers.{layer}.self_attn.{norm}.weight"] = (heads * config.head_dim,)
-    for site in sites[config.lm_head_site + 1 :]:
-        shapes |= _site_shapes(site, bias=False)
+    if config.experts is not None:
+        stacked = [stacked_shapes(config.experts, layer, config.hidden_size) for layer in config.experts.layers]
+        modules = sites[config.shared_site(config.experts.layers[0]) if stacked[0] else config.lm_head_site + 1 :]
+        for each in (*stacked, *(_site_shapes(site, bias=False) for site in modules)):
+            shapes |= each
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
@@ -165,8 +182,10 @@ def _qk_norms(config: ModelConfig) -> dict[str, int]:
     return {"q_norm": config.num_heads if whole else 1, "k_norm": config.num_kv_heads if whole else 1}
 
 
-def _site_biases(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
-    return config.qkv_bias, config.o_bias, config.mlp_bias, config.mlp_bias
+def _site_biases(config: ModelConfig, layer: int) -> tuple[bool, bool, bool, bool]:
+    of_experts = config.experts is not None and config.has_experts(layer)
+    third = config.experts.names.router_bias if config.experts is not None and of_experts else config.mlp_bias
+    return config.qkv_bias, config.o_bias, third, config.mlp_bias
 
 
 class Checkpoint:
@@ -220,6 +239,7 @@ class Checkpoint:
             attention_norm=self._layer_norm(prefix, norms.attention),
             qkv=qkv,
             qk_norm=self._qk_norm(f"{prefix}.self_attn"),
+            sinks=self._stacked([f"{prefix}.self_attn.sinks"]).float() if self.config.sinks else None,
             o=o,
             after_attention=self._layer_norm(prefix, norms.after_attention),
             mlp_norm=self._layer_norm(prefix, norms.mlp),
@@ -235,8 +255,30 @@ class Checkpoint:
     def _experts(self, layer: int) -> Experts:
         assert self.config.experts is not None
         router = self._linear(self.sites[layer * SITES_PER_LAYER + ROUTER])
-        experts = range(self.config.experts.count)
-        return Experts(router, [self._mlp(self.config.expert_site(layer, expert)) for expert in experts])
+        return Experts(router, self._routed(layer, self.config.experts), self._shared(layer, self.config.experts))
+
+    def _routed(self, layer: int, experts: ExpertsConfig) -> list[Mlp]:
+        if experts.names.stacked is None:
+            return [self._mlp(self.config.expert_site(layer, expert)) for expert in range(experts.count)]
+        each = read_stacked(experts, layer, self.source.read, keep_quantized=self.keep_quantized)
+        return [Mlp(*map(self._of_stack, projections)) for projections in each]
+
+    def _of_stack(self, projection: Projection) -> Linear:
+        weight, bias = projection.weight, None if projection.bias is None else self._own(projection.bias)
+        if isinstance(weight, Tensor):
+            return Linear(self._own(weight), bias, pack=self.pack)
+        return Linear(None, bias, quantized=weight)
+
+    def _shared(self, layer: int, experts: ExpertsConfig) -> SharedExpert | None:
+        if not experts.shared_size:
+            return None
+        first = self.config.shared_site(layer)
+        gate = self.sites[first + 2]
+        return SharedExpert(self._mlp(first), self._linear(gate) if gate.parts else None)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        """A copy of a part of a tensor in the dtype and on the device of all weights."""
+        return torch.empty(weight.shape, dtype=self.dtype, device=self.device).copy_(weight)
 
     def _linear(self, site: Site) -> Linear:
         biases = [f"{part.module}.bias" for part in site.parts]
@@ -279,6 +321,9 @@ def _dummy(shapes: Shapes, device: torch.device | str) -> _Source:
 
     def read(name: str) -> Tensor:
         shape = shapes[name]
+        if name.endswith((BLOCKS, SCALES)):  # any codes; scales that are small enough
+            low, high = (0, 256) if name.endswith(BLOCKS) else (118, 120)
+            return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator, device=device)
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape, device=device)
         scale: float = shape[-1] ** -0.5
@@ -305,7 +350,8 @@ def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> _Source:
         return found[name].tensor()
 
     matrices = [name.removesuffix(WEIGHT) for name, shape in shapes.items() if len(shape) == 2]
-    quantized = QuantizedModules(config.quantization, matrices, found)
+    of_modules = None if config.experts is not None and config.experts.mxfp4 else config.quantization
+    quantized = QuantizedModules(of_modules, matrices, found)
     plain = {name: shape for name, shape in shapes.items() if name.removesuffix(WEIGHT) not in quantized}
     needed = {name for module in matrices if module in quantized for name in quantized.needed(module)}
     _check_tied_head(config, found)
@@ -374,8 +420,9 @@ def _check_tensor(name: str, shape: tuple[int, ...], entry: Any) -> None:
         raise InvalidCheckpoint(
             f"tensor {name} has shape {tuple(entry.get_shape())} where the configuration makes it {shape}"
         )
-    if entry.get_dtype() not in FLOATS:
-        raise InvalidCheckpoint(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(FLOATS)}")
+    supported = ("U8",) if name.endswith((BLOCKS, SCALES)) else FLOATS
+    if entry.get_dtype() not in supported:
+        raise InvalidCheckpoint(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(supported)}")
 
 
 def _check_tied_head(config: ModelConfig, found: Mapping[str, _Stored]) -> None:

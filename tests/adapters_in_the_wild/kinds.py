@@ -1,4 +1,4 @@
-"""Sixty-one configurations, written after the kinds that training programs leave, and how their weights are kept.
+"""Sixty-three configurations, written after the kinds that training programs leave, and how their weights are kept.
 
 A kind says which fields its program sets; the fields that its version of PEFT writes besides are added. Kinds of
 families that are not served yet stand here too: they are tried once tests/runtime/models/families.py has their family.
@@ -252,13 +252,31 @@ KINDS = [
     kind("SmolLM3", "smollm3", "0.17", target_modules=ATTENTION),
     kind("OLMo 2", "olmo2", "0.14", target_modules="all-linear"),
     kind("Mixtral's attention", "mixtral-moe", "0.7", target_modules=ATTENTION),
-    # PEFT adapts all experts of a layer by one parameter, because transformers 5 has them in one
+    # Asked for gate_proj, up_proj and down_proj, PEFT adapts the parameters that transformers 5 has all experts in
     kind(
         "Qwen3-MoE's experts",
         "qwen3-moe",
-        "0.18",
-        target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"],
-        plain=False,
+        "0.21",
+        peft_version="0.21.0",
+        target_modules=["q_proj"],
+        target_parameters=["gate_up_proj", "down_proj"],
+        rank_pattern={r".*\.gate_up_proj": 16},
+        alpha_pattern={r".*\.gate_up_proj": 32},
     ),
     kind("Qwen3-MoE's attention", "qwen3-moe", "0.18", target_modules=ATTENTION),
+    kind(
+        "GPT-OSS's attention and the experts of a layer",
+        "gpt-oss-moe",
+        "0.18",
+        target_modules="all-linear",
+        target_parameters=["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
+    ),
+    kind(
+        "Granite-MoE's attention and experts",
+        "granite-moe",
+        "0.21",
+        peft_version="0.21.0",
+        target_modules=ATTENTION,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    ),
 ]

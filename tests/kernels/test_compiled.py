@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED_BYTES = 227 * 1024  # of a program, at most
 SPILLED_BYTES = 32  # a few addresses, or the 28 bytes that Triton 3.6 reduces an angle in
-PRODUCTS = {"_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel"}
+PRODUCTS = {"_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel", "_expert_matmul_kernel"}
 # A thread of these reads or writes single numbers, or numbers that do not follow each other in memory.
 NARROW = {"_reduce_kernel", "_cut_kernel", "_embedding_shrink_kernel", "_qkv_write_kernel"}
 
@@ -59,8 +59,8 @@ def launches(dtype: str) -> Iterator[Any]:
     """
     import torch
 
-    from kernels import grouped_lora, silu_mul, tuned
-    from kernels.lora_tiles import Tiles
+    from kernels import expert_rows, grouped_lora, silu_mul, tuned
+    from kernels.lora_tiles import TILE_FIELDS, Tiles
     from kernels.tune import attention, tuner
     from kernels.tune.lora import lora_cases
     from kernels.tune.rows import ModelShape
@@ -79,14 +79,21 @@ def launches(dtype: str) -> Iterator[Any]:
         (cases[1], {"window": 4096, "cap": 50.0}),
         (cases[0], {"cap": 50.0}),
         (cases[1], {}),
+        *((case, {"window": 128, "sinks": torch.zeros(16)}) for case in cases),
         (attention.write_case(gemma, 32), {"rotary_dim": 128, "interleaved": True}),
     ):
         config = tuned.lookup("", case.kernel, case.rows, model.dtype).config
         if case.kernel == "paged_prefill":
             config = config.of_heads(gemma.head_dim)
         yield partial(case.launch, *case.prepare(0), config=config, **options)
+    for height, config in ((DECODE_HEIGHT, expert_rows.DECODE), (PREFILL_HEIGHT, expert_rows.PREFILL)):
+        own = Tiles(torch.zeros(4, TILE_FIELDS, dtype=torch.int32), height)
+        weight = model.random(1, 8, 2 * 768, 2048).view(8, 2 * 768, 2048)  # Qwen3-30B-A3B's gate and up
+        biases = model.random(2, 8, 2 * 768)
+        yield partial(expert_rows.expert_matmul, model.random(0, 64, 2048), weight, biases, own, config)
     gates = model.random(0, 32, 2 * model.intermediate)
     yield partial(silu_mul.gelu_mul, gates)
+    yield partial(silu_mul.clamped_mul, gates, 7.0)
     shrink, _ = lora_cases(model, 32, 8, 16, "decode")
     _, site, arena, table, tiles, ranks = shrink.prepare(0)
     token_ids, t = torch.zeros(32, dtype=torch.int64), torch.empty(32, 1, ranks)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, cycle, pairwise, product
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -285,6 +286,21 @@ def test_a_part_without_ranks_is_scaled_and_shifted(way: Callable[..., None]) ->
     got = y.clone()
     way(x, got, load(adapters, torch.float32), tiles_of(slots), widths)
     check(got, y, x, slots, adapters, widths)
+
+
+@pytest.mark.parametrize("twin", [grouped_lora, reference], ids=["kernels", "reference"])
+def test_a_tile_of_an_expert_has_the_experts_site_and_one_of_the_base_none(twin: ModuleType) -> None:
+    widths, slots = (20, 33), [0] * 3 + [BASE] * 4 + [4] * 2
+    adapters = [random_adapter(seed, 40, widths, torch.float32) for seed in range(ADAPTERS)]
+    arena, table, _ = memory = load(adapters, torch.float32)
+    x, y = random_rows(len(slots), 40, torch.float32, 1), random_rows(len(slots), sum(widths), torch.float32, 2)
+    # Expert 1, whose site is the adapted one; expert 0, whose site no adapter adapts; rows without an adapter
+    fields = [[0, 3, 0, 1], [3, 4, BASE, 1], [7, 2, 4, 0], [0, 0, 0, 0]]
+    tiles, before, first = Tiles(torch.tensor(fields, dtype=torch.int32, device=DEVICE), 16), y.clone(), SITE - 2
+    configs = ([DECODE_SHRINK], [DECODE_EXPAND]) if twin is grouped_lora else ([], [])
+    t = twin.shrink(x, first, arena, table, tiles, scratch(len(x), memory), *configs[0])
+    twin.expand(t, y, first, arena, table, tiles, widths, *configs[1])
+    check(y, before, x, [0] * 3 + [BASE] * 6, adapters, widths)
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])

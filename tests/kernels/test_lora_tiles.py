@@ -20,7 +20,8 @@ def test_tiles_cover_each_adapted_row_once_and_leave_no_old_tile_behind(
     out = np.full((most_tiles(len(slots), len(runs), height) + 2, TILE_FIELDS), 99, np.int32)
     total = lay_tiles(slots, height, out)
     covered = np.full(len(slots), BASE)
-    for first, rows, slot in out[:total]:
+    for first, rows, slot, expert in out[:total]:
+        assert expert == 0
         assert 0 < rows <= height
         assert (covered[first : first + rows] == BASE).all()
         covered[first : first + rows] = slot

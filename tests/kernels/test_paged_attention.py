@@ -75,14 +75,24 @@ class Pool:
         return self.randn(rows, self.heads + 2 * self.kv_heads, self.head_dim)[:, : self.heads]
 
     def check(
-        self, actual: Tensor, query: Tensor, table: list[int], seen: int, window: int = 0, cap: float = 0.0
+        self,
+        actual: Tensor,
+        query: Tensor,
+        table: list[int],
+        seen: int,
+        window: int = 0,
+        cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> None:
         """A row against its attention over the first `seen` tokens, each error bounded by the roundings behind it."""
         context = self.kv[self.slots(table, seen)[-window:]].double().cpu()
         k, v = context.repeat_interleave(self.heads // self.kv_heads, 2).permute(1, 2, 0, 3)
         q = query.double().cpu()[:, None]
         scores = (q * k).sum(-1) * SCALE
-        weights = (cap * (scores / cap).tanh() if cap else scores).softmax(-1)[..., None]
+        scores = cap * (scores / cap).tanh() if cap else scores
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double().cpu()[:, None]), -1)
+        weights = scores.softmax(-1)[:, : k.shape[1], None]
         exact = (weights * v).sum(1)
         # A score errs by a few units of its partial sums, its weight by twice that, as the total does.
         largest = ((q * k).abs().sum(-1) * SCALE).amax(-1, keepdim=True) if seen else torch.zeros(1)
@@ -341,3 +351,22 @@ def test_capped_scores_are_bent_by_a_tanh(attention: ModuleType, window: int, ca
         for row in range(length):
             pool.check(out[row], q[row], context, row + 1, window=window, cap=cap)
         pool.check(alone[0], q[-1], context, length, window=window, cap=cap)
+
+
+@TWINS
+@pytest.mark.parametrize("window", [0, 21])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_sink_takes_its_part_of_a_heads_softmax(attention: ModuleType, splits: int, window: int) -> None:
+    pool, length = Pool(SMALL, SERVED), 53
+    context, sinks = pool.context(length), torch.tensor([-50.0, -1.0, 2.0, 50.0], device=DEVICE)
+    config = [DecodeConfig(splits, 16, 4, 2)] if attention is kernels else []
+    q = pool.queries(length)
+    alone = decode(attention, pool, q[-1:], pool.tables([context]), [length], *config, window=window, sinks=sinks)
+    out = torch.full(q.shape, NAN, dtype=pool.dtype, device=DEVICE)
+    places = pool.tables([context]), int32([length]), int32([0, length])
+    attention.paged_prefill(q, pool.kv, *places, pool.block_size, SCALE, out, window=window, sinks=sinks)
+    for row in range(length):
+        pool.check(out[row], q[row], context, row + 1, window=window, sinks=sinks)
+    pool.check(alone[0], q[-1], context, length, window=window, sinks=sinks)
+    nothing = decode(attention, pool, q[-1:], pool.tables([context]), [0], *config, window=window, sinks=sinks)
+    assert not nothing.any()

@@ -9,9 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
+from kernels.reference.silu_mul import clamped_mul as clamped_reference
 from kernels.reference.silu_mul import gelu_mul as gelu_reference
 from kernels.reference.silu_mul import silu_mul as reference
-from kernels.silu_mul import CANDIDATES, SiluMulConfig, gelu_mul, silu_mul
+from kernels.silu_mul import CANDIDATES, SiluMulConfig, clamped_mul, gelu_mul, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative. float32: exp to 2 ulp and its argument's rounding times |gate| < 8, the sum, a quotient to 2 ulp and a
@@ -50,6 +51,20 @@ def test_silu_mul_is_its_formula_and_leaves_its_input_alone(
     assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (rows, width), True)
     assert_close(y, exact(gate_up))
     assert torch.equal(gate_up, before)
+
+
+@DTYPES
+@pytest.mark.parametrize("twin", [clamped_mul, clamped_reference])
+def test_gates_and_ups_may_be_clamped(twin: Callable[[Tensor, float], Tensor], dtype: torch.dtype) -> None:
+    gate_up, limit = random(5, 600, dtype=dtype) * 3, 2.0
+    gate, up = gate_up.double().chunk(2, -1)
+    assert (gate > limit).any()
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    exact = gate * (1.702 * gate).sigmoid() * (up + 1)
+    bound = TOLERANCE[dtype] * 2 * (gate.abs() * (up.abs() + 1)) + 2**-24
+    assert ((twin(gate_up, limit).double() - exact).abs() <= bound).all()
+    gate_up[1, 5], gate_up[2, 306] = float("nan"), float("nan")
+    assert twin(gate_up, limit).isnan().nonzero().tolist() == [[1, 5], [2, 6]]
 
 
 @DTYPES

@@ -31,6 +31,7 @@ struct Partial {
 struct Attention {
   Rows q, out;     // (rows, heads · head_dim); q is rotated
   const void* kv;  // in tiles
+  const float* sinks;  // (heads,), a score that no token has, or null
   int32_t heads, kv_heads, head_dim, block_size;  // tokens in a block: whole tiles
   int32_t type;  // of the cache: float32 or bfloat16
   int32_t window;  // the tokens that a row sees, its own included; 0: the whole context
@@ -238,7 +239,8 @@ struct Attention {
     for (int row = 0; row < queries.count * group(); ++row) {
       const int head = kv_head * group() + row % group();
       float* to = out.at + (queries.row + row / group()) * out.stride + head * head_dim;
-      for (int i = 0; i < head_dim; ++i) to[i] = merged.sums(row)[i] / merged.total(row);
+      const float total = merged.total(row) + (sinks ? std::exp(sinks[head] - merged.maximum(row)) : 0.0f);
+      for (int i = 0; i < head_dim; ++i) to[i] = merged.sums(row)[i] / total;
     }
   }
 

@@ -17,6 +17,7 @@ enum class Form : int32_t {
   gated,  // out = silu(y of part 0) · y of part 1
   gated_gelu,  // as gated, with the GELU by tanh
   capped,      // out = scale · tanh(y / scale)
+  gated_clamped,  // as gated, with GPT-OSS's activation and `scale` as its limit
 };
 
 struct LinearPart {
@@ -35,6 +36,7 @@ struct Linear {
   int32_t logits;  // whether the rows are those of the logits
   int32_t form;
   float scale;
+  Rows gates;  // of each row a number whose sigmoid scales its outputs too; null for none
 
   void run(Pool& pool, const Step& step) const;
 
@@ -42,7 +44,9 @@ struct Linear {
   void shrink(const Step& step, const Run& run, int panel) const;
   void compute(Pool& pool, const Step& step, int shrinks, int part, int panel, int panels, int first, int rows,
                const Inputs<uint32_t>* pairs, const float* wide, const void* ahead, float* tile) const;
-  bool gated() const { return (Form)form == Form::gated || (Form)form == Form::gated_gelu; }
+  bool gated() const {
+    return (Form)form == Form::gated || (Form)form == Form::gated_gelu || (Form)form == Form::gated_clamped;
+  }
 
   // The panels of one task.
   struct Place {
@@ -85,6 +89,13 @@ inline Vec silu(Vec x) { return times_sigmoid(x, x); }
 // x / 2 · (1 + tanh(sqrt(2 / π) · (x + 0.044715 x³))), which is x times a sigmoid.
 inline Vec gelu(Vec x) {
   return times_sigmoid(x, splat(1.5957691216057308f) * fma(x * x * x, splat(0.044715f), x));
+}
+
+// g · sigmoid(1.702 g) · (u + 1), for g the gate up to the limit, and u `up` from -limit to limit
+inline Vec clamped_gate(Vec gate, Vec up, float limit) {
+  const Vec most = splat(limit), least = splat(-limit);
+  const Vec g = gate > most ? most : gate, below = up > most ? most : up;
+  return times_sigmoid(g, g * splat(1.702f)) * ((below < least ? least : below) + splat(1.0f));
 }
 
 // t[row][rank] = scale · Σ x[row] · A[rank] for the rows of a run and one panel of ranks.
@@ -168,15 +179,18 @@ inline void Linear::write(
     float* to = out.at + (first + row) * out.stride + part[index].first + panel * PANEL;
     const float* from = y + row * width;
     const float* other = up + row * width;
+    const float factor = gates.at ? scale / (1.0f + std::exp(-gates.at[(first + row) * gates.stride])) : scale;
     float last[LANES];
     for (int c = 0; c < columns; c += LANES) {
       Vec value = load(from + c);
       if ((Form)form == Form::gated) value = silu(value) * load(other + c);
       if ((Form)form == Form::gated_gelu) value = gelu(value) * load(other + c);
-      if ((Form)form == Form::capped)
+      if ((Form)form == Form::gated_clamped)
+        value = clamped_gate(value, load(other + c), scale);
+      else if ((Form)form == Form::capped)
         value = soft_capped(value, scale);
-      else if (scale != 1.0f)
-        value = value * splat(scale);
+      else if (factor != 1.0f)
+        value = value * splat(factor);
       if (c + LANES <= columns) {
         store(to + c, (Form)form == Form::add ? load(to + c) + value : value);
         continue;

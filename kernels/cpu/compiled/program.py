@@ -15,8 +15,8 @@ from kernels.cpu.compiled import structs
 from kernels.cpu.compiled.library import load
 from kernels.cpu.compiled.panels import TYPES, Panels
 
-Form = Literal["store", "add", "gated", "gated_gelu", "capped"]
-FORMS: tuple[Form, ...] = ("store", "add", "gated", "gated_gelu", "capped")
+Form = Literal["store", "add", "gated", "gated_gelu", "capped", "gated_clamped"]
+FORMS: tuple[Form, ...] = ("store", "add", "gated", "gated_gelu", "capped", "gated_clamped")
 NO_SITE = -1
 
 
@@ -89,9 +89,16 @@ class Program:
         scale: float = 1.0,
         *,
         of_logits: bool = False,
+        gates: Tensor | None = None,
     ) -> None:
-        """Project `x` by the parts of a site, which lie side by side in `out`, and by the adapters of its rows."""
-        self._add(self._linear(x, parts, out, site, form, scale, of_logits))
+        """Project `x` by the parts of a site, which lie side by side in `out`, and by the adapters of its rows.
+
+        The sigmoid of `gates` (most rows, 1) is a factor of each row's outputs.
+        """
+        operation = self._linear(x, parts, out, site, form, scale, of_logits)
+        if gates is not None:
+            operation.gates = self._rows(gates)
+        self._add(operation)
 
     def _linear(
         self, x: Tensor, parts: Sequence[Part], out: Tensor, site: int, form: Form, scale: float, of_logits: bool
@@ -124,9 +131,12 @@ class Program:
         *,
         normalised: bool,
         gate: Form = "gated",
+        limit: float = 1.0,
         scale: float = 1.0,
     ) -> None:
         """out += scale · Σ weight · expert(x), over the `chosen` experts that `scores` (rows, experts) are highest of.
+
+        `limit` is that of a `gate` gated_clamped.
 
         An expert is its gate and up, and its down; it has two sites, from `first_site` on. The weights are the softmax
         of a row's scores, of all or, `normalised`, of those chosen. `gathered` (rows · chosen, hidden) and `inner`
@@ -135,7 +145,7 @@ class Program:
         linears: list[structs.Linear] = []
         for index, (gate_up, down) in enumerate(experts):
             site = first_site + 2 * index
-            linears.append(self._linear(gathered, gate_up, inner, site, gate, 1.0, False))
+            linears.append(self._linear(gathered, gate_up, inner, site, gate, limit, False))
             linears.append(self._linear(inner, [down], gathered, site + 1, "store", 1.0, False))
         array = (structs.Linear * len(linears))(*linears)
         self._kept.append(array)
@@ -191,14 +201,17 @@ class Program:
         scale: float,
         window: int = 0,
         cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> None:
         """Attend from the first `heads` heads of `q` over each row's context in `kv`, as `rotate_write` writes it.
 
         With a `window`, a row sees the last so many tokens of its context; a `cap` other than 0 caps the scores.
+        `sinks` (heads,) are scores that each head's softmax has beside those of tokens.
         """
         kv_heads, head_dim = kv.shape[2:]
         kinds = heads, kv_heads, head_dim, block_size, TYPES[kv.dtype], window
-        self._add(structs.Attention(self._rows(q), self._rows(out), self._keep(kv), *kinds, scale, cap))
+        memory = self._rows(q), self._rows(out), self._keep(kv), self._keep(sinks)
+        self._add(structs.Attention(*memory, *kinds, scale, cap))
 
     def find_best(self, logits: Tensor, best: "ctypes.Array[structs.Best]") -> None:
         """Find each row's highest logit, and the logarithm of the sum of all exponentials."""

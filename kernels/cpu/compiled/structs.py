@@ -88,6 +88,7 @@ class Linear(ctypes.Structure):
         ("order", c_void_p),
         *[(name, c_int32) for name in ("parts", "k", "type", "group", "site", "logits", "form")],
         ("scale", c_float),
+        ("gates", Rows),
     ]
 
 
@@ -133,6 +134,7 @@ class Attention(ctypes.Structure):
         ("q", Rows),
         ("out", Rows),
         ("kv", c_void_p),
+        ("sinks", c_void_p),
         *[(name, c_int32) for name in ("heads", "kv_heads", "head_dim", "block_size", "type", "window")],
         *[(name, c_float) for name in ("scale", "cap")],
     ]

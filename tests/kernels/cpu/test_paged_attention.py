@@ -49,15 +49,17 @@ class Pool:
         rows = slice(first_row, first_row + queries)
         return AttentionGroup(rows, 1, queries, context[None], mask[None, None])
 
-    def exact(self, query: Tensor, context: Tensor, cap: float = 0.0) -> Tensor:
+    def exact(self, query: Tensor, context: Tensor, cap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
         """One row's attention over all of `context`."""
         k, v = self.kv[context].double().unbind(1)
         outs = []
         for head in range(self.heads):
             shared = head // (self.heads // k.shape[1])
             scores = k[:, shared] @ query[head].double() * SCALE
-            weights = (cap * (scores / cap).tanh() if cap else scores).softmax(0)
-            outs.append(weights @ v[:, shared])
+            scores = cap * (scores / cap).tanh() if cap else scores
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[head : head + 1].double()))
+            outs.append(scores.softmax(0)[: len(v)] @ v[:, shared])
         return torch.cat(outs)
 
 
@@ -145,3 +147,15 @@ def test_capped_scores_are_bent_by_a_tanh(heads: int, kv_heads: int, size: int, 
         torch.testing.assert_close(
             out[row].double(), pool.exact(query, context, cap), rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype]
         )
+
+
+@DTYPES
+@SHAPES
+def test_a_sink_takes_its_part_of_a_heads_softmax(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+    pool, sinks = Pool(heads, kv_heads, size, dtype), torch.linspace(-3, 4, heads)
+    contexts = [pool.context(length) for length in (9, 23)]
+    groups = [pool.decode(contexts), pool.prefill(contexts[1], 6, first_row=2)]
+    q = pool.queries(8)
+    out = paged_attention(q, pool.kv, groups, SCALE, sinks=sinks)
+    seen = [*contexts, *(contexts[1][: 18 + i] for i in range(6))]
+    assert_close(out, [pool.exact(*each, sinks=sinks) for each in zip(q, seen, strict=True)], dtype)

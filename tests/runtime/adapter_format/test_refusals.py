@@ -61,7 +61,8 @@ CONFIGS = {
     "bd-lora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     "velora": ({"velora_config": {"num_groups": 2}}, "velora_config"),
     "megatron": ({"megatron_config": {"hidden_size": 64}}, "megatron_config"),
-    "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+    "experts": ({"target_parameters": "mlp.experts.gate_up_proj"}, "target_parameters"),
+    "a parameter of norms": ({"target_parameters": ["input_layernorm.weight"]}, "target_parameters"),
     "vera": ({"peft_type": "VERA"}, "peft_type"),
     "no rank": ({"r": None}, "r"),
     "rank zero": ({"r": 0}, "r"),
@@ -259,7 +260,7 @@ DUPLICATE_WITHIN = b'{"x":{"dtype":"I8","dtype":"F32","shape":[1],"data_offsets"
 
 FILES = {
     "empty": (b"", "is empty.*stage3_gather"),
-    "a header over 4 MB": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "header of"),
+    "a header over the limit": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "header of"),
     "a header of 2**63": ((2**63).to_bytes(8, "little") + b"{}", "header of"),
     "a header cut off": (GOOD[:100], "truncated"),
     "data cut off": (GOOD[:-1], "truncated"),
@@ -341,7 +342,7 @@ STEPS = {
     "loftq": "serve the base that LoftQ wrote",
     "layer_replication": "merge_and_unload",
     "kasa": "merge_and_unload",
-    "experts": "merge_and_unload",
+    "a parameter of norms": "merge_and_unload",
     "rank over the limit": "--max-lora-rank 65",
     "rank_pattern over the limit": "--max-lora-rank 65",
     "alora of the old format": "python -m service.convert SOURCE TARGET --tokenizer DIRECTORY",

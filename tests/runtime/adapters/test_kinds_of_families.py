@@ -1,5 +1,7 @@
 """What adapters change besides LoRA, on families with fused projections, other norms, caps or experts, against PEFT."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.fil
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 IDS = [40, 3, 71]
 DORA = {"use_dora": True}
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 # By family: what PEFT trains, one adapter each
 KINDS = {
     "phi3": {
@@ -46,6 +49,33 @@ KINDS = {
     },
     "qwen3-moe": {
         "dora, norms": DORA | {"target_modules": ATTENTION, "modules_to_save": ["layernorm", "model.norm"]},
+        "experts": {"target_modules": ["q_proj"], "target_parameters": PARAMETERS},
+    },
+    "mixtral-moe": {
+        "modules that are parameters today": {"target_modules": ["v_proj", "w1", "w2", "w3"]},
+        "down alone": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    },
+    "qwen2-moe": {
+        "dora of the shared expert": DORA | {"target_modules": ["up_proj", "down_proj", "shared_expert_gate"]},
+        "experts and routers": {
+            "target_modules": ["shared_expert.gate_proj", "shared_expert_gate", "v_proj"],
+            "target_parameters": [*PARAMETERS, "mlp.gate.weight"],
+            "rank_pattern": {"experts.gate_up_proj": 3, "shared_expert_gate": 1},
+            "alpha_pattern": {"mlp.gate.weight": 11},
+        },
+        "ia3": peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    },
+    "gpt-oss-moe": {
+        "experts and routers": {"target_modules": ATTENTION, "target_parameters": [*PARAMETERS, "router.weight"]},
+        "gates and ups": {"target_modules": None, "target_parameters": PARAMETERS[:1]},
+        "biases": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    },
+    "granite-moe": {
+        "experts and routers": {"target_modules": ATTENTION, "target_parameters": [*PARAMETERS, "router.weight"]},
+    },
+    "granite-moe-shared": {
+        "dora of the shared expert": DORA | {"target_modules": ["input_linear", "output_linear"], "bias": "all"},
+        "experts": {"target_modules": ["output_linear"], "target_parameters": PARAMETERS, "use_rslora": True},
     },
 }
 SCORE = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=5)
@@ -166,3 +196,34 @@ def test_dora_of_routers_and_experts_is_a_base_of_the_merged_weights(tmp_path, f
         assert one.top_logprobs != pytest.approx(plain.top_logprobs, abs=1e-2)
     engine.close()
     other.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral-moe"])
+def test_lora_of_each_experts_modules_is_what_peft_makes_of_it(tmp_path, family):
+    """Of models whose experts were modules once; PEFT puts them together for the parameters of today."""
+    base, tensors = write_checkpoint(family, tmp_path), {}
+    ends = [".w1", ".w2", ".w3"] if "mixtral" in family else [".gate_proj", ".up_proj", ".down_proj"]
+    weights = load_file(tmp_path / "model.safetensors")
+    torch.manual_seed(8)
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if ".experts." in name or module.endswith("q_proj"):
+            for leaf, shape in (("A", (3, weight.shape[1])), ("B", (len(weight), 3))):
+                tensors[f"base_model.model.{module}.lora_{leaf}.weight"] = torch.randn(shape) * 0.2
+    targets = ["q_proj", *(end.removeprefix(".") for end in ends)]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6, "target_modules": targets}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    engine = engine_of(tmp_path, "compiled")
+    digest, tokens = engine.add_adapter(tensors, config), [token % 131 for token in prompt(21, 3)]
+    [found] = engine.generate([tokens], SCORE, [digest])
+    engine.close()
+    judged = logits_of_output(model, tokens[:1], tokens[1:]).log_softmax(-1)
+    with model.disable_adapter():
+        plain = logits_of_output(model, tokens[:1], tokens[1:]).log_softmax(-1)
+    assert (judged - plain).abs().max() > 0.1
+    for row, entry in zip(judged, found.prompt_logprobs, strict=True):
+        assert entry.top_logprobs == pytest.approx(row[entry.top_ids].tolist(), abs=TOLERANCE)

@@ -50,7 +50,7 @@ def test_the_kernels_find_the_weights_of_every_site_through_a_slot(layout, first
     arena = torch.randn(first + layout.elements + 64, generator=generator)
     made = table()
     run = Run(0, 3, layout.views(arena[first:]))
-    tiles = Tiles(torch.tensor([[0, 3, made.slot_of("digest", layout, first)]], dtype=torch.int32), 16)
+    tiles = Tiles(torch.tensor([[0, 3, made.slot_of("digest", layout, first), 0]], dtype=torch.int32), 16)
     adapted = 0
     for number, site in enumerate(MODEL.sites()):
         widths = [part.out_features for part in site.parts]

@@ -98,6 +98,35 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         "Mixtral",
         {"num_local_experts": 5, "num_experts_per_tok": 2, "hidden_size": 64, "sliding_window": 19},
     ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        EXPERTS | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 40, "norm_topk_prob": True},
+    ),
+    "qwen2-moe-sparse-step": (
+        "Qwen2Moe",
+        EXPERTS | {"decoder_sparse_step": 2, "shared_expert_intermediate_size": 56, "qkv_bias": False},
+    ),
+    "granite-moe": (
+        "GraniteMoe",
+        DERIVED | GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32},
+    ),
+    "granite-moe-shared": (
+        "GraniteMoeShared",
+        DERIVED
+        | GRANITE
+        | {"num_local_experts": 5, "num_experts_per_tok": 3, "attention_bias": True, "shared_intermediate_size": 48},
+    ),
+    "gpt-oss-moe": (
+        "GptOss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "hidden_size": 64,
+            "sliding_window": 19,
+            "swiglu_limit": 1.5,
+            "rope_parameters": ROPE | {"rope_type": "yarn", "truncate": False},
+        },
+    ),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", GEMMA | {"rope_parameters": LOCAL_AND_GLOBAL}),
 }

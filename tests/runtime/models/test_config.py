@@ -113,6 +113,42 @@ def test_each_layer_has_its_window(
     assert read(tmp_path, config, **changes).windows == windows
 
 
+def test_gpt_oss_has_the_defaults_of_transformers_and_the_older_spelling_of_its_rope(tmp_path: Path) -> None:
+    """As it is published, and without what transformers has defaults for."""
+    published = LLAMA | {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }
+    config = read(tmp_path, published)
+    assert config.windows == (128, 0)
+    assert (config.head_dim, config.qkv_bias, config.o_bias, config.sinks) == (64, True, True, True)
+    assert (config.rope.theta, config.rope.factor, config.rope.truncate) == (150000.0, 32.0, False)
+    assert config.experts is not None
+    assert (config.experts.count, config.experts.chosen, config.experts.limit) == (32, 4, 7.0)
+    assert config.experts.mxfp4
+    for field in ("rope_theta", "rope_scaling", "sliding_window", "max_position_embeddings", "rms_norm_eps"):
+        del published[field]
+    assert read(tmp_path, published) == config
+
+
+def test_a_quantised_checkpoint_of_another_family_has_no_mxfp4(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="quant_method is 'mxfp4', which is not supported"):
+        read(tmp_path, LLAMA, quantization_config={"quant_method": "mxfp4"})
+
+
 def test_end_tokens_come_from_the_generation_config_and_else_from_the_config(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA).eos_token_ids == (7,)
     assert read(tmp_path, LLAMA, eos_token_id=[7, 8]).eos_token_ids == (7, 8)

@@ -25,6 +25,9 @@ FAMILIES = [
     "gemma2",
     "gemma3",
     "qwen3-moe",
+    "qwen2-moe",
+    "granite-moe-shared",
+    "gpt-oss-moe",
 ]
 INVOCATIONS = {"plain": None, "alora": [7, 8, 9]}
 TOLERANCE = 1e-4
@@ -45,8 +48,9 @@ class Family:
         self.model = ModelConfig.from_directory(directory)
         self.adapters = adapters
         modules = [part.module for site in self.model.sites() for part in site.parts]
-        # Of experts PEFT adapts parameters, and has no aLoRA of them
-        modules = [module for module in modules if "self_attn" in module or self.model.experts is None]
+        # Of routers and routed experts PEFT adapts parameters, and has no aLoRA of them; nor of Qwen's shared expert
+        if self.model.experts is not None:
+            modules = [module for module in modules if "self_attn" in module or ".shared_mlp" in module]
         targets = targets or sorted({module.rpartition(".")[2] for module in modules} - {"embed_tokens", "lm_head"})
         self.peft = None
         for adapter, invocation in adapters.items():
@@ -113,7 +117,10 @@ def ask(engine, tokens, name=None):
 
 
 # PyTorch's kernels take longer, and test_compiled_decoder.py compares them with the compiled ones for every family
-ENGINES = [*((name, "compiled") for name in FAMILIES), *((name, "torch") for name in ("olmo2", "gemma3", "qwen3-moe"))]
+ENGINES = [
+    *((name, "compiled") for name in FAMILIES),
+    *((name, "torch") for name in ("olmo2", "gemma3", "gpt-oss-moe")),
+]
 
 
 @pytest.mark.filterwarnings("ignore:::peft")
@@ -165,8 +172,13 @@ def test_longrope_has_its_long_factors_only_where_longer_contexts_are_asked_for(
     engine.close()
 
 
-# Names of a checkpoint, and of the module
-MIXTRAL = {"block_sparse_moe": "mlp", ".w1": ".gate_proj", ".w3": ".up_proj", ".w2": ".down_proj"}
+# By family, names of a checkpoint, and of the module
+RENAMED = {
+    "mixtral": {"block_sparse_moe": "mlp", ".w1": ".gate_proj", ".w3": ".up_proj", ".w2": ".down_proj"},
+    "granite": {"router.layer": "router"},
+}
+# By expert's projection: the parameter, and which of its outputs
+PLACES = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
 
 def merged(family, directory, tensors):
@@ -176,22 +188,25 @@ def merged(family, directory, tensors):
     with torch.no_grad():
         for name in [name for name in tensors if name.endswith("lora_A.weight")]:
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            for old, new in MIXTRAL.items():
+            for old, new in RENAMED.get(family.partition("-")[0], {}).items():
                 module = module.replace(old, new)
             change = tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
             expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", module)
             if expert is None:
                 parameters[f"{module}.weight"] += change
-            elif expert[3] == "down":
-                parameters[f"{expert[1]}.down_proj"][int(expert[2])] += change
-            else:
-                gate, up = parameters[f"{expert[1]}.gate_up_proj"][int(expert[2])].chunk(2)
-                (gate if expert[3] == "gate" else up).add_(change)
+                continue
+            name, place = PLACES[expert[3]]
+            whole, count = parameters[f"{expert[1]}.{name}"][int(expert[2])], 1 if name == "down_proj" else 2
+            # In GPT-OSS's the inputs come first, and gates and ups take turns
+            outputs = whole.T[place::count] if "gpt" in family else whole.chunk(count)[place]
+            outputs += change
     return model
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "torch"])
-@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-sparse-step", "mixtral-moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-moe", "qwen3-moe-sparse-step", "mixtral-moe", "qwen2-moe", "granite-moe-shared", "gpt-oss-moe"]
+)
 def test_adapters_of_routers_and_experts_give_the_numbers_of_merged_weights(tmp_path, name, kernels):
     """Two adapters and the base in one batch: an expert's rows are of several of them, or of none."""
     base = write_checkpoint(name, tmp_path / "base")

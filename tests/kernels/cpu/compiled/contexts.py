@@ -68,7 +68,7 @@ def attend(
 ) -> Tensor:
     """Attention of `q` (rows, heads · head_dim), by the last of so many equal operations of one program.
 
-    `options` are the window and the cap.
+    `options` are the window, the cap and the sinks.
     """
     kv_heads, head_dim = cache.kv.shape[2:]
     heads = heads or q.shape[1] // head_dim
@@ -95,11 +95,16 @@ def attend(
     return outs[-1]
 
 
-def exact(query: Tensor, cache: Cache, slots: Tensor, scale: float, cap: float = 0.0) -> Tensor:
+def exact(
+    query: Tensor, cache: Cache, slots: Tensor, scale: float, cap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """One row's attention over all tokens of some slots, in float64."""
     keys, values = cache.kv[slots].double().unbind(1)
     kv_heads, head_dim = cache.kv.shape[2:]
     q = query.double().view(kv_heads, -1, head_dim)
     scores = torch.einsum("hgd,thd->hgt", q, keys) * scale
-    weights = (cap * (scores / cap).tanh() if cap else scores).softmax(-1)
+    scores = cap * (scores / cap).tanh() if cap else scores
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().view(kv_heads, -1, 1)), -1)
+    weights = scores.softmax(-1)[..., : len(keys)]
     return torch.einsum("hgt,thd->hgd", weights, values).flatten()

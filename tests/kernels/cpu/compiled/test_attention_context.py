@@ -137,3 +137,19 @@ def test_capped_scores_are_bent_by_a_tanh(pool: Pool, cap: float, dtype: torch.d
         want = [exact(row, cache, context.slots[: 289 + i], 0.125, cap) for i, row in enumerate(q)]
         got = attend(pool, cache, q, [Piece(context, 288, 12)], 0.125, cap=cap)
         torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-5 * cap, atol=1e-5 * cap)
+
+
+@DTYPES
+def test_a_sink_takes_its_part_of_a_heads_softmax(pool: Pool, dtype: torch.dtype) -> None:
+    """Also one that is far below or above all scores, in windows, and where partitions are merged."""
+    cache = Cache(KV_HEADS, 64, dtype, 16, (300,))
+    (context,) = cache.contexts
+    q = random(12, KV_HEADS * 2 * 64, seed=9)
+    sinks = torch.linspace(-3, 4, KV_HEADS * 2)
+    sinks[0], sinks[-1] = -1e4, 1e4
+    for window, split in ((0, False), (0, True), (150, False)):
+        slots = [context.slots[max(289 + i - window, 0) if window else 0 : 289 + i] for i in range(12)]
+        want = [exact(row, cache, seen, 0.125, sinks=sinks) for row, seen in zip(q, slots, strict=True)]
+        pieces = [Piece(context, 288 + i, split=True) for i in range(12)] if split else [Piece(context, 288, 12)]
+        got = attend(pool, cache, q, pieces, 0.125, window=window, sinks=sinks)
+        torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-5, atol=1e-5)

@@ -27,12 +27,18 @@ ROUNDINGS = 8  # that the error of a sum may have; one in order has about one of
 
 
 def run(
-    pool: Pool, x: Tensor, parts: list[Part], form: Form = "store", scale: float = 1.0, into: Tensor | None = None
+    pool: Pool,
+    x: Tensor,
+    parts: list[Part],
+    form: Form = "store",
+    scale: float = 1.0,
+    into: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     width = parts[0].weight.columns if form.startswith("gated") else sum(part.weight.columns for part in parts)
     out = empty_rows(len(x), width) if into is None else rows_of(into)
     program = Program(pool)
-    program.linear(rows_of(x), parts, out, NO_SITE, form, scale)
+    program.linear(rows_of(x), parts, out, NO_SITE, form, scale, gates=None if gates is None else rows_of(gates))
     program.run(step_of(len(x)))
     assert gaps_are_kept(out)
     return out
@@ -101,6 +107,29 @@ def test_a_gate_may_be_a_gelu(pool: Pool, rows: int) -> None:
     gates, ups = wide(x, parts, magnitude=True)
     want = torch.nn.functional.gelu(gate, approximate="tanh") * up
     check(run(pool, x, parts, "gated_gelu"), want, 2 * gates * ups)
+
+
+@ROWS
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_a_gate_and_its_up_may_be_clamped(pool: Pool, rows: int, limit: float) -> None:
+    x = random(rows, 66, seed=50) * 3
+    parts = [Part(panels(53, 66, torch.float32, seed), random(53, seed=seed)) for seed in (0, 1)]
+    gate, up = wide(x, parts)
+    assert (gate > limit).any()
+    assert (up.abs() > limit).any()
+    gates, ups = wide(x, parts, magnitude=True)
+    gate = gate.clamp(max=limit)
+    want = gate * (1.702 * gate).sigmoid() * (up.clamp(-limit, limit) + 1)
+    check(run(pool, x, parts, "gated_clamped", limit), want, 2 * (gates + 1) * (ups + 1))
+
+
+@ROWS
+def test_a_sigmoid_of_each_row_is_a_factor_of_its_outputs(pool: Pool, rows: int) -> None:
+    x, parts = random(rows, 90, seed=50), [Part(panels(43, 90, torch.float32), random(43))]
+    before, want, magnitude = random(rows, 43, seed=3), wide(x, parts)[0], wide(x, parts, magnitude=True)[0]
+    gates = random(rows, 1, seed=4) * 4
+    got = run(pool, x, parts, "add", 0.7, before, gates=gates)
+    check(got, before + 0.7 * gates.double().sigmoid() * want, before.double().abs() + magnitude)
 
 
 @ROWS
