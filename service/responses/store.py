@@ -21,8 +21,8 @@ class Stored(NamedTuple):
     content: bytes
     input: bytes
     previous: "Stored | None"
-    owner: str | None  # the id of the key that made it
     size: int  # bytes, with all that came before
+    owner: str | None = None  # the id of the key that made it
 
     @property
     def response(self) -> ModelResponse:
@@ -62,7 +62,7 @@ class ResponseStore:
     ) -> None:
         content, given = msgspec.json.encode(response), msgspec.json.encode(items)
         size = len(content) + len(given) + ENTRY_BYTES + (0 if previous is None else previous.size)
-        self._stored[response.id] = Stored(content, given, previous, owner, size)
+        self._stored[response.id] = Stored(content, given, previous, size, owner)
         self.bytes += size
         while self.bytes > self._most_bytes:
             _, forgotten = self._stored.popitem(last=False)

@@ -109,7 +109,7 @@ def test_a_conversation_of_thousands_of_turns_is_read_and_forgotten() -> None:
     given, content = msgspec.json.encode(items_of("x")), msgspec.json.encode(response("a"))
     last: Stored | None = None
     for _ in range(20_000):
-        last = Stored(content, given, last, None, 0)
+        last = Stored(content, given, last, 0)
     assert last is not None
     assert len(last.conversation()) == 40_000
     del last
