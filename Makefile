@@ -7,6 +7,8 @@
 #   make test-page  the operators' page in headless Chromium, with screenshots in build/page: ARGS; in .venv-page
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
+#   make load    load scenarios by Locust and their report: URL, URL2 (another server beside it), ARGS
+#   make soak    a server with little memory under mixed traffic for 10 minutes; fails if anything grows: ARGS
 #   make fmt     format                      make openapi rewrite the HTTP contract, and the page of options
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ PORT ?= 8000
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients test-page test-s3 check bench bench-kv fmt openapi
+.PHONY: serve test test-quick test-clients test-page test-s3 check bench bench-kv load soak fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -48,6 +50,12 @@ bench: .venv/dev
 
 bench-kv: .venv/dev
 	@exec .venv/bin/python -m loadtests.bench alora $(if $(URL),--url "$(URL)",overflow) $(ARGS)
+
+load: .venv/dev
+	@exec .venv/bin/python -m loadtests.load $(if $(URL),--url "$(URL)") $(if $(URL2),--beside "$(URL2)") $(ARGS)
+
+soak: .venv/dev
+	@exec .venv/bin/python -m loadtests.soak $(ARGS)
 
 fmt: .venv/dev
 	.venv/bin/ruff check --fix .

@@ -12,7 +12,7 @@ from locust import task
 from locust.exception import StopUser
 
 from loadtests.completion_stream import cached_tokens
-from loadtests.locustfile import HOOKS, TOPICS, VERBS, Answer, StreamingUser, is_alora, record
+from loadtests.locustfile import HOOKS, Answer, StreamingUser, is_alora, record
 
 
 def add_turns(parser: Any, **_: Any) -> None:
@@ -45,8 +45,7 @@ class PipelineUser(StreamingUser):
         settings = self.environment.parsed_options
         if len(self.messages) >= 2 * settings.turns:
             self.messages = []
-        question = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
-        asked = [*self.messages, {"role": "user", "content": question}]
+        asked = [*self.messages, *self.question()]
         answer = self.stream(self.base, asked, settings.max_tokens)
         if answer is None:
             return

@@ -5,6 +5,7 @@ An aLoRA adapter answers a chat with its invocation in place of the assistant's 
 `locust -f loadtests/locustfile.py --headless --users 8 --run-time 60s --host http://127.0.0.1:8000`. Beside the
 requests, two entries are recorded for each model: "first token" is the time to the first token, "per token" the mean
 time of each later token, both in milliseconds. --popularity is Zipf's exponent: 0 makes all models equally popular.
+--timings writes each single entry to a file, for the report of `python -m loadtests.load`.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from locust.env import Environment
 from locust.exception import StopUser
 
 TOPICS = ("a lantern", "the sea", "an old market", "the number seven", "a silver engine", "winter", "copper", "bridges")
+FIRST_TOKEN, PER_TOKEN = "first token", "per token"  # the kinds of entries besides HTTP's methods
 VERBS = ("Describe", "Explain", "Praise", "Compare two kinds of", "Write a line about", "Ask me about")
 
 
@@ -33,6 +35,7 @@ def add_options(parser: ArgumentParser, **_: Any) -> None:
         ("--max-tokens", "LOAD_MAX_TOKENS", int, 32, "tokens of an answer"),
         ("--api-key", "LOAD_API_KEY", str, "", "sent as a bearer token"),
         ("--seed", "LOAD_SEED", int, 0, "of the users' choices"),
+        ("--timings", "LOAD_TIMINGS", str, "", "file to append each entry to, one JSON object a line"),
     ]
     for flag, variable, kind, default, text in options:
         parser.add_argument(flag, env_var=variable, type=kind, default=default, help=text)
@@ -49,9 +52,26 @@ def end_after_requests(environment: Environment, **_: Any) -> None:
     hooks.request.add_listener(count)
 
 
+def write_timings(environment: Environment, **_: Any) -> None:
+    path, hooks = vars(environment.parsed_options)["timings"], cast(Any, environment.events)
+    if not path:
+        return
+    file = open(path, "a")  # noqa: SIM115 - until this process ends
+
+    def write(request_type: str, name: str, response_time: float, response_length: int, **more: Any) -> None:
+        entry = {"at": time.time(), "kind": request_type, "name": name, "ms": response_time}
+        entry |= {"tokens": response_length} if request_type == PER_TOKEN else {}
+        entry |= {"failed": str(more["exception"])} if more.get("exception") else {}
+        file.write(json.dumps(entry) + "\n")
+
+    hooks.request.add_listener(write)
+    hooks.quitting.add_listener(lambda **_: file.close())
+
+
 HOOKS: Any = events  # Locust's have no types
 HOOKS.init_command_line_parser.add_listener(add_options)
 HOOKS.init.add_listener(end_after_requests)
+HOOKS.init.add_listener(write_timings)
 
 
 def zipf_weights(count: int, exponent: float) -> list[float]:
@@ -100,6 +120,11 @@ class StreamingUser(HttpUser):
             {each["name"] for each in response.json()["adapters"] if is_alora(each)} if response.is_success else set()
         )
 
+    def question(self) -> list[dict[str, str]]:
+        """The messages of a new chat, unlike all others."""
+        text = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
+        return [{"role": "user", "content": text}]
+
     def stream(self, model: str, messages: list[dict[str, str]], max_tokens: int, **more: Any) -> Answer | None:
         """Return the answer to a chat; None for a request that failed, after recording the failure."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, **more}
@@ -117,9 +142,9 @@ class StreamingUser(HttpUser):
                 return None
         arrivals, tokens = answer.arrivals, answer.usage["completion_tokens"]
         if arrivals:
-            record(self.environment, "first token", model, arrivals[0] - start)
+            record(self.environment, FIRST_TOKEN, model, arrivals[0] - start)
         if len(arrivals) > 1 and tokens > 1:
-            record(self.environment, "per token", model, (arrivals[-1] - arrivals[0]) / (tokens - 1))
+            record(self.environment, PER_TOKEN, model, (arrivals[-1] - arrivals[0]) / (tokens - 1), tokens)
         return answer
 
 
@@ -135,10 +160,8 @@ class ChatUser(StreamingUser):
     @task
     def chat(self) -> None:
         model = self.random.choices(self.models, self.weights)[0]
-        question = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
-        messages = [{"role": "user", "content": question}]
         more = {"alora": {"on_missing": "append"}} if model in self.invoked else {}
-        self.stream(model, messages, self.environment.parsed_options.max_tokens, **more)
+        self.stream(model, self.question(), self.environment.parsed_options.max_tokens, **more)
 
 
 def is_alora(adapter: dict[str, Any]) -> bool:
@@ -165,8 +188,9 @@ def read_stream(lines: Iterable[bytes]) -> Answer:
     raise StreamBroken("the stream ended without [DONE]")
 
 
-def record(environment: Environment, kind: str, model: str, seconds: float) -> None:
+def record(environment: Environment, kind: str, model: str, seconds: float, tokens: int = 0) -> None:
+    """Record an entry; that of an answer's time for each token has the number of its tokens as its length."""
     hooks: Any = environment.events
     hooks.request.fire(
-        request_type=kind, name=model, response_time=1000 * seconds, response_length=0, exception=None, context={}
+        request_type=kind, name=model, response_time=1000 * seconds, response_length=tokens, exception=None, context={}
     )

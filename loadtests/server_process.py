@@ -41,9 +41,23 @@ def find_model(directory: str | None) -> Model:
     return Model(Path(directory), json.loads((Path(directory) / "config.json").read_text()))
 
 
+class Server(NamedTuple):
+    """A server that runs."""
+
+    url: str
+    pid: int  # of its service process
+
+
 @contextmanager
 def running_server(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Start `python -m service` on a free port with an empty data directory; yield its URL when it is ready.
+    """As `started_server`; yield the server's URL only."""
+    with started_server(arguments, environment) as server:
+        yield server.url
+
+
+@contextmanager
+def started_server(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Start `python -m service` on a free port with an empty data directory; yield it when it is ready.
 
     `arguments` are appended and so override these; `environment` is added to this process's. Raises ServerFailed.
     """
@@ -55,7 +69,7 @@ def running_server(arguments: Sequence[str] = (), environment: Mapping[str, str]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         try:
-            yield wait_until_ready(process, log)
+            yield Server(wait_until_ready(process, log), process.pid)
         finally:
             process.terminate()
             process.wait(timeout=60)

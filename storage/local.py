@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from storage.files import CHUNK_BYTES, atomic_file, disk_errors, make_directory, sync_directory, temporary_file
+from storage.identity import Identity
 from storage.scratch import Scratch, locked
 from storage.store import (
     MAX_GET_BYTES,
@@ -30,13 +31,15 @@ class LocalStore:
     """Files below `root`, one for each object; several processes may share them.
 
     A put writes a temporary file, flushes it to the disk and renames it into place; its condition is checked under
-    the lock of the directory. An etag is a digest of the bytes.
+    the lock of the directory. An etag is a digest of the bytes. Lists and changes raise StoreLost if the directory was
+    emptied or replaced since it was opened.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         with disk_errors(str(root)):
             self.scratch = Scratch(root / ".scratch")  # on the file system of `root`, so that files can be renamed
+            self._identity = Identity(root, self.scratch.path)
 
     def close(self) -> None:
         self.scratch.close()
@@ -52,6 +55,7 @@ class LocalStore:
             file.flush()
             os.fsync(file.fileno())
             with locked(self._root):
+                self._identity.check()
                 _check_condition(key, target, if_match, if_none_match)
                 make_directory(target.parent)
                 _set_time(file)
@@ -61,6 +65,7 @@ class LocalStore:
 
     def touch(self, key: str) -> bool:
         with disk_errors(key), locked(self._root):  # excludes `delete`, which compares times
+            self._identity.check()
             try:
                 with self._open(key) as file:
                     _set_time(file)
@@ -98,11 +103,13 @@ class LocalStore:
                     if key.startswith(prefix) and is_key(key):
                         with suppress(*_ABSENT):  # deleted since the directory was read
                             entries.append(_entry(key, path.stat()))
+            self._identity.check()
         return sorted(entries)
 
     def delete(self, key: str, *, unless_changed: Entry | None = None) -> bool:
         target = self.path(key)
         with disk_errors(key), locked(self._root):  # `put` and `touch` take this lock, too
+            self._identity.check()
             try:
                 if unless_changed is not None and _entry(key, target.stat()) != unless_changed:
                     return False
@@ -111,6 +118,9 @@ class LocalStore:
             except _ABSENT:
                 return unless_changed is None
         return True
+
+    def now(self) -> float:
+        return time.time()  # as `_set_time` has it
 
     def _open(self, key: str) -> BinaryIO:
         try:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from pathlib import Path
 from threading import Event
@@ -172,6 +173,17 @@ class S3Store:
         done = self._delete(where)
         self._deletes_on_condition = False
         return done
+
+    def now(self) -> float:
+        """As the server dates its answers; it stamps objects by the same clock."""
+        where = {"Bucket": self._bucket, "Key": self._prefix}
+        with s3_errors(where):
+            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        try:
+            return parsedate_to_datetime(date).timestamp()
+        except ValueError as error:
+            raise StoreError(f"{url(where)}: the server's answers have no date, so objects have no age") from error
 
     def _object(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + checked_key(key)}

@@ -45,6 +45,10 @@ class StoreUnavailable(StoreError):
     """The store did not answer, or answered that it is unavailable, to every attempt."""
 
 
+class StoreLost(StoreError):
+    """What the store had is gone, though nobody deleted it through a store."""
+
+
 class ObjectChanged(StoreError):
     """The object was replaced while it was read, at every attempt."""
 
@@ -125,6 +129,10 @@ class Store(Reader, Protocol):
         With an entry of a list: only if the object was neither put nor touched since; False if it was, or is absent. A
         directory compares exactly, a bucket as exactly as its server and the resolution of its times allow.
         """
+        ...
+
+    def now(self) -> float:
+        """The time in seconds since 1970 by the clock that `Entry.modified_at` comes from."""
         ...
 
     def close(self) -> None:

@@ -173,8 +173,9 @@ INNER = {
 }
 # Inner rooms that only programs import, and one place that says why.
 ONLY_THEMSELVES = {"kernels.tune"}
-# The second one looks for the user's compiler and cache, also where the engine is used as a library.
-ENVIRONMENT_READERS = {"service/settings.py", "kernels/cpu/compiled/build.py"}
+# The second one looks for the user's compiler and cache, also where the engine is used as a library; the third
+# one tells oneDNN the size of its caches, which has no other way to know.
+ENVIRONMENT_READERS = {"service/settings.py", "kernels/cpu/compiled/build.py", "kernels/cpu/onednn.py"}
 
 
 def sources(*rooms: str) -> list[Path]:

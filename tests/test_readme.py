@@ -41,6 +41,8 @@ NOT_RUN = {
     "make test-page": "makes an environment of its own from the network, and needs a browser",
     "make check": "runs beside the tests",
     "make bench": "takes many minutes",
+    "make load": "takes minutes; tests/loadtests/test_load_report.py runs short ones",
+    "make soak": "takes ten minutes; tests/loadtests/test_soak.py runs a short one",
 }
 
 

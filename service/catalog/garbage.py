@@ -1,7 +1,6 @@
 """Garbage collection: delete stored adapter files that no name refers to."""
 
 import logging
-import time
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -22,10 +21,11 @@ class Collected(NamedTuple):
 def collect(store: Store, older_than_seconds: float, *, keep: Collection[str] = (), dry_run: bool = False) -> Collected:
     """Delete the files that no name refers to, that are not in `keep`, and that are old enough. Blocks.
 
-    A process stores or touches a file just before it writes a name, so the file's age protects it. Files are listed
-    before the names are read. Raises StoreError, also for an unreadable name, because it may refer to any file.
+    A process stores or touches a file just before it writes a name, so the file's age protects it: its age by the
+    store's own clock, as this machine's may be fast. Files are listed before the names are read. Raises StoreError,
+    also for an unreadable name, because it may refer to any file.
     """
-    newest = time.time() - older_than_seconds
+    newest = store.now() - older_than_seconds
     old = [entry for entry in store.list(PREFIX) if entry.modified_at <= newest and entry.key.endswith(SUFFIX)]
     if not old:
         return Collected(0, 0)

@@ -1,12 +1,14 @@
 """The durable half of the catalog: one small object for each name, with the record that the name points at."""
 
+import logging
 import re
 
 import msgspec
 
 from service.catalog.record import AdapterRecord
-from storage.store import NotFound, Store, StoreError
+from storage.store import NotFound, Store, StoreError, StoreLost
 
+_log = logging.getLogger(__name__)
 _PREFIX, _SUFFIX = "names/", ".json"
 # Names of several words, which are no keys themselves, are escaped. They have no suffix: a segment of a key has at most
 # 255 characters, and a name of 128 has up to 127 to escape.
@@ -30,11 +32,22 @@ class AdapterNames:
         self._store = store
         self._etags: dict[str, str] = {}  # by name: of the object as it was last read or written here
         self._revisions: dict[str, str] = {}  # by name: of the object as `changed` last listed it
+        self._lost = False  # whether the last list had none of the names that were known
 
     def changed(self) -> list[str]:
-        """The names whose objects any process has written or removed since the last call."""
+        """The names whose objects any process has written, or somebody removed, since the last call.
+
+        Raises StoreLost if the objects of all names are gone: no process removes any. The names stay known then.
+        """
         listed = {_name(entry.key): entry.revision for entry in self._store.list(_PREFIX)}
         found = {name: revision for name, revision in listed.items() if name is not None}
+        gone = self._revisions.keys() - found.keys()
+        self._lost = bool(gone) and gone == self._revisions.keys()
+        self._require_names()
+        for name in sorted(gone):
+            _log.error(
+                "the object of adapter %s is gone from the store, and no server removes one: so is the name", name
+            )
         names = [name for name in {**found, **self._revisions} if found.get(name) != self._revisions.get(name)]
         self._revisions = found
         return sorted(names)
@@ -70,8 +83,16 @@ class AdapterNames:
         self._put(name, b"")
 
     def _put(self, name: str, content: bytes) -> None:
+        self._require_names()
         etag = self._etags.get(name)
         self._etags[name] = self._store.put(_key(name), content, if_match=etag, if_none_match=etag is None)
+
+    def _require_names(self) -> None:
+        if self._lost:
+            raise StoreLost(
+                f"the objects of all {len(self._revisions)} names are gone from the store, and no server removes one: "
+                "bring them back, or restart the server, which then goes on with what is there now"
+            )
 
 
 def _key(name: str) -> str:

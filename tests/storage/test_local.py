@@ -6,21 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage import identity
 from storage.local import LocalStore
 from storage.scratch import held
-from storage.store import Entry, PreconditionFailed, StoreError
+from storage.store import Entry, PreconditionFailed, StoreError, StoreLost
 
 ROOT = Path(__file__).parents[2]
 
 
 def files(root: Path) -> list[str]:
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    """Every file below a directory but a store's identity."""
+    found = [path for path in root.rglob("*") if path.is_file() and path.name != identity.FILE]
+    return sorted(path.relative_to(root).as_posix() for path in found)
 
 
 def child(program: str, *arguments: object) -> subprocess.Popen[str]:
@@ -259,3 +262,62 @@ def test_a_store_whose_scratch_a_cleaner_removed_works_on(tmp_path: Path) -> Non
         store.put("names/a", b"one")
     store.close()
     assert files(tmp_path) == ["names/a"]
+
+
+def emptied(root: Path) -> None:
+    for path in root.glob("[!.]*"):  # as a shell's * has it
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def removed(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+def replaced(root: Path) -> None:
+    root.rename(root.with_name("elsewhere"))
+    another = LocalStore(root)
+    another.put("names/b", b"theirs")
+    another.close()
+
+
+@pytest.mark.parametrize("how", [emptied, removed, replaced])
+def test_a_directory_emptied_or_replaced_under_a_store_is_no_empty_store(
+    tmp_path: Path, how: Callable[[Path], None]
+) -> None:
+    root = tmp_path / "data"
+    store = LocalStore(root)
+    store.put("names/a", b"one")
+    how(root)
+    before = files(root)
+    for call in (
+        lambda: store.list("names/"),
+        lambda: store.put("names/c", b"three"),
+        lambda: store.put("names/a", b"two", if_none_match=True),
+        lambda: store.touch("names/b"),
+        lambda: store.delete("names/b"),
+    ):
+        with pytest.raises(StoreLost, match="was emptied or replaced while it was in use"):
+            call()
+    assert files(root) == before
+    another = LocalStore(root)
+    another.put("names/d", b"new")
+    with pytest.raises(StoreLost):
+        store.list()
+    assert "names/d" in [entry.key for entry in another.list()]
+    another.close()
+    store.close()
+
+
+def test_a_directory_whose_files_are_brought_back_is_the_same_store(tmp_path: Path) -> None:
+    root, backup = tmp_path / "data", tmp_path / "backup"
+    store = LocalStore(root)
+    store.put("names/a", b"one")
+    shutil.copytree(root, backup)
+    removed(root)
+    with pytest.raises(StoreLost):
+        store.list()
+    shutil.copytree(backup, root, dirs_exist_ok=True)
+    assert [entry.key for entry in store.list()] == ["names/a"]
+    store.put("names/b", b"two")
+    store.close()

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +213,26 @@ def test_a_full_disk_is_said_so_and_leaves_nothing(s3_server: str, bucket: str, 
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
     assert "'blobs/big'" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ahead", [-3600, 0, 3600])
+def test_the_time_is_that_of_the_server(s3_server: str, bucket: str, ahead: int) -> None:
+    def skewed(parsed: dict[str, Any], **_: object) -> None:
+        headers = parsed["ResponseMetadata"]["HTTPHeaders"]
+        headers["date"] = format_datetime(parsedate_to_datetime(headers["date"]) + timedelta(seconds=ahead))
+
+    store = S3Store(bucket, "one", endpoint=s3_server)
+    store._client.meta.events.register("after-call.s3.ListObjectsV2", skewed)
+    assert abs(store.now() - time.time() - ahead) < 60
+    store.close()
+
+
+def test_a_server_that_does_not_say_the_time_is_an_error(s3_server: str, bucket: str) -> None:
+    def silent(parsed: dict[str, Any], **_: object) -> None:
+        del parsed["ResponseMetadata"]["HTTPHeaders"]["date"]
+
+    store = S3Store(bucket, endpoint=s3_server)
+    store._client.meta.events.register("after-call.s3.ListObjectsV2", silent)
+    with pytest.raises(StoreError, match="have no date"):
+        store.now()
+    store.close()

@@ -29,6 +29,7 @@ from service.ingest.sources import Sources
 from service.metrics import Metrics
 from service.services import Services
 from service.settings import Settings
+from storage import identity
 from tests.openapi.contract_hook import hold_to_contract
 from tests.service.adapters.adapter_bundles import TINY, bundle, multipart
 from tests.service.catalog.adapter_engine import AdapterEngine
@@ -170,10 +171,13 @@ class Service:
         return self.client.post(path, json=body)
 
     def files(self) -> list[str]:
-        """Every file that the service keeps, on disk and in memory; a deleted name leaves an empty one, not counted."""
+        """Every file that the service keeps, on disk and in memory, without the store's identity.
+
+        A deleted name leaves an empty one, which is not counted.
+        """
         memory = self.catalog.blobs._memory.path
         kept = [path for path in self.directory.rglob("*") if path.is_file() and path.stat().st_size]
-        names = [str(path.relative_to(self.directory)) for path in kept]
+        names = [str(path.relative_to(self.directory)) for path in kept if path.name != identity.FILE]
         return sorted([*names, *(f"memory/{path.relative_to(memory)}" for path in memory.rglob("*"))])
 
     def collect(self) -> list[str]:

@@ -12,6 +12,7 @@ from service.catalog.catalog import Catalog
 from service.catalog.files import AdapterStorage, local_storage
 from service.catalog.record import AdapterVersion, Condition, Upload
 from service.metrics import Metrics
+from storage import identity
 from tests.service.adapters.adapter_bundles import TINY, bundle
 from tests.service.catalog.adapter_engine import AdapterEngine
 
@@ -73,8 +74,8 @@ def blob(digest: str) -> str:
 
 
 def files(directory: Path) -> list[str]:
-    """Every file below a directory but the remains of deleted names."""
-    found = [path for path in directory.rglob("*") if path.is_file()]
+    """Every file of a store's directory but its identity and the remains of deleted names."""
+    found = [path for path in directory.rglob("*") if path.is_file() and path.name != identity.FILE]
     return sorted(path.relative_to(directory).as_posix() for path in found if path.stat().st_size)
 
 

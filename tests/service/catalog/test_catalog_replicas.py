@@ -1,6 +1,8 @@
 """Several catalogs on one store: each sees what the others wrote, and none overwrites it unseen."""
 
 import asyncio
+import logging
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 from service.catalog.catalog import Catalog
 from service.catalog.files import AdapterStorage, StoredFiles, local_storage
 from service.catalog.record import Condition
-from service.errors import RequestError, answer_of
+from service.errors import RequestError, answer_of, request_error
 from service.metrics import Metrics
+from storage import identity
 from storage.local import LocalStore
-from storage.store import StoreUnavailable
+from storage.store import StoreLost, StoreUnavailable
 from tests.service.adapters.adapter_bundles import TINY
 from tests.service.catalog.adapter_engine import AdapterEngine
 from tests.service.catalog.catalogs import FREE, NEVER, blob, files, opened, publish, run
@@ -166,3 +169,39 @@ def test_an_unreachable_store_keeps_what_is_known_and_is_read_again_later(tmp_pa
             ]
 
     run(program())
+
+
+def test_a_directory_emptied_under_a_server_loses_no_name_takes_no_upload_and_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def program() -> None:
+        catalog = await Catalog.open(
+            local_storage(tmp_path),
+            AdapterEngine(),
+            Metrics(),
+            TINY,
+            max_rank=8,
+            refresh_seconds=0.01,
+            collect_after_seconds=NEVER,
+        )
+        await publish(catalog, "poet")
+        await catalog.refresh()
+        (tmp_path / identity.FILE).unlink()
+        for name in ("names", "blobs"):
+            shutil.rmtree(tmp_path / name)
+        async with asyncio.timeout(20):
+            while not [record for record in caplog.records if record.levelno == logging.ERROR]:
+                await asyncio.to_thread(files, tmp_path)  # something that takes a while
+        assert [version.name for version in catalog.versions.list()] == ["poet"]
+        for name in ("poet", "other"):
+            with pytest.raises(StoreLost) as lost:
+                await publish(catalog, name, seed=1)
+            refusal = request_error(lost.value)
+            assert refusal is not None
+            assert answer_of(refusal).status == 503
+        assert files(tmp_path) == []
+        await catalog.close()
+
+    run(program())
+    [logged] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "was emptied or replaced while it was in use" in logged

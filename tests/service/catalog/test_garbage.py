@@ -121,6 +121,34 @@ def test_a_file_stored_again_between_the_list_and_its_deletion_stays(tmp_path: P
     store.close()
 
 
+class Skewed(LocalStore):
+    """A store on another machine, whose clock is ahead of ours."""
+
+    def __init__(self, root: Path, ahead: float) -> None:
+        super().__init__(root)
+        self._ahead = ahead
+
+    def now(self) -> float:
+        return super().now() + self._ahead
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        return [entry._replace(modified_at=entry.modified_at + self._ahead) for entry in super().list(prefix)]
+
+    def delete(self, key: str, *, unless_changed: Entry | None = None) -> bool:
+        return unless_changed in self.list(key) and super().delete(key)
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_age_is_by_the_clock_of_the_store(tmp_path: Path, ahead: float) -> None:
+    store = Skewed(tmp_path, ahead)
+    put_file(store, 0, age=0)
+    put_file(store, 1, age=OLD)
+
+    assert collect(store, AGE) == (1, 1)
+    assert [entry.key for entry in store.list("blobs/")] == [blob_key(digest(0))]
+    store.close()
+
+
 def test_uploads_beside_a_collector_that_never_rests_lose_no_file(store: LocalStore, tmp_path: Path) -> None:
     over = Event()
 

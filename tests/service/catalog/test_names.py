@@ -1,5 +1,6 @@
 """The keys of names in a store: every name has one, no two share one, and old ones stay."""
 
+import logging
 import re
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from service.catalog.names import AdapterNames, _key, _name
 from service.catalog.record import NAME_PATTERN
 from storage.local import LocalStore
-from storage.store import is_key
+from storage.store import StoreLost, is_key
 
 NAMES = ["org/name", "model@7", "team:poet", "a_b/c_s.json", "a/b@c:d", "escaped/x", "escaped:x", "a/load"]
 
@@ -53,4 +54,37 @@ def test_changed_tells_names_as_they_are(tmp_path: Path) -> None:
     for name in ("poet", *NAMES):
         store.put(_key(name), b"")
     assert AdapterNames(store).changed() == sorted(("poet", *NAMES))
+    store.close()
+
+
+def test_a_name_whose_object_was_removed_by_hand_is_gone_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(tmp_path)
+    names = AdapterNames(store)
+    for name in ("poet", "vault"):
+        store.put(_key(name), b"")
+    names.changed()
+    store.delete(_key("poet"))
+    assert names.changed() == ["poet"]
+    assert [(each.levelno, each.args) for each in caplog.records] == [(logging.ERROR, ("poet",))]
+    store.close()
+
+
+def test_names_that_are_all_gone_at_once_are_lost_until_they_are_back(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    names = AdapterNames(store)
+    for name in ("poet", "vault"):
+        store.put(_key(name), b"")
+    names.changed()
+    for name in ("poet", "vault"):
+        store.delete(_key(name))
+    store.put(_key("stranger"), b"")
+    for call in (names.changed, names.changed, lambda: names.bury("new")):
+        with pytest.raises(StoreLost, match="all 2 names are gone"):
+            call()
+    for name in ("poet", "vault"):
+        store.put(_key(name), b"")
+    assert names.changed() == ["poet", "stranger", "vault"]
+    names.bury("new")
     store.close()

@@ -1,0 +1,82 @@
+"""Line plots as inline SVG, in the colours of the page that holds them."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 420, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 40  # margins around the axes
+DASHES = ("", "5 3", "2 3", "8 3 2 3")
+
+
+class Line(NamedTuple):
+    """One series: its points in order of x."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def plot(title: str, x_name: str, lines: Sequence[Line]) -> str:
+    """Return an SVG element. The x axis has equal steps between its values; the y axis begins at 0."""
+    places = sorted({x for line in lines for x, _ in line.points})
+    highest = max((y for line in lines for _, y in line.points), default=0.0) or 1.0
+    steps = ticks(highest)
+    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>']
+    for step in steps:
+        y = _y(step, steps[-1])
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{shown(step)}</text>')
+    for place in places:
+        x = _x(place, places)
+        parts.append(f'<text class="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{shown(place)}</text>')
+    parts.append(f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(x_name)}</text>')
+    for number, line in enumerate(lines):
+        parts.append(_line(number, line, places, steps[-1]))
+    described = escape(f"{title}, by {x_name}")
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
+        f"<figcaption>{_legend(lines)}</figcaption></figure>"
+    )
+
+
+def _line(number: int, line: Line, places: Sequence[float], highest: float) -> str:
+    at = [(_x(x, places), _y(y, highest), y) for x, y in line.points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in at)
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(line.name)}: {shown(value)}</title></circle>'
+        for x, y, value in at
+    )
+    dash = f' stroke-dasharray="{DASHES[number % len(DASHES)]}"'
+    return f'<g class="s{number % 4}"><polyline points="{path}"{dash}/>{dots}</g>'
+
+
+def _legend(lines: Sequence[Line]) -> str:
+    samples = (
+        f'<span class="s{number % 4}"><svg class="key" viewBox="0 0 28 8"><polyline points="0,4 28,4" '
+        f'stroke-dasharray="{DASHES[number % len(DASHES)]}"/></svg> {escape(line.name)}</span>'
+        for number, line in enumerate(lines)
+    )
+    return " ".join(samples)
+
+
+def ticks(highest: float) -> list[float]:
+    """Return round numbers from 0 to one that is not below the highest value: three to six of them."""
+    size = 10.0 ** math.floor(math.log10(highest))
+    step = next(step for step in (0.2 * size, 0.5 * size, size, 2 * size, 5 * size) if highest <= 5 * step)
+    return [step * number for number in range(math.ceil(highest / step - 1e-9) + 1)]
+
+
+def shown(value: float) -> str:
+    """Return a number with at most three digits that say something."""
+    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _x(place: float, places: Sequence[float]) -> float:
+    share = places.index(place) / (len(places) - 1) if len(places) > 1 else 0.5
+    inset = 14
+    return LEFT + inset + share * (WIDTH - LEFT - RIGHT - 2 * inset)
+
+
+def _y(value: float, highest: float) -> float:
+    return HEIGHT - BOTTOM - value / highest * (HEIGHT - TOP - BOTTOM)

@@ -1,0 +1,106 @@
+"""The load report: its arithmetic, its plots, and a run of short scenarios against a server of a tiny model."""
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loadtests.load import __main__ as load
+from loadtests.load.page import Report, Result, Sweep, html, markdown
+from loadtests.load.plots import Line, plot, shown, ticks
+from loadtests.load.runs import figures
+from tests.loadtests.commands import cells, number, run
+
+
+def entry(kind: str, milliseconds: float, at: float, **more: object) -> dict[str, object]:
+    return {"kind": kind, "name": "a", "ms": milliseconds, "at": at, **more}
+
+
+ENTRIES = [
+    entry("GET", 5, 100.0),
+    *(entry("first token", 10.0 * n, 100.0 + n) for n in range(1, 101)),
+    entry("per token", 20.0, 150.0, tokens=32),
+    entry("per token", 40.0, 210.0, tokens=16),
+    entry("POST", 700.0, 100.7),
+    entry("POST", 900.0, 210.0, failed="503 engine_died"),
+    entry("PUT", 80.0, 120.0),
+]
+
+
+def test_the_figures_of_a_run_are_those_of_its_entries() -> None:
+    found = figures(ENTRIES)
+    assert (found.answers, found.failures) == (1, 1)
+    assert (found.first_p50, found.first_p99) == (500.0, 990.0)
+    assert (found.gap_p50, found.gap_p99) == (20.0, 40.0)
+    assert found.tokens_per_second == pytest.approx(48 / (210.0 - 99.995), rel=1e-3)
+    assert found.others == {"PUT": 80.0}
+    assert figures([entry("POST", 1.0, 1.0, failed="no")]).first_p50 is None
+
+
+@pytest.mark.parametrize("highest", [0.003, 1, 4.9, 5.1, 9.99, 100, 333, 99_999])
+def test_an_axis_has_few_round_steps_from_zero_to_above_the_highest_value(highest: float) -> None:
+    steps = ticks(highest)
+    assert steps[0] == 0
+    assert highest <= steps[-1] * (1 + 1e-9)
+    assert highest > steps[-2]
+    assert 3 <= len(steps) <= 6
+    assert len({shown(step) for step in steps}) == len(steps)
+
+
+def test_a_plot_places_the_points_between_its_axes_and_names_its_lines() -> None:
+    drawn = plot(
+        "tokens a second", "adapters", [Line("a <b>", [(0, 0.0), (4, 50.0), (32, 100.0)]), Line("c", [(4, 25)])]
+    )
+    figure = ET.fromstring(drawn)
+    places = [(float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in figure.iter("circle")]
+    assert places[0][0] < places[1][0] < places[2][0]
+    assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2)
+    assert places[1][1] == pytest.approx((places[0][1] + places[2][1]) / 2, abs=0.2)
+    assert places[3] == (places[1][0], pytest.approx((places[0][1] + places[1][1]) / 2, abs=0.2))
+    assert [span[0].tail for span in figure.iter("span")] == [" a <b>", " c"]
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are() -> None:
+    result = Result("<steady>", "ours", figures(ENTRIES), 1)
+    report = Report("Load", [result], [Sweep("By number", "adapters", [result])], ["Machine: a & b"])
+    page = html(report)
+    assert "&lt;steady&gt;" in page
+    assert "<steady>" not in page
+    assert "a &amp; b" in page
+    assert page.count("<figure>") == 3
+    assert not re.search(r"""(src|href)=|url\(|@import|https?:""", page)
+    _, row = cells(markdown(report).split("\n\n")[2])
+    assert row == ["<steady>", "ours", "1", "1", "500", "990", "20", "40", "0.4", "80 ms an upload"]
+
+
+def test_short_scenarios_beside_another_server_give_a_report(server: str, tiny_model: Path, tmp_path: Path) -> None:
+    short = ["--seconds", "2", "--users", "2", "--max-tokens", "4", "--adapters", "2", "--model", str(tiny_model)]
+    few = ["--scenarios", "burst,replacement,training", "--out", str(tmp_path)]
+    ended = run("-m", "loadtests.load", "--url", server, "--beside", server, *short, *few)
+    assert ended.returncode == 0, ended.stderr
+    written = (tmp_path / "report.md").read_text()
+    assert written.strip() == ended.stdout.strip()
+    _, _, scenarios, _, by_adapters, _, stated = written.strip().split("\n\n")
+    rows = cells(scenarios)[1:]
+    assert [row[:2] for row in rows] == [[name, who] for name, who in (("burst", "ours"), ("burst", "beside"))] + [
+        ["replacement", "ours"],
+        ["training", "ours"],
+    ]
+    assert [row[:2] for row in cells(by_adapters)[1:]] == [["2", "ours"], ["2", "beside"]]
+    for row in (*rows, *cells(by_adapters)[1:]):
+        assert int(row[2]) > 0
+        assert row[3] == "0"
+        assert all(number(cell) >= 0 for cell in row[4:9])
+        assert number(row[8]) > 0
+    assert all(row[9].endswith("ms an upload") for row in rows[2:])
+    assert "2 users at a time" in stated
+    assert (tmp_path / "report.html").read_text().count("<svg viewBox") == 3
+    assert httpx.get(f"{server}/adapters/load-0").status_code == 404
+
+
+def test_a_scenario_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load.options(["--scenarios", "steady,nothing"])
+    assert "no scenario 'nothing'" in capsys.readouterr().err
