@@ -23,7 +23,6 @@ inline Bits second_halves(Bits words) { return words >> 4 & 0x0f0f0f0fu; }
 
 inline Ints splat_int(int32_t value) { return Ints{} + value; }
 
-
 #if LOOKS_UP_BYTES
 inline Ints add_products(Ints sum, Bits weights, uint32_t x) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32((int)x));
