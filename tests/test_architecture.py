@@ -132,6 +132,7 @@ INNER = {
     "runtime.gpu": {
         "runtime.adapters",
         "runtime.models",
+        "runtime.quantization",
         "runtime.config",
         "runtime.messages",
         "runtime.request",
