@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import tuned
 from kernels.quantized_product import BLOCK, FEW_ROWS, HALF, quantized_product
 from runtime.models.layers import Linear
-from runtime.models.weights import LayerWeights, Mlp, Weights
+from runtime.models.weights import Checkpoint, LayerWeights, Mlp, Weights
 from runtime.quantization.weight import QuantizedWeight
 
 
@@ -73,12 +73,14 @@ class DeviceWeights:
         """What most weights are held in first."""
         return ", ".join(name for name, _ in self._held.most_common())
 
-    def weights(self, weights: Weights) -> Weights:
-        """A model whose linears are all placed."""
-        embedding, layers = weights.embedding, [self._layer(layer) for layer in weights.layers]
+    def load(self, checkpoint: Checkpoint) -> Weights:
+        """The model; each layer is placed before the next is read, so that the host never holds them all."""
+        embedding = checkpoint.embedding()
         self._held[self._name] += embedding.numel()
-        tied = not weights.lm_head.quantized and weights.lm_head.weight is embedding
-        return weights._replace(layers=layers, lm_head=weights.lm_head if tied else self.placed(weights.lm_head))
+        layers = [self._layer(checkpoint.layer(index)) for index in range(checkpoint.config.num_layers)]
+        tied = checkpoint.config.tie_embeddings
+        head = Linear(embedding, pack=checkpoint.pack) if tied else self.placed(checkpoint.lm_head())
+        return Weights(embedding, layers, checkpoint.norm(), head)
 
     def _layer(self, layer: LayerWeights) -> LayerWeights:
         assert isinstance(layer.mlp, Mlp), "the runner refuses experts"

@@ -55,7 +55,7 @@ class TritonRunner(Runner):
         self.adapter_dtype = self.dtype
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._placed = DeviceWeights(self.weight_dtype, device, self.gpu)
-        weights = self._placed.weights(self.checkpoint.weights())
+        weights = self._placed.load(self.checkpoint)
         del self.checkpoint
         self.weights_held = self._held(self._placed.description)
         self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))

@@ -78,7 +78,7 @@ def products_of_a_packed_base(gpu, directory: Path) -> list[str]:
     config, kinds = ModelConfig.from_directory(directory), {"pack": False, "keep_quantized": True}
     checkpoint = open_checkpoint(config, directory, torch.bfloat16, "safetensors", **kinds)
     placed = DeviceWeights(torch.bfloat16, torch.device("cpu"), "cpu")
-    linears = [one for layer in placed.weights(checkpoint.weights()).layers for one in (layer.qkv, layer.o, *layer.mlp)]
+    linears = [one for layer in placed.load(checkpoint).layers for one in (layer.qkv, layer.o, *layer.mlp)]
     before = 0
     for rows in (1, 2, 16, 32, 33, 64, 100, 256):
         for linear in linears:
