@@ -1,7 +1,7 @@
-// Products with weights of four bits, as bytes that the CPU multiplies and adds by four.
+// Products with weights of four bits, which are unpacked by a mask and at most one shift. All sums of a group are exact.
 //
-// A row's integers of 16 bits are two bytes with a sign each, 256 · high + low, so two products of bytes are one of 16
-// bits, and a weight is unpacked by a mask and at most one shift. All sums of a group are exact.
+// With VNNI weights are bytes, which the CPU multiplies and adds by four: a row's integers of 16 bits are two bytes with
+// a sign each, 256 · high + low, so two products of bytes are one of 16 bits. Without it they are pairs of 16 bits.
 #pragma once
 
 #include "paired_rows.h"
@@ -32,7 +32,7 @@ inline Ints add_products(Ints sum, Bits weights, uint32_t x) {
 // sums[row] = Σ weight · integer over `lines` words of each lane of a panel.
 template <int ROWS>
 inline __attribute__((always_inline)) void sum_int4(const char* panel, int lines, const uint32_t* x, size_t x_stride,
-                                                    Ints* sums) {
+                                                    Ints (&sums)[VECTORS][ROWS]) {
 #if LOOKS_UP_BYTES
   constexpr int CHAINS = ROWS <= 6 ? 2 : 1;  // so that few rows' sums wait less for one another
   Ints high[ROWS][CHAINS] = {}, low[ROWS][CHAINS] = {};
@@ -53,48 +53,26 @@ inline __attribute__((always_inline)) void sum_int4(const char* panel, int lines
       high[row][0] += high[row][CHAINS - 1];
       low[row][0] += low[row][CHAINS - 1];
     }
-    sums[row] = (high[row][0] << 8) + low[row][0];
+    sums[0][row] = (high[row][0] << 8) + low[row][0];
   }
-#elif defined(__AVX512BW__) || defined(__AVX2__)
-#if defined(__AVX512BW__)
-  typedef __m512i Register;
-  auto products = [](Bits w, uint32_t x) { return _mm512_maddubs_epi16((Register)w, _mm512_set1_epi32((int)x)); };
-  auto add = [](Register a, Register b) { return _mm512_add_epi16(a, b); };
-  auto widened = [](Register a, int by) { return (Ints)_mm512_madd_epi16(a, _mm512_set1_epi16((short)by)); };
 #else
-  typedef __m256i Register;
-  auto products = [](Bits w, uint32_t x) { return _mm256_maddubs_epi16((Register)w, _mm256_set1_epi32((int)x)); };
-  auto add = [](Register a, Register b) { return _mm256_add_epi16(a, b); };
-  auto widened = [](Register a, int by) { return (Ints)_mm256_madd_epi16(a, _mm256_set1_epi16((short)by)); };
-#endif
-  constexpr int IN_16_BITS = 4;  // lines, whose sums of pairs are at most 2 · 8 · 15 · 128 < 2^15
-#pragma GCC unroll 16
-  for (int row = 0; row < ROWS; ++row) sums[row] = Ints{};
-  for (int line = 0; line < lines;) {
-    Register high[ROWS] = {}, low[ROWS] = {};
-    const int end = line + IN_16_BITS < lines ? line + IN_16_BITS : lines;
-    for (; line < end; ++line, panel += LINE, x += 4) {
-      const Bits words = *(const BitsAt*)panel, first = first_halves(words), second = second_halves(words);
+  // Two weights of a word at a time, which lie two bytes apart: a mask makes them integers of 16 bits
+  for (int v = 0; v < VECTORS; ++v)
+    for (int row = 0; row < ROWS; ++row) sums[v][row] = Ints{};
+  for (int line = 0; line < lines; ++line, panel += LINE, x += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      Bits pairs[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v)
+        pairs[v] = *(const BitsAt*)(panel + v * LANES * 4) >> (i % 2 * 8 + i / 2 * 4) & 0x000f000fu;
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
-        const uint32_t* of_row = x + row * x_stride;
-        high[row] = add(add(high[row], products(first, of_row[0])), products(second, of_row[2]));
-        low[row] = add(add(low[row], products(first, of_row[1])), products(second, of_row[3]));
+        const Bits integers = (Bits)spread_bits(x[row * x_stride + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sums[v][row] = add_pairs(sums[v][row], pairs[v], integers);
       }
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) sums[row] += widened(high[row], 256) + widened(low[row], 1);
-  }
-#else
-  for (int row = 0; row < ROWS; ++row) sums[row] = Ints{};
-  for (int line = 0; line < lines; ++line, panel += LINE, x += 4) {
-    const Bits words = *(const BitsAt*)panel;
-    for (int row = 0; row < ROWS; ++row)
-      for (int i = 0; i < WORD; ++i) {
-        const uint32_t* of_row = x + row * x_stride + i / 4 * 2;
-        const int32_t integer = 256 * (int8_t)(of_row[0] >> i % 4 * 8) + (int8_t)(of_row[1] >> i % 4 * 8);
-        sums[row] += (Ints)(words >> shift_in_word(i) & 15u) * integer;
-      }
   }
 #endif
 }
@@ -125,7 +103,7 @@ constexpr Nf4Bytes NF4_BYTES;
 // rounding to 16 bits does, are left out. The bytes' 128 are taken off afterwards.
 template <int ROWS>
 inline __attribute__((always_inline)) void sum_nf4(const char* panel, int lines, const uint32_t* x, size_t x_stride,
-                                                   Ints* sums) {
+                                                   Ints (&sums)[VECTORS][ROWS]) {
   const __m512i highs = _mm512_load_si512(NF4_BYTES.high), lows = _mm512_load_si512(NF4_BYTES.low);
   Ints high[ROWS] = {}, mixed[ROWS] = {}, other[ROWS] = {};
   constexpr bool apart = ROWS <= 6;
@@ -145,7 +123,7 @@ inline __attribute__((always_inline)) void sum_nf4(const char* panel, int lines,
     }
   }
 #pragma GCC unroll 16
-  for (int row = 0; row < ROWS; ++row) sums[row] = (high[row] << 8) + mixed[row] + (apart ? other[row] : Ints{});
+  for (int row = 0; row < ROWS; ++row) sums[0][row] = (high[row] << 8) + mixed[row] + (apart ? other[row] : Ints{});
 }
 #endif
 
@@ -159,22 +137,22 @@ void multiply_nibbles(const char* panel, int k, Inputs<uint32_t> x, float* out, 
     const int count = lines - line < of_group ? lines - line : of_group;
     ahead.ask((size_t)line * LINE, (size_t)(line + count) * LINE);
     ahead.ask(weights + (size_t)group * PANEL * 4, weights + (size_t)(group + 1) * PANEL * 4);
-    for (int v = 0; v < VECTORS; ++v) {
-      const char* words = panel + (size_t)line * LINE + v * LANES * 4;
-      Ints sums[ROWS];
+    const char* words = panel + (size_t)line * LINE;
+    Ints sums[VECTORS][ROWS];
 #if LOOKS_UP_BYTES
-      if constexpr (type == Type::nf4)
-        sum_nf4<ROWS>(words, count, x.at + line * 4, x.stride, sums);
-      else
+    if constexpr (type == Type::nf4)
+      sum_nf4<ROWS>(words, count, x.at + line * 4, x.stride, sums);
+    else
 #endif
-        sum_int4<ROWS>(words, count, x.at + line * 4, x.stride, sums);
+      sum_int4<ROWS>(words, count, x.at + line * 4, x.stride, sums);
+    for (int v = 0; v < VECTORS; ++v) {
       const int place = group * PANEL + v * LANES;
       const Vec scale = load((const float*)(panel + weights) + place) * splat(type == Type::nf4 ? 256.0f / NF4_ONE : 1.0f);
       const Ints zero = type == Type::int4 ? load_bytes((const int8_t*)panel + zeros + place) : splat_int(1);
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
         float* to = out + row * out_stride + v * LANES;
-        const Vec total = to_float(sums[row] - zero * x.sums[row * x.summed + group]);
+        const Vec total = to_float(sums[v][row] - zero * x.sums[row * x.summed + group]);
         store(to, fma(total, scale * splat(x.scales[row * x.groups + line * WORD / GROUP]), group ? load(to) : splat(0.0f)));
       }
     }

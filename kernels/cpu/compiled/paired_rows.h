@@ -12,14 +12,15 @@
 #define ROUNDS_ROWS 0
 #endif
 
-// Whether the numbers of nf4 are looked up as two bytes each, and meet integers (nibbles.h).
+// Whether weights of four bits are multiplied as bytes, and so nf4 too, whose numbers are looked up as two bytes each
+// (nibbles.h).
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define LOOKS_UP_BYTES 1
 #else
 #define LOOKS_UP_BYTES 0
 #endif
 
-// Of a row that is two bytes with a sign each, 256 · high + low.
+// Of integers that fit two bytes with a sign each, 256 · high + low.
 constexpr bool takes_bytes(Type type) { return type == Type::int4 || (LOOKS_UP_BYTES && type == Type::nf4); }
 
 constexpr bool takes_integers(Type type) { return type == Type::int8 || takes_bytes(type); }
@@ -62,6 +63,20 @@ inline float round_to_integers(const float* x, int count, float most_integer, in
   return most / most_integer + faulty;
 }
 
+// Adds the products of two neighbours, integers of 16 bits.
+inline Ints add_pairs(Ints sum, Bits weights, Bits x) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#elif defined(__AVX512BW__)
+  return (Ints)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)weights, (__m512i)x));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)weights, (__m256i)x));
+#else
+  const Ints w = (Ints)weights, pair = (Ints)x;
+  return sum + (w << 16 >> 16) * (pair << 16 >> 16) + (w >> 16) * (pair >> 16);
+#endif
+}
+
 // Rows to multiply, as the weights' type takes them.
 template <class Item>
 struct Inputs {
@@ -79,8 +94,8 @@ struct Inputs {
   }
 };
 
-// Rows of float32 as words of 32 bits: two neighbouring k, or for weights of four bits the high bytes of four and then
-// their low bytes. `order` says at which k of a row each input lies, because weights may be laid out in another order;
+// Rows of float32 as words of 32 bits: two neighbouring k; for weights of four bits the high bytes of four and then their
+// low bytes, or without VNNI the first and third of four and then the others. `order` says at which k of a row each input lies, because weights may be laid out in another order;
 // null: its own.
 class PairedRows {
  public:
@@ -135,10 +150,17 @@ class PairedRows {
           high[i] = (int8_t)((integers[i] + 128) >> 8);
           low[i] = (int8_t)integers[i];
         }
+#if LOOKS_UP_BYTES
         for (size_t i = 0; i < room; i += 2) {
           memcpy(to + i, high + 2 * i, 4);
           memcpy(to + i + 1, low + 2 * i, 4);
         }
+#else
+        for (size_t i = 0; i < room; ++i) {
+          const int16_t* four = integers + i / 2 * 4 + i % 2;
+          to[i] = (uint16_t)four[0] | (uint32_t)(uint16_t)four[2] << 16;
+        }
+#endif
         for (int i = 0; i < count; i += of_weights) *sum++ = sum_of(type, integers + i, high + i);
       }
       to += room;

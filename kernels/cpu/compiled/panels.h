@@ -70,18 +70,7 @@ struct Integers {
   using Item = uint32_t;
   static Vec spread(uint32_t x) { return spread_bits(x); }
 
-  static Vec add(Vec weights, Vec x, Vec sum) {
-#if defined(__AVX512VNNI__)
-    return (Vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
-#elif defined(__AVX512BW__)
-    return (Vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)weights, (__m512i)x));
-#elif defined(__AVX2__)
-    return (Vec)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)weights, (__m256i)x));
-#else
-    const Ints w = (Ints)weights, pair = (Ints)x;
-    return (Vec)((Ints)sum + (w << 16 >> 16) * (pair << 16 >> 16) + (w >> 16) * (pair >> 16));
-#endif
-  }
+  static Vec add(Vec weights, Vec x, Vec sum) { return (Vec)add_pairs((Ints)sum, (Bits)weights, (Bits)x); }
 };
 
 struct Int8 : Integers {
