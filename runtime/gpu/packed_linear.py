@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import tuned
 from kernels.quantized_product import BLOCK, FEW_ROWS, HALF, quantized_product
 from runtime.models.layers import Linear
-from runtime.models.weights import Checkpoint, LayerWeights, Mlp, Weights
+from runtime.models.weights import Checkpoint, Experts, LayerWeights, Mlp, Weights
 from runtime.quantization.weight import QuantizedWeight
 
 
@@ -83,24 +83,31 @@ class DeviceWeights:
         return Weights(embedding, layers, checkpoint.norm(), head)
 
     def _layer(self, layer: LayerWeights) -> LayerWeights:
-        assert isinstance(layer.mlp, Mlp), "the runner refuses experts"
-        mlp = Mlp(*map(self.placed, layer.mlp))
+        mlp: Mlp | Experts
+        if isinstance(layer.mlp, Mlp):
+            mlp = Mlp(*map(self.placed, layer.mlp))
+        else:  # there is no grouped product of quantised experts
+            each = [Mlp(*map(self.dequantized, one)) for one in layer.mlp.each]
+            mlp = layer.mlp._replace(router=self.dequantized(layer.mlp.router), each=each)
         return layer._replace(qkv=self.placed(layer.qkv), o=self.placed(layer.o), mlp=mlp)
 
     def placed(self, linear: Linear) -> Linear:
         """The linear as the device computes with it; one whose weights have no product here is dequantised."""
         parts = linear.quantized
-        if not parts:
-            self._held[self._name] += linear.weight.numel()
-            return linear
-        bias = linear.bias
-        if can_keep(parts):
-            self._held["int4" if parts[0].bits <= 4 else "int8"] += sum(part.codes.numel() for part in parts)
-            packed = PackedLinear(parts, bias, self._device, self._gpu)
-            self._packed[packed.shape] = packed
-            return packed
-        weight = torch.cat([part.dequantized().to(self._dtype) for part in parts]).to(self._device)
-        return self.placed(Linear(weight, bias, pack=False))
+        if not parts or not can_keep(parts):
+            return self.dequantized(linear)
+        self._held["int4" if parts[0].bits <= 4 else "int8"] += sum(part.codes.numel() for part in parts)
+        packed = PackedLinear(parts, linear.bias, self._device, self._gpu)
+        self._packed[packed.shape] = packed
+        return packed
+
+    def dequantized(self, linear: Linear) -> Linear:
+        """The linear in the model's dtype."""
+        if linear.quantized:
+            parts = [part.dequantized().to(self._dtype) for part in linear.quantized]
+            linear = Linear(torch.cat(parts).to(self._device), linear.bias, pack=False)
+        self._held[self._name] += linear.weight.numel()
+        return linear
 
     def warm_up(self) -> None:
         """Compile the product of many rows for each shape; steps of few rows compile that of few."""
