@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels import grouped_lora, kv_write, paged_attention, rms_norm, sampling, silu_mul
+from kernels import grouped_lora, kv_write, paged_attention, quantized_product, rms_norm, sampling, silu_mul
 
 NOT_MEASURED = "not measured"
 
@@ -36,8 +36,15 @@ DEFAULTS: dict[str, Any] = {
     "decode expand": grouped_lora.DECODE_EXPAND,
     "prefill shrink": grouped_lora.PREFILL_SHRINK,
     "prefill expand": grouped_lora.PREFILL_EXPAND,
+    "decode product": quantized_product.DECODE_PRODUCT,
+    "prefill product": quantized_product.PREFILL_PRODUCT,
 }
-FLOAT32 = {"paged_decode": paged_attention.FLOAT32_DECODE, "paged_prefill": paged_attention.FLOAT32_PREFILL}
+FLOAT32 = {
+    "paged_decode": paged_attention.FLOAT32_DECODE,
+    "paged_prefill": paged_attention.FLOAT32_PREFILL,
+    "decode product": quantized_product.FLOAT32_DECODE,
+    "prefill product": quantized_product.FLOAT32_PREFILL,
+}
 
 
 def lookup(gpu: str, kernel: str, rows: int, dtype: torch.dtype = torch.bfloat16, tables: Tables = TABLES) -> Tuned:

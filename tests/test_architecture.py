@@ -159,6 +159,7 @@ INNER = {
     "runtime.gpu": {
         "runtime.adapters",
         "runtime.models",
+        "runtime.quantization",
         "runtime.config",
         "runtime.messages",
         "runtime.request",

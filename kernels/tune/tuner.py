@@ -14,6 +14,7 @@ import triton
 from kernels.tune.attention import decode_case, prefill_case, write_case
 from kernels.tune.choosing import Case, NoRightConfig, Timer, choose
 from kernels.tune.lora import lora_cases
+from kernels.tune.products import product_cases
 from kernels.tune.rows import ModelShape, row_cases, sampling_cases
 from kernels.tuned import DEFAULTS
 
@@ -44,7 +45,9 @@ def all_cases(
     for rows in decode:
         yield from sampling_cases(model, rows)
         yield decode_case(model, rows, context)
+        yield from product_cases(model, rows, "decode")
     yield prefill_case(model, prefill, prefill + context)
+    yield from product_cases(model, prefill, "prefill")
     for rank in (16, 64):
         for rows in decode:
             yield from lora_cases(model, rows, min(rows, 8), rank, "decode")

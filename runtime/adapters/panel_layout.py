@@ -153,7 +153,7 @@ def _write(dtype: str, matrix: np.ndarray, first: int, panels: np.ndarray) -> No
     matrix = np.ascontiguousarray(matrix)
     columns, k = matrix.shape
     source, target = matrix.ctypes.data, panels.ctypes.data
-    load().panels_write(TYPES[dtype], source, k, 1, columns, k, first, target)
+    load().panels_write(TYPES[dtype], source, k, 1, columns, k, first, 1, target)
 
 
 def _pack_weight(place: PartPlace, content: PartContent, target: np.ndarray, pause: Callable[[], None]) -> None:

@@ -50,7 +50,7 @@ class CompiledRunner(Runner):
         self.kernels = f"compiled ({instructions()})"
         self._pool = Pool(self.threads)
         rows, logits = config.max_batch_tokens, config.max_running + SCORED_ROWS
-        panels = WeightPanels(config.quantization, self.weight_dtype)
+        panels = WeightPanels(config.quantization, self.weight_dtype, self.threads)
         self.decoder = CompiledDecoder(
             self.model, self.checkpoint, self.kv.layers, config.block_size, self._pool, rows, logits, panels
         )

@@ -11,8 +11,7 @@ from kernels.cpu.compiled import panels
 from kernels.cpu.compiled.panels import FLOAT8, GROUP, INT4, INT8, PanelMemory, Panels, pack, pack_codes, quantize
 from runtime.config import Quantization
 from runtime.models.layers import Linear
-from runtime.quantization.quantize import NF4, to_int4, to_nf4
-from runtime.quantization.weight import QuantizedWeight
+from runtime.quantization.weight import NF4, QuantizedWeight
 
 NAMES = ("float32", "bfloat16", "float16", "int8", "int4", "nf4", "float8")  # by the numbers of panels.h
 LEAST_GROUP = 16  # with smaller ones, scales would need more memory than weights of four bits
@@ -25,6 +24,9 @@ class _Kind(NamedTuple):
     group: int
 
 
+MADE = {"int8": _Kind(INT8, GROUP), "int4": _Kind(INT4, 64), "nf4": _Kind(panels.NF4, 64)}  # 64: as QLoRA's nf4
+
+
 class WeightPanels:
     """Lays matrices out one after another, and counts how they are held.
 
@@ -33,8 +35,8 @@ class WeightPanels:
     int8 at least, because errors there reach every token. Routers of experts are never quantised.
     """
 
-    def __init__(self, quantization: Quantization | None, dtype: torch.dtype) -> None:
-        self._quantization, self._dtype = quantization, dtype
+    def __init__(self, quantization: Quantization | None, dtype: torch.dtype, threads: int = 1) -> None:
+        self._quantization, self._dtype, self._threads = quantization, dtype, threads
         self._memory = PanelMemory()
         self._held: Counter[str] = Counter()  # weights by what they are held in
 
@@ -44,7 +46,7 @@ class WeightPanels:
         return ", ".join(name for name, _ in self._held.most_common())
 
     def embedding(self, weight: Tensor) -> Panels:
-        return self._counted(pack(weight, self._memory) if self._quantization is None else self._int8(weight))
+        return self._made(weight, None if self._quantization is None else "int8")
 
     def head(self, linear: Linear) -> Panels:
         if not linear.quantized:
@@ -56,34 +58,28 @@ class WeightPanels:
     def router(self, linear: Linear) -> Panels:
         """Of experts, or a shared one's gate, in its dtype: it is small, and an error there changes much."""
         weight = linear.quantized[0].dequantized().to(self._dtype) if linear.quantized else linear.weight
-        return self._counted(pack(weight, self._memory))
+        return self._made(weight, None)
 
     def projection(self, linear: Linear, widths: Sequence[int]) -> list[Panels]:
         """The parts of a site, which all lie in one kind of panels."""
         if not linear.quantized:
-            return [self._quantized(part) for part in torch.split(linear.weight, list(widths))]
+            return [self._made(part, self._quantization) for part in torch.split(linear.weight, list(widths))]
         parts = linear.quantized
         if len(parts) < len(widths):  # one module of the checkpoint is gate and up
             [fused] = parts
             parts = fused.split(widths)
         if _can_keep(parts):
             return self._kept(parts)
-        return [self._quantized(part.dequantized().to(self._dtype)) for part in parts]
+        return [self._made(part.dequantized().to(self._dtype), self._quantization) for part in parts]
 
     def _kept(self, parts: Sequence[QuantizedWeight]) -> list[Panels]:
         order = _order_of(parts[0])
-        return [self._counted(_packed(part, order, self._memory)) for part in parts]
+        return [self._counted(_packed(part, order, self._memory, self._threads)) for part in parts]
 
-    def _quantized(self, weight: Tensor) -> Panels:
-        if self._quantization is None:
-            return self._counted(pack(weight, self._memory))
-        if self._quantization == "int8":
-            return self._counted(self._int8(weight))
-        make = to_int4 if self._quantization == "int4" else to_nf4
-        return self._counted(_packed(make(weight), None, self._memory))
-
-    def _int8(self, weight: Tensor) -> Panels:
-        return quantize(weight, self._memory)
+    def _made(self, weight: Tensor, quantization: Quantization | None) -> Panels:
+        if quantization is None:
+            return self._counted(pack(weight, self._memory, self._threads))
+        return self._counted(quantize(weight, self._memory, *MADE[quantization], self._threads))
 
     def _counted(self, made: Panels) -> Panels:
         self._held[NAMES[made.type]] += made.columns * made.k
@@ -131,7 +127,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
 
 
-def _packed(weight: QuantizedWeight, order: Tensor | None, memory: PanelMemory) -> Panels:
+def _packed(weight: QuantizedWeight, order: Tensor | None, memory: PanelMemory, threads: int) -> Panels:
     kind = _kind_of(weight)
     assert kind is not None
     codes, scales, zeros = weight.codes, weight.scales, weight.zeros
@@ -145,5 +141,5 @@ def _packed(weight: QuantizedWeight, order: Tensor | None, memory: PanelMemory) 
         half = 1 << 3
         zeros = torch.zeros_like(scales) if zeros is None else zeros[:, groups]
         codes, zeros = codes + half, (zeros + half).to(torch.int8)
-        return pack_codes(INT4, codes, scales, zeros, kind.group, memory, order)
-    return pack_codes(kind.type, codes, scales, None, kind.group, memory, order)
+        return pack_codes(INT4, codes, scales, zeros, kind.group, memory, order, threads)
+    return pack_codes(kind.type, codes, scales, None, kind.group, memory, order, threads)

@@ -19,6 +19,7 @@ from runtime.gpu.adapter_table import AdapterTable, widest
 from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda
 from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
+from runtime.gpu.packed_linear import DeviceWeights
 from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
 from runtime.gpu.step_lora import DECODE_HEIGHT, LoraMemory, StepLora, tile_height
 from runtime.request import Request
@@ -43,6 +44,7 @@ class TritonRunner(Runner):
     """Runs the model with the Triton kernels; decode steps replay CUDA graphs if any fit."""
 
     kernels = "triton"
+    keeps_quantized = True
 
     def __init__(self, config: EngineConfig, device: torch.device):
         if not can_run_on(device):
@@ -51,10 +53,12 @@ class TritonRunner(Runner):
             )
         super().__init__(config, device)
         self.adapter_dtype = self.dtype
-        weights = self.checkpoint.weights()
-        del self.checkpoint
-        self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self._placed = DeviceWeights(self.weight_dtype, device, self.gpu)
+        weights = self._placed.load(self.checkpoint)
+        del self.checkpoint
+        self.weights_held = self._held(self._placed.description)
+        self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
         self.decoder = FusedDecoder(self.model, weights, config.block_size, self.gpu)
         self.graphs: DecodeGraphs | None = None
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
@@ -89,6 +93,7 @@ class TritonRunner(Runner):
             shape = StepShape(rows, decodes, prefills, self._table_width, rows, tiles, tiles, height)
             self._lay_out([], shape, [])
             logits = self.forward(shape, self._lora_width)
+        self._placed.warm_up()
         warm_up_sampling(logits, self.gpu)
 
     def _steps_to_compile(self) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NEGATIVE = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036)
+POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
+NF4 = torch.tensor([*NEGATIVE, 0.0, *POSITIVE])  # quantiles of the normal distribution, as bitsandbytes rounds them
+
 
 class QuantizedWeight(NamedTuple):
     """W[o][i] = (value of codes[o][i] − zeros[o][g]) · scales[o][g], where g is the group of input i.

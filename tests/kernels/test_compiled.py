@@ -17,7 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED_BYTES = 227 * 1024  # of a program, at most
 SPILLED_BYTES = 32  # a few addresses, or the 28 bytes that Triton 3.6 reduces an angle in
-PRODUCTS = {"_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel", "_expert_matmul_kernel"}
+PRODUCTS = {
+    *("_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel"),
+    *("_expert_matmul_kernel", "_quantized_product_kernel"),
+}
 # A thread of these reads or writes single numbers, or numbers that do not follow each other in memory.
 NARROW = {"_reduce_kernel", "_cut_kernel", "_embedding_shrink_kernel", "_qkv_write_kernel"}
 

@@ -18,19 +18,20 @@ def load() -> ctypes.CDLL:
     signatures = {
         "lanes": ([], c_int),
         "rounds_rows": ([], c_int),
+        "looks_up_bytes": ([], c_int),
         "shared": ([c_void_p], None),
         "partial_floats": ([c_int], c_size_t),
         "pool_new": ([c_int], c_void_p),
         "pool_delete": ([c_void_p], None),
         "program_run": ([c_void_p, c_void_p, c_int, c_void_p], None),
         "panels_bytes": ([c_int, c_int, c_int, c_int], c_size_t),
-        "panels_write": ([c_int, c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p], None),
-        "panels_write_codes": ([c_int, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p], None),
+        "panels_write": ([c_int, c_void_p, c_int64, c_int64, *[c_int] * 4, c_void_p], None),
+        "panels_write_codes": ([c_int, c_void_p, c_void_p, c_void_p, *[c_int] * 4, c_void_p], None),
         "panels_squares": (
             [c_int, c_void_p, *[c_int] * 5, c_void_p, c_void_p, c_int, c_float, c_int, c_void_p],
             None,
         ),
-        "panels_quantize": ([c_void_p, c_int64, c_int, c_int, c_void_p], None),
+        "panels_quantize": ([c_int, c_int, c_void_p, c_int64, *[c_int] * 4, c_void_p], None),
     }
     for name, (arguments, result) in signatures.items():
         function = getattr(functions, name)
@@ -47,3 +48,8 @@ def instructions() -> str:
 def rounds_rows() -> bool:
     """Whether rows are rounded to bfloat16 before they are multiplied with a base's weights in bfloat16."""
     return bool(load().rounds_rows())
+
+
+def looks_up_bytes() -> bool:
+    """Whether nf4's numbers are two bytes each, and rows integers of 16 bits, where they are multiplied."""
+    return bool(load().looks_up_bytes())

@@ -1,58 +1,10 @@
-// Weights in panels, and their product with rows of float32.
-//
-// A matrix W (columns, k) lies in panels of 16 columns; a panel holds one vector of 16 weights for each k, so that a
-// product reads it from end to end and needs no sum across lanes. bfloat16 and int8 hold two neighbouring k of a column
-// side by side, because CPUs multiply and add pairs. Quantised weights have a float scale for each column and each group
-// of k, behind the weights; int4 a zero point as well, behind the scales.
+// The product of weights in panels (panel_layout.h) with rows of float32.
 #pragma once
 
 #include <type_traits>
 #include <vector>
 
-#include "vec.h"
-
-constexpr int PANEL = 16;
-constexpr int VECTORS = PANEL / LANES;  // of one k of a panel
-constexpr int GROUP = 128;              // k of a row with one scale; of weights it has a whole number of groups
-
-// nf4: places in a table of 16 numbers; float8: e4m3 without infinities.
-enum class Type : int32_t { float32, bfloat16, float16, int8, int4, nf4, float8 };
-
-constexpr size_t item_bits(Type type) {
-  if (type == Type::int4 || type == Type::nf4) return 4;
-  return type == Type::float32 ? 32 : type == Type::int8 || type == Type::float8 ? 8 : 16;
-}
-
-constexpr bool paired(Type type) { return type == Type::bfloat16 || type == Type::int8; }
-
-constexpr bool quantized(Type type) {
-  return type == Type::int8 || type == Type::int4 || type == Type::nf4 || type == Type::float8;
-}
-
-inline int groups_of(int k, int group = GROUP) { return (k + group - 1) / group; }
-
-// The k that a panel has room for: whole pairs, or whole bytes of two pairs.
-constexpr int padded(Type type, int k) {
-  const int unit = item_bits(type) == 4 ? 4 : paired(type) ? 2 : 1;
-  return (k + unit - 1) / unit * unit;
-}
-
-// The bytes of a panel's weights.
-inline size_t weight_bytes(Type type, int k) { return (size_t)padded(type, k) * PANEL * item_bits(type) / 8; }
-
-// The bytes of a panel, with `group` k to a scale.
-inline size_t panel_bytes(Type type, int k, int group = GROUP) {
-  const size_t scales = quantized(type) ? (size_t)groups_of(k, group) * PANEL : 0;
-  return weight_bytes(type, k) + scales * 4 + (type == Type::int4 ? scales : 0);
-}
-
-// Where the weight of a column of the panel and a k lies, in items from the panel's start. int4 has the pairs of two
-// steps in one byte each, the first in the low half; nf4 two neighbours of a column.
-inline size_t item_in_panel(Type type, int column, int k) {
-  if (type == Type::int4) return (size_t)(k / 4) * 4 * PANEL + (column * 2 + k % 2) * 2 + k / 2 % 2;
-  if (type == Type::nf4) return (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2;
-  return paired(type) ? (size_t)(k / 2) * 2 * PANEL + column * 2 + k % 2 : (size_t)k * PANEL + column;
-}
+#include "nibbles.h"
 
 // How each type reads a vector of the weights of one k, and what a product with it is. `step` k are read together, with
 // `items` of a row; the k of `at` is a multiple of `step`.
@@ -79,9 +31,7 @@ struct BFloat16 : OneByOne {
   }
 };
 
-#if defined(__AVX512BF16__)
-#define ROUNDS_ROWS 1  // whether rows are rounded to bfloat16 before they meet weights in bfloat16
-
+#if ROUNDS_ROWS
 // Two bfloat16 of a row at a time, by the instruction that multiplies pairs and sums in float32: twice as fast as one
 // by one, for a row that is rounded to the weights' type first.
 struct BFloat16Pairs {
@@ -96,17 +46,6 @@ struct BFloat16Pairs {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)x);
   }
 };
-
-inline void round_row(const float* x, int k, uint32_t* out) {
-  int i = 0;
-  for (; i + LANES <= k; i += LANES)
-    _mm256_storeu_si256((__m256i*)(out + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
-  if (i == k) return;
-  const __m256bh rest = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps((1u << (k - i)) - 1, x + i));
-  _mm256_mask_storeu_epi32(out + i / 2, (1u << (k - i + 1) / 2) - 1, (__m256i)rest);
-}
-#else
-#define ROUNDS_ROWS 0
 #endif
 
 struct Float16 : OneByOne {
@@ -131,18 +70,7 @@ struct Integers {
   using Item = uint32_t;
   static Vec spread(uint32_t x) { return spread_bits(x); }
 
-  static Vec add(Vec weights, Vec x, Vec sum) {
-#if defined(__AVX512VNNI__)
-    return (Vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
-#elif defined(__AVX512BW__)
-    return (Vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)weights, (__m512i)x));
-#elif defined(__AVX2__)
-    return (Vec)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)weights, (__m256i)x));
-#else
-    const Ints w = (Ints)weights, pair = (Ints)x;
-    return (Vec)((Ints)sum + (w << 16 >> 16) * (pair << 16 >> 16) + (w >> 16) * (pair >> 16));
-#endif
-  }
+  static Vec add(Vec weights, Vec x, Vec sum) { return (Vec)add_pairs((Ints)sum, (Bits)weights, (Bits)x); }
 };
 
 struct Int8 : Integers {
@@ -162,56 +90,55 @@ struct Int8 : Integers {
     return (Vec)wide;
 #endif
   }
-};
 
-// Unsigned integers; their zero points are taken off a group's sum.
-struct Int4 : Integers {
-  static constexpr Type type = Type::int4;
-  static constexpr int step = 4, items = 2;
-
-  static Vec widen(const char* panel, int at, int odd, int vector) {
-    const uint8_t* bytes = (const uint8_t*)panel + (size_t)at * PANEL / 2 + vector * LANES * 2;
-#if defined(__AVX512BW__)
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
-    return (Vec)(odd ? _mm512_srli_epi16(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi16(15)));
-#elif defined(__AVX2__)
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)bytes));
-    return (Vec)(odd ? _mm256_srli_epi16(wide, 4) : _mm256_and_si256(wide, _mm256_set1_epi16(15)));
-#else
-    Bits wide;
-    for (int lane = 0; lane < LANES; ++lane) wide[lane] = bytes[2 * lane] | (uint32_t)bytes[2 * lane + 1] << 16;
-    return (Vec)((odd ? wide >> 4 : wide) & 0x000f000fu);
-#endif
+  static Vec value(const char* panel, int k, int vector) {
+    const Ints pairs = (Ints)widen(panel, k / 2 * 2, 0, vector);
+    return to_float(k % 2 ? pairs >> 16 : pairs << 16 >> 16);
   }
 };
 
-// The numbers of bitsandbytes' nf4, quantiles of the normal distribution.
-alignas(64) constexpr float NF4[16] = {
-    -1.0f,       -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// Unsigned integers, whose zero points are taken off a group's sum (nibbles.h).
+struct Int4 {
+  using Item = uint32_t;
+  static constexpr Type type = Type::int4;
+
+  static Vec value(const char* panel, int k, int vector) {
+    const Bits words = *(const BitsAt*)(panel + k / WORD * LINE + vector * LANES * 4);
+    return to_float((Ints)(words >> shift_in_word(k) & 15u));
+  }
+};
 
 struct Nf4 : OneByOne {
   static constexpr Type type = Type::nf4;
-  static constexpr int step = 2, items = 2;
+  static constexpr int step = WORD, items = WORD;
 
-  static Vec widen(const char* panel, int at, int odd, int vector) {
-    const uint8_t* bytes = (const uint8_t*)panel + (size_t)at * PANEL / 2 + vector * LANES;
-#if defined(__AVX512F__)
-    const __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-    return (Vec)_mm512_permutexvar_ps(odd ? _mm512_srli_epi32(places, 4) : places, _mm512_load_ps(NF4));
-#elif defined(__AVX2__)
-    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
-    const __m256i places = odd ? _mm256_srli_epi32(both, 4) : both;  // of which a permutation takes three bits
+  static Vec widen(const char* panel, int at, int i, int vector) {
+    const char* words = panel + at / WORD * LINE + vector * LANES * 4;
+#if defined(__AVX512F__)  // of a place, a permutation takes four bits
+    const __m512i places = _mm512_srli_epi32(_mm512_loadu_si512(words), shift_in_word(i));
+    return (Vec)_mm512_permutexvar_ps(places, _mm512_load_ps(NF4));
+#elif defined(__AVX2__)  // three bits
+    const __m256i all = _mm256_loadu_si256((const __m256i*)words), places = _mm256_srli_epi32(all, shift_in_word(i));
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4), places);
     const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4 + 8), places);
-    return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
+    return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(all, 28 - shift_in_word(i))));
 #else
+    const Bits places = *(const BitsAt*)words >> shift_in_word(i) & 15u;
     Vec wide;
-    for (int lane = 0; lane < LANES; ++lane) wide[lane] = NF4[odd ? bytes[lane] >> 4 : bytes[lane] & 15];
+    for (int lane = 0; lane < LANES; ++lane) wide[lane] = NF4[places[lane]];
     return wide;
 #endif
   }
+
+  static Vec value(const char* panel, int k, int vector) { return widen(panel, k / WORD * WORD, k % WORD, vector); }
 };
+
+#if LOOKS_UP_BYTES
+struct Nf4InBytes {
+  using Item = uint32_t;
+  static constexpr Type type = Type::nf4;
+};
+#endif
 
 // Widened by way of float16, whose exponent has one bit more: its bits are 2^-8 of the number, which the scale makes up
 // for.
@@ -235,107 +162,8 @@ struct Float8 : OneByOne {
     return wide;
 #endif
   }
-};
 
-// Writes a row as pairs of 16-bit integers, and what each group of them is multiplied with. A row with NaN or infinity
-// has a scale of NaN.
-inline void quantize_row(const float* x, int k, uint32_t* out, float* scales) {
-  for (int first = 0; first < k; first += GROUP, x += GROUP, out += GROUP / 2) {
-    const int count = k - first < GROUP ? k - first : GROUP;
-    float values[GROUP] = {};
-    uint32_t rounded[GROUP];
-    memcpy(values, x, count * 4);
-    Vec largest = splat(0.0f), wrong = splat(0.0f);
-    for (int i = 0; i < GROUP; i += LANES) {
-      const Vec value = load(values + i);
-      largest = maximum(largest, maximum(value, -value));
-      wrong += value - value;
-    }
-    float most = 0.0f;
-    for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
-    const float faulty = sum(wrong);  // NaN for NaN and for infinities
-    *scales++ = most / 32767.0f + faulty;
-    const Vec inverse = splat(faulty == 0.0f && most > 1e-33f ? 32767.0f / most : 0.0f);
-    const Vec shift = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-    for (int i = 0; i < GROUP; i += LANES) store((float*)rounded + i, fma(load(values + i), inverse, shift));
-    for (int i = 0; i < (count + 1) / 2; ++i) out[i] = (rounded[2 * i] & 0xffff) | rounded[2 * i + 1] << 16;
-  }
-}
-
-// Rows to multiply, as the weights' type takes them.
-template <class Item>
-struct Inputs {
-  const Item* at;
-  size_t stride;
-  int group = GROUP;              // k with one scale of quantised weights
-  const float* scales = nullptr;  // (rows, groups of 128), of integers
-  int groups = 0;
-  const int32_t* sums = nullptr;  // (rows, groups of the weights), of integers that meet zero points
-  int summed = 0;
-
-  Inputs from(int row) const {
-    return {at + row * stride, stride, group, scales ? scales + row * groups : nullptr, groups,
-            sums ? sums + row * summed : nullptr, summed};
-  }
-};
-
-constexpr bool takes_pairs(Type type) {
-  return type == Type::int8 || type == Type::int4 || (ROUNDS_ROWS && type == Type::bfloat16);
-}
-
-// Rows of float32 as pairs of neighbouring k, for the types that take them. `order` says at which k of a row each input
-// lies, because weights may be laid out in another order; null: its own.
-class PairedRows {
- public:
-  void fill(Type type, int rows, int k, const float* x, size_t x_stride, int group, const int32_t* order) {
-    stride = padded(type, k + (k & 1)) / 2;
-    groups = groups_of(k);
-    summed = type == Type::int4 ? groups_of(k, group) : 0;
-    of_weights = group;
-    pairs.resize(rows * stride);
-    if (quantized(type)) scales.resize((size_t)rows * groups);
-    sums.resize((size_t)rows * summed);
-    if (order) ordered.resize(k);
-    for (int row = 0; row < rows; ++row, x += x_stride) {
-      const float* values = x;
-      if (order) {
-        for (int i = 0; i < k; ++i) ordered[i] = x[order[i]];
-        values = ordered.data();
-      }
-      uint32_t* to = pairs.data() + row * stride;
-      if (quantized(type)) {
-        quantize_row(values, k, to, scales.data() + row * groups);
-        for (size_t i = (k + 1) / 2; i < stride; ++i) to[i] = 0;
-      }
-#if ROUNDS_ROWS
-      if (type == Type::bfloat16) round_row(values, k, to);
-#endif
-      for (int i = 0; i < summed; ++i) sums[(size_t)row * summed + i] = sum_of(to, i * group, i * group + group, k);
-    }
-  }
-
-  Inputs<uint32_t> from(int row) const {
-    return Inputs<uint32_t>{pairs.data(), stride, of_weights, scales.data(), groups, sums.data(), summed}.from(row);
-  }
-
- private:
-  std::vector<uint32_t> pairs;
-  std::vector<float> scales, ordered;
-  std::vector<int32_t> sums;
-  size_t stride;
-  int groups, summed, of_weights;
-
-  static int32_t sum_of(const uint32_t* row, int first, int last, int k) {
-    int32_t total = 0;
-    for (int i = first / 2; i < ((last < k ? last : k) + 1) / 2; ++i) total += (int16_t)row[i] + (int16_t)(row[i] >> 16);
-    return total;
-  }
-};
-
-// Memory that a product asks for while it computes, a line at a time, because it is read next.
-struct Ahead {
-  const char* at;  // null: none
-  int share;       // of 1 / share of the lines, because other products of the same panels ask for the others
+  static Vec value(const char* panel, int k, int vector) { return widen(panel, k, 0, vector) * splat(factor); }
 };
 
 // The sums of ROWS rows with PANELS panels. Each has one order, by k, whatever the number of rows and panels: a row's
@@ -361,13 +189,14 @@ struct Sums {
       }
     }
     for (; i + step <= k; i += step) add_step(panel, stride, i, x, x_stride);
-    if (step > 1 && i < k) add_one(panel, stride, i, 0, x, x_stride);
+    const int rest = Weight::items == step ? k - i : (k - i + 1) / 2;  // steps of 1, 2 or as many items
+    for (int item = 0; item < rest; ++item) add_one(panel, stride, i, item, x, x_stride);
   }
 
  private:
   inline __attribute__((always_inline)) void add_step(
       const char* panel, size_t stride, int at_k, const Item* x, size_t x_stride) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int i = 0; i < Weight::items; ++i) add_one(panel, stride, at_k, i, x, x_stride);
   }
 
@@ -394,16 +223,14 @@ struct Sums {
 template <class Weight, int ROWS, int PANELS>
 void multiply_groups(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out,
                      size_t out_stride, Ahead ahead) {
-  constexpr bool integers = std::is_base_of_v<Integers, Weight>, has_zeros = Weight::type == Type::int4;
+  constexpr bool integers = std::is_base_of_v<Integers, Weight>;
   const char* scales = panel + weight_bytes(Weight::type, k);
-  const char* zeros = scales + (size_t)groups_of(k, x.group) * PANEL * 4;
-  const int whole = has_zeros ? padded(Weight::type, k) : k;
   for (int group = 0, first = 0; first < k; ++group, first += x.group) {
     Sums<Weight, ROWS, PANELS> sums;
     const size_t at = (size_t)first * PANEL * item_bits(Weight::type) / 8;
     const Ahead next{ahead.at ? ahead.at + at : nullptr, ahead.share};
     const auto* row_at = x.at + (integers ? first / 2 : first);
-    sums.add(panel + at, stride, whole - first < x.group ? whole - first : x.group, row_at, x.stride, next);
+    sums.add(panel + at, stride, k - first < x.group ? k - first : x.group, row_at, x.stride, next);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
@@ -413,11 +240,7 @@ void multiply_groups(const char* panel, size_t stride, int k, Inputs<typename We
           float* to = out + row * out_stride + p * PANEL + v * LANES;
           Vec scale = load((const float*)(scales + p * stride) + group * PANEL + v * LANES), total;
           if constexpr (integers) {
-            Ints whole_sum = (Ints)sums.at[p][row][v];
-            if constexpr (has_zeros)
-              whole_sum -= load_bytes((const int8_t*)zeros + p * stride + group * PANEL + v * LANES) *
-                           x.sums[row * x.summed + group];
-            total = to_float(whole_sum);
+            total = to_float((Ints)sums.at[p][row][v]);
             scale = scale * splat(x.scales[row * x.groups + first / GROUP]);
           } else {
             total = sums.at[p][row][v];
@@ -428,13 +251,14 @@ void multiply_groups(const char* panel, size_t stride, int k, Inputs<typename We
   }
 }
 
-// out[row][column] (+)= Σ x[row][k] · W[column][k] for ROWS rows and PANELS panels that lie `stride` bytes apart;
-// `add` says whether the sum continues what is in `out`, which that of quantised weights never does.
+// Whether a product is that of nibbles.h.
+template <class Weight>
+constexpr bool in_bytes = takes_bytes(Weight::type) && !std::is_base_of_v<OneByOne, Weight>;
+
+// The sums of weights in floats, which continue what is in `out` if `add`.
 template <class Weight, int ROWS, int PANELS>
-void multiply(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out, size_t out_stride,
-              bool add, Ahead ahead) {
-  if constexpr (quantized(Weight::type))
-    return multiply_groups<Weight, ROWS, PANELS>(panel, stride, k, x, out, out_stride, ahead);
+void multiply_floats(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out,
+                     size_t out_stride, bool add, Ahead ahead) {
   Sums<Weight, ROWS, PANELS> sums;
   if (add)
 #pragma GCC unroll 4
@@ -452,6 +276,20 @@ void multiply(const char* panel, size_t stride, int k, Inputs<typename Weight::I
       for (int v = 0; v < VECTORS; ++v) store(out + row * out_stride + p * PANEL + v * LANES, sums.at[p][row][v]);
 }
 
+// out[row][column] (+)= Σ x[row][k] · W[column][k] for ROWS rows and PANELS panels that lie `stride` bytes apart;
+// `add` says whether the sum continues what is in `out`, which that of quantised weights never does.
+template <class Weight, int ROWS, int PANELS>
+void multiply(const char* panel, size_t stride, int k, Inputs<typename Weight::Item> x, float* out, size_t out_stride,
+              bool add, Ahead ahead) {
+  if constexpr (in_bytes<Weight>)
+    for (int p = 0; p < PANELS; ++p)
+      multiply_nibbles<Weight::type, ROWS>(panel + p * stride, k, x, out + p * PANEL, out_stride, ahead);
+  else if constexpr (quantized(Weight::type))
+    multiply_groups<Weight, ROWS, PANELS>(panel, stride, k, x, out, out_stride, ahead);
+  else
+    multiply_floats<Weight, ROWS, PANELS>(panel, stride, k, x, out, out_stride, add, ahead);
+}
+
 // The most rows that keep all sums of one panel in registers: there are 16 with AVX2, 32 elsewhere.
 constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;
 // The most rows whose sums of two panels stay in registers. Two panels at a time share the rows' values, and their sums
@@ -465,7 +303,7 @@ void multiply_panels(int panels, const char* panel, size_t stride, int k, Inputs
                      size_t out_stride, bool add, Ahead ahead) {
   int p = 0;
   auto next = [&](int i) { return Ahead{ahead.at ? ahead.at + i * stride : nullptr, ahead.share}; };
-  if constexpr (ROWS <= PAIRED_ROWS)
+  if constexpr (ROWS <= PAIRED_ROWS && !in_bytes<Weight>)
     for (; p + 2 <= panels && (PAIRED_FROM_MEMORY || !ahead.at); p += 2)
       multiply<Weight, ROWS, 2>(panel + p * stride, stride, k, x, out + p * PANEL, out_stride, add, {nullptr, 1});
   for (; p < panels; ++p)
@@ -509,10 +347,12 @@ inline void multiply_rows(Type type, int rows, int panels, const void* panel, si
       return multiply_rows<BFloat16>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::float16:
       return multiply_rows<Float16>(rows, panels, first, stride, k, in, out, out_stride, add, next);
-    case Type::nf4:
-      return multiply_rows<Nf4>(rows, panels, first, stride, k, in, out, out_stride, add, next);
     case Type::float8:
       return multiply_rows<Float8>(rows, panels, first, stride, k, in, out, out_stride, add, next);
+    case Type::nf4:
+#if !LOOKS_UP_BYTES
+      return multiply_rows<Nf4>(rows, panels, first, stride, k, in, out, out_stride, add, next);
+#endif
     case Type::int8:
     case Type::int4:
       __builtin_unreachable();
@@ -525,6 +365,9 @@ inline void multiply_pairs(Type type, int rows, int panels, const void* panel, s
   const char *first = (const char*)panel, *next = (const char*)ahead;
   if (type == Type::int8) return multiply_rows<Int8>(rows, panels, first, stride, k, x, out, out_stride, false, next);
   if (type == Type::int4) return multiply_rows<Int4>(rows, panels, first, stride, k, x, out, out_stride, false, next);
+#if LOOKS_UP_BYTES
+  if (type == Type::nf4) return multiply_rows<Nf4InBytes>(rows, panels, first, stride, k, x, out, out_stride, false, next);
+#endif
 #if ROUNDS_ROWS
   multiply_rows<BFloat16Pairs>(rows, panels, first, stride, k, x, out, out_stride, false, next);
 #endif
@@ -547,6 +390,35 @@ inline void widen_panels(Type type, int panels, const void* panel, int k, float*
       return widen_panels<BFloat16>(panels, (const char*)panel, k, out);
     case Type::float16:
       return widen_panels<Float16>(panels, (const char*)panel, k, out);
+    default:
+      __builtin_unreachable();
+  }
+}
+
+// As `widen_panels` of one panel of quantised weights.
+template <class Weight>
+void dequantize_panel(const char* panel, int k, int group, float* out) {
+  const char* scales = panel + weight_bytes(Weight::type, k);
+  const int8_t* zeros = (const int8_t*)scales + (size_t)groups_of(k, group) * PANEL * 4;
+  for (int first = 0; first < k; first += group, scales += PANEL * 4, zeros += PANEL)
+    for (int i = first; i < first + group && i < k; ++i)
+      for (int v = 0; v < VECTORS; ++v, out += LANES) {
+        Vec value = Weight::value(panel, i, v);
+        if (Weight::type == Type::int4) value -= to_float(load_bytes(zeros + v * LANES));
+        store(out, value * load((const float*)scales + v * LANES));
+      }
+}
+
+inline void dequantize_panel(Type type, const void* panel, int k, int group, float* out) {
+  switch (type) {
+    case Type::int8:
+      return dequantize_panel<Int8>((const char*)panel, k, group, out);
+    case Type::int4:
+      return dequantize_panel<Int4>((const char*)panel, k, group, out);
+    case Type::nf4:
+      return dequantize_panel<Nf4>((const char*)panel, k, group, out);
+    case Type::float8:
+      return dequantize_panel<Float8>((const char*)panel, k, group, out);
     default:
       __builtin_unreachable();
   }

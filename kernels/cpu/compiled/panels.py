@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled.library import load
-from kernels.cpu.compiled.structs import PANEL
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as panels.h numbers them
 INT8, INT4, NF4, FLOAT8 = 3, 4, 5, 6
 GROUP = 128  # panels.h
 
-AT_ONCE = 4096  # columns, whole panels of them
 LINE_BYTES = 64
 PIECE_BYTES = 64 << 20  # numpy asks for huge pages from 4 MB on
 
@@ -53,25 +51,27 @@ class PanelMemory:
         return taken
 
 
-def pack(weight: Tensor, memory: PanelMemory | None = None) -> Panels:
+def pack(weight: Tensor, memory: PanelMemory | None = None, threads: int = 1) -> Panels:
     """A matrix (columns, k) of float32, bfloat16 or float16, in its dtype."""
     columns, k = weight.shape
     panels = _empty(TYPES[weight.dtype], columns, k, memory)
-    load().panels_write(
-        panels.type, weight.data_ptr(), weight.stride(0), weight.stride(1), columns, k, 0, panels.address
-    )
+    source = weight.data_ptr(), weight.stride(0), weight.stride(1)
+    load().panels_write(panels.type, *source, columns, k, 0, threads, panels.address)
     return panels
 
 
-def quantize(weight: Tensor, memory: PanelMemory | None = None) -> Panels:
-    """A matrix (columns, k) in int8, with a scale for each column and 128 k; rounded to nearest even."""
+def quantize(
+    weight: Tensor, memory: PanelMemory | None = None, type: int = INT8, group: int = GROUP, threads: int = 1
+) -> Panels:
+    """A matrix (columns, k) of float32, bfloat16 or float16 in INT8, INT4 or NF4, rounded to nearest.
+
+    Each column and `group` k have a scale, and INT4 a zero point: its codes go from the smallest weight to the largest.
+    """
     columns, k = weight.shape
-    panels = _empty(INT8, columns, k, memory)
-    panel_bytes: int = load().panels_bytes(INT8, PANEL, k, GROUP)
-    for first in range(0, columns, AT_ONCE):  # a whole embedding in float32 would need much memory
-        exact = weight[first : first + AT_ONCE].float().contiguous()
-        address = panels.address + first // PANEL * panel_bytes
-        load().panels_quantize(exact.data_ptr(), exact.stride(0), len(exact), k, address)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    panels = _empty(type, columns, k, memory, group)
+    source = TYPES[weight.dtype], weight.data_ptr(), weight.stride(0)
+    load().panels_quantize(type, *source, columns, k, group, threads, panels.address)
     return panels
 
 
@@ -83,6 +83,7 @@ def pack_codes(
     group: int,
     memory: PanelMemory | None = None,
     order: Tensor | None = None,
+    threads: int = 1,
 ) -> Panels:
     """A matrix (columns, k) that is quantised: (code − zero) · scale.
 
@@ -97,7 +98,7 @@ def pack_codes(
     panels = _empty(type, columns, k, memory, group)._replace(order=order)
     held = [None if one is None else one.contiguous() for one in (codes, scales.float(), zeros)]
     addresses = [None if one is None else one.data_ptr() for one in held]
-    load().panels_write_codes(type, *addresses, columns, k, group, panels.address)
+    load().panels_write_codes(type, *addresses, columns, k, group, threads, panels.address)
     return panels
 
 

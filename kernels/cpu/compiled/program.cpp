@@ -8,6 +8,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "logits.h"
+#include "panels_write.h"
 
 enum class Kind : int32_t { embed, rms_norm, linear, rotate_write, attention, find_best, experts };
 
@@ -62,6 +63,8 @@ int lanes() { return LANES; }
 
 int rounds_rows() { return ROUNDS_ROWS; }
 
+int looks_up_bytes() { return LOOKS_UP_BYTES; }
+
 // What Python has to know as well, in the order of structs.py's `shared`.
 void shared(int64_t* out) {
   const int64_t values[] = {
@@ -93,99 +96,66 @@ size_t panels_bytes(int type, int columns, int k, int group) {
 // c · column_stride + k · k_stride items of `source`, which has the panels' type. Panels must be zero where nothing is
 // written.
 void panels_write(int type, const void* source, int64_t column_stride, int64_t k_stride, int columns, int k, int first,
-                  void* panels) {
-  const size_t bytes = panel_bytes((Type)type, k);
-  for (int c = 0; c < columns; ++c) {
-    char* panel = (char*)panels + (first + c) / PANEL * bytes;
-    for (int i = 0; i < k; ++i) {
-      const size_t to = item_in_panel((Type)type, (first + c) % PANEL, i);
-      const int64_t from = c * column_stride + i * k_stride;
-      if ((Type)type == Type::float32)
-        ((float*)panel)[to] = ((const float*)source)[from];
-      else
-        ((uint16_t*)panel)[to] = ((const uint16_t*)source)[from];
-    }
-  }
+                  int threads, void* panels) {
+  share(threads, columns, k, [=](int from, int to) {
+    if ((Type)type == Type::float32)
+      write_columns<float>((Type)type, (const float*)source, column_stride, k_stride, from, to, k, first, panels);
+    else
+      write_columns<uint16_t>((Type)type, (const uint16_t*)source, column_stride, k_stride, from, to, k, first, panels);
+  });
 }
 
 // As `panels_write` for all columns of a matrix that is quantised: codes (columns, k) of a byte each, scales (columns,
-// groups) and, of int4, zero points (columns, groups). Panels must be zero before.
+// groups) and, of int4, zero points (columns, groups).
 void panels_write_codes(int type, const uint8_t* codes, const float* scales, const int8_t* zeros, int columns, int k,
-                        int group, void* panels) {
-  const size_t bytes = panel_bytes((Type)type, k, group), weights = weight_bytes((Type)type, k);
-  const int groups = groups_of(k, group);
-  for (int c = 0; c < columns; ++c) {
-    uint8_t* panel = (uint8_t*)panels + c / PANEL * bytes;
-    float* to = (float*)(panel + weights) + c % PANEL;
-    int8_t* points = (int8_t*)(panel + weights + (size_t)groups * PANEL * 4) + c % PANEL;
-    for (int i = 0; i < k; ++i) {
-      const size_t item = item_in_panel((Type)type, c % PANEL, i);
-      const uint8_t code = codes[(size_t)c * k + i];
-      if (item_bits((Type)type) == 8)
-        panel[item] = code;
-      else
-        panel[item / 2] |= code << item % 2 * 4;
+                        int group, int threads, void* panels) {
+  share(threads, columns, k, [=](int from, int to) {
+    for (int c = from; c < to; ++c) {
+      const QuantizedColumn column((Type)type, k, group, c, panels);
+      for (int g = 0, first = 0; first < k; ++g, first += group) {
+        uint8_t of_group[GROUP] = {};
+        memcpy(of_group, codes + (size_t)c * k + first, k - first < group ? k - first : group);
+        const size_t at = (size_t)c * groups_of(k, group) + g;
+        column.put(g, of_group, scales[at], zeros ? zeros[at] : (int8_t)0);
+      }
     }
-    for (int g = 0; g < groups; ++g) {
-      to[g * PANEL] = scales[(size_t)c * groups + g];
-      if ((Type)type == Type::int4) points[g * PANEL] = zeros[(size_t)c * groups + g];
-    }
-  }
+  });
+}
+
+// As `panels_write` for all columns of a matrix in floats of type `held`, which is quantised to int8, int4 or nf4.
+void panels_quantize(int type, int held, const void* source, int64_t column_stride, int columns, int k, int group,
+                     int threads, void* panels) {
+  share(threads, columns, k, [=](int from, int to) {
+    quantize_columns((Type)type, (Type)held, source, column_stride, from, to, k, group, panels);
+  });
 }
 
 // Adds the squares of W + scale · B A over some panels of a matrix (columns, k): to `sums[column]`, or to `sums[k]` if
 // `by_k`. `a` is transposed, (k, ranks), `b` is (columns, ranks), both float32.
 void panels_squares(int type, const void* panels, int first, int last, int columns, int k, int group, const float* a,
                     const float* b, int ranks, float scale, int by_k, double* sums) {
-  std::vector<float> memory((size_t)k * PANEL + (size_t)ranks * PANEL + k);
-  float *wide = memory.data(), *factors = wide + (size_t)k * PANEL, *column = factors + (size_t)ranks * PANEL;
+  std::vector<float> memory((size_t)k * PANEL + (size_t)ranks * PANEL);
+  float *wide = memory.data(), *factors = wide + (size_t)k * PANEL;
   for (int panel = first; panel < last; ++panel) {
     const int start = panel * PANEL, count = columns - start < PANEL ? columns - start : PANEL;
-    if (quantized((Type)type)) {
-      for (int c = 0; c < PANEL; ++c) {
-        read_column((Type)type, panels, k, start + c, column, group);
-        for (int i = 0; i < k; ++i) wide[i * PANEL + c] = column[i];
-      }
-    } else {
-      widen_panels((Type)type, 1, (const char*)panels + panel * panel_bytes((Type)type, k), k, wide);
-    }
+    const char* from = (const char*)panels + panel * panel_bytes((Type)type, k, group);
+    if (quantized((Type)type))
+      dequantize_panel((Type)type, from, k, group, wide);
+    else
+      widen_panels((Type)type, 1, from, k, wide);
     for (int rank = 0; rank < ranks; ++rank)
       for (int c = 0; c < PANEL; ++c)
         factors[rank * PANEL + c] = c < count ? scale * b[(size_t)(start + c) * ranks + rank] : 0.0f;
     multiply_rows(Type::float32, k, 1, factors, 0, ranks, a, ranks, wide, PANEL, true);
     double of_columns[PANEL] = {};
     for (int i = 0; i < k; ++i) {
-      double of_k = 0.0;
-      for (int c = 0; c < PANEL; ++c) {
-        const double square = (double)wide[i * PANEL + c] * wide[i * PANEL + c];
-        of_columns[c] += square;
-        of_k += square;
-      }
+      double squares[PANEL], of_k = 0.0;
+      for (int c = 0; c < PANEL; ++c) squares[c] = (double)wide[i * PANEL + c] * wide[i * PANEL + c];
+      for (int c = 0; c < PANEL; ++c) of_columns[c] += squares[c];
+      for (int c = 0; by_k && c < PANEL; ++c) of_k += squares[c];
       if (by_k) sums[i] += of_k;
     }
     for (int c = 0; c < count && !by_k; ++c) sums[start + c] += of_columns[c];
-  }
-}
-
-// As `panels_write` for all columns of a float32 matrix, quantised to int8: the scale of each column and 128 k makes its
-// largest weight 127.
-void panels_quantize(const float* source, int64_t column_stride, int columns, int k, void* panels) {
-  const size_t bytes = panel_bytes(Type::int8, k);
-  for (int c = 0; c < columns; ++c) {
-    int8_t* panel = (int8_t*)panels + c / PANEL * bytes;
-    float* scales = (float*)(panel + weight_bytes(Type::int8, k)) + c % PANEL;
-    const float* row = source + c * column_stride;
-    for (int first = 0; first < k; first += GROUP, scales += PANEL) {
-      const int last = first + GROUP < k ? first + GROUP : k;
-      float largest = 0.0f, wrong = 0.0f;
-      for (int i = first; i < last; ++i) {
-        largest = std::fabs(row[i]) > largest ? std::fabs(row[i]) : largest;
-        wrong += row[i] - row[i];  // NaN for NaN and for infinities
-      }
-      *scales = largest / 127.0f + wrong;
-      const float inverse = wrong == 0.0f && largest > 1e-36f ? 127.0f / largest : 0.0f;
-      for (int i = first; i < last; ++i) panel[item_in_panel(Type::int8, c % PANEL, i)] = (int8_t)std::lrint(row[i] * inverse);
-    }
   }
 }
 

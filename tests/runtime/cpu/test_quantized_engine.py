@@ -14,9 +14,10 @@ from runtime.cpu.compiled_decoder import CompiledDecoder
 from runtime.cpu.weight_panels import WeightPanels
 from runtime.kv.cache import KvCache
 from runtime.models.config import ModelConfig
+from runtime.models.layers import Linear
 from runtime.models.weights import Checkpoint, open_checkpoint
-from runtime.quantization.quantize import to_int4, to_nf4
 from tests.kernels.cpu.compiled.steps import exact_weight
+from tests.runtime.cpu.four_bits import to_int4, to_nf4
 from tests.runtime.cpu.test_compiled_decoder import PARAMS, logits_of, start
 from tests.runtime.gpu.test_triton_models import adapter
 from tests.runtime.models.families import write_checkpoint
@@ -149,6 +150,27 @@ def test_a_base_quantised_to_four_bits_is_its_dequantised_twin(tmp_path, quantiz
         assert ours.token_ids == theirs.token_ids
         for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("quantization", "make"), [("int4", to_int4), ("nf4", to_nf4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [64, 100, 1])
+def test_a_projection_is_quantised_to_the_codes_of_its_twin(quantization, make, dtype, inputs):
+    weight = torch.randn(30, inputs, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight[3], weight[4], weight[5], weight[6] = 0, weight[4].abs(), -weight[5].abs(), weight[6] * 1e-30
+    [made] = WeightPanels(quantization, dtype).projection(Linear(weight, pack=False), [30])
+    assert torch.equal(exact_weight(made), make(weight).dequantized())
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_makes_its_group_not_finite(quantization, wrong):
+    weight = torch.randn(30, 300, generator=torch.Generator().manual_seed(2))
+    weight[7, 130] = wrong
+    [made] = WeightPanels(quantization, torch.float32).projection(Linear(weight, pack=False), [30])
+    faulty = torch.zeros(30, 300, dtype=torch.bool)
+    faulty[7, 128 : 128 + made.group] = True
+    assert torch.equal(exact_weight(made).isnan(), faulty)
 
 
 @pytest.mark.parametrize("make", [to_int4, to_nf4])

@@ -47,6 +47,7 @@ def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
     from tests.runtime.adapters.peft_engine import MODULES, PeftOracle, engines
     from tests.runtime.gpu.eager_captures import EagerCaptures
 
+    late_products = products_of_a_packed_base(gpu, directory / "packed")
     torch.empty = torch.zeros  # nothing is computed, and old memory would not be valid tokens
     with engines(PeftOracle(directory)) as start:
         engine = start(kernels="triton", device="cpu", **OPTIONS)
@@ -59,7 +60,34 @@ def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
         while engine.adapters.wait(timeout=30):
             engine.step()
         steps = set(run(engine, [None, *engine.digests.values()]))
-    return {"at start": at_start, "late": [k.name for k in gpu.compiled[len(at_start) :]], "steps": sorted(steps)}
+    late = [k.name for k in gpu.compiled[len(at_start) :]]
+    return {"at start": at_start, "late": [*late_products, *late], "steps": sorted(steps)}
+
+
+def products_of_a_packed_base(gpu, directory: Path) -> list[str]:
+    """The kernels that its linears compile after a step of one row and their warm-up."""
+    import torch
+
+    from runtime.gpu.packed_linear import DeviceWeights
+    from runtime.models.config import ModelConfig
+    from runtime.models.weights import open_checkpoint
+    from tests.runtime.models.quantized_checkpoints import write_quantized
+
+    directory.mkdir()
+    write_quantized("awq", directory)
+    config, kinds = ModelConfig.from_directory(directory), {"pack": False, "keep_quantized": True}
+    checkpoint = open_checkpoint(config, directory, torch.bfloat16, "safetensors", **kinds)
+    placed = DeviceWeights(torch.bfloat16, torch.device("cpu"), "cpu")
+    linears = [one for layer in placed.load(checkpoint).layers for one in (layer.qkv, layer.o, *layer.mlp)]
+    before = 0
+    for rows in (1, 2, 16, 32, 33, 64, 100, 256):
+        for linear in linears:
+            linear(torch.zeros(rows, linear.in_features, dtype=torch.bfloat16))
+        if rows == 1:
+            placed.warm_up()
+            before = len(gpu.compiled)
+    assert before >= len({linear.shape for linear in linears})
+    return [kernel.name for kernel in gpu.compiled[before:]]
 
 
 def run(engine, adapters: list[str | None]) -> Iterator[str]:

@@ -5,7 +5,10 @@ import torch
 
 from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
+from runtime.gpu.packed_linear import DeviceWeights, PackedLinear
 from runtime.messages import SamplingParams
+from runtime.models.config import ModelConfig
+from runtime.models.weights import open_checkpoint
 from tests.runtime.models.families import INTERPRETED, write_checkpoint
 from tests.runtime.models.quantized_checkpoints import write_quantized
 from tests.runtime.tiny_engine import prompt
@@ -63,11 +66,15 @@ def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
             assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=TOLERANCE)
 
 
-def test_a_quantised_checkpoint_is_served_dequantised(tmp_path):
-    model = write_quantized("awq", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [("awq", "int4, float32"), ("w8a8", "int8, float32"), ("gptq-order", "float32"), ("nf4", "float32")],
+)
+def test_a_quantised_checkpoint_stays_packed_where_there_is_a_product_for_it(tmp_path, name, held):
+    model = write_quantized(name, tmp_path)
     sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 64}
     engine = Engine(EngineConfig(model=str(tmp_path), kernels="triton", dtype="float32", **sizes))
-    assert engine.ready.weights == "float32; the checkpoint is awq"
+    assert engine.ready.weights == f"{held}; the checkpoint is {engine.runner.model.quantization.method}"
     tokens = [token % 131 for token in prompt(5, 5)]
     (found,) = engine.generate([tokens], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=5))
     engine.close()
@@ -75,3 +82,20 @@ def test_a_quantised_checkpoint_is_served_dequantised(tmp_path):
         logits = model(torch.tensor([tokens + found.token_ids])).logits[0, len(tokens) - 1 : -1].log_softmax(-1)
     for row, one in zip(logits, found.logprobs, strict=True):
         assert one.top_logprobs == pytest.approx(row[one.top_ids].tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["awq", "w8a8", "packed-zeros"])
+def test_a_packed_linear_is_its_dequantised_twin(tmp_path, name):
+    """Also where DoRA reads it, and with rows of a prompt."""
+    write_quantized(name, tmp_path)
+    config = ModelConfig.from_directory(tmp_path)
+    checkpoint = open_checkpoint(config, tmp_path, torch.float32, "safetensors", pack=False, keep_quantized=True)
+    layer = checkpoint.layer(0)
+    for linear in (layer.qkv, layer.o, *layer.mlp):
+        placed = DeviceWeights(torch.float32, torch.device("cpu"), "cpu").placed(linear)
+        assert isinstance(placed, PackedLinear)
+        exact = torch.cat([part.dequantized() for part in linear.quantized])
+        torch.testing.assert_close(placed.plain(), exact, rtol=1e-6, atol=1e-7)
+        for rows in (1, 40):
+            x = torch.randn(rows, exact.shape[1], generator=torch.Generator().manual_seed(rows))
+            torch.testing.assert_close(placed(x), x @ exact.t(), rtol=1e-4, atol=1e-4)

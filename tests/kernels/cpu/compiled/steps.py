@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compiled import structs
-from kernels.cpu.compiled.library import rounds_rows
+from kernels.cpu.compiled.library import looks_up_bytes, rounds_rows
 from kernels.cpu.compiled.panels import FLOAT8, INT4, NF4, Panels, pack, pack_codes, quantize
 from kernels.cpu.compiled.program import Part
 from kernels.cpu.compiled.structs import PANEL
@@ -24,6 +24,7 @@ GROUPS = {"int4": 32, "nf4": 64, "float8": 128}
 NEGATIVE = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036)
 POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
 BOOK = np.array([*NEGATIVE, 0.0, *POSITIVE], np.float32)  # of nf4
+NF4_ONE = 31753  # what 1 is in two bytes
 GAP = 16  # floats between rows
 TILE = 16  # tokens
 SHRUNK = 336
@@ -112,13 +113,16 @@ def in_groups(weight: Tensor, type: str, group: int, order: Tensor | None = None
     )
 
 
-def unpacked(panels: Panels) -> np.ndarray:
-    """All columns of the panels, those that fill the last one included, as float32 (columns, k)."""
+def unpacked(panels: Panels, book: np.ndarray = BOOK) -> np.ndarray:
+    """All columns of the panels, those that fill the last one included, as float32 (columns, k).
+
+    `book` has the numbers of nf4.
+    """
     dtype = TYPES[panels.type]
     k, count = panels.k, -(-panels.columns // PANEL)
     memory = panels.memory.reshape(count, -1)
     if isinstance(dtype, str):
-        exact = _in_groups(panels)
+        exact = _in_groups(panels, book)
     elif dtype == torch.int8:
         pairs = memory[:, : (k + k % 2) * PANEL].view(np.int8).reshape(count, -1, PANEL, 2)
         weights = pairs.swapaxes(2, 3).reshape(count, -1, PANEL)
@@ -136,9 +140,9 @@ def unpacked(panels: Panels) -> np.ndarray:
     return exact.swapaxes(1, 2).reshape(count * PANEL, k)
 
 
-def _in_groups(panels: Panels) -> np.ndarray:
+def _in_groups(panels: Panels, book: np.ndarray) -> np.ndarray:
     """Weights (panels, k, 16), by the documented layout."""
-    k, whole = panels.k, -(-panels.k // 4) * 4
+    k, whole = panels.k, -(-panels.k // 8) * 8
     memory = panels.memory.reshape(-(-panels.columns // PANEL), -1)
     size = k * PANEL if panels.type == FLOAT8 else whole * PANEL // 2
     weights, rest = memory[:, :size], memory[:, size:]
@@ -148,13 +152,12 @@ def _in_groups(panels: Panels) -> np.ndarray:
     if panels.type == FLOAT8:
         floats = torch.from_numpy(weights.copy()).view(torch.float8_e4m3fn).float().numpy()
         return floats.reshape(len(memory), k, PANEL) * scales[:, of_k]
-    nibbles = np.stack((weights & 15, weights >> 4), -1)
+    words = weights.reshape(len(memory), -1, PANEL, 4)
+    codes = np.concatenate((words & 15, words >> 4), -1).swapaxes(2, 3).reshape(len(memory), whole, PANEL)[:, :k]
     if panels.type == NF4:
-        codes = nibbles.reshape(len(memory), -1, PANEL, 2).swapaxes(2, 3).reshape(len(memory), whole, PANEL)
-        return BOOK[codes[:, :k]] * scales[:, of_k]
-    codes = nibbles.reshape(len(memory), -1, PANEL, 2, 2).transpose(0, 1, 4, 3, 2).reshape(len(memory), whole, PANEL)
+        return book[codes] * scales[:, of_k]
     zeros = rest[:, groups * PANEL * 4 :].view(np.int8).reshape(len(memory), groups, PANEL)
-    return (codes[:, :k].astype(np.float32) - zeros[:, of_k]) * scales[:, of_k]
+    return (codes.astype(np.float32) - zeros[:, of_k]) * scales[:, of_k]
 
 
 def scales_of(panels: Panels) -> np.ndarray:
@@ -173,16 +176,41 @@ def exact_weight(panels: Panels) -> Tensor:
     return torch.from_numpy(unpacked(panels)[: panels.columns].copy())
 
 
-def multiplied(x: Tensor, weight: Panels) -> Tensor:
-    """The rows that the kernels multiply with a base's weights."""
+def base_product(x: Tensor, weight: Panels, *, magnitude: bool = False) -> Tensor:
+    """x Wᵀ of the rows and the weights that the kernels multiply, in float64; with `magnitude`, of absolute values."""
+
+    def wide(values: Tensor) -> Tensor:
+        return values.double().abs() if magnitude else values.double()
+
     x = x if weight.order is None else x[:, weight.order.long()]
+    if weight.type == NF4 and looks_up_bytes():
+        integers, scales = _in_integers(x, 127 * 257)
+        book = np.rint(BOOK.astype(np.float64) * NF4_ONE)
+        numbers, low = (torch.from_numpy(unpacked(weight, one)[: weight.columns]) for one in (book, _low(book)))
+        products = wide(integers * scales) @ wide(numbers).t()
+        without = wide(torch.from_numpy(_low(integers.numpy())) * scales) @ wide(low).t()
+        return (products if magnitude else products - without) / NF4_ONE
+    exact = wide(exact_weight(weight)).t()
     if weight.type in (TYPES.index(torch.int8), INT4):
-        groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-        most = groups.abs().amax(-1, keepdim=True)
-        inverse = torch.tensor(32767.0) / most  # a number / a tensor is a product with a reciprocal
-        rounded = torch.where(most > 0, (groups.double() * inverse.double()).round(), 0)
-        return (rounded * (most / 32767).double()).flatten(1)[:, : x.shape[1]]
-    return x.bfloat16().float() if weight.type == TYPES.index(torch.bfloat16) and rounds_rows() else x
+        integers, scales = _in_integers(x, 127 * 257 if weight.type == INT4 else 32767)
+        return wide(integers * scales) @ exact
+    rounds = weight.type == TYPES.index(torch.bfloat16) and rounds_rows()
+    return wide(x.bfloat16().float() if rounds else x) @ exact
+
+
+def _in_integers(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Rows as integers, and what each is multiplied by: of 128 numbers, the largest becomes `largest`; in float64."""
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    most = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.tensor(float(largest)) / most  # a number / a tensor is a product with a reciprocal
+    rounded = torch.where(most > 0, (groups.double() * inverse.double()).round(), 0)
+    scales = (most / largest).double().expand_as(groups)
+    return rounded.flatten(1)[:, : x.shape[1]], scales.flatten(1)[:, : x.shape[1]]
+
+
+def _low(integers: np.ndarray) -> np.ndarray:
+    """The low byte of each, with a sign."""
+    return (integers + 128) % 256 - 128
 
 
 class Adapted(NamedTuple):
@@ -287,7 +315,7 @@ def projected(
 
     parts = []
     for index, (weight, bias) in enumerate(base):
-        y = wide(multiplied(x, weight)) @ wide(exact_weight(weight)).t() + (0 if bias is None else wide(bias))
+        y = base_product(x, weight, magnitude=magnitude) + (0 if bias is None else wide(bias))
         for owner in dict.fromkeys(owners):
             part = None if owner is None else owner.sites[site][index]
             if part is not None:

@@ -5,7 +5,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.compiled.panels import AT_ONCE, LINE_BYTES, PIECE_BYTES, PanelMemory, pack, quantize
+from kernels.cpu.compiled.panels import (
+    INT4,
+    INT8,
+    LINE_BYTES,
+    NF4,
+    PIECE_BYTES,
+    PanelMemory,
+    pack,
+    pack_codes,
+    quantize,
+)
 from tests.kernels.cpu.compiled.steps import FLOATS, GROUP, exact_weight, random, same_bits, scales_of, unpacked
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -88,11 +98,22 @@ def test_equal_weights_and_their_negatives_are_exact() -> None:
         torch.testing.assert_close(exact_weight(quantize(weight)), weight, rtol=2.0**-22, atol=0.0)
 
 
-def test_a_large_matrix_is_quantised_as_its_rows_are() -> None:
-    weight = random(AT_ONCE + 40, 130)
-    whole, last = exact_weight(quantize(weight)), exact_weight(quantize(weight[AT_ONCE - 20 :]))
-    assert same_bits(whole[AT_ONCE - 20 :], last)
-    assert same_bits(whole[:50], exact_weight(quantize(weight[:50])))
+@pytest.mark.parametrize("type", [INT8, INT4, NF4])
+def test_threads_fill_panels_as_one_does(type: int) -> None:
+    """A matrix that is large enough to be shared."""
+    weight = random(4001, 300)
+    alone, shared = (quantize(weight, type=type, threads=threads) for threads in (1, 3))
+    assert np.array_equal(alone.memory, shared.memory)
+    assert same_bits(exact_weight(shared)[-30:], exact_weight(quantize(weight[-30:], type=type)))
+    if type == INT8:
+        assert np.array_equal(pack(weight).memory, pack(weight, threads=3).memory)
+        return
+    codes, zeros = (torch.randint(16, shape).byte() for shape in ((4001, 300), (4001, 3)))
+    each = [
+        pack_codes(type, codes, random(4001, 3), zeros.char() if type == INT4 else None, 128, threads=threads)
+        for threads in (1, 3)
+    ]
+    assert np.array_equal(each[0].memory, each[1].memory)
 
 
 def test_a_matrix_is_quantised_alike_whatever_its_strides() -> None:

@@ -187,16 +187,18 @@ def test_a_portable_library_projects_with_the_bits_of_the_native_one(
     if not targets:
         pytest.skip("this CPU runs none of the portable targets")
     projected, attended = projections(pool), attentions(pool)
-    by_rounding = {bool(library.load().rounds_rows()): projected}  # where it differs, so do the bits of bfloat16
+    # Where these differ, so do the bits of bfloat16 and nf4
+    by_rounding = {(library.rounds_rows(), library.looks_up_bytes()): projected}
     for target in targets:
         monkeypatch.setattr(library, "library", lambda target=target: built / build._file_name(target))
         functions = library.load.__wrapped__()
         for module in (panels, program):
             monkeypatch.setattr(module, "load", lambda functions=functions: functions)
+        rounding = bool(functions.rounds_rows()), bool(functions.looks_up_bytes())
         with contextlib.closing(Pool(2)) as own:
             got = projections(own)
-            assert all(map(same_bits, got, by_rounding.setdefault(bool(functions.rounds_rows()), got)))
-            others = [index for index, (_, type) in enumerate(SHAPES) if type != torch.bfloat16]
+            assert all(map(same_bits, got, by_rounding.setdefault(rounding, got)))
+            others = [index for index, (_, type) in enumerate(SHAPES) if type not in (torch.bfloat16, "nf4")]
             assert all(same_bits(got[index], projected[index]) for index in others)
             for context, want in zip(attentions(own), attended, strict=True):
                 torch.testing.assert_close(context, want, rtol=2e-6, atol=2e-6)

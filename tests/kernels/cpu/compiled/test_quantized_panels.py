@@ -76,6 +76,17 @@ def test_weights_in_another_order_meet_the_numbers_of_a_row_in_it(pool: Pool) ->
     assert (ordered - weight[:, order.long()]).abs().median() < 0.02
 
 
+def test_the_numbers_of_nf4_in_two_bytes_are_near_enough(pool: Pool) -> None:
+    """To the product with the numbers as they are: what is rounded is 2⁻¹⁶ of the largest of a group, on both sides."""
+    x, weight = random(40, 1024, seed=50), in_groups(random(70, 1024), "nf4", 64)
+    out, program = empty_rows(40, 70), Program(pool)
+    program.linear(rows_of(x), [Part(weight, None)], out, NO_SITE)
+    program.run(step_of(40))
+    exact = exact_weight(weight).double()
+    want, magnitude = x.double() @ exact.t(), x.double().abs() @ exact.abs().t()
+    assert (out.double() - want).abs().max() <= 2.0**-16 * magnitude.max()
+
+
 def check(pool: Pool, x: torch.Tensor, part: Part) -> None:
     for rows in (1, 5, 16, 17, 40):
         out = empty_rows(rows, 70)

@@ -1,14 +1,11 @@
-"""Quantises a matrix of floats to four bits, while a checkpoint is loaded."""
+"""A matrix of floats in four bits: what the compiled kernels make of it while a checkpoint is loaded."""
 
 import torch
 from torch import Tensor
 
-from runtime.quantization.weight import QuantizedWeight
+from runtime.quantization.weight import NF4, QuantizedWeight
 
-GROUP = 64  # weights with one scale; that of QLoRA's nf4
-NEGATIVE = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036)
-POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
-NF4 = torch.tensor([*NEGATIVE, 0.0, *POSITIVE])  # quantiles of the normal distribution, as bitsandbytes rounds them
+GROUP = 64  # weights with one scale
 
 
 def to_int4(weight: Tensor) -> QuantizedWeight:
