@@ -131,6 +131,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True
     log_level: Annotated[LogLevel, Option("lowest severity that is logged", "server")] = "info"
     log_format: Annotated[LogFormat, Option("a line of the log: words, or a JSON object", "server")] = "text"
+    kv_changes: bool = False  # the engine says which blocks of K/V become known and unknown: KvChanges
     bars: bool = False  # progress is shown as bars, on a terminal that standard error ends at
 
     def __post_init__(self) -> None:

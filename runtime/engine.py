@@ -16,6 +16,7 @@ from runtime.grammar.grammars import Grammars
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
 from runtime.kv.held_prefixes import HeldPrefixes, as_generate
+from runtime.kv.log import KvLog
 from runtime.kv.offload import Offload
 from runtime.kv.transfer import BlockTransfer
 from runtime.library import Completion, OwnAdapters, array_of
@@ -69,10 +70,11 @@ class Engine:
         )
         runner.start(self.adapters)
         self.grammars = Grammars(Path(config.model), runner.model.vocab_size, runner.model.eos_token_ids)
-        self.blocks = BlockPool(runner.num_blocks, config.prefix_cache)
+        self._kv_log = KvLog(config.block_size) if config.kv_changes else None
+        self.blocks = BlockPool(runner.num_blocks, config.prefix_cache, self._kv_log)
         block_manager = BlockManager(self.blocks, config.block_size)
         transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer)
-        self.offload = Offload(block_manager, transfer)
+        self.offload = Offload(block_manager, transfer, self._kv_log)
         self.scheduler = Scheduler(
             block_manager,
             self.adapters,
@@ -207,7 +209,7 @@ class Engine:
         self.offload.register_reloaded()
         if not self._paused:
             self._compute()
-        events, self._events = self._events, []
+        events, self._events = self._events + (self._kv_log.take() if self._kv_log else []), []
         return events
 
     def _compute(self) -> None:

@@ -315,6 +315,32 @@ class PrefixEnded(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_ended")
     reason: Literal["dropped", "adapter_retired"]
 
 
+class KvStored(msgspec.Struct, frozen=True, kw_only=True, tag="kv_stored"):
+    """Full blocks of K/V that requests can find from now on, each behind the one before it.
+
+    A block's name is a number made of its key, which has the tenant's salt, all tokens before and the adapter in it.
+    """
+
+    blocks: list[int]  # names
+    parent: int | None  # the name of the block before the first one; None: a request begins with it
+    token_ids: list[int]  # of all the blocks
+    namespace: str | None  # the digest of the adapter that computed some of their K/V; None: all are the base's
+    host: bool = False  # in host memory, not on the device
+
+
+class KvRemoved(msgspec.Struct, frozen=True, kw_only=True, tag="kv_removed"):
+    """Blocks of K/V that requests can find no longer on the device, or in host memory."""
+
+    blocks: list[int]  # names
+    host: bool = False
+
+
+class KvChanges(msgspec.Struct, frozen=True, kw_only=True, tag="kv_changes"):
+    """What became of blocks since the last such event, in order. Sent only if the configuration asks for it."""
+
+    changes: list[KvStored | KvRemoved]
+
+
 class KvNamespace(msgspec.Struct, frozen=True, kw_only=True):
     """The known K/V of the base or of one adapter."""
 
@@ -371,7 +397,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     host_kv: HostKvStats = HostKvStats()
 
 
-Event = Ready | Tokens | Failed | AdapterState | Answer | PinsSet | PrefixHeld | PrefixEnded | Stats
+Event = Ready | Tokens | Failed | AdapterState | Answer | PinsSet | PrefixHeld | PrefixEnded | KvChanges | Stats
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -22,6 +22,7 @@ from service.default_model import DefaultModelMissing, ensure_default_model
 from service.door.server import Server, allow_descriptors
 from service.engine.process import EngineStartFailed
 from service.keys.keys_file import KeysFileError
+from service.kv.events import EventsUnavailable
 from service.logs import say, set_up, shows_bars
 from service.options.parser import BAD_VALUE
 from service.settings import Arguments, Settings, read
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
     try:
         with listener, asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(serve(settings, listener))
-    except (UnsupportedModel, TokenizerMissing, KeysFileError, TracesMissing) as error:
+    except (UnsupportedModel, TokenizerMissing, KeysFileError, TracesMissing, EventsUnavailable) as error:
         refuse(str(error), BAD_VALUE)
     except (EngineStartFailed, StoreError) as error:
         refuse(str(error), CANNOT_START)

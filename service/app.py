@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -38,6 +39,7 @@ from service.keys.require import RequireKey
 from service.keys.scopes import OPEN_ROUTES, guarded
 from service.kv import control
 from service.kv import routes as kv
+from service.kv.events import EventsUnavailable, KvEvents
 from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
 from service.openai.chat import chat_completions
@@ -142,7 +144,7 @@ def create_app(settings: Settings) -> Starlette:
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Set `app.state.services` while they run.
 
-    Raises UnsupportedModel, TokenizerMissing, StoreError or EngineStartFailed with a sentence.
+    Raises UnsupportedModel, TokenizerMissing, StoreError, EventsUnavailable or EngineStartFailed with a sentence.
     """
     async with AsyncExitStack() as stack:
         if app.state.traces is not None:
@@ -167,13 +169,22 @@ def _markers(tokenizer: Tokenizer, model: ModelConfig, vocab_size: int) -> Marke
 
 def _engine(settings: Settings, metrics: Metrics) -> EngineClient:
     return EngineClient(
-        settings.engine,
+        msgspec.structs.replace(settings.engine, kv_changes=settings.kv_events is not None),
         settings.engine_command,
         metrics,
         timeout_seconds=settings.engine_timeout_seconds,
         max_queue_seconds=settings.max_queue_seconds,
         environment=child_environment(),
     )
+
+
+def _kv_events(settings: Settings, catalog: Catalog, metrics: Metrics) -> KvEvents | None:
+    if settings.kv_events is None:
+        if settings.kv_events_replay is not None:
+            raise EventsUnavailable("--kv-events-replay repeats what is published at --kv-events: set that too")
+        return None
+    places = settings.kv_events, settings.kv_events_topic, settings.kv_events_replay
+    return KvEvents(*places, catalog.versions, metrics, settings.engine.block_size)
 
 
 def _chat_templates(settings: Settings, tokenizer: Tokenizer) -> ChatTemplates:
@@ -215,6 +226,9 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(catalog.close)
         stack.push_async_callback(imports.close)
         stack.callback(sources.close)
+        if (events := _kv_events(settings, catalog, metrics)) is not None:
+            stack.push_async_callback(events.close)
+            events.start(engine.kv_changes)
         prefixes = Prefixes(engine.prefixes, catalog.versions)
         stack.push_async_callback(prefixes.close)
         await starting

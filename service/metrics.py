@@ -211,6 +211,10 @@ class Metrics:
         ended = Counter("rootstock_engine_restarts", text, ["reason"], registry=self.registry)
         self.engine_ends = {kind: ended.labels(kind) for kind in ("died", "hung", "failed")}
         self.engine_up = Gauge("rootstock_engine_up", "1 while an engine serves and answers.", registry=self.registry)
+        text = "Batches of K/V events that were published."
+        self.kv_event_batches = Counter("rootstock_kv_event_batches", text, registry=self.registry)
+        text = "Times that a subscriber to K/V events had no room for a batch: it began to lose some."
+        self.kv_event_stalls = Counter("rootstock_kv_event_stalls", text, registry=self.registry)
         self._namespaces: dict[str, tuple[Kind, KvNamespace]] = {}
         self._series: dict[str, Series] = {}
         text = "Of one adapter, by stage: download from a remote store, read and verify, pack, copy to the device."

@@ -11,6 +11,7 @@ import msgspec
 
 from runtime.config import MIB, EngineConfig, LogFormat, LogLevel, Option, check_bounds
 from service.catalog.record import OnMissing
+from service.kv import endpoints
 from service.options import table
 from service.options.config_file import read_file
 from service.options.parser import AbsentOption, Declared, Given, Parser, PrintTable, Source, declared
@@ -109,6 +110,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             variables=("OTEL_EXPORTER_OTLP_ENDPOINT",),
             unset="none",
             parse=http_url,
+        ),
+    ] = None
+    kv_events: Annotated[
+        str | None,
+        Option(
+            "ZeroMQ endpoint where blocks of K/V that are stored and removed are published in vLLM's layout, with the "
+            "tokens of all prompts: * and this machine's own addresses are bound, others connected to",
+            "K/V cache",
+            unset="none",
+            parse=endpoints.endpoint,
+        ),
+    ] = None
+    kv_events_topic: Annotated[
+        str, Option("topic of the events; llm-d reads kv@pod@model", "K/V cache", unset="an empty one")
+    ] = ""
+    kv_events_replay: Annotated[
+        str | None,
+        Option(
+            "ZeroMQ endpoint to bind, which repeats the last 10000 batches of events to those who missed some",
+            "K/V cache",
+            unset="none",
+            parse=endpoints.endpoint,
         ),
     ] = None
     responses_store_bytes: Annotated[
@@ -213,6 +236,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"an origin is * or like https://example.org:8443, without a path, not {origin!r}")
         if self.refresh_seconds <= 0:
             raise ValueError(f"refresh_seconds must be more than 0, not {self.refresh_seconds:g}")
+        if self.kv_events is not None and not self.engine.prefix_cache:
+            raise ValueError("kv_events says what the prefix cache keeps: leave it out, or leave prefix_cache on")
         AllowedSources(self.allowed_sources)
         for url in self.unsigned_sources:
             store_url(url)

@@ -124,6 +124,7 @@ INNER = {
         "service.openai",
         "service.errors",
         "service.http",
+        "service.metrics",
         "service.services",
     },
     "service.adapters": {

@@ -33,6 +33,7 @@ class BlockIdentity(NamedTuple):
     token_ids: tuple[int, ...]  # as many as have K/V
     salt: Salt | None
     namespace: str | None  # the adapter that computed some of its K/V; None: all are the base's
+    first: bool  # no block is before it: `parent` is a root key
 
 
 def root_key(cache_salt: str) -> bytes:
@@ -94,7 +95,7 @@ class BlockChain:
         key = keys[index] if index < len(keys) else self._key(index, tokens, start)
         salt = block_salt(start, len(tokens), self.namespace, self._invocation_start)
         namespace = self.namespace if stop > self._invocation_start else None
-        return BlockIdentity(key, self.parent_of(index), tokens, salt, namespace)
+        return BlockIdentity(key, self.parent_of(index), tokens, salt, namespace, first=index == 0)
 
     def _key(self, index: int, token_ids: Sequence[int], start: int) -> bytes:
         return block_key(self.parent_of(index), token_ids, start, self.namespace, self._invocation_start)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, KeysView, Sequence
 
 from runtime.kv.block_keys import BlockIdentity, Salt
 from runtime.kv.eviction import EvictableBlocks
+from runtime.kv.log import KvLog
 from runtime.kv.prefix_index import PrefixIndex
 
 
@@ -16,14 +17,14 @@ class BlockPool:
     cached block can be evicted once no known block follows it: chains are evicted from their ends.
     """
 
-    def __init__(self, num_blocks: int, prefix_cache: bool = True):
+    def __init__(self, num_blocks: int, prefix_cache: bool = True, log: KvLog | None = None):
         assert num_blocks >= 2, "the null block and at least one other"
         self.num_blocks = num_blocks
         self.prefix_cache = prefix_cache
         self.evictions = 0
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, 0, -1))  # allocated from the end
-        self._index = PrefixIndex()
+        self._index = PrefixIndex(log)
         self._evictable = EvictableBlocks(num_blocks)  # cached blocks that no known block follows
         self._cached = 0
         self._evicted: list[tuple[int, BlockIdentity]] = []

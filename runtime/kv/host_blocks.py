@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from runtime.kv.block_keys import BlockIdentity, Salt
 from runtime.kv.eviction import EvictableBlocks
+from runtime.kv.log import KvLog
 from runtime.kv.prefix_index import PrefixIndex
 
 
@@ -15,11 +16,11 @@ class HostBlocks:
     good calls `drop_after`. A block that no other follows here can be evicted. Without slots nothing is kept.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, log: KvLog | None = None) -> None:
         self.num_slots = num_slots
         self.evictions = 0
         self._free = list(range(num_slots - 1, -1, -1))
-        self._index = PrefixIndex()
+        self._index = PrefixIndex(log, host=True)
         self._evictable = EvictableBlocks(num_slots)  # slots whose block no other follows here
 
     def __len__(self) -> int:

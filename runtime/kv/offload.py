@@ -9,6 +9,7 @@ from typing import NamedTuple
 from runtime.kv.block_keys import BlockIdentity
 from runtime.kv.block_manager import BlockManager, Match
 from runtime.kv.host_blocks import HostBlocks
+from runtime.kv.log import KvLog
 from runtime.kv.transfer import BlockTransfer
 from runtime.messages import HostKvStats
 from runtime.request import Request
@@ -43,9 +44,9 @@ class Offload:
     copied. A request whose K/V are reloaded waits meanwhile, and then finds them in the prefix cache.
     """
 
-    def __init__(self, block_manager: BlockManager, transfer: BlockTransfer) -> None:
+    def __init__(self, block_manager: BlockManager, transfer: BlockTransfer, log: KvLog | None = None) -> None:
         self._block_manager, self._pool, self._transfer = block_manager, block_manager.pool, transfer
-        self._host = HostBlocks(transfer.num_slots)
+        self._host = HostBlocks(transfer.num_slots, log)
         self._reloads: list[Reload] = []
         self._stores = self._loads = 0
 

@@ -4,6 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, KeysView, Sequence
 
 from runtime.kv.block_keys import BlockIdentity, Salt
+from runtime.kv.log import KvLog
 
 Entry = tuple[tuple[int, ...], int]  # tokens, and the block that holds their K/V
 NEIGHBOURS = 8  # entries with a common beginning that are compared, to find a block that contains another
@@ -15,9 +16,12 @@ class PrefixIndex:
     Under each parent key, sorted lists of tokens find the block that continues a request: one list for each salt, and
     one without a salt. A salted block is in two lists: in its salt's with all its tokens, and in the one without a salt
     with the tokens before `invocation_start`, whose K/V are the base's. Blocks after a salted one need no salt.
+
+    `log`, if there is one, is told of each change; `host` says that the blocks are slots of host memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: KvLog | None = None, *, host: bool = False) -> None:
+        self._log, self._host = log, host
         self._identities: dict[int, BlockIdentity] = {}
         self._by_key: dict[bytes, int] = {}
         self._children: dict[bytes, dict[int, BlockIdentity]] = {}
@@ -45,6 +49,8 @@ class PrefixIndex:
         self._children.setdefault(identity.parent, {})[block] = identity
         for salt, tokens in _entries(identity):
             insort(self._lists.setdefault((identity.parent, salt), []), (tokens, block))
+        if self._log is not None:
+            self._log.stored(identity, host=self._host)
 
     def remove(self, block: int) -> BlockIdentity:
         identity = self._identities.pop(block)
@@ -58,6 +64,8 @@ class PrefixIndex:
             del entries[bisect_left(entries, (tokens, block))]
             if not entries:
                 del self._lists[identity.parent, salt]
+        if self._log is not None:
+            self._log.removed(identity, host=self._host)
         return identity
 
     def find(self, key: bytes) -> int | None:

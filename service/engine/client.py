@@ -17,6 +17,7 @@ from runtime.messages import (
     Failed,
     Generate,
     GetStats,
+    KvChanges,
     PinsSet,
     PrefixEnded,
     PrefixHeld,
@@ -87,6 +88,7 @@ class EngineClient:
         self._stats_at = -math.inf  # time.monotonic() when the last snapshot arrived
         self._asked_stats: asyncio.Future[Stats] | None = None
         self.paused = False  # by `pause`; another engine, started after this one's death, is not
+        self.kv_changes: asyncio.Queue[KvChanges | None] = asyncio.Queue()  # None: an engine began, and knows no block
 
     @property
     def ready(self) -> Ready | None:
@@ -241,6 +243,8 @@ class EngineClient:
         except BaseException:
             await process.close()
             raise
+        if self._config.kv_changes:
+            self.kv_changes.put_nowait(None)
         self.adapters.tell_all()
 
     async def _supervise(self) -> None:
@@ -288,6 +292,8 @@ class EngineClient:
             self.prefixes.on_event(event)
         elif isinstance(event, AdapterState):
             self.adapters.on_state(event)
+        elif isinstance(event, KvChanges):
+            self.kv_changes.put_nowait(event)
         elif isinstance(event, Answer | PinsSet):
             self._connection.on_answer(event)
         elif isinstance(event, Stats):

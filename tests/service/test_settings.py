@@ -125,6 +125,9 @@ OPTIONS = {
     "--max-model-len": ("512", "max_model_len", 512),
     "--kv-cache-bytes": ("64M", "kv_cache_bytes", 64 * MIB),
     "--host-kv-bytes": ("4G", "host_kv_bytes", 4096 * MIB),
+    "--kv-events": ("tcp://*:5557", "kv_events", "tcp://*:5557"),
+    "--kv-events-topic": ("kv@pod@tiny", "kv_events_topic", "kv@pod@tiny"),
+    "--kv-events-replay": ("ipc:///run/replay", "kv_events_replay", "ipc:///run/replay"),
     "--prefix-cache": ("no", "prefix_cache", False),
     "--max-running": ("8", "max_running", 8),
     "--max-waiting": ("0", "max_waiting", 0),
@@ -157,6 +160,7 @@ def test_every_option_is_in_the_list_above() -> None:
         "engine_command",
         "sources",
         "block_size",
+        "kv_changes",
         "bars",
     }
 

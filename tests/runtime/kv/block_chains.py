@@ -13,9 +13,8 @@ def identities(token_ids, adapter=None, invocation_start=0, salt=""):
         stop = start + len(tokens)
         within = Salt(adapter, invocation_start - start) if adapter and start <= invocation_start < stop else None
         key = block_key(parent, tokens, start, adapter, invocation_start)
-        found.append(
-            BlockIdentity(key, parent, tokens, within, adapter if adapter and stop > invocation_start else None)
-        )
+        namespace = adapter if adapter and stop > invocation_start else None
+        found.append(BlockIdentity(key, parent, tokens, within, namespace, first=start == 0))
         parent = key
     return found
 
