@@ -43,6 +43,7 @@ OF_SEVERAL = {
     "best_of",
     "chat_template",
     "documents",
+    "input",  # of thoughts alone, unless there are instructions
     "lora_path",
     "max_completion_tokens",
     "min_tokens",
