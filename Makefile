@@ -3,6 +3,9 @@
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
+#   make test-contract  schemathesis against a server, all operations, about 5 minutes: ARGS; in .venv-contract
+#   make test-kills  kill a service 100 times while clients change adapters, about 10 minutes: ROUNDS
+#   make fuzz    damaged uploads against independent judges: ARGS=--seconds=600
 #   make test-s3 the store's and the catalog's tests on a real S3 server: ROOTSTOCK_TEST_S3_ENDPOINT=http://…, and AWS_… credentials
 #   make test-page  the operators' page in headless Chromium, with screenshots in build/page: ARGS; in .venv-page
 #   make bench   measure: BENCH (names, all by default), URL, ARGS (see `make bench ARGS=--help`)
@@ -14,10 +17,11 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+ROUNDS ?= 100
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients test-page test-s3 check bench bench-kv load soak fmt openapi
+.PHONY: serve test test-quick test-clients test-contract test-kills fuzz test-page test-s3 check bench bench-kv load soak fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -32,6 +36,15 @@ test-quick: .venv/dev
 test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 	.venv-lm-eval/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_lm_eval.py $(ARGS)
+
+test-contract: .venv/dev .venv-contract/made
+	.venv/bin/python -m tests.contract.against_server .venv-contract/bin/schemathesis --max-time=300 $(ARGS)
+
+test-kills: .venv/dev
+	ROOTSTOCK_KILL_ROUNDS="$(ROUNDS)" .venv/bin/python -m pytest tests/service/catalog/test_kill_storm.py $(ARGS)
+
+fuzz: .venv/dev
+	@exec .venv/bin/python -m tests.service.ingest.upload_fuzz $(ARGS)
 
 test-page: .venv/runtime .venv-page/made
 	.venv-page/bin/python -m pytest -c tests/page/pytest.ini tests/page $(ARGS)
@@ -88,6 +101,12 @@ openapi: .venv/runtime
 	@echo "environment: making .venv-clients, about 500 MB"
 	@$(PYTHON) -m venv .venv-clients
 	@.venv-clients/bin/python -m pip install --disable-pip-version-check --requirement $<
+	@touch $@
+
+.venv-contract/made: tests/contract/requirements.txt
+	@echo "environment: making .venv-contract, about 100 MB"
+	@$(PYTHON) -m venv .venv-contract
+	@.venv-contract/bin/python -m pip install --disable-pip-version-check --requirement $<
 	@touch $@
 
 .venv-lm-eval/made: tests/clients/requirements-lm-eval.txt

@@ -6,13 +6,17 @@ The result is openapi/openapi.json. A test fails if the file differs from the re
 import inspect
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from starlette.routing import Route
 
-from openapi.operations import JSON, OPERATIONS, REFERENCE, Operation
+from openapi.checks import ADAPTER_NAME, HEADERS, NO_SLASH, checked, without_model
+from openapi.errors import Key, by_status, description, errors_of
+from openapi.examples import media_examples
+from openapi.operations import JSON, NEEDED, OPERATIONS, REFERENCE, Operation
 from service import errors, health
 from service.adapters import dialects
 from service.adapters import routes as adapters
@@ -21,7 +25,6 @@ from service.app import routes
 from service.dialects import lmi, tokens
 from service.grammars import tags
 from service.keys.caller import Scope
-from service.keys.scopes import SCOPES
 from service.kv import control
 from service.kv import schemas as kv_schemas
 from service.openai import models, schemas, tokenize
@@ -30,7 +33,6 @@ from service.page import routes as page
 from service.responses import schemas as responses
 
 CONTRACT = Path(__file__).with_name("openapi.json")
-NEEDED = {(method, re.sub(r":\w+}", "}", path)): needed for (method, path), needed in SCOPES.items()}
 # Whose Structs are bodies
 MODULES = (
     schemas,
@@ -77,9 +79,8 @@ def contract() -> dict[str, Any]:
     """Return the whole document. Raises KeyError for a route that is not in `OPERATIONS`."""
     paths: dict[str, dict[str, Any]] = {}
     for method, path in sorted(served()):
-        described = describe(path, OPERATIONS[method, path])
+        described = describe((method, path), OPERATIONS[method, path])
         paths.setdefault(path, {})[method.lower()] = described | security(NEEDED[method, path])
-    _, components = msgspec.json.schema_components(structs(), ref_template=REFERENCE)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -92,7 +93,7 @@ def contract() -> dict[str, Any]:
         "security": [{"key": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": components(),
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer", "description": "A key with one of the scopes listed."}
             },
@@ -100,15 +101,21 @@ def contract() -> dict[str, Any]:
     }
 
 
-def describe(path: str, operation: Operation) -> dict[str, Any]:
+def components() -> dict[str, Any]:
+    _, found = msgspec.json.schema_components(structs(), ref_template=REFERENCE)
+    return {name: checked(name, schema) for name, schema in found.items()}
+
+
+def describe(key: Key, operation: Operation) -> dict[str, Any]:
+    path = key[1]
     described: dict[str, Any] = {"summary": operation.summary}
-    if parameters := [*in_path(path), *in_query(operation.query), *map(in_header, operation.headers)]:
+    if parameters := [*in_path(path), *in_query(operation.query), *in_header(path, operation.headers)]:
         described["parameters"] = parameters
-    if operation.body is not None:
-        described["requestBody"] = {"required": True, "content": body_content(operation.body)}
+    if operation.body is not None or operation.forms:
+        described["requestBody"] = {"required": operation.body_required, "content": body_content(key, operation)}
     described["responses"] = {
+        **{str(status): refusal(status, codes) for status, codes in by_status(errors_of(key)).items()},
         **{str(status): answer(operation, schema) for status, schema in operation.answers.items()},
-        "default": {"description": "An error.", "content": {JSON: {"schema": reference("Error")}}},
     }
     return described
 
@@ -130,7 +137,8 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
         text = f"Server-sent events, each the JSON of a {kinds}; the last is [DONE]."
         if operation.named_events:
             text = f"Server-sent events, each named by its type, with the JSON of a {kinds}; no [DONE] ends them."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        # Without a type: readers of the contract take it for the stream as a whole, or for one event
+        content["text/event-stream"] = {"schema": {"description": text}}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.answer_headers:
         shown = operation.answer_headers.items()
@@ -138,11 +146,29 @@ def answer(operation: Operation, schema: Any) -> dict[str, Any]:
     return answered
 
 
-def body_content(body: Any) -> dict[str, Any]:
+def refusal(status: int, codes: Sequence[str]) -> dict[str, Any]:
+    """An error's answer."""
+    described = {"description": description(status, codes), "content": {JSON: {"schema": reference("Error")}}}
+    if status in (429, 503):
+        seconds = {"description": "Seconds after which to try again.", "schema": {"type": "integer", "minimum": 1}}
+        described["headers"] = {"retry-after": seconds}
+    return described
+
+
+def body_content(key: Key, operation: Operation) -> dict[str, Any]:
     """Return the content of a JSON body, for a Struct, or of other content types, for a dict."""
-    if isinstance(body, dict):
-        return {media: {"schema": schema} for media, schema in body.items()}
-    return {JSON: {"schema": as_schema(body)}}
+    found: dict[str, Any] = {JSON: as_schema(operation.body)}
+    if operation.forms:
+        found = {JSON: {"anyOf": [form(field, operation.forms) for field in operation.forms]}}
+    elif isinstance(operation.body, dict):
+        found = operation.body
+    return {media: {"schema": schema, **media_examples(key, media)} for media, schema in found.items()}
+
+
+def form(field: str, forms: Mapping[str, type]) -> dict[str, Any]:
+    """The body that a field makes."""
+    name = forms[field].__name__
+    return without_model(name, components()[name], sorted(forms.keys() - {field}))
 
 
 def as_schema(schema: Any) -> dict[str, Any]:
@@ -154,8 +180,17 @@ def reference(name: str) -> dict[str, Any]:
 
 
 def in_path(path: str) -> list[dict[str, Any]]:
-    names = re.findall(r"{(\w+)}", path)
-    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    """Return what a path holds; only names, models and namespaces may have slashes."""
+    kinds = {"name": ADAPTER_NAME, "id": NO_SLASH, "version": NO_SLASH, "file": NO_SLASH}
+    return [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", **kinds.get(name, {"minLength": 1})},
+        }
+        for name in re.findall(r"{(\w+)}", path)
+    ]
 
 
 def in_query(query: type | None) -> list[dict[str, Any]]:
@@ -163,11 +198,13 @@ def in_query(query: type | None) -> list[dict[str, Any]]:
     if query is None:
         return []
     schema = msgspec.json.schema_components([query], ref_template=REFERENCE)[1][query.__name__]
-    return [{"name": name, "in": "query", "schema": field} for name, field in schema["properties"].items()]
+    fields = checked(query.__name__, schema)["properties"]
+    return [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
 
 
-def in_header(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "schema": {"type": "string"}}
+def in_header(path: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    checks = HEADERS if path.startswith("/adapters") else {}
+    return [{"name": name, "in": "header", "schema": {"type": "string", **checks.get(name, {})}} for name in names]
 
 
 def render() -> str:

@@ -1,5 +1,6 @@
 """Describes each operation of the HTTP contract: summary, Structs, headers, status codes."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from service.dialects.lmi import LmiAnswer, LmiRequest
 from service.dialects.sagemaker import ADAPTER_HEADER
 from service.dialects.tokens import TokensAnswer, TokensRequest
 from service.health import Version
+from service.keys.scopes import SCOPES
 from service.kv.control import Paused, PauseQuery, Sleeping, Status, WorldSize
 from service.kv.schemas import HeldPrefix, KvCache, PrefixList, PrefixRequest
 from service.openai.models import ModelCard, ModelList
@@ -44,6 +46,8 @@ from service.responses.schemas import (
     ResponsesRequest,
 )
 
+# The scopes of a key, by method and path, of which a call needs one
+NEEDED = {(method, re.sub(r":\w+}", "}", path)): needed for (method, path), needed in SCOPES.items()}
 JSON, TEXT, HTML = "application/json", "text/plain", "text/html"
 STRING = {"type": "string"}
 REFERENCE = "#/components/schemas/{name}"
@@ -93,6 +97,8 @@ class Operation(NamedTuple):
     summary: str
     answers: dict[int, Any]  # by status: a Struct, a schema, or None for no body
     body: Any = None  # a Struct, or schemas by content type
+    body_required: bool = True
+    forms: Mapping[str, type] = {}  # instead of a body: the bodies that it can be, by the field that makes it so
     query: type | None = None  # a Struct whose fields are the parameters
     headers: tuple[str, ...] = ()  # of the request
     streams: tuple[type, ...] = ()  # the Structs that an event can be, if the answer can be a stream
@@ -118,6 +124,7 @@ OPERATIONS = {
         "/adapters/{name} reports the progress. A name and a source in the query replace the body, as in SageMaker's.",
         {201: Adapter, 200: Adapter, 202: Adapter},
         body=AdapterSource,
+        body_required=False,
         query=ImportQuery,
         headers=("If-Match", "If-None-Match"),
     ),
@@ -169,7 +176,7 @@ OPERATIONS = {
         "SageMaker's call: a chat if the body has `messages`, a completion if it has `prompt`, LMI's generation if it "
         "has `inputs`. `model` is optional.",
         {200: {"anyOf": [*either(ChatCompletion, Completion, LmiAnswer)["anyOf"], LMI_ANSWERS]}},
-        body={JSON: either(ChatRequest, CompletionRequest, LmiRequest)},
+        forms={"messages": ChatRequest, "prompt": CompletionRequest, "inputs": LmiRequest},
         headers=(ADAPTER_HEADER,),
         streams=(ChatChunk, Completion),
         answer_headers=GENERATED,

@@ -41,11 +41,13 @@ SLOW = {
         "runtime/test_alora.py",
         "runtime/test_alora_smollm2.py",
         "runtime/test_engine_smollm2.py",
+        "service/ingest/test_upload_fuzz.py",
         # servers and engines as processes of their own, and programs that are killed at each step
         "loadtests",
         "runtime/kv/test_process_kv.py",
         "runtime/test_process.py",
         "service/catalog/test_catalog_kills.py",
+        "service/catalog/test_kill_storm.py",
         "service/test_end_to_end.py",
         "service/test_end_to_end_alora.py",
         "service/test_end_to_end_tools.py",

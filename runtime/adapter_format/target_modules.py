@@ -39,12 +39,7 @@ class TargetModules:
         if self._targets is None:
             expected = "expected the names of the modules that the adapter adapts"
             raise InvalidAdapter("target_modules", f"is {shown(config.get('target_modules'))}, {expected}")
-        if isinstance(self._targets, _Pattern) and self._layers is not None:
-            raise InvalidAdapter(
-                "layers_to_transform",
-                "is set beside a pattern in target_modules",
-                "list the names of modules beside it",
-            )
+        _refuse_layers_in_vain(config)
 
     def among(self, modules: Sequence[str]) -> frozenset[str]:
         """Return those of the base's modules that PEFT puts an adapter on. Raises InvalidAdapter for a pattern."""
@@ -98,6 +93,19 @@ def _layers(value: object) -> frozenset[int] | None:
     if not isinstance(layers, list | tuple) or not all(isinstance(n, int) and not isinstance(n, bool) for n in layers):
         raise InvalidAdapter("layers_to_transform", f"is {shown(value)}, expected layer indices")
     return frozenset(layers)
+
+
+def _refuse_layers_in_vain(config: Mapping[str, Any]) -> None:
+    """Refuse layers where PEFT does: beside a string of modules, and a pattern of layers without any."""
+    by_name = isinstance(config["target_modules"], str)
+    for field in ("layers_to_transform", "layers_pattern"):
+        if by_name and config.get(field) is not None:
+            what = "is set beside a string in target_modules"
+            raise InvalidAdapter(field, what, "list the names of modules beside it")
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        raise InvalidAdapter(
+            "layers_pattern", "is set without layers_to_transform", "set layers_to_transform too, or leave it out"
+        )
 
 
 def _layers_patterns(value: object) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ ON_MISSING = (
 )
 _NAME = re.compile(NAME_PATTERN)
 _CHARACTERS = frozenset(f"{string.ascii_letters}{string.digits}._-/@:")
-_ETAGS = re.compile(r'\s*("[^"]*"|\*)\s*(?:,|$)')
+IF_MATCH = r'\s*("[^"]*"|\*)\s*(?:,|$)'  # once or more
+_ETAGS = re.compile(IF_MATCH)
 
 
 class AdapterName(Convertor[str]):
@@ -70,7 +71,7 @@ def read_condition(request: Request) -> Condition:
         raise RequestError("invalid_header", "If-None-Match must be *", "If-None-Match")
     if match is None:
         return Condition(None, none_match is not None)
-    if not re.fullmatch(f"(?:{_ETAGS.pattern})+", match):
+    if not re.fullmatch(f"(?:{IF_MATCH})+", match):
         raise RequestError("invalid_header", "If-Match must be * or digests in double quotes", "If-Match")
     digests = frozenset(tag.strip('"') for tag in _ETAGS.findall(match))
     return Condition(digests, none_match is not None)

@@ -9,8 +9,10 @@ import msgspec
 from runtime.adapter_format.canonical import AdapterSummary
 from runtime.messages import Tier
 
+MAX_NAME_CHARACTERS = 128
 # Words that `/`, `@` or `:` join: org/name, model@7, team:poet
-NAME_PATTERN = r"^(?=.{1,128}\Z)[A-Za-z0-9][A-Za-z0-9._-]*([/@:][A-Za-z0-9][A-Za-z0-9._-]*)*\Z"
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]*([/@:][A-Za-z0-9][A-Za-z0-9._-]*)*"
+NAME_PATTERN = rf"^(?=.{{1,{MAX_NAME_CHARACTERS}}}\Z){NAME}\Z"
 
 MAX_TEMPLATE_BYTES = 64 << 10  # of a chat template, which a record holds whole
 

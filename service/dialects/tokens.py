@@ -13,7 +13,7 @@ from service.errors import RequestError
 from service.http import encode_json, read_json
 from service.openai.completions import TextCompletion
 from service.openai.generation import Delta
-from service.openai.known_fields import decode_request
+from service.openai.known_fields import Refused, decode_request
 from service.openai.models import Adapters
 from service.openai.schemas import (
     ChatLogprobs,
@@ -27,6 +27,12 @@ from service.openai.schemas import (
 )
 from service.openai.streaming import Inputs, answer
 from service.services import Services, services_of
+
+UNBUILT = {
+    "stream": Refused((False,), "use /v1/completions, whose prompt may be token ids"),
+    "features": Refused(({}, []), "only text is supported"),
+    "kv_transfer_params": Refused(({},), "leave it out"),
+}
 
 
 class TokensRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,13 +64,10 @@ class TokensAnswer(msgspec.Struct, frozen=True, kw_only=True):
 async def generate(request: Request) -> Response:
     arrived, services = time.perf_counter(), services_of(request)
     body = await read_json(request, TokensRequest, services.bodies)
-    for field, instead in (
-        ("stream", "use /v1/completions, whose prompt may be token ids"),
-        ("features", "only text is supported"),
-        ("kv_transfer_params", "leave it out"),
-    ):
-        if getattr(body, field):
-            raise RequestError("unsupported_parameter", f"{field} is not supported: {instead}", field)
+    for field, refused in UNBUILT.items():
+        value = getattr(body, field)
+        if value is not None and value not in refused.harmless:
+            raise RequestError("unsupported_parameter", f"{field} is not supported: {refused.instead}", field)
     return await answer(request, services, TokenGeneration(services, body), arrived)
 
 

@@ -1,8 +1,8 @@
 """An httpx hook that holds every response against the HTTP contract: `httpx.Client(event_hooks=HOOKS)`.
 
-A response must be described for its method, path and status (`default`, which is an error, where the status is not
-named), have a content type of that description, and its JSON must fit the schema. Each server-sent event must fit a
-schema that the operation streams, or be an error.
+A response must be described for its method, path and status, have a content type of that description, and its JSON must
+fit the schema; an error's code must be one that the operation can give. Each server-sent event must fit a schema that
+the operation streams, or be an error.
 """
 
 import json
@@ -15,6 +15,7 @@ import httpx
 import jsonschema
 
 from openapi.build import CONTRACT
+from openapi.errors import NO_OPERATION, errors_of, shown_code
 from openapi.operations import JSON, OPERATIONS
 from service.app import routes
 
@@ -66,7 +67,8 @@ def described_content(response: httpx.Response) -> dict[str, Any]:
         described: dict[str, Any] = {JSON: {"schema": ERROR}}
     else:
         answers = CONTRACT_DOCUMENT["paths"][called[1]][called[0].lower()]["responses"]
-        described = answers.get(str(response.status_code), answers["default"]).get("content", {})
+        assert str(response.status_code) in answers, f"{named(response)}: the contract does not have this status"
+        described = answers[str(response.status_code)].get("content", {})
     if not described:
         return {}
     kind = response.headers.get("content-type", "").partition(";")[0]
@@ -76,9 +78,18 @@ def described_content(response: httpx.Response) -> dict[str, Any]:
 
 def judge_body(body: bytes, response: httpx.Response, content: dict[str, Any]) -> None:
     if JSON in content:
-        judge(validator(json.dumps(content[JSON]["schema"])), json.loads(body), named(response))
+        judge(validator(json.dumps(content[JSON]["schema"])), value := json.loads(body), named(response))
+        if response.status_code >= 400:
+            judge_code(value, response)
     elif not content:
         assert body == b"", f"{named(response)}: the contract describes no body"
+
+
+def judge_code(value: Any, response: httpx.Response) -> None:
+    called, code = operation(response), value["error"]["code"]
+    codes = NO_OPERATION | {"invalid_api_key"} if called is None else errors_of(called)
+    known = {shown_code(each) for each in codes}
+    assert code in known, f"{named(response)}: the contract does not have the code {code}"
 
 
 MIXED = {"SglangAnswer", "Error"}  # an error of SGLang's calls has the fields of both

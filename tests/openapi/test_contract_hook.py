@@ -7,7 +7,12 @@ import pytest
 
 from tests.openapi.contract_hook import hold_to_contract
 
-ERROR = {"error": {"message": "no", "type": "server_error", "param": None, "code": "engine_died"}}
+
+def error(code: str) -> dict[str, Any]:
+    return {"error": {"message": "no", "type": "server_error", "param": None, "code": code}}
+
+
+ERROR = error("engine_died")
 MODELS = {"object": "list", "data": []}
 
 
@@ -25,9 +30,9 @@ def events(*data: str) -> httpx.Response:
     "described",
     [
         response("GET", "/v1/models", 200, json=MODELS),
-        response("GET", "/v1/models", 503, json=ERROR),
-        response("GET", "/nowhere", 404, json=ERROR),
-        response("PUT", "/v1/models", 405, json=ERROR),
+        response("POST", "/v1/completions", 503, json=ERROR),
+        response("GET", "/nowhere", 404, json=error("not_found")),
+        response("PUT", "/v1/models", 405, json=error("method_not_allowed")),
         response("DELETE", "/adapters/poet", 204),
         response("GET", "/metrics", 200, text="up 1"),
     ],
@@ -43,6 +48,8 @@ def test_what_is_described_passes(described: httpx.Response) -> None:
         (response("GET", "/v1/models", 200, json=MODELS | {"more": 1}), "'more' was unexpected"),
         (response("GET", "/v1/models", 202, json=MODELS), "GET /v1/models: 202"),
         (response("GET", "/v1/models", 200, text="none"), "content type 'text/plain'"),
+        (response("GET", "/v1/models", 409, json=ERROR), "does not have this status"),
+        (response("GET", "/v1/models", 503, json=ERROR), "does not have the code engine_died"),
         (response("GET", "/nowhere", 200, json={}), "no such call"),
         (response("GET", "/nowhere", 404, text="Not Found"), "content type 'text/plain'"),
         (

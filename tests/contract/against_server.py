@@ -1,0 +1,59 @@
+"""Runs schemathesis against a server on the embedded model with little memory, and ends with its status.
+
+usage: .venv/bin/python -m tests.contract.against_server SCHEMATHESIS [options of schemathesis run]
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+MEMORY = "--kv-cache-bytes=64M --adapter-bytes=32M --host-adapter-bytes=32M --host-kv-bytes=16M --max-upload-bytes=32M"
+START_SECONDS = 120
+
+
+def main(schemathesis: str, *options: str) -> int:
+    with tempfile.TemporaryDirectory() as data:
+        command = [sys.executable, "-m", "service", "--port=0", f"--data-directory={data}", *MEMORY.split()]
+        said = Path(data) / "said"  # a file: a pipe that nobody reads would stop the server
+        with said.open("w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log) as server:
+            try:
+                return run(server, address(server, said), schemathesis, options)
+            except BaseException:
+                print(said.read_text()[-8000:], file=sys.stderr)
+                raise
+            finally:
+                server.kill()
+
+
+def run(server: "subprocess.Popen[bytes]", url: str, schemathesis: str, options: tuple[str, ...]) -> int:
+    files = {path.name: (path.name, path.read_bytes()) for path in (ROOT / "tests/adapters/aurora").iterdir()}
+    assert httpx.put(f"{url}/adapters/aurora", files=files, timeout=60).status_code == 201
+    settings = ROOT / "tests/contract/schemathesis.toml"
+    command = [schemathesis, f"--config-file={settings}", "run", str(ROOT / "openapi/openapi.json"), f"--url={url}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    status = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False).returncode
+    assert httpx.get(f"{url}/health/ready", timeout=20).status_code == 200, "the server does not serve any more"
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=60) == 0, "the server did not end well"
+    return status
+
+
+def address(server: "subprocess.Popen[bytes]", said: Path) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        if found := re.search(r"serves \S+ at (http://\S+)$", said.read_text(), re.MULTILINE):
+            return found[1]
+        time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
