@@ -4,7 +4,6 @@ The clients run in `.venv-clients`, the server in `.venv`: `make test-clients`. 
 """
 
 import os
-import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ os.environ |= {
 import httpx
 import pytest
 
+from tests.server_log import address
+
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "tests" / "adapters"
 SERVER = Path(os.environ.get("ROOTSTOCK_PYTHON", ROOT / ".venv" / "bin" / "python"))
@@ -37,22 +38,13 @@ SERVER = Path(os.environ.get("ROOTSTOCK_PYTHON", ROOT / ".venv" / "bin" / "pytho
 def started(data: Path, *options: str) -> Iterator[str]:
     """The address of a server of the embedded model and the adapter `aurora`."""
     command = [str(SERVER), "-m", "service", "--port", "0", "--data-directory", str(data), *options]
-    with (
-        (data / "log").open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=log, text=True) as process,
-    ):
+    said = data / "log"
+    with said.open("w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log) as process:
         try:
-            assert process.stderr is not None
-            said = ""
-            for line in process.stderr:
-                said += line
-                if found := re.search(r"serves \S+ at (http://\S+)$", line):
-                    break
-            else:
-                raise AssertionError(f"the server did not start:\n{said}")
+            url = address(process, said)
             files = {path.name: (path.name, path.read_bytes()) for path in (ADAPTERS / "aurora").iterdir()}
-            assert httpx.put(f"{found[1]}/adapters/aurora", files=files, timeout=60).status_code == 201
-            yield found[1]
+            assert httpx.put(f"{url}/adapters/aurora", files=files, timeout=60).status_code == 201
+            yield url
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         finally:

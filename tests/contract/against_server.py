@@ -4,19 +4,18 @@ usage: .venv/bin/python -m tests.contract.against_server SCHEMATHESIS [options o
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
 
+from tests.server_log import address
+
 ROOT = Path(__file__).parents[2]
 MEMORY = "--kv-cache-bytes=64M --adapter-bytes=32M --host-adapter-bytes=32M --host-kv-bytes=16M --max-upload-bytes=32M"
-START_SECONDS = 120
 
 
 def main(schemathesis: str, *options: str) -> int:
@@ -44,15 +43,6 @@ def run(server: "subprocess.Popen[bytes]", url: str, schemathesis: str, options:
     server.send_signal(signal.SIGTERM)
     assert server.wait(timeout=60) == 0, "the server did not end well"
     return status
-
-
-def address(server: "subprocess.Popen[bytes]", said: Path) -> str:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        if found := re.search(r"serves \S+ at (http://\S+)$", said.read_text(), re.MULTILINE):
-            return found[1]
-        time.sleep(0.1)
-    raise AssertionError("the server did not start")
 
 
 if __name__ == "__main__":

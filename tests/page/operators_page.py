@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -20,6 +19,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.server_log import address
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "tests" / "adapters"
@@ -64,20 +65,10 @@ def started(*options: str) -> Iterator[str]:
     """The address of a server of the embedded model."""
     with tempfile.TemporaryDirectory() as data:
         command = [str(SERVER), "-m", "service", "--port", "0", "--data-directory", data, *options]
-        with (
-            (Path(data) / "log").open("w") as log,
-            subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=log, text=True) as process,
-        ):
+        said = Path(data) / "log"
+        with said.open("w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log) as process:
             try:
-                assert process.stderr is not None
-                said = ""
-                for line in process.stderr:
-                    said += line
-                    if found := re.search(r"serves \S+ at (http://\S+)$", line):
-                        break
-                else:
-                    raise AssertionError(f"the server did not start:\n{said}")
-                yield found[1]
+                yield address(process, said)
                 process.send_signal(signal.SIGTERM)
                 process.wait(timeout=40)
             finally:

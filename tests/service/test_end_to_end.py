@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from tests.server_log import address
 from tests.service.live_server import wait_until
 
 NAMES = ("aurora", "basalt", "cobalt")
@@ -21,20 +21,14 @@ BASE = "smollm2-135m-instruct"
 
 
 @contextmanager
-def serve(data: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serve(data: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The service on the embedded model; yields its URL once it serves."""
     command = [sys.executable, "-m", "service", "--port", "0", "--data-directory", str(data)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    said = data / "log"
+    with said.open("w") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            assert process.stderr is not None
-            said = ""
-            for line in process.stderr:
-                said += line
-                if found := re.search(r"serves \S+ at (http://\S+)$", line):
-                    break
-            else:
-                raise AssertionError(f"the service did not start:\n{said}")
-            yield found[1], process
+            url = address(process, said)
+            yield url, process
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         finally:
