@@ -154,7 +154,7 @@ class Adapter:
         self.path.write_bytes(self.content)
 
 
-def start(kind: str, model: Path) -> Engine:
+def start(kind: str, model: Path, **options: Any) -> Engine:
     config = EngineConfig(
         model=str(model),
         load_format="dummy",
@@ -166,6 +166,7 @@ def start(kind: str, model: Path) -> Engine:
         adapter_bytes=3 * ADAPTER_BYTES,
         host_adapter_bytes=4 * ADAPTER_BYTES,
         log_level="warning",
+        **options,
     )
     return Engine(COMMANDS[kind], config)
 

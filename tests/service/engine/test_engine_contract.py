@@ -16,6 +16,7 @@ from runtime.messages import (
     Command,
     DropNamespace,
     Event,
+    KvChanges,
     PrefixEnded,
     PrefixHeld,
     ReleasePrefix,
@@ -273,6 +274,16 @@ def test_it_ends_when_it_is_told_to_with_requests_running(kind: str, model: Path
     engine.next(Tokens)
     engine.send(Shutdown())
     assert engine.died() == "status 0"
+    engine.close()
+
+
+def test_the_real_one_tells_of_its_blocks_if_it_is_asked_to(model: Path) -> None:
+    """The fake one keeps none."""
+    engine = start("real", model, kv_changes=True)
+    engine.send(request("one", max_tokens=1))
+    [stored] = engine.next(KvChanges).changes
+    assert (stored.token_ids, len(stored.blocks), stored.parent) == (PROMPT[:48], 3, None)
+    assert (stored.namespace, stored.host) == (None, False)
     engine.close()
 
 
