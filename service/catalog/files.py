@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from blake3 import blake3
 
+from runtime.background import yield_to_others
 from service.settings import Settings
 from service.source_urls import store_of
 from storage.cache import DiskCache
@@ -69,7 +70,7 @@ class AdapterStorage:
     def __init__(self, store: Store, files: AdapterFiles, disk: DiskCache | None = None) -> None:
         self.store, self.files = store, files
         self.disk = disk  # the cache of a remote store
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
+        self._threads = ThreadPoolExecutor(_THREADS, "storage", yield_to_others)
 
     async def run(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         """Run a blocking call on one of the storage's threads."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from runtime.background import yield_to_others
 from service.catalog.record import AdapterVersion
 from service.errors import RequestError, request_error
 from service.source_urls import Source
@@ -65,7 +66,7 @@ class Imports:
         self._slots = asyncio.Semaphore(max_running)
         self._most_uploads = max(1, max_running - 1)  # of one client
         self._uploads: Counter[str] = Counter()  # by the id of the client's key, else by its address
-        self._threads = ThreadPoolExecutor(max_running, thread_name_prefix="import")
+        self._threads = ThreadPoolExecutor(max_running, "import", yield_to_others)
         self._tasks: dict[Import, asyncio.Task[Published]] = {}
         self._running: dict[str, Import] = {}  # by name
         self._failed: dict[str, Import] = {}  # by name, in the order of their ends
