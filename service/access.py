@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.output.logs import Field
-from service.http import CLIENT_CLOSED_REQUEST, REQUEST_ID
+from service.http import REQUEST_ID, AnswerStatus
 from service.logs import Few, log_event
 from service.traces.stages import Stage
 
@@ -122,22 +122,14 @@ class AccessLog:
         if scope["type"] != "http" or not _log.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), CLIENT_CLOSED_REQUEST  # unless an answer begins, the client went away
-        record = record_of(scope)
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        started, record, answer = time.perf_counter(), record_of(scope), AnswerStatus(send)
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, answer.send)
         finally:
             line: dict[str, Field] = {
                 "method": scope["method"],
                 "path": template_of(scope) or scope["path"],
-                "status": status,
+                "status": answer.status,
                 "ms": milliseconds(time.perf_counter() - started),
                 **record.fields(),
                 "request_id": scope["state"]["request_id"],

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
+from starlette.types import Message, Send
 
 from service.door.bodies import Bodies
 from service.errors import RequestError, answer_of, error_body, request_error
@@ -217,3 +218,16 @@ def _refuse_syntax(body: bytes, reason: str) -> NoReturn:
     param = keys[-1].decode() if keys else None
     where = f" (in the value of {param})" if param else ""
     raise RequestError("invalid_json", f"the body is not valid JSON: {reason}{where}", param)
+
+
+class AnswerStatus:
+    """A request's `send`, which notes the status of the answer; unless one begins, the client went away."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = CLIENT_CLOSED_REQUEST
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)

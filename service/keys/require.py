@@ -4,11 +4,11 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access import access_record
 from service.errors import RequestError, answer_of
-from service.http import CLIENT_CLOSED_REQUEST, error_response
+from service.http import AnswerStatus, error_response
 from service.keys.caller import CALLER
 from service.keys.keys import Keys
 
@@ -33,15 +33,8 @@ class RequireKey:
             usage.count(answer_of(error).status)
             await error_response(error)(scope, receive, send)
             return
-        scope[CALLER], status = caller, CLIENT_CLOSED_REQUEST  # unless an answer begins, the client went away
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        scope[CALLER], answer = caller, AnswerStatus(send)
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, answer.send)
         finally:
-            usage.leave(status)
+            usage.leave(answer.status)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access import AccessRecord, client_of, record_of, template_of
-from service.http import CLIENT_CLOSED_REQUEST
+from service.http import AnswerStatus
 from service.traces.stages import Stage
 
 if TYPE_CHECKING:
@@ -126,18 +126,11 @@ class TraceRequests:
         if scope["type"] != "http" or scope["path"] in self._untraced:
             await self._app(scope, receive, send)
             return
-        span, record, status = self._traces.begin(scope), record_of(scope), CLIENT_CLOSED_REQUEST
+        span, record, answer = self._traces.begin(scope), record_of(scope), AnswerStatus(send)
         context = span.get_span_context()
         record.trace = f"{context.trace_id:032x}" if context.is_valid else None
         record.stages = [] if span.is_recording() else None
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, answer.send)
         finally:
-            self._traces.end(span, scope, record, status)
+            self._traces.end(span, scope, record, answer.status)

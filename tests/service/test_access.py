@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.output.logs import TextLines
+from service.logs import Few
 from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.live_server import LiveServer, fake_settings, live_server, wait_until
 
@@ -147,9 +148,11 @@ def test_nothing_is_logged_above_its_level(server: LiveServer, log: Log, caplog:
 
 
 def test_who_has_no_key_writes_few_lines_where_one_is_needed(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "service")
+    strange = logging.getLogger("service.access.strangers")
+    monkeypatch.setattr(strange, "filters", [Few()])  # the process has one, which other tests have used up
     with live_server(fake_settings(tiny_model, tmp_path, api_key="secret")) as live:
         for path in ["/health", "/version"] * 20:
             live.client.get(path)
