@@ -107,7 +107,8 @@ async def complete_all(
     Raises StreamFailed.
     """
     timings: list[Timing] = []
-    limits = httpx.Limits(max_connections=concurrency)
+    # A connection for each request: llama.cpp's server closes them after a stream without saying so.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
         async def work(queue: Iterator[tuple[str, str]]) -> None:

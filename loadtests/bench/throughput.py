@@ -1,7 +1,8 @@
 """throughput: the base, one adapter and four adapters mixed, with one request at a time and with several.
 
-The adapters are random, of rank 16, on all seven projections. --peer measures another OpenAI-compatible server too. The
-two servers take turns, load by load, so that both have the same conditions.
+The adapters are random, of rank 16, on all projections, those of experts too. --peer measures another OpenAI-compatible
+server too. The two servers take turns, load by load, so that both have the same conditions. With --adapters 0 only the
+base is measured, for a peer that cannot take the adapters, and with 1 the base and one adapter.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from loadtests.completion_stream import Load, Measurement, complete, measure
 from loadtests.random_adapter import RANK, adapter_file, write_adapter
 from loadtests.server_process import Model, running_server
 
-DEFAULTS = {"requests": 4, "rounds": 1, "max_tokens": 48}
+DEFAULTS = {"requests": 4, "rounds": 1, "max_tokens": 48, "adapters": 4}
 ADAPTERS = ("bench-a", "bench-b", "bench-c", "bench-d")
 ADAPTER_WORDS = {0: "base", 1: "one adapter", 4: "four adapters mixed"}
 
@@ -53,25 +54,25 @@ def run(chosen: argparse.Namespace, model: Model, scratch: Path) -> str:
             say("starting a server")
             arguments = ["--model", str(model.directory), *shlex.split(chosen.server_args)]
             url = stack.enter_context(running_server(arguments))
-        ours = upload(url, model)
+        ours = upload(url, model, chosen.adapters)
         peer = load_peer(chosen, model, scratch) if chosen.peer else None
         rows = asyncio.run(measure_all(chosen, ours, peer))
         stated = conditions(model, url, *load_conditions(chosen))
     return f"{rows_table(rows)}\n\n{stated}"
 
 
-def upload(url: str, model: Model) -> Target:
+def upload(url: str, model: Model, adapters: int) -> Target:
     with AdapterClient(url) as client:
-        for seed, name in enumerate(ADAPTERS):
+        for seed, name in enumerate(ADAPTERS[:adapters]):
             client.put(name, adapter_file(model.config, seed))
-        return Target(url, [client.base(), *ADAPTERS])
+        return Target(url, [client.base(), *ADAPTERS[:adapters]])
 
 
 def load_peer(chosen: argparse.Namespace, model: Model, scratch: Path) -> Target:
     """Return the peer; with --peer-load, first have it load the same adapters from files, by vLLM's API."""
-    target = Target(chosen.peer, chosen.peer_models.split(","))
+    target = Target(chosen.peer, chosen.peer_models.split(",")[: 1 + chosen.adapters])
     if chosen.peer_load:
-        for seed, name in enumerate(ADAPTERS):
+        for seed, name in enumerate(ADAPTERS[: chosen.adapters]):
             write_adapter(scratch / name, model.config, seed)
             body = {"lora_name": target.models[seed + 1], "lora_path": str(scratch / name)}
             httpx.post(f"{target.url}/v1/load_lora_adapter", json=body, timeout=120).raise_for_status()
@@ -84,7 +85,7 @@ async def measure_all(chosen: argparse.Namespace, ours: Target, peer: Target | N
             await warm_up(target, chosen.max_tokens)
     rows = []
     for concurrency in chosen.concurrency:
-        for adapters in (0, 1, 4):
+        for adapters in (count for count in ADAPTER_WORDS if count <= chosen.adapters):
             rounds = [await one_round(chosen, concurrency, adapters, seed, ours, peer) for seed in range(chosen.rounds)]
             columns = list(zip(*rounds, strict=True))
             rows.append(Row(concurrency, adapters, middle(columns[0]), middle(columns[1]) if peer else None))
@@ -147,8 +148,9 @@ def figures(measured: Measurement, base: Measurement) -> list[str]:
 
 
 def load_conditions(chosen: argparse.Namespace) -> tuple[str, ...]:
+    adapters = f"random, rank {RANK}, all projections, bfloat16 on disk" if chosen.adapters else "none"
     return (
-        f"Adapters: random, rank {RANK}, all seven projections, bfloat16 on disk.",
+        f"Adapters: {adapters}.",
         f"Load: streamed /v1/completions, greedy, {chosen.prompt_words} random words each, no two alike, "
         f"{chosen.max_tokens} new tokens, {chosen.requests} requests per unit of concurrency and at least 8; "
         f"medians of latencies, {chosen.rounds} round(s).",

@@ -24,6 +24,14 @@ def test_throughput_has_a_row_for_every_load_and_its_conditions(server: str, tin
         assert word in stated
 
 
+def test_throughput_of_the_base_alone_asks_no_server_for_an_adapter(server: str, tiny_model: Path) -> None:
+    small = ["--requests", "1", "--prompt-words", "5", "--max-tokens", "4", "--concurrency", "1", "--adapters", "0"]
+    peer = ["--peer", server, "--peer-models", f"{tiny_model.name},none,none,none,none"]
+    [([_, *rows], stated)] = bench(tiny_model, "throughput", "--url", server, *small, *peer)
+    assert [row[1] for row in rows] == ["base"]
+    assert "Adapters: none." in stated
+
+
 def test_copy_compares_each_size_with_a_memcpy_of_as_many_bytes(tiny_model: Path) -> None:
     [([_, small, large], stated)] = bench(tiny_model, "copy", "--ranks", "16", "300", "--rounds", "3")
     assert [small[0], large[0]] == ["16", "300"]
