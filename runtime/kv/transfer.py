@@ -1,5 +1,6 @@
 """Copies of K/V blocks between the device and host memory, on one thread and in order."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,16 +12,20 @@ from torch import Tensor
 from runtime.background import Pacer, yield_to_others
 from runtime.kv.cache import KvCache
 
+STAGED = 16  # blocks on a GPU that are on their way to host memory; Qwen3-8B's are 2.4 MB each
+
 
 class BlockTransfer:
     """Owns host memory for `num_slots` blocks, and the thread that copies.
 
     Copies run in the order in which they were asked for. A slot may therefore be overwritten as soon as its reload was
     asked for, and a block be reloaded into as soon as its offload was; every other write to a block has to
-    `wait_offloaded` first.
+    `wait_offloaded` first. On a GPU that waits for nothing: a block is copied to one of `staged` places by the stream
+    that computes, ahead of every later step, and from there to the host.
     """
 
-    def __init__(self, kv: KvCache, num_slots: int, pacer: Pacer) -> None:
+    def __init__(self, kv: KvCache, num_slots: int, pacer: Pacer, staged: int | None = None) -> None:
+        on_cuda = kv.device.type == "cuda"
         self.on_reloaded: Callable[[], None] | None = None  # called from the thread after each reload
         self.num_slots, self.slot_bytes = num_slots, kv.block(0).nbytes
         self._kv = kv
@@ -28,11 +33,24 @@ class BlockTransfer:
         self._pacer = pacer
         self._thread = ThreadPoolExecutor(1, "kv-transfer", yield_to_others)
         self._offloading: dict[int, Future[None]] = {}  # by block
-        self._stream = torch.cuda.Stream(kv.device) if kv.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(kv.device) if on_cuda else None
+        if staged is None:
+            staged = min(STAGED, num_slots) if on_cuda else 0
+        self._staging = torch.empty((staged, *self._slots.shape[1:]), dtype=self._slots.dtype, device=kv.device)
+        self._turn = 0  # the place that is used next
+        self._staged: deque[Future[None]] = deque()  # of the places in turn, from the one that has waited longest
 
     def offload(self, block: int, slot: int) -> None:
         """Start to copy a block to a slot."""
-        self._offloading[block] = self._submit([(self._kv.block(block), self._slots[slot])])
+        if not len(self._staging):
+            self._offloading[block] = self._submit([(self._kv.block(block), self._slots[slot])])
+            return
+        if len(self._staged) == len(self._staging):
+            self._staged.popleft().result()
+        place = self._staging[self._turn]
+        self._turn = (self._turn + 1) % len(self._staging)
+        place.copy_(self._kv.block(block))
+        self._staged.append(self._submit([(place, self._slots[slot])]))
 
     def wait_offloaded(self, blocks: Iterable[int]) -> None:
         """Wait until those of `blocks` that are being offloaded have been copied."""

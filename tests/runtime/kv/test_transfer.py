@@ -91,6 +91,26 @@ def test_a_write_to_a_block_waits_for_its_own_offload_alone(kv, transfer, pacer)
     opener.join()
 
 
+def test_a_staged_block_may_be_overwritten_at_once_and_one_more_waits_for_the_first(kv, pacer):
+    transfer = BlockTransfer(kv, 3, pacer, staged=2)
+    try:
+        contents = {block: fill(kv, block) for block in (1, 2, 3)}
+        for slot, block in enumerate((1, 2)):
+            transfer.offload(block, slot)
+            transfer.wait_offloaded([block])  # nothing has been copied to the host yet
+            kv.block(block).zero_()
+        third = threading.Thread(target=transfer.offload, args=(3, 2))
+        third.start()
+        pacer.gate.set()
+        third.join(20)
+        kv.block(3).zero_()
+        transfer.reload([0, 1, 2], [1, 2, 3]).result(20)
+        assert all(torch.equal(bits(kv, block), content) for block, content in contents.items())
+    finally:
+        pacer.gate.set()
+        transfer.close()
+
+
 def test_every_reload_is_reported(kv, transfer, pacer):
     heard = threading.Semaphore(0)
     transfer.on_reloaded = heard.release
