@@ -19,8 +19,9 @@ class RowParams(NamedTuple):
     top_p: Tensor  # (n,) float64; 1 cuts nothing
     min_p: Tensor  # (n,) float64; 0 cuts nothing
     draw: Tensor  # (n,) float64, the uniform number of the row, in [0, 1)
-    cut_rows: Tensor  # int64, the rows with a temperature above 0 and at least one cut
-    candidates: int | None  # the largest top_k of the cut rows, None if one of them has no top_k
+    ranked_rows: Tensor  # int64, the rows with a temperature above 0 and a top_k
+    cut_rows: Tensor  # int64, those without a top_k that have another cut
+    candidates: int  # the largest top_k of the ranked rows, 0 without any
 
     @classmethod
     def build(
@@ -35,7 +36,9 @@ class RowParams(NamedTuple):
         """Upload numbers from the host in one copy. The host does not wait for a CUDA device."""
         rows = enumerate(zip(temperature, top_k, top_p, min_p, strict=True))
         cut = [row for row, (t, k, p, least) in rows if t > 0 and (k > 0 or p < 1.0 or least > 0)]
-        candidates = max((top_k[row] for row in cut), default=0) if all(top_k[row] for row in cut) else None
+        ranked = [row for row in cut if top_k[row]]
+        cut = [row for row in cut if not top_k[row]]
+        candidates = max((top_k[row] for row in ranked), default=0)
         count = len(temperature)
         # An even width aligns every row to 16 bytes: Triton compiles a kernel once more for other alignments.
         width = count + count % 2
@@ -44,8 +47,9 @@ class RowParams(NamedTuple):
         host[:4, :count] = torch.tensor([temperature, top_p, min_p, draw], dtype=torch.float64)
         integers = host[4:].view(torch.int64)
         integers[0, :count] = torch.tensor(top_k, dtype=torch.int64)
-        integers[1, : len(cut)] = torch.tensor(cut, dtype=torch.int64)
+        integers[1, : len(ranked + cut)] = torch.tensor(ranked + cut, dtype=torch.int64)
         numbers = upload(buffer, device).view(6, width)
         integers = numbers[4:].view(torch.int64)
         t, p, least, u = numbers[:4, :count]
-        return cls(t, integers[0, :count], p, least, u, integers[1, : len(cut)], candidates)
+        there = integers[1, : len(ranked + cut)]
+        return cls(t, integers[0, :count], p, least, u, there[: len(ranked)], there[len(ranked) :], candidates)

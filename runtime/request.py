@@ -177,7 +177,7 @@ class Request:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether all tokens must be known before the next one is sampled: something depends on them."""
+        """Whether all tokens must be known when the next one is sampled, not only when it is computed."""
         return self.has_penalty or bool(self.params.bad_words) or self.constraint is not None
 
     @property
@@ -223,6 +223,15 @@ class Request:
         """Discard the tokens that launched steps sample; the K/V of known tokens will be computed all the same."""
         self.pending = 0
         self.computed = min(self.computed, len(self.token_ids))
+
+    def tell(self, token_id: int) -> None:
+        """Make the first pending token known until `untell`, before it is appended for good."""
+        self.pending -= 1
+        self.token_ids.append(token_id)
+
+    def untell(self) -> None:
+        self.pending += 1
+        self.token_ids.pop()
 
     def append(self, token_id: int) -> FinishReason | None:
         """Make the first pending token known. Returns the reason if it ends the request."""

@@ -328,7 +328,7 @@ class Scheduler:
             return False
         if self.block_manager.pool.available < len(self.running):
             return False
-        return not any(request.needs_tokens or request.lacks_adapter for request in self.running)
+        return not any(request.lacks_adapter for request in self.running)
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """A step of these chunks was launched: `commit` each of them, in order, once its result is known."""

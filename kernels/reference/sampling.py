@@ -23,7 +23,7 @@ def sample(logits: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:
     best = logits.max(-1).values
     finite = torch.isfinite(best)
     token_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    cut = set(params.cut_rows.tolist())
+    cut = {*params.ranked_rows.tolist(), *params.cut_rows.tolist()}
     for row in finite.nonzero().flatten().tolist():
         temperature, draw = float(params.temperature[row]), float(params.draw[row])
         if temperature <= 0:

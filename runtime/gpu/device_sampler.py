@@ -1,50 +1,95 @@
 """Sampling on the device of the logits, so that the next step can be launched before the host has the tokens."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from kernels import sampling, tuned
+from kernels.host_to_device import host_buffer, upload
 from kernels.row_params import RowParams
 from runtime.gpu.adjustments import Adjustments
-from runtime.messages import Generate, SamplingParams
+from runtime.messages import Generate, SamplingParams, TokenLogprobs
 from runtime.request import Request
-from runtime.sampler import Sampled, adjusts, logprobs_of, uniform
+from runtime.sampler import Sampled, adjusts, uniform
 
 NO_TOKEN = -1  # the result for a row whose logits are not finite
 
 
 class DeviceSamples:
-    """The sampled tokens of a step: on the device at once, on the host after `wait`."""
+    """The sampled tokens of a step: on the device at once, on the host after `wait`.
+
+    All that reads the logits is launched at once, so that the next step may overwrite them.
+    """
 
     def __init__(self, logits: Tensor, requests: Sequence[Request], gpu: str):
-        self._logits, self._requests = logits, requests
+        self._requests = requests
         self.chosen = choose_on_device(logits, requests, gpu)  # (n,) int64 on the device
-        self._on_host = self.chosen
+        self._tokens, self._logprobs = _to_host(self.chosen), _Logprobs.of(logits, requests, self.chosen)
+        self._copied: torch.cuda.Event | None = None
         if logits.is_cuda:
-            self._on_host = torch.empty(self.chosen.shape, dtype=self.chosen.dtype, pin_memory=True)
-            self._on_host.copy_(self.chosen, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    @property
-    def needs_logits(self) -> bool:
-        """Whether `wait` reads the logits, for log-probabilities."""
-        return any(request.params.logprobs is not None for request in self._requests)
-
     def wait(self) -> list[Sampled]:
         """Wait for the copy to the host; return the choice of each row."""
-        if self._logits.is_cuda:
-            self._copied.synchronize()
-        return [self._sampled(row, token_id) for row, token_id in enumerate(self._on_host.tolist())]
+        token_ids = self.token_ids
+        logprobs = {} if self._logprobs is None else self._logprobs.by_row()
+        return [
+            Sampled(None) if token_id == NO_TOKEN else Sampled(token_id, logprobs.get(row))
+            for row, token_id in enumerate(token_ids)
+        ]
 
-    def _sampled(self, row: int, token_id: int) -> Sampled:
-        if token_id == NO_TOKEN:
-            return Sampled(None)
-        alternatives = self._requests[row].params.logprobs
-        logprobs = None if alternatives is None else logprobs_of(self._logits[row].float(), token_id, alternatives)
-        return Sampled(token_id, logprobs)
+    @property
+    def token_ids(self) -> list[int]:
+        """The choice of each row, NO_TOKEN where the logits are not finite, after waiting for the copy to the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
+
+
+class _Logprobs(NamedTuple):
+    """Log-probabilities of chosen tokens and of the likeliest ones, on their way to the host."""
+
+    alternatives: dict[int, int]  # of each row that asks for them, in order
+    numbers: Tensor  # (rows, 1 + 2 most) float64: of the chosen token, of the likeliest, and their ids
+
+    @classmethod
+    def of(cls, logits: Tensor, requests: Sequence[Request], chosen: Tensor) -> "_Logprobs | None":
+        """Of the rows that ask for them, from logits before penalties; None if no row does."""
+        asked = ((row, request.params.logprobs) for row, request in enumerate(requests))
+        alternatives = {row: most for row, most in asked if most is not None}
+        if not alternatives:
+            return None
+        buffer = host_buffer(len(alternatives), torch.int64, logits.device)
+        buffer.numpy()[:] = list(alternatives)
+        rows = upload(buffer, logits.device)
+        picked = logits.index_select(0, rows).float()
+        totals = picked.logsumexp(-1, keepdim=True)
+        own = picked.gather(1, chosen.index_select(0, rows).clamp(min=0)[:, None])
+        values, ids = picked.topk(max(alternatives.values()))
+        numbers = torch.cat((own - totals, values - totals), 1).double()
+        return cls(alternatives, _to_host(torch.cat((numbers, ids.double()), 1)))
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        """Of each row that asked for them, once the copy to the host has ended."""
+        most = (self.numbers.shape[1] - 1) // 2
+        each = zip(self.alternatives.items(), self.numbers.tolist(), strict=True)
+        return {
+            row: TokenLogprobs(numbers[0], [int(id) for id in numbers[1 + most :][:count]], numbers[1 : 1 + count])
+            for (row, count), numbers in each
+        }
+
+
+def _to_host(numbers: Tensor) -> Tensor:
+    """A copy on the host that is under way, or on a CPU the numbers themselves."""
+    if not numbers.is_cuda:
+        return numbers
+    there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    return there.copy_(numbers, non_blocking=True)
 
 
 def choose_on_device(logits: Tensor, requests: Sequence[Request], gpu: str) -> Tensor:
@@ -58,7 +103,7 @@ def choose_on_device(logits: Tensor, requests: Sequence[Request], gpu: str) -> T
     if any(adjusts(request) for request in requests):
         logits = Adjustments.build(requests, logits.shape[1], logits.device).apply(logits)
     params = _row_params(requests, logits.shape[1], logits.device)
-    cut = "sample with cuts" if len(params.cut_rows) else "sample"
+    cut = "sample with cuts" if len(params.ranked_rows) else "sample"
     token_ids, _ = sampling.sample(logits, params, tuned.lookup(gpu, cut, len(requests)).config)
     return torch.where(finite, token_ids, NO_TOKEN)
 
@@ -66,8 +111,9 @@ def choose_on_device(logits: Tensor, requests: Sequence[Request], gpu: str) -> T
 def warm_up_sampling(logits: Tensor, gpu: str) -> None:
     """Compile the kernels of every kind of row, by sampling from any `logits`."""
     # Kernels are compiled for each dtype, and adjusted logits are float32 for every model dtype.
-    adjusted = SamplingParams(top_p=0.5, repetition_penalty=2.0, min_tokens=1, stop_token_ids=(0,))
-    for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5), adjusted):
+    plain = SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)
+    adjusted = [replace(each, repetition_penalty=2.0, min_tokens=1, stop_token_ids=(0,)) for each in plain]
+    for params in (*plain, *adjusted):
         request = Request(Generate(request_id="", token_ids=[0], params=params), max_tokens=2)
         choose_on_device(logits[:1], [request], gpu)
 

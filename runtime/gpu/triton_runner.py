@@ -1,6 +1,7 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class TritonRunner(Runner):
         self._buffer = StepBuffer(largest.total, device)
         self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # sampled by the last step
         self._carried: dict[Request, int] = {}  # the row of each request in `_tokens`
+        self._samples: DeviceSamples | None = None  # of the last step
         self._overlap = config.overlap
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
 
@@ -155,13 +157,35 @@ class TritonRunner(Runner):
     def launch(self) -> tuple[Results, bool]:
         _, _, sampling, chunks, scored = self.prepared
         logits = self.forward_pass()()
-        samples = DeviceSamples(logits[: len(sampling)], sampling, self.gpu)
+        with self._told(sampling):
+            samples = DeviceSamples(logits[: len(sampling)], sampling, self.gpu)
         self._tokens[: len(sampling)] = samples.chosen.clamp(min=0)
-        self._carried = {request: index for index, request in enumerate(sampling)}
+        self._samples, self._carried = samples, {request: index for index, request in enumerate(sampling)}
         if not scored:
-            return samples.wait, self._overlap and not samples.needs_logits
+            return samples.wait, self._overlap
         of_prompts = logits[len(sampling) : len(sampling) + scored]
         return lambda: with_scores(chunks, samples.wait(), of_prompts), False
+
+    @contextmanager
+    def _told(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Let requests whose next token depends on all others know that of the last step, which is not committed.
+
+        The host waits for that step while the device computes the next one. Of a request that the token ends, the step
+        is in vain: it is sampled from as before.
+        """
+        pending = [request for request in requests if request.pending and request.needs_tokens]
+        token_ids = self._samples.token_ids if self._samples is not None and pending else []
+        told = []
+        for request in pending:
+            token_id = max(token_ids[self._carried[request]], 0)
+            if token_id not in request.stop_ids:
+                request.tell(token_id)
+                told.append(request)
+        try:
+            yield
+        finally:
+            for request in told:
+                request.untell()
 
     def forward_pass(self) -> Replay:
         """The forward pass of the prepared step: its CUDA graph, or a call of `forward`.

@@ -250,17 +250,46 @@ def test_logits_may_be_a_slice_of_wider_rows_and_of_the_models_dtype(
 
 def test_parameters_are_those_given_and_name_the_rows_that_are_cut() -> None:
     params = build([Row(0.0, top_k=3), Row(), Row(top_k=7, draw=0.25), Row(0.5, top_k=2), Row(2.0)])
-    assert params.cut_rows.tolist() == [2, 3]
+    assert (params.ranked_rows.tolist(), params.cut_rows.tolist()) == ([2, 3], [])
     assert (params.candidates, params.top_k.tolist()) == (7, [3, 0, 7, 2, 0])
     assert (params.temperature.tolist(), params.draw.tolist()) == ([0, 1, 1, 0.5, 2], [0.5, 0.5, 0.25, 0.5, 0.5])
-    assert build([Row(top_k=7), Row(top_p=0.5)]).candidates is None
-    assert build([Row(top_k=7), Row(0.0, top_p=0.5), Row(0.1)]).cut_rows.tolist() == [0]
+    mixed = build([Row(top_p=0.5), Row(top_k=7, top_p=0.2), Row(0.0, top_p=0.5), Row(0.1), Row(min_p=0.1)])
+    assert (mixed.ranked_rows.tolist(), mixed.cut_rows.tolist(), mixed.candidates) == ([1], [0, 4], 7)
 
 
 @pytest.mark.parametrize("by", [sample, reference.sample])
 def test_no_rows_have_no_tokens(by: Callable) -> None:
     token_ids, finite = by(torch.empty(0, 10, device=DEVICE), build([]))
     assert (token_ids.shape, finite.shape) == ((0,), (0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tokens_kept_by_a_search_are_those_of_a_sort_with_all_ties(seed: int, dtype: torch.dtype) -> None:
+    """A top_p that ends in the middle of a token's weight keeps exactly the tokens up to that one, in order."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (4 * torch.randn(1, 300, generator=generator)).round(decimals=seed % 2).to(dtype)  # many are equal
+    values = logits[0].double()
+    order = sorted(range(300), key=lambda token: (-float(values[token]), token))
+    temperature = (0.7, 1.0, 1.9, 1.0)[seed]
+    weights = ((values[order] - values.max()) / temperature).exp()
+    sums, total = weights.cumsum(0), float(weights.sum())
+    for count in [count for count in (1, 2, 3, 7, 20, 40) if weights[count - 1] > 1e-4 * total]:
+        top_p = float(sums[count - 1] - weights[count - 1] / 2) / total
+        kept, mass = order[:count], float(sums[count - 1])
+        middles = ((sums - weights / 2)[:count] / mass).tolist()
+        rows = [Row(temperature, top_p=top_p, draw=draw) for draw in middles]
+        rows.append(Row(temperature, top_p=top_p, draw=ALMOST_ONE))
+        many = logits.expand(len(rows), -1).contiguous().to(DEVICE)
+        tokens, _ = sample(many, build(rows), SamplingConfig(256, 4))
+        assert tokens.tolist() == [*kept, kept[-1]], (seed, count)
+
+
+def test_a_search_and_a_cut_by_rank_share_a_batch() -> None:
+    rows = [Row(top_p=0.6), Row(top_k=5, top_p=0.6), Row(), Row(min_p=0.3), Row(0.0, top_p=0.1), Row(top_k=3)]
+    logits = random(len(rows), 90, seed=3)
+    tokens = by_kernels(logits, rows)
+    assert [by_kernels(logits[index : index + 1], [row])[0] for index, row in enumerate(rows)] == tokens
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: whether the host waits shows nowhere else")

@@ -1,5 +1,7 @@
 """A runner whose results come late, as a GPU's do: after the next step has been laid out and launched."""
 
+import contextlib
+
 
 class LateRunner:
     """The CPU runner, whose results are returned one step late; it keeps the tokens itself."""
@@ -15,22 +17,25 @@ class LateRunner:
 
     def prepare(self, chunks):
         unknown = [chunk.request for chunk in chunks if chunk.start >= len(chunk.request.token_ids)]
-        for request in unknown:
-            request.token_ids.append(self._tokens[request])
-            request.pending -= 1
-        try:
+        with self._told(unknown):
             ordered = self._runner.prepare(chunks)
-        finally:
-            for request in unknown:
-                request.token_ids.pop()
-                request.pending += 1
         self._sampling = [chunk.request for chunk in ordered if chunk.samples]
         return ordered
 
+    @contextlib.contextmanager
+    def _told(self, requests):
+        for request in requests:
+            request.tell(self._tokens[request])
+        yield
+        for request in requests:
+            request.untell()
+
     def launch(self):
         self.late += self._open > 0
-        results, _ = self._runner.launch()
-        sampled = results()
+        pending = [request for request in self._sampling if request.pending]
+        with self._told([request for request in pending if self._tokens[request] not in request.stop_ids]):
+            results, _ = self._runner.launch()
+            sampled = results()
         self._tokens = {
             request: choice.token_id if choice.token_id is not None else 0
             for request, choice in zip(self._sampling, sampled, strict=True)

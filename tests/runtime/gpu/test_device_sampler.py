@@ -1,17 +1,19 @@
 """The device samples a batch as the CPU samples each of its rows, and the host does not wait for it."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs triton")
 
 import triton
 
 from runtime.gpu.adjustments import Adjustments
-from runtime.gpu.device_sampler import NO_TOKEN, choose_on_device
+from runtime.gpu.device_sampler import NO_TOKEN, DeviceSamples, choose_on_device
 from runtime.messages import Generate, SamplingParams
 from runtime.request import Request
 from runtime.sampler import adjust, sample
@@ -115,10 +117,49 @@ def test_no_operation_waits_and_the_uploads_are_four_whatever_the_rows(monkeypat
     logits = torch.empty(rows, VOCAB, dtype=dtype, device=device_trace.DEVICE)
     trace = DeviceTrace(logits)
     monkeypatch.setattr(type(triton.jit(len)), "run", trace.launch)  # the class of every kernel
+    requests = mixed(rows)
     with trace:
-        chosen = choose_on_device(logits, mixed(rows), "cpu")
+        chosen = choose_on_device(logits, requests, "cpu")
     assert (chosen.shape, chosen.device) == ((rows,), device_trace.DEVICE)
-    assert (trace.uploads, trace.launches) == (4, 4)
+    ranked = any(each.params.top_k for each in requests)
+    assert (trace.uploads, trace.launches) == (4, 3 + 2 * ranked)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_log_probabilities_of_all_rows_are_one_call_that_reads_the_logits_at_once(rows):
+    """They are those of the rows one by one, and the next step may overwrite the logits."""
+    rng = random.Random(rows)
+    requests = [request(rng, temperature=0.0, logprobs=rng.choice((None, 0, 3, 5))) for _ in range(rows - 1)]
+    requests.append(request(rng, temperature=0.0, logprobs=2))
+    logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+    expected = sample(logits.cpu(), requests)
+    with Operations() as counted:
+        samples = DeviceSamples(logits, requests, "cpu")
+    alone = Operations()
+    with alone:
+        DeviceSamples(logits[-1:], requests[-1:], "cpu")
+    assert abs(counted.names["logsumexp"] - alone.names["logsumexp"]) == 0
+    assert counted.names["topk"] <= 2
+    logits.fill_(torch.nan)
+    for ours, theirs in zip(samples.wait(), expected, strict=True):
+        assert ours.token_id == theirs.token_id
+        assert (ours.logprobs is None) == (theirs.logprobs is None)
+        if ours.logprobs is not None:
+            assert ours.logprobs.logprob == pytest.approx(theirs.logprobs.logprob, abs=1e-5)
+            assert ours.logprobs.top_ids == theirs.logprobs.top_ids
+            assert ours.logprobs.top_logprobs == pytest.approx(theirs.logprobs.top_logprobs, abs=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names[operation.overloadpacket.__name__] += 1
+        return operation(*args, **kwargs or {})
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: whether the host waits for one shows nowhere else")

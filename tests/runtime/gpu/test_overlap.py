@@ -87,6 +87,7 @@ def test_penalties_are_of_tokens_that_are_known(engine, prompt_engine):
     each = [params(), params(repetition_penalty=1.8), params(presence_penalty=1.5, frequency_penalty=0.5)]
     outputs = both(engine, prompt_engine, prompts, each)
     assert len({tuple(output.token_ids) for output in outputs}) == 3
+    assert engine.runner.late >= 10
 
 
 def test_seeded_draws_and_log_probabilities_are_the_same(engine, prompt_engine):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.messages import SamplingParams
+from runtime.messages import Generate, SamplingParams
 from tests.runtime.adapters.peft_engine import PeftOracle, engines
 from tests.runtime.tiny_engine import prompt
 
@@ -86,3 +86,27 @@ def test_stop_tokens_end_a_sequence_but_not_before_its_least_length(engines_of_b
     ]
     assert (ours[0].token_ids, ours[0].stop_token) == ([], first)
     assert first not in ours[1].token_ids[:3]
+
+
+def test_steps_run_ahead_whatever_their_tokens_depend_on(engines_of_both):
+    """Penalties, bad words and log-probabilities: the next step is launched before the tokens of the last are told."""
+    engine, other = engines_of_both
+    tokens, greedy = prompt(12, 3), {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    free = other.generate([tokens], SamplingParams(**greedy))[0].token_ids
+    params = [
+        SamplingParams(**greedy, repetition_penalty=1.7, frequency_penalty=0.6, logprobs=2),
+        SamplingParams(**greedy, bad_words=((free[2],), tuple(free[3:5]))),
+        SamplingParams(**greedy, logprobs=0),
+        SamplingParams(**greedy | {"temperature": 1.5}, seed=3, presence_penalty=1.5, min_tokens=4, top_p=0.9),
+    ]
+    expected = other.generate([tokens] * len(params), params)
+    ahead, outputs = 0, {}
+    for index, each in enumerate(params):
+        engine.add_request(Generate(request_id=f"{index}", token_ids=tokens, params=each))
+    while engine.busy:
+        for event in engine.step():
+            outputs.setdefault(event.request_id, []).extend(event.token_ids)
+        ahead += engine._launched is not None
+    assert [outputs[f"{index}"] for index in range(len(params))] == [each.token_ids for each in expected]
+    assert expected[1].token_ids != free
+    assert ahead >= 7

@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from runtime.engine import Engine
 from runtime.grammar.grammars import KEPT, Grammars
 from runtime.messages import Failed, Generate, SamplingParams, Tokens
+from tests.runtime.gpu.late_runner import LateRunner
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, adapter_tensors, engines, prompt
 from tests.runtime.tiny_model import TINY
 from tests.service.tiny_model import make_tokenizer
@@ -71,6 +72,19 @@ def test_the_token_chosen_is_the_likeliest_that_the_grammar_allows(start, tokeni
             [completion] = engine.generate([prompt(20, seed)], params(grammar), digest)
             assert completion.token_ids == by_hand(engine, tokenizer, prompt(20, seed), GRAMMARS[grammar], digest)
             assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_steps_run_ahead_of_what_a_grammar_waits_for(start, tokenizer, grammar):
+    """The last token is told before the next one is chosen, when the step has been launched."""
+    engine = start()
+    expected = by_hand(engine, tokenizer, prompt(20), GRAMMARS[grammar])
+    other = params(grammar, repetition_penalty=1.3, max_tokens=12)
+    waited = engine.generate([prompt(21)], other)[0].token_ids
+    engine.runner = LateRunner(engine.runner)
+    outputs = engine.generate([prompt(20), prompt(21)], [params(grammar), other])
+    assert [output.token_ids for output in outputs] == [expected, waited]
+    assert engine.runner.late >= min(len(expected), 12) - 1
 
 
 def test_draws_stay_in_the_grammar_and_a_seed_repeats_in_any_batch(start, tokenizer):
