@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import lora_tiles, offset_table
 from kernels.interpreter import interpreted
 from kernels.lora_tiles import Tiles
+from kernels.sizes import ceil_div
 
 _A = tl.constexpr(offset_table.A)
 _RANKS = tl.constexpr(offset_table.RANKS)
@@ -99,7 +100,7 @@ def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: 
     assert config.split_k <= t.shape[1], f"{config.split_k} splits do not fit {t.shape[1]}"
     assert x.stride(1) == t.stride(2) == 1
     assert table.is_contiguous()
-    grid = (len(tiles.fields), triton.cdiv(t.shape[2], config.block_r), config.split_k)
+    grid = (len(tiles.fields), ceil_div(t.shape[2], config.block_r), config.split_k)
     _shrink_kernel[grid](
         x,
         arena,
@@ -131,7 +132,7 @@ def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor,
     """
     assert t.stride(2) == 1
     assert table.is_contiguous()
-    grid = (len(tiles.fields), triton.cdiv(t.shape[2], _EMBEDDING_RANKS))
+    grid = (len(tiles.fields), ceil_div(t.shape[2], _EMBEDDING_RANKS))
     _embedding_shrink_kernel[grid](
         token_ids,
         arena,
@@ -168,7 +169,7 @@ def expand(
     assert y.stride(1) == t.stride(2) == 1
     assert table.is_contiguous()
     first, second, third = [*widths, *[0] * (offset_table.MAX_PARTS - len(widths))]
-    grid = (len(tiles.fields), sum(triton.cdiv(width, config.block_n) for width in widths))
+    grid = (len(tiles.fields), sum(ceil_div(width, config.block_n) for width in widths))
     _expand_kernel[grid](
         t,
         y,

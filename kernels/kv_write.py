@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import ceil_div, power_of_2
+
 
 class QkvWriteConfig(NamedTuple):
     """Launch configuration of the write."""
@@ -62,10 +64,10 @@ def qkv_write(
     assert 0 <= turned <= head_dim, turned
     if not tokens:
         return
-    _qkv_write_kernel[(tokens, triton.cdiv(rows, config.heads))](
+    _qkv_write_kernel[(tokens, ceil_div(rows, config.heads))](
         qkv, positions, slot_mapping, frequencies, q_weight, k_weight, eps, kv, rotary_scale, qkv.stride(0),
         Q_HEADS=rows - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
-        PAIRS=triton.next_power_of_2(head_dim // 2), HEADS=config.heads, NORM=q_weight is not None,
+        PAIRS=power_of_2(head_dim // 2), HEADS=config.heads, NORM=q_weight is not None,
         TURNED=turned // 2, INTERLEAVED=interleaved,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

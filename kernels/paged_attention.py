@@ -8,17 +8,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import ceil_div, power_of_2
+
 MIN_DOT = 16  # the least size of a dimension of tl.dot's operands
+ENOUGH_PROGRAMS = 132  # of decode: one for each multiprocessor of an H100
 LEAST_SEQUENCES = 64  # one compiled prefill kernel serves fewer sequences; one more is compiled for each power of two
 
 
 class DecodeConfig(NamedTuple):
     """Launch configuration of decode."""
 
-    splits: int  # programs that share the context of a sequence
+    splits: int  # the most programs that share the context of a sequence
     keys: int  # keys of one step
     num_warps: int
     num_stages: int
+    least: int = 128  # keys of a split, at least: fewer are not worth the reduction of their sums. Not measured
+
+    def of_batch(self, sequences: int, kv_heads: int, longest: int) -> "DecodeConfig":
+        """The same with no more splits than keep a device busy, for contexts of up to `longest` tokens.
+
+        Short contexts leave splits idle, so that one CUDA graph serves all contexts.
+        """
+        programs = sequences * kv_heads
+        useful = 1 if programs >= ENOUGH_PROGRAMS else power_of_2(ceil_div(2 * ENOUGH_PROGRAMS, programs))
+        return self._replace(splits=min(self.splits, useful, power_of_2(ceil_div(longest, self.least))))
 
 
 class PrefillConfig(NamedTuple):
@@ -41,10 +54,21 @@ class PrefillConfig(NamedTuple):
         return self._replace(rows=self.rows // 2)
 
 
+# K and V lie behind an indirect load, for which Triton takes half of the stages: 5 are the fewest with two buffers of
+# them. Rows of a decode tile are few, so that fewer warps wait less for each other.
 DECODE_CANDIDATES = [
-    DecodeConfig(splits, keys, 4, num_stages)
-    for splits in (8, 1, 4, 16, 32)
-    for keys, num_stages in ((64, 2), (64, 3), (32, 3), (128, 2))
+    DecodeConfig(splits, keys, num_warps, num_stages)
+    for splits in (32, 8, 1)
+    for keys, num_warps, num_stages in (
+        (64, 4, 2),
+        (64, 4, 3),
+        (64, 4, 5),
+        (64, 2, 5),
+        (32, 4, 3),
+        (32, 2, 5),
+        (32, 1, 5),
+        (128, 4, 2),
+    )
 ]
 DECODE = DECODE_CANDIDATES[0]  # not measured
 PREFILL_CANDIDATES = [
@@ -54,15 +78,17 @@ PREFILL_CANDIDATES = [
         (32, 64, 4, 2),
         (64, 32, 4, 3),
         (64, 64, 4, 3),
+        (64, 64, 4, 5),
         (128, 32, 8, 3),
         (128, 64, 8, 2),
         (128, 64, 8, 3),
+        (128, 64, 8, 5),
     ]
 ]
 PREFILL = PREFILL_CANDIDATES[0]  # not measured
 # Tensor cores do not multiply float32, so a tile's results stay in registers. As compiled for an H100, larger tiles
 # than these spill (at d=128, the defaults above spill 2 and 9 KB a thread).
-FLOAT32_DECODE = DecodeConfig(splits=8, keys=16, num_warps=8, num_stages=2)
+FLOAT32_DECODE = DecodeConfig(splits=32, keys=16, num_warps=8, num_stages=2)
 FLOAT32_PREFILL = PrefillConfig(rows=32, keys=16, num_warps=8, num_stages=2)
 
 
@@ -95,22 +121,23 @@ def paged_decode(
     layout = _layout(q, kv, block_tables, out, block_size)
     if not rows:
         return
+    least = ceil_div(config.least, config.keys)
     sums = stats = out  # not used with one split
     if config.splits > 1:
         sums = torch.empty((rows, heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((rows, heads, config.splits, 2), dtype=torch.float32, device=q.device)
     _decode_kernel[(layout["KV_HEADS"], config.splits, rows)](
         q, kv, block_tables, context_lens, out, sums, stats, q if sinks is None else sinks, *_score_factors(scale, cap),
-        q.stride(0), block_tables.stride(0), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
+        q.stride(0), *block_tables.stride(), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
         SINKS=sinks is not None,
-        ROWS=max(MIN_DOT, triton.next_power_of_2(layout["GROUP"])), SPLITS=config.splits, KEYS=config.keys,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        ROWS=max(MIN_DOT, power_of_2(layout["GROUP"])), SPLITS=config.splits, KEYS=config.keys,
+        LEAST=least, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if config.splits > 1:
         _reduce_kernel[(heads, rows)](
             sums, stats, context_lens, out, out.stride(0),
-            HEADS=heads, HEAD_DIM=head_dim, DIMS=layout["DIMS"], WINDOW=window, KEYS=config.keys, SPLITS=config.splits,
-            SPLITS_PADDED=triton.next_power_of_2(config.splits), num_warps=4, enable_fp_fusion=True,
+            HEADS=heads, HEAD_DIM=head_dim, DIMS=layout["DIMS"], WINDOW=window, KEYS=config.keys, LEAST=least,
+            SPLITS=config.splits, SPLITS_PADDED=power_of_2(config.splits), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -139,15 +166,15 @@ def paged_prefill(
     layout = _layout(q, kv, block_tables, out, block_size)
     if not rows:
         return
-    tile_rows = max(config.rows, triton.next_power_of_2(layout["GROUP"]))
+    tile_rows = max(config.rows, power_of_2(layout["GROUP"]))
     queries = tile_rows // layout["GROUP"]
     # One more tile for each sequence, and for the rows of no sequence, because each may end within a tile.
     _prefill_kernel[(rows // queries + sequences + 1, layout["KV_HEADS"])](
         q, kv, block_tables, context_lens, query_starts, out, q if sinks is None else sinks,
         *_score_factors(scale, cap), sequences, rows,
-        q.stride(0), block_tables.stride(0), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
+        q.stride(0), *block_tables.stride(), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
         SINKS=sinks is not None,
-        SEQUENCES=max(LEAST_SEQUENCES, triton.next_power_of_2(sequences + 1)), QUERIES=queries, ROWS=tile_rows,
+        SEQUENCES=max(LEAST_SEQUENCES, power_of_2(sequences + 1)), QUERIES=queries, ROWS=tile_rows,
         KEYS=config.keys,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -162,12 +189,11 @@ def _layout(q: Tensor, kv: Tensor, block_tables: Tensor, out: Tensor, block_size
     assert heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads"
     assert out.shape == q.shape, out.shape
     assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), "a row's heads must follow each other in memory"
-    assert block_tables.stride(1) == 1, "a sequence's blocks must follow each other in memory"
     return {
         "GROUP": heads // kv_heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
-        "DIMS": max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        "DIMS": max(MIN_DOT, power_of_2(head_dim)),
         "BLOCK_SIZE": block_size,
     }
 
@@ -203,6 +229,7 @@ def _attend(
     stop: tl.tensor,
     kv: tl.tensor,
     table: tl.tensor,
+    table_step: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
     KV_HEADS: tl.constexpr,
@@ -227,7 +254,8 @@ def _attend(
     held = keys < stop
     if WINDOW:
         held = held & (keys >= begin)
-    blocks = tl.load(table + keys // BLOCK_SIZE, held, other=0) if MASKED else tl.load(table + keys // BLOCK_SIZE)
+    entries = table + keys // BLOCK_SIZE * table_step
+    blocks = tl.load(entries, held, other=0) if MASKED else tl.load(entries)
     slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
     k_places = kv + slots[:, None] * (2 * KV_HEADS * HEAD_DIM) + dims[None, :]
     v_places = k_places + KV_HEADS * HEAD_DIM
@@ -274,9 +302,9 @@ def _sunk(sinks: tl.tensor, heads: tl.tensor, inside: tl.tensor) -> tuple[tl.ten
 
 
 @triton.jit
-def _span(keys: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
-    """Keys of each split: whole steps, so that only the last split in use has a partial step."""
-    return tl.cdiv(tl.cdiv(keys, KEYS), SPLITS) * KEYS
+def _span(keys: tl.tensor, SPLITS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr) -> tl.tensor:
+    """Keys of each split: LEAST steps or more, and whole ones, so that only the last split in use has a partial one."""
+    return tl.maximum(tl.cdiv(tl.cdiv(keys, KEYS), SPLITS), LEAST) * KEYS
 
 
 @triton.jit
@@ -285,21 +313,21 @@ def _first_step(begin: tl.tensor, KEYS: tl.constexpr) -> tl.tensor:
     return tl.maximum(begin, 0) // KEYS * KEYS
 
 
-@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=["table_row", "table_step"], do_not_specialize_on_alignment=_TABLES)
 def _decode_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, out: tl.tensor,
     sums: tl.tensor, stats: tl.tensor, sinks: tl.tensor, scale: tl.tensor, cap: tl.tensor, q_row: tl.tensor,
-    table_row: tl.tensor, out_row: tl.tensor,
+    table_row: tl.tensor, table_step: tl.tensor, out_row: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    KEYS: tl.constexpr,
+    KEYS: tl.constexpr, LEAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Peak, total and mixed values (see `_attend`) of a split of one sequence, for all query heads of a KV head."""
     kv_head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + sequence)
     begin = tl.maximum(context - WINDOW, 0) if WINDOW else 0
     base = _first_step(begin, KEYS) if WINDOW else 0
-    span = _span(context - base, SPLITS, KEYS)
+    span = _span(context - base, SPLITS, KEYS, LEAST)
     first = base + split * span
     stop = tl.minimum(first + span, context)
     if (split > 0) & (stop <= first):
@@ -318,12 +346,12 @@ def _decode_kernel(
     whole = first if WINDOW else first + (stop - first) // KEYS * KEYS
     for key in range(first, whole, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, rows, begin, stop, kv_places, table, scale, cap,
+            query, peak, total, mixed, key, rows, begin, stop, kv_places, table, table_step, scale, cap,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False, WINDOW=0, CAPPED=CAPPED,
         )  # fmt: skip
     for key in range(whole, stop, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, rows, begin, stop, kv_places, table, scale, cap,
+            query, peak, total, mixed, key, rows, begin, stop, kv_places, table, table_step, scale, cap,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=False, WINDOW=WINDOW, CAPPED=CAPPED,
         )  # fmt: skip
     if SPLITS > 1:
@@ -340,14 +368,14 @@ def _decode_kernel(
 def _reduce_kernel(
     sums: tl.tensor, stats: tl.tensor, context_lens: tl.tensor, out: tl.tensor, out_row: tl.tensor,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    LEAST: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = Σ 2^(peak - top) sums / Σ 2^(peak - top) total over the splits with keys."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     context = tl.load(context_lens + sequence)
     splits, dims = tl.arange(0, SPLITS_PADDED), tl.arange(0, DIMS)
     keys = context - _first_step(context - WINDOW, KEYS) if WINDOW else context
-    used = (splits < SPLITS) & (splits * _span(keys, SPLITS, KEYS) < keys)
+    used = (splits < SPLITS) & (splits * _span(keys, SPLITS, KEYS, LEAST) < keys)
     part = (sequence * HEADS + head) * SPLITS + splits
     peak = tl.load(stats + part * 2, used, other=float("-inf"))
     total = tl.load(stats + part * 2 + 1, used, other=0.0)
@@ -358,17 +386,20 @@ def _reduce_kernel(
     tl.store(out + sequence * out_row + head * HEAD_DIM + dims, result, dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "table_row"], do_not_specialize_on_alignment=_TABLES)
+@triton.jit(
+    do_not_specialize=["sequences", "tokens", "table_row", "table_step"], do_not_specialize_on_alignment=_TABLES
+)
 def _prefill_kernel(
     q: tl.tensor, kv: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, query_starts: tl.tensor,
     out: tl.tensor, sinks: tl.tensor, scale: tl.tensor, cap: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,
-    q_row: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
+    q_row: tl.tensor, table_row: tl.tensor, table_step: tl.tensor, out_row: tl.tensor,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = mixed / total (see `_attend`) for QUERIES queries of one sequence and the query heads of a KV head."""
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    # Last tiles first: they see the most keys
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     # Sequence i has the tiles from starts[i] // QUERIES + i on. For any starts, these suffice for its rows.
     indices = tl.arange(0, SEQUENCES)
     starts = tl.load(query_starts + indices, indices <= sequences, other=0)
@@ -400,12 +431,12 @@ def _prefill_kernel(
         shared = _first_step(begin, KEYS)
     for key in range(0, 0 if WINDOW else shared, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, before + queries, begin, end, kv_places, table, scale, cap,
+            query, peak, total, mixed, key, before + queries, begin, end, kv_places, table, table_step, scale, cap,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=False, CAUSAL=False, WINDOW=0, CAPPED=CAPPED,
         )  # fmt: skip
     for key in range(shared, end, KEYS):
         peak, total, mixed = _attend(
-            query, peak, total, mixed, key, before + queries, begin, end, kv_places, table, scale, cap,
+            query, peak, total, mixed, key, before + queries, begin, end, kv_places, table, table_step, scale, cap,
             KV_HEADS, HEAD_DIM, DIMS, BLOCK_SIZE, KEYS, MASKED=True, CAUSAL=True, WINDOW=WINDOW, CAPPED=CAPPED,
         )  # fmt: skip
     tl.store(out + token * out_row + places, _normalised(mixed, total[:, None]).to(out.dtype.element_ty), inside)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.interpreter import interpreted
+from kernels.sizes import ceil_div
 
 BLOCK = 64  # inputs that lie together, and that a program multiplies at a time
 HALF = BLOCK // 2  # of four bits, the bytes of a block
@@ -56,7 +57,7 @@ def quantized_product(
     """
     rows, inputs = x.shape
     blocks, columns, width = codes.shape
-    assert blocks == triton.cdiv(inputs, BLOCK), (x.shape, codes.shape)
+    assert blocks == ceil_div(inputs, BLOCK), (x.shape, codes.shape)
     assert group % (width if width == HALF else BLOCK) == 0, group
     assert x.stride(1) == 1
     assert codes.is_contiguous()
@@ -64,7 +65,7 @@ def quantized_product(
     assert zeros is None or zeros.is_contiguous()
     partial = torch.empty((config.split_k, rows, columns), dtype=torch.float32, device=x.device)
     if rows:
-        grid = (triton.cdiv(columns, config.block_n), triton.cdiv(rows, config.block_m), config.split_k)
+        grid = (ceil_div(columns, config.block_n), ceil_div(rows, config.block_m), config.split_k)
         _quantized_product_kernel[grid](
             x,
             codes,

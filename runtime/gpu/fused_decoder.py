@@ -23,7 +23,7 @@ class FusedDecoder:
     Its launches depend on the shape of a step alone, so that a CUDA graph of them serves every step of that shape.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, block_size: int, gpu: str):
+    def __init__(self, config: ModelConfig, weights: Weights, block_size: int, longest: int, gpu: str):
         self.config = config
         self.weights = weights
         self.frequencies = [
@@ -39,6 +39,7 @@ class FusedDecoder:
             if isinstance(layer.mlp, Experts)
         }
         self.block_size = block_size
+        self.longest = longest  # tokens of a context
         self.gpu = gpu
 
     def forward(self, step: StepInputs, kv: list[Tensor], lora: StepLora | None) -> Tensor:
@@ -107,7 +108,7 @@ class FusedDecoder:
                 self.block_size,
                 scale,
                 out[:decodes],
-                self._tuned("paged_decode", decodes),
+                self._tuned("paged_decode", decodes).of_batch(decodes, kv_heads, self.longest),
                 window,
                 cap,
                 layer.sinks,

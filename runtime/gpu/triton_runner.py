@@ -17,7 +17,7 @@ from runtime.adapters.pool import AdapterPool
 from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
 from runtime.gpu.adapter_table import AdapterTable, widest
-from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda
+from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda, sizes
 from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.packed_linear import DeviceWeights
@@ -60,7 +60,7 @@ class TritonRunner(Runner):
         del self.checkpoint
         self.weights_held = self._held(self._placed.description)
         self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
-        self.decoder = FusedDecoder(self.model, weights, config.block_size, self.gpu)
+        self.decoder = FusedDecoder(self.model, weights, config.block_size, self.max_model_len, self.gpu)
         self.graphs: DecodeGraphs | None = None
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank
@@ -100,7 +100,7 @@ class TritonRunner(Runner):
 
     def _steps_to_compile(self) -> Iterator[tuple[int, int]]:
         """(decodes, prefills) of steps that together use every compiled version of the kernels."""
-        yield 1, 0
+        yield from ((size, 0) for size in sizes(self._max_running))
         yield 0, 1
         prefills = LEAST_SEQUENCES
         while prefills <= min(self._max_running, self._max_tokens):

@@ -1,4 +1,4 @@
-"""An H100 as far as Triton's compiler is concerned: kernels are compiled as they are launched, and nothing runs.
+"""A GPU as far as Triton's compiler is concerned: kernels are compiled as they are launched, and nothing runs.
 
 The interpreter accepts code that the compiler refuses, and has no registers. Tensors are on the CPU. Use it in a
 process of its own, in which kernels are not interpreted.
@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
-SHARED_BYTES = 227 * 1024  # of a program, at most
+H100 = 90
+# Bytes of shared memory of a program, at most, by compute capability: an A100, an L4 or RTX 4090, an H100
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, H100: 227 * 1024}
 
 
 class Compiled(NamedTuple):
@@ -43,15 +45,16 @@ class Compiled(NamedTuple):
 class PretendGpu(DriverBase):
     """Triton's driver for it; `compiled` are the kernels that were launched for the first time, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int = H100) -> None:
+        self.capability = capability
         self.utils = self
         self.launcher_cls = _no_launcher
         self.compiled: list[Compiled] = []
 
     @classmethod
-    def install(cls) -> "PretendGpu":
+    def install(cls, capability: int = H100) -> "PretendGpu":
         assert not triton.knobs.runtime.interpret, "kernels are interpreted in this process"
-        gpu = cls()
+        gpu = cls(capability)
         driver.set_active(gpu)
         return gpu
 
@@ -64,14 +67,19 @@ class PretendGpu(DriverBase):
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+        return {
+            "max_shared_mem": SHARED_BYTES[self.capability],
+            "max_num_regs": 65536,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+        }
 
     @classmethod
     def is_active(cls) -> bool:
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""Compiles every kernel for an H100, without a GPU. Run as a program, this file compiles them and prints JSON.
+"""Compiles every kernel for several GPUs, without one. Run as a program, this file compiles them and prints JSON.
 
 The compiled kernels do not run.
 """
@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED_BYTES = 227 * 1024  # of a program, at most
+H100, OTHERS = 90, (80, 89)  # compute capabilities
 SPILLED_BYTES = 32  # a few addresses, or the 28 bytes that Triton 3.6 reduces an angle in
+SPILLED_BYTES_ELSEWHERE = 64  # where there is no wgmma, whose factors lie in shared memory
 PRODUCTS = {
     *("_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel"),
     *("_expert_matmul_kernel", "_quantized_product_kernel"),
@@ -25,20 +26,40 @@ PRODUCTS = {
 NARROW = {"_reduce_kernel", "_cut_kernel", "_embedding_shrink_kernel", "_qkv_write_kernel"}
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def compile_in_a_process(what: str, capability: int, cache: Path) -> list[dict[str, Any]]:
     pytest.importorskip("triton", reason="needs triton")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, "-W", "error", __file__, request.param]
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-W", "error", __file__, what, str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [kernel | {"dtype": request.param} for kernel in json.loads(done.stdout)]
+    return [kernel | {"what": what, "capability": capability} for kernel in json.loads(done.stdout)]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    found = compile_in_a_process(request.param, H100, tmp_path_factory.mktemp("triton"))
+    return [kernel | {"dtype": request.param} for kernel in found]
+
+
+@pytest.mark.parametrize("capability", OTHERS)
+def test_every_kernel_fits_other_gpus_in_bfloat16(tmp_path: Path, capability: int) -> None:
+    for kernel in compile_in_a_process("bfloat16", capability, tmp_path):
+        assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
+        assert kernel["spilled_bytes"] <= SPILLED_BYTES_ELSEWHERE, kernel
+
+
+def test_candidates_of_attention_with_two_buffers_of_kv_fit_an_h100(tmp_path: Path) -> None:
+    found = compile_in_a_process("candidates", H100, tmp_path)
+    assert len(found) > 5
+    for kernel in found:
+        assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
+        assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
 
 
 def test_every_kernel_fits_an_h100_and_keeps_its_numbers_in_registers(compiled: list[dict[str, Any]]) -> None:
     for kernel in compiled:
-        assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
+        assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
         assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
 
 
@@ -62,8 +83,9 @@ def launches(dtype: str) -> Iterator[Any]:
     """
     import torch
 
-    from kernels import expert_rows, grouped_lora, silu_mul, tuned
+    from kernels import expert_rows, grouped_lora, rms_norm, sampling, silu_mul, tuned
     from kernels.lora_tiles import TILE_FIELDS, Tiles
+    from kernels.row_params import RowParams
     from kernels.tune import attention, tuner
     from kernels.tune.lora import lora_cases
     from kernels.tune.rows import ModelShape
@@ -101,19 +123,44 @@ def launches(dtype: str) -> Iterator[Any]:
     _, site, arena, table, tiles, ranks = shrink.prepare(0)
     token_ids, t = torch.zeros(32, dtype=torch.int64), torch.empty(32, 1, ranks)
     yield partial(grouped_lora.embedding_shrink, token_ids, site, arena, table, tiles, t)
+    residual, y = model.random(0, 32, model.hidden), model.random(1, 32, model.hidden)
+    weight, floor, slots = torch.ones(model.hidden), torch.tensor(0.1), torch.zeros(32, dtype=torch.int32)
+    between = torch.empty(32, 4, 48)
+    yield partial(rms_norm.expand_add_rms_norm, residual, y, between, slots, site, arena, table, 1.0, weight, floor)
+    cut = RowParams.build([0.7] * 4, [0] * 4, [0.9] * 4, [0.0] * 4, [0.5] * 4)
+    for logits in (model.random(2, 4, model.vocab), model.random(2, 4, model.vocab).float()):
+        yield partial(sampling.sample, logits, cut)
 
 
-def compile_all(dtype: str) -> Iterator[dict[str, Any]]:
-    from tests.kernels.pretend_gpu import PretendGpu
+def attention_candidates() -> Iterator[Any]:
+    """Launches of attention at Qwen3-8B's shapes with each configuration that prefetches K and V."""
+    import torch
 
-    gpu = PretendGpu.install()
-    for launch in launches(dtype):
+    from kernels.paged_attention import DECODE_CANDIDATES, PREFILL_CANDIDATES
+    from kernels.tune import attention
+    from kernels.tune.rows import ModelShape
+
+    model = ModelShape(dtype=torch.bfloat16, device="cpu")
+    cases = attention.decode_case(model, 8, 64), attention.prefill_case(model, 128, 192)
+    for case, candidates in zip(cases, (DECODE_CANDIDATES, PREFILL_CANDIDATES), strict=True):
+        for config in candidates:
+            if config.num_stages >= 5 and (case is cases[1] or config.splits == 8):
+                yield partial(case.launch, *case.prepare(0), config=config)
+
+
+def compile_all(what: str, capability: int) -> Iterator[dict[str, Any]]:
+    from tests.kernels.pretend_gpu import SHARED_BYTES, PretendGpu
+
+    gpu = PretendGpu.install(capability)
+    for launch in attention_candidates() if what == "candidates" else launches(what):
         launch()
-    assert {kernel.name for kernel in gpu.compiled} == set(kernel_names())
+    if what != "candidates":
+        assert {kernel.name for kernel in gpu.compiled} == set(kernel_names())
     for kernel in gpu.compiled:
         yield {
             "name": kernel.name,
             "shared_bytes": kernel.shared_bytes,
+            "most_shared_bytes": SHARED_BYTES[capability],
             "spilled_bytes": kernel.spilled_bytes,
             "products": kernel.count("HMMA", "HGMMA"),
             "wide_reads": kernel.count("LDG", "LDGSTS", width=".128"),
@@ -137,4 +184,4 @@ def kernel_names() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(compile_all(sys.argv[1]))))
+    print(json.dumps(list(compile_all(sys.argv[1], int(sys.argv[2])))))

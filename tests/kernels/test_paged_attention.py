@@ -128,6 +128,7 @@ def test_decoding_sequences_each_see_their_own_context(attention: ModuleType, sh
 @DECODES
 def test_every_decode_candidate_is_right_around_the_borders_of_its_splits(config: DecodeConfig) -> None:
     pool = Pool((2, 1, 16, 16), SERVED, blocks=1300)
+    config = config._replace(least=config.keys)
     whole = config.splits * config.keys
     lengths = [config.keys - 1, config.keys + 1, whole - 1, whole, whole + 1]
     contexts = [pool.context(length) for length in lengths]
@@ -137,10 +138,44 @@ def test_every_decode_candidate_is_right_around_the_borders_of_its_splits(config
         pool.check(out[row], q[row], context, length)
 
 
+def test_a_split_has_least_keys_and_a_longer_context_shares_them_out() -> None:
+    pool, config = Pool((2, 1, 16, 16), SERVED, blocks=100), DecodeConfig(4, 16, 4, 2, least=48)
+    lengths = [1, 47, 48, 49, 96, 97, 4 * 48, 4 * 48 + 1, 4 * 64 + 1, 300]
+    contexts = [pool.context(length) for length in lengths]
+    q = pool.queries(len(lengths))
+    out = decode(kernels, pool, q, pool.tables(contexts), lengths, config)
+    for row, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
+        pool.check(out[row], q[row], context, length)
+
+
+def test_few_sequences_are_split_as_far_as_their_contexts_go_and_many_not_at_all() -> None:
+    config = DecodeConfig(32, 64, 4, 2)
+    splits = {rows: config.of_batch(rows, kv_heads=8, longest=32768).splits for rows in (1, 2, 4, 8, 16, 17, 128)}
+    assert splits == {1: 32, 2: 32, 4: 16, 8: 8, 16: 4, 17: 1, 128: 1}
+    assert [config.of_batch(1, 8, longest).splits for longest in (1, 128, 129, 1000, 1 << 20)] == [1, 1, 2, 8, 32]
+    assert config._replace(splits=8).of_batch(1, 8, 1 << 20).splits == 8
+
+
+@TWINS
+def test_tables_may_lie_a_column_after_the_other(attention: ModuleType) -> None:
+    pool, lengths = Pool(SMALL, SERVED), [17, 40]
+    contexts = [pool.context(length) for length in lengths]
+    q, tables = pool.queries(2), pool.tables(contexts)
+    columns = tables.t().contiguous().t()
+    assert columns.stride() == (1, 2)
+    rows, turned = (decode(attention, pool, q, each, lengths) for each in (tables, columns))
+    assert torch.equal(rows, turned)
+    starts = int32([0, 1, 2])
+    outputs = [torch.empty_like(rows) for _ in range(2)]
+    for each, out in zip((tables, columns), outputs, strict=True):
+        attention.paged_prefill(q, pool.kv, each, int32(lengths), starts, pool.block_size, SCALE, out)
+    assert torch.equal(*outputs)
+
+
 @DTYPES
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_launch_serves_whatever_its_buffers_hold_when_it_is_repeated(splits: int, dtype: torch.dtype) -> None:
-    pool, config = Pool(SMALL, dtype), DecodeConfig(splits, 16, 4, 2)
+    pool, config = Pool(SMALL, dtype), DecodeConfig(splits, 16, 4, 2, least=16)
     q, out = pool.queries(4), torch.empty((4, *SMALL[:1], SMALL[2]), dtype=dtype, device=DEVICE)
     tables, lengths = torch.zeros((4, 8), dtype=torch.int32, device=DEVICE), int32([0, 0, 0, 0])
 
@@ -308,7 +343,7 @@ def test_with_a_window_decoding_reads_the_last_tokens_only(attention: ModuleType
     for context, length in zip(contexts, lengths, strict=True):
         pool.kv[pool.slots(context, max(length - window, 0))] = NAN
     q = pool.queries(len(lengths))
-    options = {"config": DecodeConfig(splits, 16, 4, 2)} if attention is kernels else {}
+    options = {"config": DecodeConfig(splits, 16, 4, 2, least=16)} if attention is kernels else {}
     out = decode(attention, pool, q, pool.tables(contexts), lengths, window=window, **options)
     for row, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
         pool.check(out[row], q[row], context, length, window=window)
@@ -359,7 +394,7 @@ def test_capped_scores_are_bent_by_a_tanh(attention: ModuleType, window: int, ca
 def test_a_sink_takes_its_part_of_a_heads_softmax(attention: ModuleType, splits: int, window: int) -> None:
     pool, length = Pool(SMALL, SERVED), 53
     context, sinks = pool.context(length), torch.tensor([-50.0, -1.0, 2.0, 50.0], device=DEVICE)
-    config = [DecodeConfig(splits, 16, 4, 2)] if attention is kernels else []
+    config = [DecodeConfig(splits, 16, 4, 2, least=16)] if attention is kernels else []
     q = pool.queries(length)
     alone = decode(attention, pool, q[-1:], pool.tables([context]), [length], *config, window=window, sinks=sinks)
     out = torch.full(q.shape, NAN, dtype=pool.dtype, device=DEVICE)
