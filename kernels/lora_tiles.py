@@ -32,17 +32,19 @@ def most_tiles(rows: int, runs: int, height: int) -> int:
     return (rows + runs * (height - 1)) // height
 
 
+def count_tiles(slots: npt.NDArray[np.int32], height: int) -> int:
+    """How many tiles `lay_tiles` cuts a batch into."""
+    starts, stops = _runs(slots)
+    return int((-(-(stops - starts) // height)).sum())
+
+
 def lay_tiles(slots: npt.NDArray[np.int32], height: int, out: npt.NDArray[np.int32]) -> int:
     """Cut a batch into tiles, write them to `out`, zero the rest of it, and return how many tiles there are.
 
     `slots` (T,) is the adapter slot of each row, BASE for none. `out` is `Tiles.fields` in host memory: the tensor
     itself on a CPU, otherwise a part of the buffer that is uploaded for the step. Asserts that the tiles fit.
     """
-    changes = np.flatnonzero(slots[1:] != slots[:-1]) + 1
-    starts = np.concatenate(([0], changes))[: len(slots)]
-    stops = np.append(changes, len(slots))[: len(slots)]
-    adapted = slots[starts] != BASE
-    starts, stops = starts[adapted], stops[adapted]
+    starts, stops = _runs(slots)
     counts = -(-(stops - starts) // height)
     total = int(counts.sum())
     assert total <= len(out), f"{total} tiles do not fit {len(out)}"
@@ -54,3 +56,12 @@ def lay_tiles(slots: npt.NDArray[np.int32], height: int, out: npt.NDArray[np.int
     out[:total, EXPERT] = 0
     out[total:] = 0
     return total
+
+
+def _runs(slots: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The first row of each run under an adapter, and the row after its last."""
+    changes = np.flatnonzero(slots[1:] != slots[:-1]) + 1
+    starts = np.concatenate(([0], changes))[: len(slots)]
+    stops = np.append(changes, len(slots))[: len(slots)]
+    adapted = slots[starts] != BASE
+    return starts[adapted], stops[adapted]

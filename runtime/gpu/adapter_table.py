@@ -3,12 +3,21 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from kernels.offset_table import FIELDS, PartEntry, SiteEntry, table_rows
 from runtime.adapters.layout import AdapterLayout, ChangesLayout, SiteLayout
 from runtime.models.sites import Site
+
+
+class AdapterRow(NamedTuple):
+    """What a step needs to know of an adapter in the table."""
+
+    slot: int
+    ranks: int  # the most at a site, or 1: IA³ has none, and a launch has at least one program
+    sites: frozenset[int]  # that it adapts
 
 
 class AdapterTable:
@@ -23,25 +32,26 @@ class AdapterTable:
         self.rows = torch.zeros((slots, len(sites), FIELDS), dtype=torch.int64, device=device)  # see offset_table
         self.width = width  # the most ranks at a site
         self._columns = [_first_columns(site) for site in sites]
-        self._slots: OrderedDict[tuple[str, int], int] = OrderedDict()
+        self._rows: OrderedDict[tuple[str, int], AdapterRow] = OrderedDict()
 
-    def slot_of(self, digest: str, layout: AdapterLayout, first: int) -> int:
-        """The slot of an adapter whose extent begins at element `first` of the arena.
+    def row_of(self, digest: str, layout: AdapterLayout, first: int) -> AdapterRow:
+        """The row of an adapter whose extent begins at element `first` of the arena.
 
         A new slot's row is copied in stream order, so that kernels launched afterwards read it.
         """
         place = digest, first
-        slot = self._slots.get(place)
-        if slot is None:
-            sites = zip(layout.sites, layout.changes, strict=False)  # the changes of norms, which are none, come last
-            rows = table_rows([self._entry(index, *site, first) for index, site in enumerate(sites)], self.width)
-            slot = len(self._slots) if len(self._slots) < len(self.rows) else self._slots.popitem(last=False)[1]
-            if self.rows.is_cuda:
-                rows = rows.pin_memory()
-            self.rows[slot].copy_(rows, non_blocking=True)
-            self._slots[place] = slot
-        self._slots.move_to_end(place)
-        return slot
+        row = self._rows.get(place)
+        if row is None:
+            # The changes of norms, which are none, come last
+            places = zip(range(len(self._columns)), layout.sites, layout.changes, strict=False)
+            entries = [self._entry(*each, first) for each in places]
+            fields = table_rows(entries, self.width)
+            slot = len(self._rows) if len(self._rows) < len(self.rows) else self._rows.popitem(last=False)[1].slot
+            self.rows[slot].copy_(fields.pin_memory() if self.rows.is_cuda else fields, non_blocking=True)
+            adapted = frozenset(site for site, entry in enumerate(entries) if entry is not None)
+            row = self._rows[place] = AdapterRow(slot, _most_ranks(layout), adapted)
+        self._rows.move_to_end(place)
+        return row
 
     def _entry(
         self, index: int, site: SiteLayout | None, changes: Sequence[ChangesLayout], first: int
@@ -69,6 +79,5 @@ def _first_columns(site: Site) -> list[int]:
     return [0, *accumulate(part.out_features for part in site.parts)][:-1]
 
 
-def widest(layout: AdapterLayout) -> int:
-    """The most ranks of an adapter at one site, or 1: IA³ has none, and a launch has at least one program."""
+def _most_ranks(layout: AdapterLayout) -> int:
     return max((site.rank for site in layout.sites if site is not None), default=1)

@@ -38,9 +38,15 @@ class FusedDecoder:
             for index, layer in enumerate(weights.layers)
             if isinstance(layer.mlp, Experts)
         }
+        self.linears = {  # by site
+            index * SITES_PER_LAYER + which: linear
+            for index, layer in enumerate(weights.layers)
+            for which, linear in enumerate((layer.qkv, layer.o, *(layer.mlp if isinstance(layer.mlp, Mlp) else ())))
+        }
         self.block_size = block_size
         self.longest = longest  # tokens of a context
         self.gpu = gpu
+        self._configs: dict[tuple[str, int], Any] = {}
 
     def forward(self, step: StepInputs, kv: list[Tensor], lora: StepLora | None) -> Tensor:
         """Write every token's K and V, and return the logits of the step's `logit_rows`, (n, vocab).
@@ -59,8 +65,8 @@ class FusedDecoder:
         for index, layer in enumerate(weights.layers):
             site = index * SITES_PER_LAYER
             mixed = self._attention(layer, index, normed, step, kv[index], lora)
-            normed = self._add(x, self._project(layer, OUT, site, mixed, lora), layer.after_attention, layer.mlp_norm)
-            down = self._mlp(layer, index, normed, step, lora)
+            normed = self._add(x, self._project(site + OUT, mixed, lora), layer.after_attention, layer.mlp_norm)
+            down = self._mlp(index, normed, step, lora)
             following = weights.layers[index + 1].attention_norm if index + 1 < len(weights.layers) else None
             normed = self._add(x, down, layer.after_mlp, following)
         last = self._norm(weights.norm, x.index_select(0, step.logit_rows))
@@ -74,11 +80,26 @@ class FusedDecoder:
     def _attention(
         self, layer: LayerWeights, index: int, normed: Tensor, step: StepInputs, kv: Tensor, lora: StepLora | None
     ) -> Tensor:
-        config, rows, decodes, site = self.config, len(normed), step.decodes, index * SITES_PER_LAYER
-        scale, window, cap = config.attention_scale, config.window(index), config.attention_cap
-        q_heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        heads = self._project(layer, QKV, site, normed, lora).view(rows, q_heads + 2 * kv_heads, head_dim)
-        norm, rope = layer.qk_norm, config.rope_of(index)
+        config, rows, decodes = self.config, len(normed), step.decodes
+        heads = self._project(index * SITES_PER_LAYER + QKV, normed, lora).view(rows, -1, config.head_dim)
+        self._write_kv(layer, index, heads, step, kv)
+        q = heads[:, : config.num_heads]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        tables, contexts, scale = step.block_tables, step.context_lens, config.attention_scale
+        seen = config.window(index), config.attention_cap, layer.sinks
+        if decodes:
+            chosen = self._tuned("paged_decode", decodes).of_batch(decodes, config.num_kv_heads, self.longest)
+            read = kv, tables[:decodes], contexts[:decodes], self.block_size, scale
+            paged_attention.paged_decode(q[:decodes], *read, out[:decodes], chosen, *seen)
+        if decodes < rows:
+            chosen = self._tuned("paged_prefill", rows - decodes).of_heads(config.head_dim)
+            read = kv, tables[decodes:], contexts[decodes:], step.query_starts, self.block_size, scale
+            paged_attention.paged_prefill(q[decodes:], *read, out[decodes:], chosen, *seen)
+        return out.view(rows, -1)
+
+    def _write_kv(self, layer: LayerWeights, index: int, heads: Tensor, step: StepInputs, kv: Tensor) -> None:
+        """Norm and turn queries and keys, the queries in place, and write keys and values to the cache."""
+        config, norm, rope = self.config, layer.qk_norm, self.config.rope_of(index)
         if isinstance(norm, ProjectionNorms):
             self._norm_projections(norm, heads)
             norm = None
@@ -88,63 +109,27 @@ class FusedDecoder:
             step.slot_mapping,
             self.frequencies[rope],
             None if norm is None else norm.plain[0],
-            None if norm is None else norm.plain[q_heads],
+            None if norm is None else norm.plain[config.num_heads],
             config.rms_norm_eps,
             kv,
             config.ropes[rope].attention_factor or 1.0,
-            self._tuned("qkv_write", rows),
+            self._tuned("qkv_write", len(heads)),
             config.turned(index),
             config.rope.interleaved,
         )
-        q = heads[:, :q_heads]
-        out = torch.empty((rows, q_heads, head_dim), dtype=q.dtype, device=q.device)
-        tables, contexts = step.block_tables, step.context_lens
-        if decodes:
-            paged_attention.paged_decode(
-                q[:decodes],
-                kv,
-                tables[:decodes],
-                contexts[:decodes],
-                self.block_size,
-                scale,
-                out[:decodes],
-                self._tuned("paged_decode", decodes).of_batch(decodes, kv_heads, self.longest),
-                window,
-                cap,
-                layer.sinks,
-            )
-        if decodes < rows:
-            paged_attention.paged_prefill(
-                q[decodes:],
-                kv,
-                tables[decodes:],
-                contexts[decodes:],
-                step.query_starts,
-                self.block_size,
-                scale,
-                out[decodes:],
-                self._tuned("paged_prefill", rows - decodes).of_heads(head_dim),
-                window,
-                cap,
-                layer.sinks,
-            )
-        return out.view(rows, -1)
 
-    def _mlp(self, layer: LayerWeights, index: int, normed: Tensor, step: StepInputs, lora: StepLora | None) -> Tensor:
+    def _mlp(self, index: int, normed: Tensor, step: StepInputs, lora: StepLora | None) -> Tensor:
         if index in self.experts:
             return self.experts[index].forward(normed, tile_height(step.decodes, len(normed)), lora, self._gated)
         site = index * SITES_PER_LAYER
-        return self._project(layer, DOWN, site, self._gated(self._project(layer, GATE_UP, site, normed, lora)), lora)
+        return self._project(site + DOWN, self._gated(self._project(site + GATE_UP, normed, lora)), lora)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         return self.gated(gate_up, config=self._tuned("silu_mul", len(gate_up)))
 
-    def _project(self, layer: LayerWeights, which: int, site: int, x: Tensor, lora: StepLora | None) -> Tensor:
-        linears = layer.qkv, layer.o, *(layer.mlp if isinstance(layer.mlp, Mlp) else ())
-        y: Tensor = linears[which](x)
-        if lora is not None:
-            lora.apply(site + which, x, y)
-        return y
+    def _project(self, site: int, x: Tensor, lora: StepLora | None) -> Tensor:
+        linear = self.linears[site]
+        return linear(x) if lora is None else lora.project(site, linear, x)
 
     def _norm(self, norm: RmsNorm, x: Tensor) -> Tensor:
         return rms_norm.rms_norm(x, norm.weight, norm.floor, self._tuned("rms_norm", len(x)))
@@ -170,4 +155,8 @@ class FusedDecoder:
         return rms_norm.add_rms_norm(residual, y, alpha, norm.weight, norm.floor, config)
 
     def _tuned(self, kernel: str, rows: int) -> Any:
-        return tuned.lookup(self.gpu, kernel, rows, self.weights.embedding.dtype).config
+        config = self._configs.get((kernel, rows))
+        if config is None:
+            found = tuned.lookup(self.gpu, kernel, rows, self.weights.embedding.dtype)
+            config = self._configs[kernel, rows] = found.config
+        return config

@@ -1,33 +1,44 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.interpreter import can_run_on
-from kernels.lora_tiles import BASE, most_tiles
+from kernels.lora_tiles import BASE, count_tiles, most_tiles
 from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapters.layout import AdapterLayout, layout_without_weights
 from runtime.adapters.pool import AdapterPool
 from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
-from runtime.gpu.adapter_table import AdapterTable, widest
-from runtime.gpu.cuda_graphs import Capture, DecodeGraphs, Replay, capture_on_cuda, sizes
+from runtime.gpu.adapter_table import AdapterRow, AdapterTable
+from runtime.gpu.block_tables import BlockTables
+from runtime.gpu.cuda_graphs import Capture, Replay, StepGraphs, capture_on_cuda, graph_shapes, sizes
 from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.packed_linear import DeviceWeights
-from runtime.gpu.step_inputs import StepBuffer, StepShape, step_shape, write_step
+from runtime.gpu.step_inputs import (
+    IntArray,
+    StepBuffer,
+    StepShape,
+    count_decodes,
+    longest_table,
+    slots_of_rows,
+    step_shape,
+    write_step,
+)
 from runtime.gpu.step_lora import DECODE_HEIGHT, LoraMemory, StepLora, tile_height
 from runtime.request import Request
 from runtime.runner import Results, Runner
 from runtime.sampler import with_scores
 from runtime.scheduler import SCORED_ROWS, Chunk
 
+NO_ROWS = np.empty(0, np.int32)
 STACKED = 3  # modules of one site, q, k and v: the ranks of a site are up to this many times those of a module
 
 
@@ -35,14 +46,13 @@ class PreparedStep(NamedTuple):
     """The step in the step buffer."""
 
     shape: StepShape
-    width: int  # the most ranks of its adapters at a site
     sampling: list[Request]  # the requests whose next token it samples, in the order of its logits
     chunks: list[Chunk]
     scored: int  # rows of logits after those, which score prompts
 
 
 class TritonRunner(Runner):
-    """Runs the model with the Triton kernels; decode steps replay CUDA graphs if any fit."""
+    """Runs the model with the Triton kernels; steps replay CUDA graphs if any fit."""
 
     kernels = "triton"
     keeps_quantized = True
@@ -61,12 +71,14 @@ class TritonRunner(Runner):
         self.weights_held = self._held(self._placed.description)
         self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
         self.decoder = FusedDecoder(self.model, weights, config.block_size, self.max_model_len, self.gpu)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank
         self._table_width = -(-self.max_model_len // config.block_size)
-        largest = StepShape.largest(self._max_tokens, self._max_running, self._table_width, DECODE_HEIGHT, SCORED_ROWS)
+        rows = self._max_tokens + self._max_running  # graphs of prompts pad decodes and prompts apart
+        largest = StepShape.largest(rows, self._max_running, self._table_width, DECODE_HEIGHT, SCORED_ROWS)
         self._buffer = StepBuffer(largest.total, device)
+        self._block_tables = BlockTables(self._table_width, config.block_size)
         self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # sampled by the last step
         self._carried: dict[Request, int] = {}  # the row of each request in `_tokens`
         self._samples: DeviceSamples | None = None  # of the last step
@@ -77,24 +89,26 @@ class TritonRunner(Runner):
         """Reserve device memory for the adapters of a step, compile kernels and capture graphs."""
         self._adapters = adapters
         self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
-        chosen = 1 if self.model.experts is None else self.model.experts.chosen
+        rows = self._max_tokens + self._max_running
         self._memory = LoraMemory.of(
-            adapters.arena, self._table.rows, self._max_tokens, self._max_running, self._lora_width, chosen
+            self.model, adapters.arena, self._table.rows, rows, self._max_running, self._lora_width
         )
         if self.device.type == "cuda":
             self.warm_up()
         if self._wants_graphs:
-            self.graphs = self.decode_graphs(capture_on_cuda(self.device))
+            self.graphs = self.step_graphs(capture_on_cuda(self.device))
 
     def warm_up(self) -> None:
         """Compile every kernel that a step may launch, so that no request waits for the compiler."""
-        for (decodes, prefills), adapted in product(self._steps_to_compile(), (False, True)):
+        for decodes, prefills in self._steps_to_compile():
             rows = decodes + prefills
             height = tile_height(decodes, rows)
-            tiles = most_tiles(rows, rows, height) if adapted else 0
-            shape = StepShape(rows, decodes, prefills, self._table_width, rows, tiles, tiles, height)
-            self._lay_out([], shape, [])
-            logits = self.forward(shape, self._lora_width)
+            base = StepShape(rows, decodes, prefills, self._table_width, rows, 0, 0, height)
+            tiles = most_tiles(rows, rows, height)
+            adapted = base._replace(tiles=tiles, logit_tiles=tiles, ranks=self._lora_width, embedding=True)
+            for shape in (base, adapted):
+                self._lay_out([], shape, NO_ROWS)
+                logits = self.forward(shape)
         self._placed.warm_up()
         warm_up_sampling(logits, self.gpu)
 
@@ -107,55 +121,63 @@ class TritonRunner(Runner):
             yield 0, prefills
             prefills *= 2
 
-    def decode_graphs(self, capture: Capture) -> DecodeGraphs:
-        """Graphs of `forward` for decode steps."""
+    def step_graphs(self, capture: Capture) -> StepGraphs:
+        """Graphs of `forward`."""
 
         def lay_out_nothing(shape: StepShape) -> None:
-            self._lay_out([], shape, [])
+            self._lay_out([], shape, NO_ROWS)
 
-        return DecodeGraphs(
-            self.forward, lay_out_nothing, self._max_running, self._table_width, self._lora_width, capture
-        )
+        shapes = graph_shapes(self._max_running, self._max_tokens, self._table_width, self._lora_width)
+        return StepGraphs(self.forward, lay_out_nothing, shapes, capture)
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
-        slots, width, of_head = self._adapter_slots(ordered)
-        decodes, tokens = sum(chunk.length == 1 for chunk in ordered), sum(chunk.length for chunk in ordered)
-        height = tile_height(decodes, tokens)
-        adapted = sum(slot != BASE for slot in slots)
-        sampled, scored = (sum(chunk.samples for chunk in ordered), sum(len(chunk.scored) for chunk in ordered))
-        tiles = most_tiles(tokens, adapted, height) if adapted else 0
-        # Sampled rows and scored ones lie apart: an adapter may have a run of each
-        logit_tiles = most_tiles(sampled + scored, 2 * adapted, height) if of_head else 0
-        shape = step_shape(ordered, self.block_size, tiles, logit_tiles, height)
-        if self.graphs is not None:
-            shape = self.graphs.padded(shape, width)
+        names = [_adapter_of(chunk) for chunk in ordered]
+        adapters = {name: self._row_of(name) for name in dict.fromkeys(names) if name is not None}
+        slots = slots_of_rows(ordered, [BASE if name is None else adapters[name].slot for name in names])
+        shape = self._shape(ordered, adapters, slots)
         self._lay_out(ordered, shape, slots)
         sampling = [chunk.request for chunk in ordered if chunk.samples]
-        self.prepared = PreparedStep(shape, width, sampling, ordered, scored)
+        self.prepared = PreparedStep(shape, sampling, ordered, sum(len(chunk.scored) for chunk in ordered))
         return ordered
 
-    def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: Sequence[int]) -> None:
-        write_step(chunks, shape, self.block_size, slots, self._buffer.on_host(shape), self._carried)
-        self._buffer.upload(shape)
+    def _row_of(self, adapter: str) -> AdapterRow:
+        layout, first = self._adapters.placement(adapter)
+        assert isinstance(layout, AdapterLayout)
+        return self._table.row_of(adapter, layout, first)
 
-    def _adapter_slots(self, chunks: Sequence[Chunk]) -> tuple[list[int], int, bool]:
-        """Each chunk's adapter slot, BASE for none; the most ranks at a site; whether any adapter adapts the head."""
-        slots, width, of_head = [], 0, False
-        for request, start, length, _ in chunks:
-            if request.adapter is None or start + length <= request.invocation_start:
-                slots.append(BASE)
-                continue
-            layout, first = self._adapters.placement(request.adapter)
-            assert isinstance(layout, AdapterLayout)
-            slots.append(self._table.slot_of(request.adapter, layout, first))
-            width = max(width, widest(layout))
-            of_head = of_head or layout.sites[self.model.lm_head_site] is not None
-        return slots, width, of_head
+    def _shape(self, chunks: Sequence[Chunk], adapters: Mapping[str, AdapterRow], slots: IntArray) -> StepShape:
+        """The shape of a step, or that of the graph that it is padded to."""
+        decodes = count_decodes(chunks)
+        height = tile_height(decodes, len(slots))
+        # A graph pads decodes, and so no tile has rows of both kinds
+        tiles = count_tiles(slots[:decodes], height) + count_tiles(slots[decodes:], height)
+        shape = step_shape(chunks, self.block_size, tiles, height)
+        if adapters:
+            shape = self._with_adapters(shape, adapters)
+        return shape if self.graphs is None else self.graphs.padded(shape)
+
+    def _with_adapters(self, shape: StepShape, adapters: Mapping[str, AdapterRow]) -> StepShape:
+        of_head, embedding = (
+            any(site in adapter.sites for adapter in adapters.values())
+            for site in (self.model.lm_head_site, self.model.embed_site)
+        )
+        # Sampled rows and scored ones lie apart, and a request may have a run of each
+        runs = 2 * (shape.decodes + shape.prefills)
+        return shape._replace(
+            logit_tiles=most_tiles(shape.logits, runs, shape.height) if of_head else 0,
+            ranks=max(adapter.ranks for adapter in adapters.values()),
+            embedding=embedding,
+        )
+
+    def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: IntArray) -> None:
+        tables, out = self._block_tables.of(chunks), self._buffer.on_host(shape)
+        write_step(chunks, shape, self.block_size, tables, slots, out, self._carried)
+        self._buffer.upload(shape, longest_table(chunks, self.block_size))
 
     @torch.inference_mode()
     def launch(self) -> tuple[Results, bool]:
-        _, _, sampling, chunks, scored = self.prepared
+        _, sampling, chunks, scored = self.prepared
         logits = self.forward_pass()()
         with self._told(sampling):
             samples = DeviceSamples(logits[: len(sampling)], sampling, self.gpu)
@@ -192,15 +214,21 @@ class TritonRunner(Runner):
 
         Another run writes K/V to the same slots.
         """
-        shape, width, *_ = self.prepared
-        graph = None if self.graphs is None else self.graphs.of(shape, width)
-        return graph or partial(self.forward, shape, width)
+        shape = self.prepared.shape
+        graph = None if self.graphs is None else self.graphs.of(shape)
+        return graph or partial(self.forward, shape)
 
     @torch.inference_mode()
-    def forward(self, shape: StepShape, width: int) -> Tensor:
-        """The logits of the step in the buffer, of this shape, under adapters of at most `width` ranks at a site."""
+    def forward(self, shape: StepShape) -> Tensor:
+        """The logits of the step in the buffer, of this shape."""
         step = self._buffer.on_device(shape)
         carried = self._tokens[(-1 - step.token_ids).clamp(min=0)]  # see StepInputs.token_ids
         step = step._replace(token_ids=torch.where(step.token_ids < 0, carried, step.token_ids))
-        lora = StepLora(self.model, self._memory, step, width, self.gpu) if shape.tiles else None
+        lora = StepLora(self.model, self._memory, step, shape, self.gpu) if shape.tiles else None
         return self.decoder.forward(step, self.kv.layers, lora)
+
+
+def _adapter_of(chunk: Chunk) -> str | None:
+    """The adapter that a chunk has rows under, by digest."""
+    request, start, length, _ = chunk
+    return request.adapter if start + length > request.invocation_start else None

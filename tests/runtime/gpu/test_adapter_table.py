@@ -8,7 +8,7 @@ from kernels.lora_tiles import Tiles
 from kernels.reference import grouped_lora as reference
 from runtime.adapter_format.canonical import read_canonical
 from runtime.adapters.layout import layout_adapter
-from runtime.gpu.adapter_table import AdapterTable, widest
+from runtime.gpu.adapter_table import AdapterTable
 from tests.runtime.adapter_format.adapter_files import MODEL, SHAPES, Q, V, adapter, canonical_bytes, lora
 
 MLP = "model.layers.1.mlp."
@@ -35,6 +35,10 @@ def table(slots=2, width=WIDTH):
     return AdapterTable(MODEL.sites(), slots, width, torch.device("cpu"))
 
 
+def slot_of(made, digest, layout, first):
+    return made.row_of(digest, layout, first).slot
+
+
 LAYOUTS = {
     "attention": some(Q, V),
     "everything": some(*EVERYTHING, rank=5),
@@ -50,7 +54,7 @@ def test_the_kernels_find_the_weights_of_every_site_through_a_slot(layout, first
     arena = torch.randn(first + layout.elements + 64, generator=generator)
     made = table()
     run = Run(0, 3, layout.views(arena[first:]))
-    tiles = Tiles(torch.tensor([[0, 3, made.slot_of("digest", layout, first), 0]], dtype=torch.int32), 16)
+    tiles = Tiles(torch.tensor([[0, 3, slot_of(made, "digest", layout, first), 0]], dtype=torch.int32), 16)
     adapted = 0
     for number, site in enumerate(MODEL.sites()):
         widths = [part.out_features for part in site.parts]
@@ -73,14 +77,14 @@ def test_the_kernels_find_the_weights_of_every_site_through_a_slot(layout, first
 def test_an_adapter_keeps_its_slot_and_the_one_not_used_for_longest_is_written_anew():
     made = table(slots=2)
     layout = LAYOUTS["attention"]
-    a, b = made.slot_of("a", layout, 0), made.slot_of("b", layout, 64)
+    a, b = slot_of(made, "a", layout, 0), slot_of(made, "b", layout, 64)
     assert {a, b} == {0, 1}
-    assert made.slot_of("a", layout, 0) == a
+    assert slot_of(made, "a", layout, 0) == a
     kept = made.rows[a].clone()
-    assert made.slot_of("c", layout, 128) == b
+    assert slot_of(made, "c", layout, 128) == b
     assert torch.equal(made.rows[a], kept)
-    assert made.slot_of("b", layout, 64) == a, "c was used since"
-    assert made.slot_of("c", layout, 128) == b
+    assert slot_of(made, "b", layout, 64) == a, "c was used since"
+    assert slot_of(made, "c", layout, 128) == b
 
 
 def test_more_adapters_than_slots_take_turns_each_with_a_row_of_its_own():
@@ -90,41 +94,44 @@ def test_more_adapters_than_slots_take_turns_each_with_a_row_of_its_own():
         used = {}
         for index in range(turn, turn + 3):
             name, first = names[index % 3], 64 * (index % 5)
-            used[made.slot_of(name, LAYOUTS[name], first)] = name, first
+            used[slot_of(made, name, LAYOUTS[name], first)] = name, first
         assert len(used) == 3, "no step's adapters share a slot"
         for slot, (name, first) in used.items():
             fresh = table()
-            assert torch.equal(made.rows[slot], fresh.rows[fresh.slot_of(name, LAYOUTS[name], first)])
+            assert torch.equal(made.rows[slot], fresh.rows[slot_of(fresh, name, LAYOUTS[name], first)])
 
 
 def test_at_another_place_an_adapter_gets_another_row():
     made = table()
     layout = LAYOUTS["everything"]
-    here, there = made.slot_of("a", layout, 0), made.slot_of("a", layout, 64)
+    here, there = slot_of(made, "a", layout, 0), slot_of(made, "a", layout, 64)
     assert here != there
     moved = made.rows[there] - made.rows[here]
     assert set(moved.unique().tolist()) == {0, 64}
-    assert made.slot_of("a", layout, 0) == here
+    assert slot_of(made, "a", layout, 0) == here
 
 
 def refused(made):
     with pytest.raises(AssertionError, match="not aligned"):
-        made.slot_of("crooked", LAYOUTS["attention"], 8)
+        slot_of(made, "crooked", LAYOUTS["attention"], 8)
     with pytest.raises(AssertionError, match="a site has 24 ranks, and there is room for 12"):
-        made.slot_of("wide", some(Q, f"{Q[:-6]}k_proj", f"{Q[:-6]}v_proj", rank=8), 0)
+        slot_of(made, "wide", some(Q, f"{Q[:-6]}k_proj", f"{Q[:-6]}v_proj", rank=8), 0)
 
 
 def test_what_is_not_aligned_or_too_wide_is_refused_and_takes_no_slot():
     made = table(slots=3, width=12)
     layout = LAYOUTS["attention"]
     refused(made)
-    slots = [made.slot_of(name, layout, 0) for name in "abc"]
+    slots = [slot_of(made, name, layout, 0) for name in "abc"]
     refused(made)
-    assert [made.slot_of(name, layout, 0) for name in "abc"] == slots
-    assert len({made.slot_of(name, layout, 0) for name in "def"}) == 3
+    assert [slot_of(made, name, layout, 0) for name in "abc"] == slots
+    assert len({slot_of(made, name, layout, 0) for name in "def"}) == 3
 
 
-def test_the_widest_site_counts():
-    assert widest(LAYOUTS["attention"]) == 4
-    assert widest(LAYOUTS["everything"]) == 15
-    assert widest(layout_of(adapter(rank=3)[1])) == 3
+def test_a_row_says_which_sites_are_adapted_and_the_ranks_of_the_widest():
+    rows = {name: table().row_of(name, layout, 0) for name, layout in LAYOUTS.items()}
+    assert rows["attention"].ranks == 4
+    assert rows["everything"].ranks == 15
+    assert rows["everything"].sites == set(range(len(MODEL.sites())))
+    assert MODEL.embed_site not in rows["attention"].sites
+    assert table().row_of("r3", layout_of(adapter(rank=3)[1]), 0).ranks == 3

@@ -53,7 +53,7 @@ def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
         engine = start(kernels="triton", device="cpu", **OPTIONS)
         engine.runner.warm_up()
         if graphs:
-            engine.runner.graphs = engine.runner.decode_graphs(EagerCaptures())
+            engine.runner.graphs = engine.runner.step_graphs(EagerCaptures())
         at_start = [kernel.name for kernel in gpu.compiled]
         for name in MODULES:
             engine.adapters.load(engine.digests[name], "device")

@@ -1,4 +1,4 @@
-"""Graphs of decode steps, with captures that call the function again: the padding and the choice of a graph."""
+"""Graphs of steps, with captures that call the function again: the padding and the choice of a graph."""
 
 from itertools import pairwise
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from runtime.gpu import cuda_graphs
-from runtime.gpu.cuda_graphs import MOST_RANKS, DecodeGraphs, sizes
+from runtime.gpu.cuda_graphs import FEW_DECODES, RANKS, StepGraphs, graph_shapes, sizes
 from runtime.gpu.step_inputs import StepShape
-from runtime.gpu.step_lora import DECODE_HEIGHT
+from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 from runtime.messages import Generate, SamplingParams
 from tests.runtime.adapters.peft_engine import INVOCATIONS, PeftOracle, engines
+from tests.runtime.gpu import eager_captures
 from tests.runtime.gpu.eager_captures import EagerCaptures
 from tests.runtime.tiny_engine import adapter_tensors, prompt
 
-MOST = 5
+MOST, TOKENS, LORA_RANKS = 100, 2048, 768
 TABLE_WIDTH = 8
 LIMIT = 48  # tokens, three blocks
-OPTIONS = {"max_running": MOST, "max_batch_tokens": 64, "max_model_len": LIMIT, "max_lora_rank": 16}
-RANKS = 12  # at a site, of the widest adapter with a graph here: r4 on q, k and v
+OPTIONS = {"max_running": 5, "max_batch_tokens": 64, "max_model_len": LIMIT, "max_lora_rank": 16}
 WIDE = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
 
 
@@ -39,29 +39,32 @@ def graphed(start):
     engine = start(kernels="triton", **OPTIONS)
     captures = EagerCaptures()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_graphs, "MOST_RANKS", RANKS)
-        engine.runner.graphs = engine.runner.decode_graphs(captures)
+        patch.setattr(cuda_graphs, "RANKS", (12, 24))  # r4 on q, k and v, and r8
+        patch.setattr(cuda_graphs, "PROMPT_TOKENS", (16, 32))
+        patch.setattr(eager_captures, "WARM_UP_RUNS", 1)
+        engine.runner.graphs = engine.runner.step_graphs(captures)
     return engine, captures
 
 
-def graphs(most=MOST, lora_width=768, forward=None):
-    called = []
-    made = DecodeGraphs(
-        forward or (lambda shape, width: called.append((shape, width))),
-        lambda shape: None,
-        most,
-        TABLE_WIDTH,
-        lora_width,
-        lambda call: call,
-    )
-    return made, called
+@pytest.fixture(scope="module")
+def graphs():
+    shapes = graph_shapes(MOST, TOKENS, TABLE_WIDTH, LORA_RANKS)
+    return StepGraphs(lambda shape: None, lambda shape: None, shapes, lambda call: call)
 
 
-def shape(decodes, prefills=0, tiles=0, width=3, logits=None, logit_tiles=0):
-    tokens = decodes + 5 * prefills
-    return StepShape(
-        tokens, decodes, prefills, width, decodes if logits is None else logits, tiles, logit_tiles, DECODE_HEIGHT
-    )
+def shape(decodes, prompts=(), tiles=0, ranks=None, **rest):
+    """A step of decodes, and prompts of so many tokens."""
+    height = PREFILL_HEIGHT if prompts else DECODE_HEIGHT
+    ranks = 48 * (tiles > 0) if ranks is None else ranks
+    requests = decodes + len(prompts)
+    made = StepShape(decodes + sum(prompts), decodes, len(prompts), 3, requests, tiles, 0, height, ranks)
+    return made._replace(**rest)
+
+
+def holds(graph, step):
+    """Whether a graph has room for each part of a step."""
+    parts = ("decodes", "prompt_tokens", "prefills", "logits", "tiles", "ranks", "embedding", "width")
+    return all(getattr(graph, part) >= getattr(step, part) for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -90,56 +93,82 @@ def test_no_size_from_16_on_is_padded_by_more_than_half():
         assert all(larger <= 1.5 * smaller for smaller, larger in pairwise(each) if smaller >= 16)
 
 
+@pytest.mark.parametrize("prompts", [(), (2,), (64,), (2, 30), (300,), (2,) * 32, (500, 12)], ids=str)
 @pytest.mark.parametrize("tiles", [0, 1])
-def test_a_step_is_padded_to_the_smallest_graph_that_holds_it(tiles):
-    made, _ = graphs()
-    for decodes in range(1, MOST + 1):
-        padded = made.padded(shape(decodes, tiles=tiles), width=12)
-        size = next(size for size in sizes(MOST) if size >= decodes)
-        rows = size if tiles else 0
-        assert padded == StepShape(size, size, 0, TABLE_WIDTH, size, rows, 0, DECODE_HEIGHT)
-        assert made.of(padded, 12) is not None
+def test_every_step_up_to_the_sizes_of_graphs_has_one_that_holds_it(graphs, prompts, tiles):
+    for decodes in range(not prompts, MOST + 1 - len(prompts)):
+        step = shape(decodes, prompts, tiles)
+        padded = graphs.padded(step)
+        assert graphs.of(padded) is not None
+        assert holds(padded, step)
+        assert (padded.tiles > 0, padded.prefills > 0) == (tiles > 0, bool(prompts))
+        assert (padded.width, padded.height) == (TABLE_WIDTH, step.height)
+        if not prompts:
+            assert padded.decodes == next(size for size in sizes(MOST) if size >= decodes)
+        else:
+            assert padded.prompt_tokens == next(size for size in (64, 128, 256, 512) if size >= sum(prompts))
+            assert padded.decodes == next(size for size in (0, FEW_DECODES, MOST) if size >= decodes)
 
 
 @pytest.mark.parametrize(
-    ("step", "width"),
+    "step",
     [
-        (shape(2, prefills=1), 0),
-        (shape(0, prefills=1), 0),
-        (shape(MOST + 1), 0),
-        (shape(2, tiles=2), MOST_RANKS + 1),
-        (shape(2, prefills=1, tiles=2), 12),
-        (shape(2, tiles=2, logit_tiles=2), 12),
+        shape(MOST + 1),
+        shape(2, (513,)),
+        shape(0, (2,) * (MOST + 1)),
+        shape(2, tiles=2, logit_tiles=2),
+        shape(2, logits=MOST + 1),
     ],
-    ids=["prefill beside decodes", "prefill", "too many", "too wide", "prefill with adapters", "adapters of the head"],
+    ids=["too many", "a long prompt", "too many prompts", "adapters of the head", "rows that score a prompt"],
 )
-def test_what_fits_no_graph_keeps_its_shape_and_has_none(step, width):
-    made, _ = graphs()
-    assert made.padded(step, width) == step
-    assert made.of(step, width) is None
+def test_what_fits_no_graph_keeps_its_shape_and_has_none(graphs, step):
+    assert graphs.padded(step) == step
+    assert graphs.of(step) is None
 
 
-def test_an_adapter_too_wide_has_no_graph_even_where_its_step_has_the_shape_of_one():
-    made, _ = graphs()
-    step = shape(2, tiles=2, width=TABLE_WIDTH)
-    assert made.of(step, MOST_RANKS) is not None
-    assert made.padded(step, MOST_RANKS + 1) == step
-    assert made.of(step, MOST_RANKS + 1) is None
+def test_programs_that_have_nothing_to_do_are_few_whatever_the_adapters(graphs):
+    """Tiles times ranks, beside those of the step."""
+    cold = [(1, 1, 48), (100, 20, 48), (100, 100, 48), (64, 64, 48), (32, 2, 192), (2, 2, 768)]
+    cold += [(8, 1, 48), (8, 8, 48), (32, 2, 48), (100, 7, 48), (100, 8, 48), (100, 14, 48)]
+    for decodes, tiles, ranks in cold:
+        step = shape(decodes, tiles=tiles, ranks=ranks)
+        padded = graphs.padded(step)
+        assert padded.tiles * padded.ranks <= 4 * tiles * ranks, step
+    for prompts in [(64,), (500,), (100, 100)]:
+        step = shape(8, prompts, tiles=sum(prompts) // 64 + 3)
+        assert graphs.padded(step).tiles <= step.tiles + 10
 
 
-@pytest.mark.parametrize(("lora_width", "width"), [(48, 48), (768, MOST_RANKS)])
-def test_graphs_have_programs_for_as_many_ranks_as_an_adapter_may_have_up_to_a_bound(lora_width, width):
-    made, called = graphs(lora_width=lora_width)
-    for decodes in (1, 3, MOST):
-        for tiles in (0, 1):
-            padded = made.padded(shape(decodes, tiles=tiles), width)
-            made.of(padded, width)()
-            assert called[-1] == (padded, width), "each graph is of its own shape"
+@pytest.mark.parametrize("lora_ranks", [3, 48, 150, 192, 768])
+def test_adapters_of_every_rank_have_graphs(lora_ranks):
+    made = StepGraphs(
+        lambda shape: None, lambda shape: None, graph_shapes(8, 256, TABLE_WIDTH, lora_ranks), lambda call: call
+    )
+    for ranks in {1, min(49, lora_ranks), lora_ranks}:
+        for step in (shape(8, tiles=8, ranks=ranks), shape(1, (9,), tiles=2, ranks=ranks)):
+            least = min(width for width in (*RANKS, lora_ranks) if width >= ranks)
+            assert made.padded(step).ranks == min(least, lora_ranks)
+            assert not made.padded(step).embedding
+            embedded = made.padded(step._replace(embedding=True))
+            assert embedded.embedding
+            assert made.of(embedded) is not None
+
+
+def test_shapes_are_few():
+    assert len(list(graph_shapes(64, 2048, TABLE_WIDTH, 768))) < 150
+    each = list(graph_shapes(MOST, TOKENS, TABLE_WIDTH, LORA_RANKS))
+    assert len(each) == len(set(each))
+
+
+@pytest.mark.parametrize("most_tokens", [5, 64, 65, 300])
+def test_graphs_of_prompts_reach_as_far_as_a_step_does(most_tokens):
+    tokens = {each.prompt_tokens for each in graph_shapes(5, most_tokens, TABLE_WIDTH, 48)}
+    assert max(tokens) == most_tokens
 
 
 def test_captures_write_no_kv(graphed):
     engine, captures = graphed
-    assert captures.captured == 2 * len(list(sizes(MOST)))
+    assert captures.captured > 2 * len(list(sizes(5)))
     assert all(not layer[:16].any() for layer in engine.runner.kv.layers)
 
 
@@ -153,18 +182,52 @@ def run(engine, names, seed):
     return [each.token_ids for each in engine.generate(prompts, params, digests, invocation_starts)]
 
 
-@pytest.mark.parametrize("count", range(1, MOST + 1))
-@pytest.mark.parametrize("names", [[None] * MOST, ["linears", None, "plain", "linears", "head"]], ids=["base", "mixed"])
+@pytest.mark.parametrize("count", range(1, 6))
+@pytest.mark.parametrize("names", [[None] * 5, ["linears", None, "plain", "linears", "head"]], ids=["base", "mixed"])
 def test_padded_batches_give_the_tokens_of_those_that_are_not(reference, graphed, names, count):
     engine, captures = graphed
     before = captures.replays.total()
     assert run(engine, names[:count], seed=count) == run(reference, names[:count], seed=count)
     replayed = captures.replays.total() - before
-    assert replayed >= 2 or "head" in names[:count], "its decode steps, but for those with an adapter of the head"
+    assert replayed >= 3 or "head" in names[:count], "all its steps, but for those with an adapter of the head"
 
 
-def test_adapters_wider_than_the_graphs_run_without_one_to_the_end_of_the_table(reference, graphed):
-    """A step of as many requests as a graph has, the longest as long as tables go, has that graph's shape."""
+@pytest.mark.parametrize("names", [[None] * 3, ["linears", "plain", None]], ids=["base", "mixed"])
+def test_prompts_beside_decodes_replay_graphs_and_give_the_same_tokens(reference, graphed, names):
+    """Requests come one after the other, with prompts of several sizes."""
+    engine, captures = graphed
+    before, outputs = captures.replays.total(), []
+    kinds = set()
+    for each in (engine, reference):
+        each.drop_namespace(None)
+        found = {}
+        for index, name in enumerate(names):
+            params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+            tokens, digest = prompt(5 + 9 * index, 200 + index), each.digests[name]
+            each.add_request(Generate(request_id=f"{index}", token_ids=tokens, params=params, adapter=digest))
+            for _ in range(2):
+                take(each.step(), found)
+                if each is engine:
+                    kinds.add((engine.runner.prepared.shape.decodes > 0, engine.runner.prepared.shape.prefills > 0))
+        while each.busy:
+            take(each.step(), found)
+        outputs.append(found)
+    assert outputs[0] == outputs[1]
+    assert (True, True) in kinds
+    assert captures.replays.total() - before >= engine_steps(outputs[0])
+
+
+def take(events, found):
+    for event in events:
+        found.setdefault(event.request_id, []).extend(event.token_ids)
+
+
+def engine_steps(found):
+    """The fewest steps that tell so many tokens."""
+    return max(map(len, found.values()))
+
+
+def test_an_adapter_wider_than_most_replays_a_graph_too(reference, graphed):
     engine, captures = graphed
     tensors = {
         name: torch.cat([tensor, tensor.flip(0, 1)], 0 if "lora_A" in name else 1)
@@ -176,7 +239,7 @@ def test_adapters_wider_than_the_graphs_run_without_one_to_the_end_of_the_table(
     before = captures.replays.total()
     got, expected = (each.generate([prompt(LIMIT - 5)], params, digest)[0] for each in (engine, reference))
     assert got.token_ids == expected.token_ids
-    assert captures.replays.total() == before
+    assert captures.replays.total() >= before + 3
 
 
 def test_padding_writes_no_kv(graphed):

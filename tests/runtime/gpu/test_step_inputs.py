@@ -2,19 +2,31 @@
 
 import random
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from kernels.lora_tiles import BASE, FIRST_ROW, ROWS, SLOT, TILE_FIELDS, most_tiles
-from runtime.gpu.step_inputs import ALIGNMENT, NO_SLOT, StepBuffer, StepShape, step_shape, write_step
+from runtime.gpu.block_tables import BlockTables
+from runtime.gpu.step_inputs import (
+    ALIGNMENT,
+    NO_SLOT,
+    StepBuffer,
+    StepShape,
+    longest_table,
+    slots_of_rows,
+    step_shape,
+    write_step,
+)
 from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT, tile_height
 from runtime.scheduler import Chunk
 from tests.runtime.scheduler_fakes import request
 
 B = 4
 CPU = torch.device("cpu")
+PADDING = (0, 0, NO_SLOT, BASE)  # a row
 JUNK = 987654  # fills the memory before a step is written
 
 
@@ -41,7 +53,12 @@ def random_step(seed, *, decodes_only=False):
     height, adapted = tile_height(decodes, tokens), sum(slot != BASE for slot in slots_of)
     tiles = most_tiles(tokens, adapted, height)
     logit_tiles = most_tiles(sum(chunk.samples for chunk in chunks), adapted, height)
-    return Step(chunks, slots_of, step_shape(chunks, B, tiles, logit_tiles, height))
+    return Step(chunks, slots_of, step_shape(chunks, B, tiles, height)._replace(logit_tiles=logit_tiles))
+
+
+def write(step, out, carried=MappingProxyType({})):
+    tables = BlockTables(1000, B).of(step.chunks)
+    write_step(step.chunks, step.shape, B, tables, slots_of_rows(step.chunks, step.slots_of), out, carried)
 
 
 def written(step, buffer=None):
@@ -50,8 +67,8 @@ def written(step, buffer=None):
         buffer = StepBuffer(step.shape.total, CPU)
         for part in buffer.on_host(step.shape)[:7]:
             part.fill_(JUNK)
-    write_step(step.chunks, step.shape, B, step.slots_of, buffer.on_host(step.shape))
-    buffer.upload(step.shape)
+    write(step, buffer.on_host(step.shape))
+    buffer.upload(step.shape, longest_table(step.chunks, B))
     return buffer.on_device(step.shape)
 
 
@@ -68,33 +85,35 @@ def slots_by_row(tiles, rows):
 
 def assert_is(step, inputs):
     """Compares `inputs` with the chunks, token by token; padding must have no effect."""
-    shape, row, sampled, prefill_rows = step.shape, 0, [], [0]
-    adapters, expected = [], []
+    shape, rows, sampled, prefill_rows = step.shape, [], [], [0]
     for index, (chunk, slot) in enumerate(zip(step.chunks, step.slots_of, strict=True)):
         made, start, length, samples = chunk
+        if length > 1 and len(rows) < shape.decodes:
+            rows += [PADDING] * (shape.decodes - len(rows))
+        sequence = index if length == 1 else shape.decodes + len(prefill_rows) - 1
         blocks = made.blocks[: -(-(start + length) // B)]
-        assert inputs.block_tables[index, : len(blocks)].tolist() == blocks
-        assert inputs.context_lens[index] == start + length
+        assert inputs.block_tables[sequence, : len(blocks)].tolist() == blocks
+        assert inputs.context_lens[sequence] == start + length
         for place in range(start, start + length):
-            expected.append((made.token_ids[place], place, made.blocks[place // B] * B + place % B))
-            adapters.append(slot if place >= made.invocation_start else BASE)
-        row += length
+            adapter = slot if place >= made.invocation_start else BASE
+            rows.append((made.token_ids[place], place, made.blocks[place // B] * B + place % B, adapter))
         if length > 1:
             prefill_rows.append(prefill_rows[-1] + length)
         if samples:
-            sampled.append(row - 1)
-    spare = shape.tokens - row
-    expected += [(0, 0, NO_SLOT)] * spare
+            sampled.append(len(rows) - 1)
+    rows += [PADDING] * (shape.tokens - len(rows))
     got = zip(inputs.token_ids.tolist(), inputs.positions.tolist(), inputs.slot_mapping.tolist(), strict=True)
-    assert list(got) == expected
-    assert not inputs.context_lens[len(step.chunks) :].any()
-    assert inputs.query_starts.tolist() == prefill_rows
+    assert list(got) == [row[:3] for row in rows]
+    assert inputs.context_lens.count_nonzero() == len(step.chunks)
+    assert inputs.query_starts.tolist() == prefill_rows + prefill_rows[-1:] * (shape.prefills + 1 - len(prefill_rows))
     assert inputs.logit_rows.tolist() == sampled + [0] * (shape.logits - len(sampled))
     assert inputs.decodes == shape.decodes
+    adapters = [row[3] for row in rows]
     if shape.tiles:
-        assert slots_by_row(inputs.tiles, shape.tokens) == adapters + [BASE] * spare
+        assert slots_by_row(inputs.tiles, shape.tokens) == adapters
         sampled_slots = [adapters[row] for row in sampled]
-        assert slots_by_row(inputs.logit_tiles, shape.logits) == sampled_slots + [BASE] * (shape.logits - len(sampled))
+        expected = sampled_slots + [BASE] * (shape.logits - len(sampled))
+        assert not shape.logit_tiles or slots_by_row(inputs.logit_tiles, shape.logits) == expected
 
 
 @contextmanager
@@ -124,6 +143,19 @@ def test_padding_rows_and_padding_requests_do_nothing():
             assert_is(padded, written(padded))
 
 
+def test_a_step_with_prompts_may_be_padded_between_its_decodes_and_its_prompts_and_at_the_end():
+    for seed in range(60):
+        step, draw = random_step(seed), random.Random(seed)
+        shape = step.shape
+        decodes, prefills = shape.decodes + draw.randint(0, 5), shape.prefills + draw.randint(0, 5)
+        tokens = decodes + shape.prompt_tokens + draw.randint(0, 20)
+        tiles = shape.tiles + draw.randint(1, 3)  # a run may be cut in two by the padding
+        logits = shape.logits + draw.randint(0, 3)
+        padded = step._replace(shape=StepShape(tokens, decodes, prefills, 30, logits, tiles, 0, shape.height))
+        with named(seed):
+            assert_is(padded, written(padded))
+
+
 def test_a_step_of_nothing_is_all_padding():
     step = Step([], [], StepShape(4, 4, 0, 3, 4, 4, 4, DECODE_HEIGHT))
     assert_is(step, written(step))
@@ -134,9 +166,9 @@ def test_a_token_that_the_step_before_samples_is_named_by_its_place_there():
     for made in (known, first, second):
         made.blocks = [1, 2, 3]
     chunks = [Chunk(known, 4, 1, True), Chunk(first, 6, 1, True), Chunk(second, 7, 1, True)]
-    shape = step_shape(chunks, B, 0, 0, DECODE_HEIGHT)
+    shape = step_shape(chunks, B, 0, DECODE_HEIGHT)
     buffer = StepBuffer(shape.total, CPU)
-    write_step(chunks, shape, B, [BASE] * 3, buffer.on_host(shape), {known: 1, first: 2, second: 0})
+    write(Step(chunks, [BASE] * 3, shape), buffer.on_host(shape), {known: 1, first: 2, second: 0})
     inputs = buffer.on_device(shape)
     assert inputs.token_ids.tolist() == [known.token_ids[4], -1 - 2, -1 - 0]
     assert inputs.context_lens.tolist() == [5, 7, 8]
@@ -149,12 +181,18 @@ def test_one_buffer_serves_steps_of_all_shapes_one_after_the_other():
         assert_is(step, written(step, buffer))
 
 
+def in_order(inputs):
+    """The parts as they lie in the buffer."""
+    first = [part for part in inputs[:7] if part is not inputs.block_tables]
+    return [*first, inputs.tiles.fields, inputs.logit_tiles.fields, inputs.block_tables.t()]
+
+
 def test_parts_are_as_large_as_the_shape_says_aligned_apart_and_always_at_the_same_addresses():
     for seed in range(20):
         shape = random_step(seed).shape
         buffer = StepBuffer(shape.total, CPU)
         inputs, again = buffer.on_device(shape), buffer.on_device(shape)
-        parts = [*inputs[:7], inputs.tiles.fields, inputs.logit_tiles.fields]
+        parts = in_order(inputs)
         end = 0
         requests = shape.decodes + shape.prefills
         with named(seed):
@@ -165,13 +203,19 @@ def test_parts_are_as_large_as_the_shape_says_aligned_apart_and_always_at_the_sa
             assert inputs.logit_rows.shape == (shape.logits,)
             assert inputs.tiles.fields.shape == (shape.tiles, TILE_FIELDS)
             assert inputs.logit_tiles.fields.shape == (shape.logit_tiles, TILE_FIELDS)
-            for part, same in zip(parts, [*again[:7], again.tiles.fields, again.logit_tiles.fields], strict=True):
+            for part, same in zip(parts, in_order(again), strict=True):
                 assert (part.dtype, part.is_contiguous()) == (torch.int32, True)
                 assert part.storage_offset() % ALIGNMENT == 0
                 assert part.storage_offset() >= end
                 assert part.data_ptr() == same.data_ptr()
                 end = part.storage_offset() + part.numel()
             assert end <= shape.total
+
+
+def test_an_upload_ends_with_the_longest_table():
+    shape = StepShape(20, 4, 2, 1000, 6, 0, 0, DECODE_HEIGHT)
+    assert shape.used(1000) == shape.total
+    assert shape.used(3) == shape.total - 6000 + 32
 
 
 @pytest.mark.parametrize("requests", [1, 2, 5, 33])
