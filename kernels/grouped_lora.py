@@ -158,6 +158,8 @@ def expand(
     tiles: Tiles,
     widths: Sequence[int],
     config: ExpandConfig,
+    hots: Tensor | None = None,
+    hot_ranks: int = 0,
 ) -> None:
     """y[rows, columns] += Σₛ t[rows, s, ranks] B + bias, in place, for every tile and every part that is adapted.
 
@@ -165,6 +167,9 @@ def expand(
     for part i. Accumulated in float32 and rounded to y's dtype once. For bfloat16 weights, each t is split into three
     bfloat16 terms that together hold its 24 bits, so that tensor cores lose none (an infinite t gives NaN). Rows of no
     tile, and columns of parts that are not adapted, keep their bits.
+
+    With `hots`, int32 by slot, t has the products with the A of several adapters side by side, (T, 1, columns) of y's
+    dtype: those of the adapter in slot s begin at column hots[s] · hot_ranks.
     """
     assert y.stride(1) == t.stride(2) == 1
     assert table.is_contiguous()
@@ -176,6 +181,7 @@ def expand(
         arena,
         table,
         tiles.fields,
+        tiles.fields if hots is None else hots,
         t.stride(0),
         t.stride(1),
         y.stride(0),
@@ -185,7 +191,8 @@ def expand(
         WIDTH_1=second,
         WIDTH_2=third,
         SPLITS=t.shape[1],
-        TERMS=3 if arena.dtype == torch.bfloat16 else 1,
+        HOT_RANKS=hot_ranks,
+        TERMS=3 if arena.dtype == torch.bfloat16 and t.dtype != torch.bfloat16 else 1,
         DOT=_dot_dtype(arena),
         BLOCK_M=tiles.height,
         BLOCK_N=config.block_n,
@@ -309,6 +316,7 @@ def _expand_kernel(
     arena: tl.tensor,
     table: tl.tensor,
     tiles: tl.tensor,
+    hots: tl.tensor,
     t_row: tl.tensor,
     t_split: tl.tensor,
     y_row: tl.tensor,
@@ -318,6 +326,7 @@ def _expand_kernel(
     WIDTH_1: tl.constexpr,
     WIDTH_2: tl.constexpr,
     SPLITS: tl.constexpr,
+    HOT_RANKS: tl.constexpr,
     TERMS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -342,6 +351,8 @@ def _expand_kernel(
     r = tl.arange(0, BLOCK_R)
     in_tile, in_part = row[:, None] < count, columns[None, :] < width
     t_tile = t + first_row * t_row + first_rank + (row[:, None] * t_row + r[None, :])
+    if HOT_RANKS:
+        t_tile += tl.load(hots + slot) * HOT_RANKS
     b_tile = arena + tl.multiple_of(tl.load(entry + _B), _ALIGNMENT) + (r[:, None] * width + columns[None, :])
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -349,7 +360,8 @@ def _expand_kernel(
         in_rank = first + r < rank
         rest = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
         for split in tl.static_range(SPLITS):
-            rest += tl.load(t_tile + first + split * t_split, mask=in_tile & in_rank[None, :], other=0.0)
+            part_of_t = tl.load(t_tile + first + split * t_split, mask=in_tile & in_rank[None, :], other=0.0)
+            rest += part_of_t.to(tl.float32)
         b = tl.load(b_tile + first * width, mask=in_rank[:, None] & in_part, other=0.0).to(DOT)
         for _ in tl.static_range(TERMS):
             term = rest.to(arena.dtype.element_ty)

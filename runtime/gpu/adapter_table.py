@@ -18,6 +18,8 @@ class AdapterRow(NamedTuple):
     slot: int
     ranks: int  # the most at a site, or 1: IA³ has none, and a launch has at least one program
     sites: frozenset[int]  # that it adapts
+    layout: AdapterLayout
+    first: int  # element of the arena at which its extent begins
 
 
 class AdapterTable:
@@ -49,7 +51,7 @@ class AdapterTable:
             slot = len(self._rows) if len(self._rows) < len(self.rows) else self._rows.popitem(last=False)[1].slot
             self.rows[slot].copy_(fields.pin_memory() if self.rows.is_cuda else fields, non_blocking=True)
             adapted = frozenset(site for site, entry in enumerate(entries) if entry is not None)
-            row = self._rows[place] = AdapterRow(slot, _most_ranks(layout), adapted)
+            row = self._rows[place] = AdapterRow(slot, _most_ranks(layout), adapted, layout, first)
         self._rows.move_to_end(place)
         return row
 

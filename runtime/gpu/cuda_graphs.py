@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.lora_tiles import most_tiles
+from runtime.gpu.hot_adapters import HOT_ADAPTERS
 from runtime.gpu.step_inputs import StepShape
 from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 
@@ -59,17 +60,19 @@ class StepGraphs:
         return self._graphs.get(shape)
 
 
-def graph_shapes(most: int, most_tokens: int, table_width: int, lora_ranks: int) -> Iterator[StepShape]:
+def graph_shapes(
+    most: int, most_tokens: int, table_width: int, lora_ranks: int, hot: bool = True
+) -> Iterator[StepShape]:
     """The shapes of graphs for steps of up to `most` requests and `most_tokens` tokens, besides padding.
 
-    `lora_ranks` are the most that an adapter may have at a site. With adapters there are several of each size, as even
-    idle programs cost time. None has programs for the head: it has so many columns that a step with an adapter of the
-    head runs without a graph.
+    `lora_ranks` are the most that an adapter may have at a site; `hot`: adapters of low rank can be. With adapters
+    there are several of each size, as even idle programs cost time. None has programs for the head: it has so many
+    columns that a step with an adapter of the head runs without a graph.
     """
     for size in sizes(most):
         base = StepShape(size, size, 0, table_width, size, 0, 0, DECODE_HEIGHT)
         yield base
-        yield from _adapted(base, _tile_counts(size), lora_ranks)
+        yield from _adapted(base, _tile_counts(size), lora_ranks, hot)
     buckets = [tokens for tokens in PROMPT_TOKENS if tokens < most_tokens] + [min(PROMPT_TOKENS[-1], most_tokens)]
     for tokens in dict.fromkeys(buckets):
         for decodes in sorted({0, min(FEW_DECODES, most), most}):
@@ -78,7 +81,7 @@ def graph_shapes(most: int, most_tokens: int, table_width: int, lora_ranks: int)
             base = StepShape(decodes + tokens, decodes, prefills, table_width, logits, 0, 0, PREFILL_HEIGHT)
             yield base
             counts = {most_tiles(base.tokens, min(runs, most), PREFILL_HEIGHT) for runs in (FEW_RUNS, most)}
-            yield from _adapted(base, sorted(counts), lora_ranks)
+            yield from _adapted(base, sorted(counts), lora_ranks, hot)
 
 
 def sizes(most: int) -> Iterator[int]:
@@ -100,13 +103,21 @@ def _tile_counts(size: int) -> list[int]:
     return sorted({*counts, size})
 
 
-def _adapted(base: StepShape, counts: list[int], lora_ranks: int) -> Iterator[StepShape]:
+def _adapted(base: StepShape, counts: list[int], lora_ranks: int, hot: bool) -> Iterator[StepShape]:
     """The shapes with adapters: for counts of tiles, and for ranks at a site.
 
-    Only the last shape has programs for the embedding, which few adapters adapt.
+    Where adapters can be hot, those of few ranks that are not are many, and those that are need no more tiles than so
+    many do. Only the last shape has programs for the embedding, which few adapters adapt.
     """
-    for ranks in sorted({min(ranks, lora_ranks) for ranks in RANKS}):
-        yield from (base._replace(tiles=tiles, ranks=ranks) for tiles in counts)
+    few, *others = sorted({min(ranks, lora_ranks) for ranks in RANKS})
+    if hot:
+        most = most_tiles(base.tokens, HOT_ADAPTERS, base.height)
+        for tiles in sorted({min(tiles, most) for tiles in counts}):
+            yield base._replace(tiles=tiles, ranks=few, hot=True)
+    for tiles in counts:
+        if not hot or tiles > HOT_ADAPTERS or tiles == counts[-1]:
+            yield base._replace(tiles=tiles, ranks=few)
+    yield from (base._replace(tiles=tiles, ranks=ranks) for ranks in others for tiles in counts)
     if lora_ranks > RANKS[-1]:
         yield base._replace(tiles=counts[-1], ranks=lora_ranks)
     yield base._replace(tiles=counts[-1], ranks=lora_ranks, embedding=True)
@@ -120,8 +131,8 @@ def _rows(shape: StepShape) -> tuple[int, int]:
     return shape.tokens, shape.logits
 
 
-def _cost(shape: StepShape) -> tuple[int, int, bool]:
-    return shape.tokens, shape.tiles * shape.ranks, shape.embedding
+def _cost(shape: StepShape) -> tuple[int, bool, int, bool]:
+    return shape.tokens, not shape.hot, shape.tiles * shape.ranks, shape.embedding
 
 
 def _fits(step: StepShape, graph: StepShape) -> bool:
@@ -134,6 +145,7 @@ def _fits(step: StepShape, graph: StepShape) -> bool:
         and step.tiles <= graph.tiles
         and step.ranks <= graph.ranks
         and step.embedding <= graph.embedding
+        and graph.hot <= step.hot
         and not step.logit_tiles
     )
 

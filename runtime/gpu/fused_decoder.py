@@ -1,4 +1,4 @@
-"""The decoder on Triton kernels: one launch between two projections, and two launches a site for adapters."""
+"""The decoder on Triton kernels: one launch between two projections, and one or two a site for adapters."""
 
 from collections.abc import Callable
 from functools import partial

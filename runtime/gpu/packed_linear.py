@@ -9,9 +9,13 @@ from torch import Tensor
 
 from kernels import tuned
 from kernels.quantized_product import BLOCK, FEW_ROWS, HALF, quantized_product
+from runtime.gpu.hot_adapters import HotLinear
+from runtime.models.config import DOWN, GATE_UP, OUT, QKV
 from runtime.models.layers import Linear
 from runtime.models.weights import Checkpoint, Experts, LayerWeights, Mlp, Weights
 from runtime.quantization.weight import QuantizedWeight
+
+PARTS = {QKV: 3, OUT: 1, GATE_UP: 2, DOWN: 1}  # of a site
 
 
 class Packed(NamedTuple):
@@ -93,7 +97,10 @@ class DeviceWeights:
                 gate = None if shared.gate is None else self.placed(shared.gate)
                 shared = shared._replace(mlp=Mlp(*map(self.placed, shared.mlp)), gate=gate)
             mlp = layer.mlp._replace(router=self.dequantized(layer.mlp.router), each=each, shared=shared)
-        return layer._replace(qkv=self.placed(layer.qkv), o=self.placed(layer.o), mlp=mlp)
+        if isinstance(mlp, Mlp):
+            mlp = Mlp(_with_room(mlp.gate_up, GATE_UP), _with_room(mlp.down, DOWN))
+        qkv, o = _with_room(self.placed(layer.qkv), QKV), _with_room(self.placed(layer.o), OUT)
+        return layer._replace(qkv=qkv, o=o, mlp=mlp)
 
     def placed(self, linear: Linear) -> Linear:
         """The linear as the device computes with it; one whose weights have no product here is dequantised."""
@@ -117,6 +124,11 @@ class DeviceWeights:
         """Compile the product of many rows for each shape; steps of few rows compile that of few."""
         for linear in self._packed.values():
             linear(torch.zeros(FEW_ROWS + 1, linear.in_features, dtype=self._dtype, device=self._device))
+
+
+def _with_room(linear: Linear, which: int) -> Linear:
+    """The linear with room for hot adapters, unless it is packed."""
+    return linear if isinstance(linear, PackedLinear) else HotLinear(linear, PARTS[which])
 
 
 def can_keep(parts: Sequence[QuantizedWeight]) -> bool:

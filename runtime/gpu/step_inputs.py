@@ -32,6 +32,7 @@ class StepShape(NamedTuple):
     height: int  # the most rows of a tile
     ranks: int = 0  # ranks at a site that programs are launched for
     embedding: bool = False  # an adapter may adapt the embedding
+    hot: bool = False  # all adapters are hot: nothing is shrunk by a launch of its own
 
     @classmethod
     def largest(cls, tokens: int, requests: int, width: int, height: int, scored: int = 0) -> "StepShape":

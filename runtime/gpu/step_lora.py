@@ -1,4 +1,4 @@
-"""The adapters of one step for the fused decoder: two launches a site, whatever the ranks."""
+"""The adapters of one step for the fused decoder: two launches a site, one if all are hot, whatever the ranks."""
 
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from kernels import tuned
 from kernels.grouped_lora import DECODE, PREFILL, ExpandConfig, ShrinkConfig, embedding_shrink, expand, shrink
 from kernels.lora_tiles import Tiles
 from runtime.gpu.expert_sorting import row_slots
+from runtime.gpu.hot_adapters import HotLinear
 from runtime.gpu.step_inputs import StepInputs, StepShape
 from runtime.models.config import ModelConfig
 from runtime.models.layers import Linear
@@ -25,18 +26,19 @@ class LoraMemory(NamedTuple):
     arena: Tensor  # the weights of resident adapters
     table: Tensor  # the offset table, see kernels.offset_table
     between: Tensor  # (rows, width) float32, the results of a shrink, which its expand reads
+    hots: Tensor  # by slot, see HotAdapters
     widths: list[list[int]]  # of each site's parts
 
     @classmethod
     def of(
-        cls, model: ModelConfig, arena: Tensor, table: Tensor, tokens: int, decodes: int, width: int
+        cls, model: ModelConfig, arena: Tensor, table: Tensor, hots: Tensor, tokens: int, decodes: int, width: int
     ) -> "LoraMemory":
         """Memory for steps of at most `tokens` rows, or `decodes` decoding requests, and `width` ranks at a site."""
         chosen = 1 if model.experts is None else model.experts.chosen
         rows = max(tokens * PREFILL_SPLITS, decodes * DECODE_SPLITS) * chosen
         widths = [[part.out_features for part in site.parts] for site in model.sites()]
         between = torch.empty((rows, width), dtype=torch.float32, device=arena.device)
-        return cls(arena, table, between, widths)
+        return cls(arena, table, between, hots, widths)
 
 
 class StepLora:
@@ -48,13 +50,17 @@ class StepLora:
         splits = DECODE_SPLITS if step.tiles.height == DECODE_HEIGHT else PREFILL_SPLITS
         # Slices of one buffer keep its strides for every width: Triton compiles a kernel for the strides' divisibility.
         self._between = memory.between[: tokens * splits].unflatten(0, (tokens, splits))[..., : shape.ranks]
-        self._step, self._embedding = step, shape.embedding
+        self._step, self._embedding, self._hot = step, shape.embedding, shape.hot
         self._embed_site, self._lm_head_site = model.embed_site, model.lm_head_site
         self._gpu = gpu
         self._configs: dict[tuple[str, int], Any] = {}
 
     def project(self, site: int, linear: Linear, x: Tensor) -> Tensor:
         """The linear's outputs, with LoRA on the rows under an adapter."""
+        if self._hot and isinstance(linear, HotLinear):
+            y, t = linear.with_shrinks(x)
+            self._expand(t, y, site, self._step.tiles, self._memory.hots, linear.hot_ranks)
+            return y
         y = linear(x)
         self.apply(site, x, y)
         return y
@@ -102,10 +108,12 @@ class StepLora:
         t = self._between if between is None else between
         self._expand(shrink(x, site, arena, table, tiles, t, config), y, site, tiles)
 
-    def _expand(self, t: Tensor, y: Tensor, site: int, tiles: Tiles) -> None:
+    def _expand(
+        self, t: Tensor, y: Tensor, site: int, tiles: Tiles, hots: Tensor | None = None, hot_ranks: int = 0
+    ) -> None:
         arena, table, *_ = self._memory
         config: ExpandConfig = self._tuned("expand", len(y))
-        expand(t, y, site, arena, table, tiles, self._memory.widths[site], config)
+        expand(t, y, site, arena, table, tiles, self._memory.widths[site], config, hots, hot_ranks)
 
     def _tuned(self, kernel: str, rows: int) -> Any:
         config = self._configs.get((kernel, rows))

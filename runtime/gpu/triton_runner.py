@@ -21,6 +21,7 @@ from runtime.gpu.block_tables import BlockTables
 from runtime.gpu.cuda_graphs import Capture, Replay, StepGraphs, capture_on_cuda, graph_shapes, sizes
 from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
+from runtime.gpu.hot_adapters import HotAdapters
 from runtime.gpu.packed_linear import DeviceWeights
 from runtime.gpu.step_inputs import (
     IntArray,
@@ -90,8 +91,9 @@ class TritonRunner(Runner):
         self._adapters = adapters
         self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
         rows = self._max_tokens + self._max_running
+        self._hot = HotAdapters(self.decoder.linears, len(self._table.rows), self.device)
         self._memory = LoraMemory.of(
-            self.model, adapters.arena, self._table.rows, rows, self._max_running, self._lora_width
+            self.model, adapters.arena, self._table.rows, self._hot.by_slot, rows, self._max_running, self._lora_width
         )
         if self.device.type == "cuda":
             self.warm_up()
@@ -106,7 +108,7 @@ class TritonRunner(Runner):
             base = StepShape(rows, decodes, prefills, self._table_width, rows, 0, 0, height)
             tiles = most_tiles(rows, rows, height)
             adapted = base._replace(tiles=tiles, logit_tiles=tiles, ranks=self._lora_width, embedding=True)
-            for shape in (base, adapted):
+            for shape in (base, adapted, adapted._replace(hot=True)):
                 self._lay_out([], shape, NO_ROWS)
                 logits = self.forward(shape)
         self._placed.warm_up()
@@ -127,7 +129,7 @@ class TritonRunner(Runner):
         def lay_out_nothing(shape: StepShape) -> None:
             self._lay_out([], shape, NO_ROWS)
 
-        shapes = graph_shapes(self._max_running, self._max_tokens, self._table_width, self._lora_width)
+        shapes = graph_shapes(self._max_running, self._max_tokens, self._table_width, self._lora_width, bool(self._hot))
         return StepGraphs(self.forward, lay_out_nothing, shapes, capture)
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -168,6 +170,7 @@ class TritonRunner(Runner):
             logit_tiles=most_tiles(shape.logits, runs, shape.height) if of_head else 0,
             ranks=max(adapter.ranks for adapter in adapters.values()),
             embedding=embedding,
+            hot=not of_head and not embedding and self._hot.heat(adapters, self._memory.arena),
         )
 
     def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: IntArray) -> None:

@@ -129,9 +129,9 @@ def test_what_fits_no_graph_keeps_its_shape_and_has_none(graphs, step):
 def test_programs_that_have_nothing_to_do_are_few_whatever_the_adapters(graphs):
     """Tiles times ranks, beside those of the step."""
     cold = [(1, 1, 48), (100, 20, 48), (100, 100, 48), (64, 64, 48), (32, 2, 192), (2, 2, 768)]
-    cold += [(8, 1, 48), (8, 8, 48), (32, 2, 48), (100, 7, 48), (100, 8, 48), (100, 14, 48)]
-    for decodes, tiles, ranks in cold:
-        step = shape(decodes, tiles=tiles, ranks=ranks)
+    hot = [(1, 1, 48), (8, 1, 48), (8, 8, 48), (32, 2, 48), (100, 7, 48), (100, 8, 48), (100, 14, 48)]
+    for decodes, tiles, ranks in cold + hot:
+        step = shape(decodes, tiles=tiles, ranks=ranks, hot=(decodes, tiles, ranks) in hot)
         padded = graphs.padded(step)
         assert padded.tiles * padded.ranks <= 4 * tiles * ranks, step
     for prompts in [(64,), (500,), (100, 100)]:
@@ -152,6 +152,15 @@ def test_adapters_of_every_rank_have_graphs(lora_ranks):
             embedded = made.padded(step._replace(embedding=True))
             assert embedded.embedding
             assert made.of(embedded) is not None
+
+
+def test_a_step_of_hot_adapters_fits_the_graphs_of_others_and_not_the_other_way_round(graphs):
+    hot, cold = shape(8, tiles=1, hot=True), shape(8, tiles=1)
+    assert graphs.padded(hot).hot
+    assert not graphs.padded(cold).hot
+    wide = graphs.padded(hot._replace(ranks=RANKS[0] + 1))
+    assert not wide.hot
+    assert graphs.of(wide) is not None
 
 
 def test_shapes_are_few():

@@ -64,7 +64,8 @@ class Model:
         self.kv = [slots] * LAYERS
         table = torch.empty(2 * MOST, len(self.config.sites()), FIELDS, dtype=torch.int64, device=META)
         arena = torch.empty(16, dtype=torch.bfloat16, device=META)
-        self.memory = LoraMemory.of(self.config, arena, table, 2048, MOST, LORA_RANKS)
+        hots = torch.empty(2 * MOST, dtype=torch.int32, device=META)
+        self.memory = LoraMemory.of(self.config, arena, table, hots, 2048, MOST, LORA_RANKS)
 
     def step(self, shape):
         """What a step of this shape launches."""
@@ -122,6 +123,15 @@ def test_adapters_add_two_launches_to_each_projection_and_none_to_what_they_leav
     assert embedded.kernels - counts.kernels == {"embedding_shrink": 1, "expand": 1}
 
 
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 1), (8, 8), (128, 8)])
+def test_hot_adapters_add_one_launch_to_each_projection(model, graphs, rows, tiles):
+    base, counts = (
+        model.step(graphs.padded(each)) for each in (decodes(rows), decodes(rows, tiles)._replace(hot=True))
+    )
+    assert counts.kernels - base.kernels == {"expand": 4 * LAYERS}
+    assert counts.operations == base.operations
+
+
 @pytest.mark.parametrize("tiles", [0, 1, 8])
 def test_a_step_with_a_prompt_launches_what_a_decode_step_does_and_the_attention_of_prompts(model, graphs, tiles):
     counts, decoding = (model.step(graphs.padded(each)) for each in (mixed(8, 128, tiles), decodes(64, tiles)))
@@ -132,7 +142,7 @@ def test_a_step_with_a_prompt_launches_what_a_decode_step_does_and_the_attention
 
 def test_a_large_batch_under_few_adapters_launches_few_idle_programs(model, graphs):
     """Of 128 decodes under one r16 adapter, 8 tiles have rows; a tile each was once launched for all of them."""
-    counts = model.step(graphs.padded(decodes(128, tiles=8)))
-    assert counts.programs["shrink"] + counts.programs["expand"] == (4864 + 8 * 3 * 4 * 4) * LAYERS
+    counts = model.step(graphs.padded(decodes(128, tiles=8)._replace(hot=True)))
+    assert counts.programs["shrink"] + counts.programs["expand"] == 4864 * LAYERS
     every_tile = model.step(decodes(128, tiles=128, ranks=192))
     assert every_tile.programs["shrink"] + every_tile.programs["expand"] == 102400 * LAYERS
