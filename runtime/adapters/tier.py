@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.host_to_device import page_locked as page_locked_memory
 from runtime.adapters.adapter import LAST, Adapter
 from runtime.adapters.arena import Arena, aligned
 from runtime.adapters.layout import Layout
@@ -49,7 +50,9 @@ class AdapterTier:
         self.loads = self.evictions = self.hits = self.misses = 0
         self._arena = Arena(capacity_bytes)
         elements = self._arena.capacity // dtype.itemsize
-        self.memory = torch.empty(elements, dtype=dtype, device=device, pin_memory=page_locked)
+        self.memory = (
+            page_locked_memory(elements, dtype) if page_locked else torch.empty(elements, dtype=dtype, device=device)
+        )
         self._reached = 0  # where the extents from the bottom have ended at most
         self._prefaulted = 0  # the end of what `ahead` has returned
         self._entries: dict[str, Entry] = {}  # by digest

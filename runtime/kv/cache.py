@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.host_to_device import page_locked
 from runtime.models.config import ModelConfig
 
 
@@ -42,8 +43,10 @@ class KvCache:
 
     def empty_blocks(self, count: int) -> Tensor:
         """Host memory for `count` blocks, each contiguous and shaped as `block`; page-locked for a CUDA device."""
-        page_locked = self.device.type == "cuda"
-        return torch.empty((count, *self.block(0).shape), dtype=self._whole.dtype, pin_memory=page_locked)
+        block, dtype = self.block(0), self._whole.dtype
+        if self.device.type != "cuda":
+            return torch.empty((count, *block.shape), dtype=dtype)
+        return page_locked(count * block.numel(), dtype).view(count, *block.shape)
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[KvCopy]) -> None:
