@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kernels.cpu.compiled.build import PREBUILT
-from service.settings import read
+from service.settings import child_environment, read
 
 ROOT = Path(__file__).parent.parent
 DOCKER_COMPOSE = (
@@ -28,10 +28,17 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
-@pytest.fixture(scope="module")
-def dockerfile() -> list[tuple[str, str]]:
-    """Instructions and what follows them, continued lines joined."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
+SERVERS = {"rootstock": "Dockerfile", "rootstock-gpu": "Dockerfile.cuda"}  # services of compose, and their images
+
+
+@pytest.fixture(scope="module", params=SERVERS.values())
+def dockerfile(request: pytest.FixtureRequest) -> list[tuple[str, str]]:
+    """Instructions and what follows them, continued lines joined; of each image."""
+    return instructions_of(request.param)
+
+
+def instructions_of(name: str) -> list[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", (ROOT / name).read_text(), flags=re.M).replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
 
@@ -53,8 +60,9 @@ def test_docker_compose_accepts_the_file() -> None:
 
 def test_there_is_a_service_a_store_and_a_job_that_makes_buckets(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"rootstock", "minio", "buckets"}
+    assert set(services) == {*SERVERS, "minio", "buckets"}
     assert services["rootstock"]["build"] == "."
+    assert services["rootstock-gpu"]["build"] == {"context": ".", "dockerfile": SERVERS["rootstock-gpu"]}
     for name in ("minio", "buckets"):
         assert re.fullmatch(r"[a-z0-9./_-]+:[A-Za-z0-9._-]+", services[name]["image"]), "an image needs its version"
     for name in ("rootstock", "minio"):
@@ -119,9 +127,34 @@ def test_every_bucket_that_the_service_uses_is_made_before_it_starts(compose: di
     assert job["image"] == store["image"], "it has the client, too"
 
 
-def test_the_image_takes_the_kernels_of_a_stage_that_built_them_where_they_are_looked_for(
-    dockerfile: list[tuple[str, str]],
-) -> None:
+def test_on_a_gpu_it_is_the_same_service_with_a_device_and_only_if_it_is_asked_for(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    on_gpu = dict(services["rootstock-gpu"])
+    [device] = on_gpu.pop("deploy")["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+    assert on_gpu.pop("profiles") == ["gpu"], "without the profile it does not start"
+    assert on_gpu.pop("ulimits") == {"memlock": -1}, "host memory for adapters is page-locked"
+    on_cpu = dict(services["rootstock"])
+    assert on_gpu.pop("build") != on_cpu.pop("build")
+    assert on_gpu == on_cpu
+
+
+def test_the_image_for_a_gpu_has_what_triton_compiles_launchers_with() -> None:
+    """A C compiler and the C library's headers; Python's headers are in Python's images. What is compiled is kept."""
+    instructions = instructions_of("Dockerfile.cuda")
+    [installed] = [rest for name, rest in instructions if name == "RUN" and "apt-get install" in rest]
+    assert {"gcc", "libc6-dev"} <= set(shlex.split(installed))
+    assert re.fullmatch(r"python:3\.\d+-slim", dict(instructions)["FROM"])
+    assert any("'.[gpu]'" in rest for name, rest in instructions if name == "RUN")
+    environment = dict(item.split("=") for item in shlex.split(dict(instructions)["ENV"]))
+    assert any(environment["TRITON_CACHE_DIR"].startswith(place) for place in json.loads(dict(instructions)["VOLUME"]))
+    assert read([], environment).settings(Path("/models/mine"), "mine").engine.device == "cuda"
+    for name in ("PATH", "TRITON_CACHE_DIR", "NVIDIA_DRIVER_CAPABILITIES"):
+        assert child_environment({name: "x"}), f"the engine gets no {name}"
+
+
+def test_the_image_takes_the_kernels_of_a_stage_that_built_them_where_they_are_looked_for() -> None:
+    dockerfile = instructions_of("Dockerfile")
     stage = next(rest for name, rest in dockerfile if name == "FROM")
     built = next(rest for name, rest in dockerfile if name == "RUN")
     assert stage.endswith(" AS kernels")
