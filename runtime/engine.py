@@ -1,14 +1,13 @@
 """The engine: tokens in, tokens out. One thread drives it, step by step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from runtime.adapter_format.base_tensors import base_tensors
-from runtime.adapter_format.canonical import canonical_from_tensors
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
@@ -19,7 +18,7 @@ from runtime.kv.held_prefixes import HeldPrefixes, as_generate
 from runtime.kv.log import KvLog
 from runtime.kv.offload import Offload
 from runtime.kv.transfer import BlockTransfer
-from runtime.library import Completion, OwnAdapters, array_of
+from runtime.library import Completion, OwnAdapters, PreparedAdapter
 from runtime.messages import (
     EngineCode,
     Event,
@@ -87,7 +86,7 @@ class Engine:
         self.tallies = Tallies()
         self.steps = 0  # that were launched
         self.completed_steps = 0  # whose results were committed
-        self._own_adapters = OwnAdapters(runner.model)
+        self._own_adapters = OwnAdapters(runner.model, config, self.adapters)
         self._launched: Launched | None = None
         self._paused = False
         self._events: list[Event] = []  # to be returned by the next `step`
@@ -167,17 +166,15 @@ class Engine:
         `tensors` are what PEFT's `get_peft_model_state_dict` returns, `config` is its configuration's `to_dict`. Raises
         InvalidAdapter, which names the tensor or the field.
         """
-        digest, file = canonical_from_tensors(
-            {name: array_of(tensor) for name, tensor in tensors.items()},
-            config,
-            self.runner.model,
-            max_rank=self.config.max_lora_rank,
-            base_tensor=base_tensors(self.config),
-            memory=self.adapters.file_memory.take,
-        )
-        self.adapters.add(digest, file)
-        self._own_adapters.add(digest, file)
-        return digest
+        return self._own_adapters.add(self._own_adapters.prepare(tensors, config))
+
+    def prepare_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> "Future[PreparedAdapter]":
+        """Do in the background what takes long of `add_adapter`; the tensors must not change before `add_prepared`."""
+        return self._own_adapters.prepare_later(tensors, config)
+
+    def add_prepared(self, prepared: PreparedAdapter) -> str:
+        """Register an adapter that has been prepared and return its digest. Takes microseconds."""
+        return self._own_adapters.add(prepared)
 
     def register_adapter(self, digest: str, source: Path | bytes) -> None:
         """Register the canonical file of an adapter under its digest; again, once a missing file is in its place."""

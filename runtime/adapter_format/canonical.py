@@ -51,6 +51,7 @@ class CanonicalFile(NamedTuple):
     config: AdapterConfig
     header: Header
     data: np.ndarray  # the whole file, uint8
+    names: Mapping[str, str] = {}  # of tensors that were in memory: by name in the file, their own
 
 
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,11 +125,13 @@ def canonical_from_tensors(
     max_rank: int,
     base_tensor: BaseTensor | None = None,
     memory: Callable[[int], np.ndarray] = _new_memory,
+    pause: Callable[[], None] | None = None,
 ) -> tuple[str, CanonicalFile]:
     """Return the digest and the canonical file of an adapter in memory, equal to those of `canonicalise`.
 
     Arrays are float32, float16, or uint16 for the bits of bfloat16. `memory` allocates the given number of bytes for
-    the file. Warnings are logged. Raises InvalidAdapter.
+    the file. `pause` is called before each piece of work, of about a millisecond, all of which is then this thread's;
+    without it, the digest is computed on every core at once. Warnings are logged. Raises InvalidAdapter.
     """
     peft = parse_peft_config(config, max_rank=max_rank, vocab_size=model.vocab_size)
     check_base_class(peft.base_class, model.architecture)
@@ -139,13 +142,17 @@ def canonical_from_tensors(
     end = head.header.data_offset
     data = memory(end + sum(entry.stop - entry.start for entry in adapter.tensors.values()))
     data[:end] = np.frombuffer(head.text, np.uint8)
+    digest = blake3(head.text)
     for name in adapter.tensors:
         for chunk in adapter.finite_chunks(name):
+            if pause is not None:
+                pause()
+                digest.update(chunk)
             start, end = end, end + len(chunk)
             data[start:end] = chunk
-    # The caller waits for the digest and computes nothing else, so it may use every thread
-    digest = blake3(data.data, max_threads=blake3.AUTO).hexdigest()
-    return digest, CanonicalFile(head.config, head.header, data)
+    if pause is None:  # the caller waits for the digest and computes nothing else
+        digest = blake3(data.data, max_threads=blake3.AUTO)
+    return digest.hexdigest(), CanonicalFile(head.config, head.header, data, adapter.own_names)
 
 
 def read_canonical(source: Path | bytes | memoryview) -> tuple[AdapterConfig, Header, int]:

@@ -111,6 +111,11 @@ class AdapterTensors:
         for own_name, entry in copies.items():
             self._check_base_copy(own_name, entry, base_tensor)
 
+    @property
+    def own_names(self) -> Mapping[str, str]:
+        """The names of the tensors in their source, by their names here."""
+        return {name: self._names[name] for name in self.tensors}
+
     def finite_chunks(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes and scan them.
 

@@ -6,7 +6,7 @@ folded into both. The embedding's A is transposed too, so that a token reads one
 LoRA follows: own weights, rows of the vocabulary, gains, biases. What the adapter leaves as it is takes no space.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -144,6 +144,23 @@ class AdapterLayout(NamedTuple):
                     writer.write(part.bias, content(part.part).bias(None), "F32")
         for layout in chain.from_iterable(self.changes):
             _write_changes(writer, layout, content(layout.part), pause)
+
+    def can_pack_on_device(self) -> bool:
+        """Whether `pack_on_device` writes all of it: nothing but A and B."""
+        biased = any(part.bias is not None for site in filter(None, self.sites) for part in site.parts)
+        return not biased and not any(self.changes)
+
+    @torch.inference_mode()
+    def pack_on_device(self, config: AdapterConfig, tensors: Mapping[str, Tensor], extent: Tensor) -> None:
+        """As `pack`, from tensors on the extent's own device, by their names in the canonical file."""
+        for site in filter(None, self.sites):
+            for part in site.parts:
+                names = tensor_names(part.module, site.embedding)
+                a, b = tensors[names.a], tensors[names.b].t()
+                a = a.t() if site.embedding else a
+                extent[site.rows(part)].view(a.shape).copy_(a)
+                scale = config.scales[part.module]
+                extent[part.b].view(b.shape).copy_(b if scale == 1.0 else b.float() * scale)
 
     def views(self, extent: Tensor) -> Sites:
         """The weights of every site as views of the extent (at least `elements`, in the arena's dtype)."""

@@ -4,7 +4,7 @@ import os
 import queue
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import FileIO
@@ -20,7 +20,7 @@ from runtime.adapter_format.canonical import AdapterConfig, CanonicalFile, read_
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.adapter_format.safetensors_header import Header, read_header
 from runtime.adapters.errors import FileUnusable
-from runtime.adapters.layout import LayOut, Layout
+from runtime.adapters.layout import AdapterLayout, LayOut, Layout
 from runtime.adapters.prefault import SpareMemory, prefault
 from runtime.background import Pacer, yield_to_others
 from runtime.models.config import ModelConfig
@@ -29,6 +29,7 @@ READER_THREADS = 2
 MEMORY_NICENESS = 19  # of the thread that only prefaults memory for later loads
 PIECE_BYTES = 1 << 20  # copied between two pauses: 0.1 ms, the longest that a step shares its core with a copy
 Key = TypeVar("Key")
+Result = TypeVar("Result")
 Pause = Callable[[], None]
 Stages = dict[str, tuple[float, float]]  # when "read", "pack" and "copy" each began and ended, by time.monotonic()
 Memory = Callable[[int], np.ndarray]  # allocates that many bytes
@@ -41,6 +42,8 @@ class Content(NamedTuple):
     header: Header
     layout: Layout
     data: np.ndarray  # the whole file, in bytes; empty once it has been packed
+    # The same tensors on the device that the adapter is loaded to; None once they have been packed, or without any
+    on_device: Mapping[str, Tensor] | None = None
 
 
 Source = Path | bytes | Content
@@ -56,6 +59,7 @@ class Task(NamedTuple):
     source: Source | None = None
     content: Content | None = None  # a file that an earlier task has read
     pack: Tensor | None = None  # the extent in host memory to pack the file into
+    pack_on_device: Tensor | None = None  # the extent on the device to pack the content's own tensors there into
     copy: tuple[Tensor, Tensor] | None = None  # source and target extents
     # Recorded when the task was submitted: a step that was launched before may still read the target extent.
     submitted: torch.cuda.Event | None = None
@@ -99,11 +103,13 @@ class AdapterLoader(Generic[Key]):
     def submit(self, key: Key, task: Task) -> None:
         """Start a task; `take` returns its result."""
         self._in_flight += 1
-        if task.copy is not None and any(extent.is_cuda for extent in task.copy):
+        extents = [extent for extent in (*(task.copy or ()), task.pack_on_device) if extent is not None]
+        if any(extent.is_cuda for extent in extents):
             submitted = torch.cuda.Event()
             submitted.record()
             task = task._replace(submitted=submitted)
-        threads = self._copier if task.source is None and task.content is None else self._readers
+        of_memory = task.pack_on_device is not None or (task.source is None and task.content is None)
+        threads = self._copier if of_memory else self._readers
         stages: Stages = {}
         threads.submit(self._run, task, stages).add_done_callback(partial(self._finish, key, stages))
 
@@ -112,6 +118,10 @@ class AdapterLoader(Generic[Key]):
         layout = self._lay_out(self._model, file.config, file.header)
         layout.check_ranks(self._max_rank)
         return Content(file.config, file.header, layout, file.data)
+
+    def in_background(self, call: Callable[[], Result]) -> "Future[Result]":
+        """Run a call on one of the threads that read files; it calls `pacer.pause` before each piece of its work."""
+        return self._readers.submit(call)
 
     def prefault(self, memory: Tensor) -> None:
         """Fault in a part of a tier's buffer in the background."""
@@ -170,6 +180,10 @@ class AdapterLoader(Generic[Key]):
             content = content._replace(data=np.empty(0, np.uint8))
             stages["pack"] = (started, time.monotonic())
             started = stages["pack"][1]
+        if task.pack_on_device is not None:
+            assert content is not None
+            _pack_on_device(content, task.pack_on_device, task.submitted)
+            stages["pack"] = (started, time.monotonic())
         if task.copy is not None:
             _copy(*task.copy, task.submitted, self.pacer.pause)
             stages["copy"] = (started, time.monotonic())
@@ -249,3 +263,17 @@ def _copy(source: Tensor, target: Tensor, submitted: torch.cuda.Event | None, pa
         stream.wait_event(submitted)
         target.copy_(source, non_blocking=True)
         stream.synchronize()  # this thread waits for the copy; a step never does
+
+
+def _pack_on_device(content: Content, extent: Tensor, submitted: torch.cuda.Event | None) -> None:
+    """Pack the content's own tensors on the device into an extent there. They came to be before it was submitted."""
+    assert content.on_device is not None
+    assert isinstance(content.layout, AdapterLayout)
+    if submitted is None:
+        content.layout.pack_on_device(content.config, content.on_device, extent)
+        return
+    stream = torch.cuda.Stream(extent.device)
+    with torch.cuda.stream(stream):
+        stream.wait_event(submitted)
+        content.layout.pack_on_device(content.config, content.on_device, extent)
+        stream.synchronize()  # this thread waits; a step never does

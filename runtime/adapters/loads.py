@@ -155,7 +155,7 @@ class AdapterLoads:
             self._copy(adapter, self._host, self._device)
         elif load.goal == "host" and self._device.holds(adapter.digest):
             self._copy(adapter, self._device, self._host)
-        else:
+        elif load.goal != "device" or not self._fill_device(adapter):
             self._fill_host(adapter, load)
 
     def _cannot_fit(self, adapter: Adapter, size: int, goal: Tier) -> bool:
@@ -176,6 +176,19 @@ class AdapterLoads:
             source.acquire(digest)
             job = Job(filling=(target.name,), source=source.name, layout=source.layout(digest))
             self._start(adapter, Task(digest, copy=(source.extent(digest), target.extent(digest))), job)
+
+    def _fill_device(self, adapter: Adapter) -> bool:
+        """Pack an adapter on the device, if its tensors are there and there is room for it."""
+        source = adapter.source
+        if not isinstance(source, Content) or source.on_device is None or adapter.size is None:
+            return False
+        if not self._may_take(adapter, self._device):
+            return False
+        if not self._device.reserve(adapter, adapter.size, adapter.place):
+            return False
+        task = Task(adapter.digest, content=source, pack_on_device=self._device.extent(adapter.digest))
+        self._start(adapter, task, Job(filling=("device",)))
+        return True
 
     def _fill_host(self, adapter: Adapter, load: Load) -> None:
         """Read the file and pack it: in one task if the size is known, so that nothing is read without room for it."""
@@ -241,6 +254,8 @@ class AdapterLoads:
 
     def _finish_stage(self, adapter: Adapter, job: Job, result: Finished[Adapter]) -> None:
         load, content = adapter.load, result.content
+        if job.filling == ("device",) and content is not None and adapter.source is content:
+            adapter.source = content._replace(on_device=None)  # it has served: the host's copy can fill another extent
         if content is not None:
             adapter.size = content.layout.elements * self._host.itemsize
         if load is not None:

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.adapter_format.canonical import CanonicalFile
 from runtime.adapters.adapter import FIRST_RETRY_SECONDS, Adapter, State
 from runtime.adapters.errors import AdapterFailed, UnknownAdapter
 from runtime.adapters.events import AdapterEvents
 from runtime.adapters.layout import LayOut, Layout, layout_adapter
-from runtime.adapters.loader import Content, Source
+from runtime.adapters.loader import AdapterLoader, Content, Source
 from runtime.adapters.loads import AdapterLoads
 from runtime.adapters.pins import AdapterPins
-from runtime.adapters.prefault import SpareMemory
 from runtime.adapters.tier import AdapterTier
 from runtime.messages import AdapterState, Answer, PinsSet, Tier
 from runtime.models.config import ModelConfig
@@ -75,9 +73,9 @@ class AdapterPool:
         return self.device.memory
 
     @property
-    def file_memory(self) -> SpareMemory:
-        """Memory for the files of adapters that are registered from memory."""
-        return self.loads.loader.file_memory
+    def loader(self) -> AdapterLoader[Adapter]:
+        """Lays out canonical files in memory, lends memory for them, and works in the background."""
+        return self.loads.loader
 
     # Known adapters
 
@@ -104,10 +102,6 @@ class AdapterPool:
                 self.loads.refetched(adapter)
             self._pins.decide(adapter)  # an adapter in memory has a known size
         self._events.touch(adapter)
-
-    def add(self, digest: str, file: CanonicalFile) -> None:
-        """Make a canonical file in memory known; its data must not change. Raises InvalidAdapter."""
-        self.register(digest, self.loads.loader.content_of(file))
 
     def retire(self, digest: str) -> None:
         """Forget a digest at once; its memory is freed with its last reference."""

