@@ -62,6 +62,7 @@ def decode_case(model: ModelShape, rows: int, context: int) -> Case:
         launch=paged_attention.paged_decode,
         twin=reference_attention.paged_decode,
         written=(6,),
+        cold=True,
         rtol=ROUNDINGS[model.dtype],
         atol=ROUNDINGS[model.dtype],
     )
@@ -84,6 +85,7 @@ def prefill_case(model: ModelShape, rows: int, context: int) -> Case:
         launch=paged_attention.paged_prefill,
         twin=reference_attention.paged_prefill,
         written=(7,),
+        cold=True,
         rtol=ROUNDINGS[model.dtype],
         atol=ROUNDINGS[model.dtype],
     )

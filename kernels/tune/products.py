@@ -25,6 +25,7 @@ def product_cases(model: ModelShape, rows: int, kind: str) -> list[Case]:
         launch=quantized_product.quantized_product,
         twin=reference.quantized_product,
         written=(),
+        cold=True,
         rtol=ROUNDING[model.dtype],
         atol=ROUNDING[model.dtype],
     )

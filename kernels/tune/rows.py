@@ -100,6 +100,7 @@ def sampling_cases(model: ModelShape, rows: int) -> list[Case]:
             written=(),
             rtol=0.0,
             atol=0.0,
+            eager=True,
         )
         for kernel, top_k, top_p in (("sample", 0, 1.0), ("sample with cuts", 20, 0.77))
     ]
