@@ -4,12 +4,13 @@
     python -m tools.gpu_report --only prefill  some sections; those that measure start an engine first
     python -m tools.gpu_report --dry-run       on a CPU with a tiny model, to see that the report runs
 
-Runs the kernels' tests, checks the engine's output against transformers and PEFT, and measures a model of Qwen3-8B's
-shape with random weights. Every figure is printed with its floor. The result is a JSON file with every sample and a
-Markdown file with a table for each section; both are named by device and date.
+Checks the engine's output against transformers and PEFT, measures a model of Qwen3-8B's shape with random weights, and
+runs the kernels' tests. Every figure is printed as it is measured, and with its floor. The result is a JSON file with
+every sample and a Markdown file with a table for each section, both written anew after each figure, so that a run which
+is cut loses nothing; they are named by device and date.
 
-Needs torch, triton, transformers, peft, safetensors, msgspec, blake3, pytest, hypothesis and numpy, 48 GB of device
-memory and 24 GB of host memory. With pytest-xdist, the kernels' tests run in parallel.
+Needs torch, triton, transformers, peft, safetensors, numpy, msgspec, blake3, llguidance, tqdm, pytest and hypothesis,
+48 GB of device memory and 24 GB of host memory. With pytest-xdist, the kernels' tests run in parallel.
 
 The exit status is 2 without a GPU, 1 if a check failed or a section did not complete, otherwise 0. A missed goal does
 not change it.
@@ -46,8 +47,8 @@ from tools.gpu_report.sections import Task, run_all
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "loadtests" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
-MEASURING = ("decode", "lora", "prefill", "load", "working_set", "alora", "update")
-NAMES = ("kernels", "correctness", "engine", *MEASURING, "tune")
+MEASURING = ("decode", "lora", "prefill", "load", "alora", "working_set", "update")
+NAMES = ("correctness", "engine", *MEASURING, "kernels", "tune")
 ENDING_SECONDS = 10.0  # reserved for imports, the last report and the end of the process
 
 
@@ -70,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = directory / file_name(report, chosen.only)
 
     def write(sections: list[Section]) -> None:
+        """At any moment there is a whole report, of what has been measured by then."""
         report.sections, report.minutes = sections, (time.monotonic() - started) / 60
-        out.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
-        out.with_suffix(".md").write_text(markdown(report))
+        data = msgspec.json.format(msgspec.json.encode(report), indent=1)
+        for suffix, content in ((".json", data), (".md", markdown(report).encode())):
+            out.with_suffix(".partial").write_bytes(content)
+            out.with_suffix(".partial").replace(out.with_suffix(suffix))
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -152,16 +156,16 @@ def tasks(chosen: argparse.Namespace, scratch: Path, stack: ExitStack) -> list[T
 
     rank = plan.rank
     every = [
-        Task("kernels", "Kernel tests", 130, partial(kernels, plan.kernel_tests), check=True),
         Task("correctness", "Output against transformers and PEFT", 110, correctness, check=True),
         Task("engine", "Start of the engine", 170, partial(measured, decoding.start)),  # the MEASURING sections need it
         Task("decode", f"Base decode, context {plan.context}", 40, partial(measured, decoding.base)),
         Task("lora", f"Decode with adapters, context {plan.context}", 70, partial(measured, decoding.adapted)),
         Task("prefill", "Prefill, to the first token", 20, partial(measured, prompts.prefill)),
         Task("load", "Adapters from host memory to the device", 30, partial(measured, moving.load)),
-        Task("working_set", f"First token by working set, r{rank}", 50, partial(measured, prompts.working_set)),
         Task("alora", "First token of aLoRA after a conversation", 30, partial(measured, prompts.alora)),
+        Task("working_set", f"First token by working set, r{rank}", 50, partial(measured, prompts.working_set)),
         Task("update", "In-memory update", 30, partial(measured, moving.update)),
+        Task("kernels", "Kernel tests", 100, partial(kernels, plan.kernel_tests), check=True),
         Task("tune", "Tuner", 120, tune),
     ]
     names = set(chosen.only or NAMES[:-1]) | ({"tune"} if chosen.tune else set())

@@ -22,7 +22,11 @@ class Plan(NamedTuple):
     families: tuple[str, ...] = ("qwen3", "llama", "qwen2", "granite")
     check_prompts: int = 4
     check_tokens: int = 12
-    kernel_tests: tuple[str, ...] = ("tests/kernels", "tests/runtime/gpu/test_device_sampler.py")
+    kernel_tests: tuple[str, ...] = (
+        "tests/kernels",
+        "tests/runtime/gpu/test_device_sampler.py",
+        *("--ignore=tests/kernels/cpu", "--ignore=tests/kernels/tune"),  # of a CPU, and of what needs none
+    )
     # The measured engine.
     dtype: str = "bfloat16"
     kv_tokens: int = 160_000

@@ -1,7 +1,6 @@
 """Sections that run as processes of their own: the kernels' tests, a part of this report, the tuner."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,22 +13,24 @@ import msgspec
 
 from tools.gpu_report.clock import Clock, OutOfTime
 from tools.gpu_report.rows import Goal, Report, Row, Section
+from tools.gpu_report.running import run
 
-ROOT = Path(__file__).parents[2]
-WORKERS = 8  # processes of the kernels' tests, whose time is mostly the compiler's
+WORKERS = 14  # processes of the kernels' tests at most, whose time is mostly the compiler's
+# Compiles hundreds of kernels, of which the tuner compiles those that it measures, and checks their numbers as well
+TOO_LONG = "every_candidate"
+ENDING_SECONDS = 5.0  # of the tuner, after its last line
 STARTING_SECONDS = 5.0  # start of a part of the report
 
 
 def kernels(tests: Sequence[str], clock: Clock) -> Iterator[Row]:
-    """Run the kernels' tests. If they fail, their output goes to standard error."""
+    """Run the kernels' tests, but for those of every candidate. What they print goes to standard error."""
     # Warnings are errors with the pinned versions; a GPU machine may have others.
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", *tests]
-    if find_spec("xdist") and (workers := min(WORKERS, len(os.sched_getaffinity(0)) // 2)) > 1:
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    command += ["-k", f"not {TOO_LONG}", *tests]
+    if find_spec("xdist") and (workers := min(WORKERS, len(os.sched_getaffinity(0)) - 2)) > 1:
         command += ["-n", str(workers)]
     started = time.perf_counter()
-    status, text = _run(command, clock)
-    if status != 0:
-        print(text, file=sys.stderr)
+    status, text = _python(command, clock)
     summary = text.strip().rpartition("\n")[2].strip("= ") or "it printed nothing"
     note = summary if status is not None else f"stopped when its time was used up, at: {summary[-80:]}"
     seconds = [[time.perf_counter() - started]]
@@ -53,8 +54,7 @@ def _part(name: str, options: Sequence[str], clock: Clock) -> Section:
     minutes = max(clock.left - STARTING_SECONDS, 1.0) / 60
     with TemporaryDirectory() as out:
         command = ["-m", "tools.gpu_report", "--only", name, "--here", "--minutes", f"{minutes:.3f}", "--out", out]
-        status, text = _run([*command, *options], clock)
-        print(text, file=sys.stderr)
+        status, _ = _python([*command, *options], clock)
         files = list(Path(out).glob("*.json"))
         if files:
             (section,) = msgspec.json.decode(files[0].read_bytes(), type=Report).sections
@@ -65,24 +65,13 @@ def _part(name: str, options: Sequence[str], clock: Clock) -> Section:
 
 
 def tune(clock: Clock) -> Iterator[Row]:
-    """Run the tuner; its lines for kernels/tuned.py go to standard error."""
+    """Run the tuner; its lines for kernels/tuned.py go to standard error as it finds them."""
     started = time.perf_counter()
-    status, text = _run(["-m", "kernels.tune"], clock)
-    print(text, file=sys.stderr)
+    status, _ = _python(["-m", "kernels.tune", "--seconds", f"{max(clock.left - ENDING_SECONDS, 1.0):.0f}"], clock)
     if status != 0:
         raise RuntimeError("it was stopped" if status is None else f"the tuner ended with status {status}")
     yield Row(name="kernels.tune", unit="s", rounds=[[time.perf_counter() - started]])
 
 
-def _run(arguments: Sequence[str], clock: Clock) -> tuple[int | None, str]:
-    """The exit status of Python with these arguments, None if it was stopped at the deadline, and its output."""
-    with TemporaryDirectory() as scratch:
-        log = Path(scratch, "log")
-        with log.open("w") as out:
-            command = [sys.executable, *arguments]
-            try:
-                done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, timeout=clock.left, check=False)
-                status = done.returncode
-            except subprocess.TimeoutExpired:
-                status = None
-        return status, log.read_text()
+def _python(arguments: Sequence[str], clock: Clock) -> tuple[int | None, str]:
+    return run([sys.executable, "-u", *arguments], clock)

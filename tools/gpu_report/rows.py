@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 Rounds = list[list[float]]  # samples by round
-Status = Literal["complete", "failed", "out of time", "not run"]
+Status = Literal["complete", "failed", "out of time", "running", "not run"]
 
 
 class Goal(msgspec.Struct, frozen=True):

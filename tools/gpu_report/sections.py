@@ -4,6 +4,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from tools.gpu_report.clock import Clock, OutOfTime, stopped_after
@@ -25,7 +26,7 @@ class Task(NamedTuple):
 def run_all(
     tasks: Sequence[Task], seconds: float, after_each: Callable[[list[Section]], None] = lambda sections: None
 ) -> list[Section]:
-    """Run every task. `after_each` gets all sections after each of them, so that a report so far can be written.
+    """Run every task. `after_each` gets all sections after each row and each section, to write a report so far.
 
     The time that a section leaves unused is shared by the sections after it.
     """
@@ -34,27 +35,29 @@ def run_all(
     for index, task in enumerate(tasks):
         print(f"{task.name}: {whole.left:.0f} s left", file=sys.stderr, flush=True)
         shares = sum(later.share for later in tasks[index:])
-        _run(task, sections[index], Clock.of(whole.left * task.share / shares), whole)
-        after_each(sections)
+        told = partial(after_each, sections)
+        _run(task, sections[index], Clock.of(whole.left * task.share / shares), whole, told)
+        told()
     return sections
 
 
-def _run(task: Task, section: Section, clock: Clock, whole: Clock) -> None:
+def _run(task: Task, section: Section, clock: Clock, whole: Clock, told: Callable[[], None]) -> None:
     started = time.monotonic()
-    rows: list[Row] = []  # outside the try: they are kept if the section fails
+    section.status, section.rows = "running", []
     try:
         with stopped_after(min(clock.left + GRACE_SECONDS, whole.left)):
             clock.check()
             for row in task.run(clock):
-                rows.append(row)
+                section.rows.append(row)
                 print(f"  {row.name}: {_told(row)}", file=sys.stderr, flush=True)
+                told()
         section.status = "complete"
     except OutOfTime as error:
         section.status, section.reason = "out of time", str(error)
     except Exception as error:
         traceback.print_exc()
         section.status, section.reason = "failed", f"{type(error).__name__}: {error}"
-    section.rows, section.seconds = rows, time.monotonic() - started
+    section.seconds = time.monotonic() - started
 
 
 def _told(row: Row) -> str:
