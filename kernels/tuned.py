@@ -47,6 +47,11 @@ FLOAT32 = {
 }
 
 
+def thresholds(gpu: str, tables: Tables = TABLES) -> list[int]:
+    """The batches that any kernel's configurations were measured for on a GPU: between two of them none changes."""
+    return sorted({tuned.rows for entries in tables.get(gpu, {}).values() for tuned in entries})
+
+
 def lookup(gpu: str, kernel: str, rows: int, dtype: torch.dtype = torch.bfloat16, tables: Tables = TABLES) -> Tuned:
     """The configuration of a kernel for batches of `rows` rows: of the smallest measured batch that is not smaller.
 

@@ -1,7 +1,7 @@
 """The configuration of an engine, and how a field declares that it can be set from outside."""
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_origin
 
 import msgspec
 from msgspec.structs import FieldInfo
@@ -37,6 +37,14 @@ class Option(msgspec.Struct, frozen=True):
             raise ValueError(f"must be at most {self.most}, not {value}")
 
 
+def share(text: str) -> float:
+    """A number from text. Raises ValueError with a sentence."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a share such as 0.9") from None
+
+
 def options_of(struct: type[msgspec.Struct]) -> Iterator[tuple[FieldInfo, Option]]:
     """The fields of a Struct that are options, in their order."""
     for field in msgspec.structs.fields(struct):
@@ -51,6 +59,25 @@ def check_bounds(config: msgspec.Struct) -> None:
             option.check(getattr(config, field.name))
         except ValueError as error:
             raise ValueError(f"{field.name} {error}") from None
+
+
+def gib(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.3g} GiB"
+
+
+class Sizes(NamedTuple):
+    """The sizes of an engine that are options, each decided: by its option, or for the device."""
+
+    kv_cache_bytes: int
+    adapter_bytes: int
+    max_running: int
+    max_batch_tokens: int
+
+
+# A decoding request waits for the step's prefill. A prefill step of 256 tokens took 204 ms and one of 512 took
+# 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter step costs no throughput.
+CPU_SIZES = Sizes(kv_cache_bytes=512 * MIB, adapter_bytes=1024 * MIB, max_running=64, max_batch_tokens=256)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,9 +120,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     block_size: int = 16  # tokens in a block of K/V
     kv_cache_bytes: Annotated[
-        int,
-        Option("device memory for K/V", "K/V cache", aliases=("kv-cache-memory-bytes",), least=1),
-    ] = 512 * MIB
+        int | None,
+        Option(
+            "device memory for K/V",
+            "K/V cache",
+            aliases=("kv-cache-memory-bytes",),
+            unset="512M on a CPU, what is left on a GPU",
+            least=1,
+        ),
+    ] = None
     host_kv_bytes: Annotated[
         int, Option("host memory for K/V that the device evicts; 0: none is kept", "K/V cache", least=0)
     ] = 0
@@ -103,20 +136,39 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, Option("reuse the K/V of equal prefixes", "K/V cache", aliases=("enable-prefix-caching",))
     ] = True
     max_running: Annotated[
-        int, Option("requests computed in one step", "scheduling", aliases=("max-num-seqs",), unit="requests", least=1)
-    ] = 64
+        int | None,
+        Option(
+            "requests computed in one step",
+            "scheduling",
+            aliases=("max-num-seqs",),
+            unset="64 on a CPU, 16 to 256 on a GPU by its memory",
+            unit="requests",
+            least=1,
+        ),
+    ] = None
     max_waiting: Annotated[
         int, Option("requests queued before clients get status 429", "scheduling", unit="requests", least=0)
     ] = 1024
-    # A decoding request waits for the step's prefill. A prefill step of 256 tokens took 204 ms and one of 512 took
-    # 457 ms (SmolLM2-135M, bfloat16, 2 cores): the shorter step costs no throughput.
     max_batch_tokens: Annotated[
-        int,
+        int | None,
         Option(
-            "tokens computed in one step", "scheduling", aliases=("max-num-batched-tokens",), unit="tokens", least=1
+            "tokens computed in one step",
+            "scheduling",
+            aliases=("max-num-batched-tokens",),
+            unset="256 on a CPU, 2048 on a GPU",
+            unit="tokens",
+            least=1,
         ),
-    ] = 256
-    adapter_bytes: Annotated[int, Option("device memory for adapters", "adapters", least=1)] = 1024 * MIB
+    ] = None
+    adapter_bytes: Annotated[
+        int | None,
+        Option(
+            "device memory for adapters",
+            "adapters",
+            unset="1G on a CPU, an eighth of what is left on a GPU",
+            least=1,
+        ),
+    ] = None
     host_adapter_bytes: Annotated[int, Option("host memory for adapters", "adapters", least=1)] = 2048 * MIB
     max_lora_rank: Annotated[int, Option("highest rank of an adapter", "adapters", least=1)] = 256
     threads: Annotated[
@@ -127,6 +179,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "compiled", "torch", "triton"],
         Option("auto: triton on a CUDA device, else compiled; without a C++ compiler torch", "device"),
     ] = "auto"
+    gpu_memory_utilization: Annotated[
+        float,
+        Option(
+            "share of a GPU's memory that the engine may take; weights and the largest step leave the rest to K/V and "
+            "adapters",
+            "device",
+            unit="share",
+            least=0.01,
+            most=1,
+            parse=share,
+        ),
+    ] = 0.9
     cuda_graphs: Annotated[bool, Option("replay decode steps as CUDA graphs", "device")] = True
     overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True
     log_level: Annotated[LogLevel, Option("lowest severity that is logged", "server")] = "info"
@@ -138,10 +202,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_bounds(self)
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {self.block_size}")
-        if self.max_batch_tokens < self.max_running:
+        if self.max_batch_tokens and self.max_running and self.max_batch_tokens < self.max_running:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): "
                 "each running request decodes one token in a step"
             )
         if self.host_kv_bytes and not self.prefix_cache:
             raise ValueError("host_kv_bytes must be 0 without prefix_cache: no request could reuse K/V in host memory")
+
+    def sizes(self, default: Sizes) -> Sizes:
+        """The sizes that are set, and the rest from `default`; requests or tokens that are not set fit the other."""
+        tokens = self.max_batch_tokens or max(default.max_batch_tokens, self.max_running or 1)
+        return Sizes(
+            kv_cache_bytes=self.kv_cache_bytes or default.kv_cache_bytes,
+            adapter_bytes=self.adapter_bytes or default.adapter_bytes,
+            max_running=self.max_running or min(default.max_running, tokens),
+            max_batch_tokens=tokens,
+        )

@@ -58,29 +58,30 @@ class Engine:
             torch.set_num_threads(config.threads)
         self.config = config
         self.runner = runner = make_runner(config)
-        self.adapters = AdapterPool(
-            runner.model,
-            config.adapter_bytes,
-            config.host_adapter_bytes,
-            runner.adapter_dtype,
-            runner.device,
-            config.max_lora_rank,
-            runner.adapter_layout,
-        )
+        with runner.allocating():
+            self.adapters = AdapterPool(
+                runner.model,
+                runner.sizes.adapter_bytes,
+                config.host_adapter_bytes,
+                runner.adapter_dtype,
+                runner.device,
+                config.max_lora_rank,
+                runner.adapter_layout,
+            )
+            transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer)
         runner.start(self.adapters)
         self.grammars = Grammars(Path(config.model), runner.model.vocab_size, runner.model.eos_token_ids)
         self._kv_log = KvLog(config.block_size) if config.kv_changes else None
         self.blocks = BlockPool(runner.num_blocks, config.prefix_cache, self._kv_log)
         block_manager = BlockManager(self.blocks, config.block_size)
-        transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer)
         self.offload = Offload(block_manager, transfer, self._kv_log)
         self.scheduler = Scheduler(
             block_manager,
             self.adapters,
             self.offload,
-            max_running=config.max_running,
+            max_running=runner.sizes.max_running,
             max_waiting=config.max_waiting,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=runner.sizes.max_batch_tokens,
         )
         self.prefixes = HeldPrefixes(self.blocks, block_size=config.block_size, longest=runner.max_model_len)
         self.tallies = Tallies()
@@ -397,7 +398,8 @@ class Engine:
             vocab_size=self.runner.model.vocab_size,
             block_size=self.config.block_size,
             num_blocks=self.runner.num_blocks,
-            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.runner.sizes.max_running,
+            max_batch_tokens=self.runner.sizes.max_batch_tokens,
             dtype=str(self.runner.dtype).removeprefix("torch."),
             adapter_bytes=self.adapters.device.capacity_bytes,
             kernels=self.runner.kernels,

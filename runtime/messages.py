@@ -208,6 +208,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     vocab_size: int
     block_size: int
     num_blocks: int
+    max_running: int
     max_batch_tokens: int
     dtype: str
     adapter_bytes: int

@@ -2,14 +2,15 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from runtime.adapters.layout import LayOut, layout_adapter
 from runtime.adapters.pool import AdapterPool
-from runtime.config import EngineConfig
+from runtime.config import CPU_SIZES, EngineConfig, Sizes, gib
 from runtime.kv.cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
 from runtime.models.weights import open_checkpoint
@@ -38,8 +39,10 @@ class Runner(ABC):
     weights_held: str  # how the base's weights are held: a dtype, or how they are quantised
     cpu_threads: int | None = None  # of a step on a CPU
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
+    sizes: Sizes
 
-    def __init__(self, config: EngineConfig, device: torch.device):
+    def __init__(self, config: EngineConfig, device: torch.device, *, sized: bool = True):
+        """Without `sized`, the subclass calls `size` and `allocate_kv` once the weights are loaded."""
         directory = Path(config.model)
         self.model = ModelConfig.from_directory(directory)
         self.check_model()
@@ -52,13 +55,15 @@ class Runner(ABC):
         self.dtype = torch.float32 if self.weight_dtype == torch.float32 else torch.bfloat16
         self.device = device
         self.block_size = config.block_size
-        block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
-        self.num_blocks = config.kv_cache_bytes // block_bytes
-        self.num_host_blocks = config.host_kv_bytes // block_bytes
+        self.block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
+        self.num_host_blocks = config.host_kv_bytes // self.block_bytes
         if config.host_kv_bytes and not self.num_host_blocks:
             given = config.host_kv_bytes
-            raise ValueError(f"host_kv_bytes must be 0 or at least {block_bytes}, one block; it is {given}")
-        self.max_model_len = self._max_model_len(config)
+            raise ValueError(f"host_kv_bytes must be 0 or at least {self.block_bytes}, one block; it is {given}")
+        self._asked_length = config.max_model_len
+        self.max_model_len = self._max_model_len(None)
+        if sized:
+            self.size(config.sizes(CPU_SIZES))
         self.model = self.model.up_to(self.max_model_len)
         if self.model.rope.long:
             _log.warning(
@@ -78,7 +83,36 @@ class Runner(ABC):
             bars=config.bars,
         )
         self.weights_held = self._held(str(self.weight_dtype).removeprefix("torch."))
-        self.kv = KvCache(self.model, self.num_blocks, config.block_size, self.dtype, device)
+        if sized:
+            self.allocate_kv()
+
+    def size(self, sizes: Sizes) -> None:
+        """Fix the sizes, which say how long a request may be."""
+        self.sizes = sizes
+        self.num_blocks = sizes.kv_cache_bytes // self.block_bytes
+        self.max_model_len = self._max_model_len((self.num_blocks - 1) * self.block_size)
+
+    def allocate_kv(self) -> None:
+        with self.allocating():
+            self.kv = KvCache(self.model, self.num_blocks, self.block_size, self.dtype, self.device)
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Have an error that names the options, if there is too little memory for what is allocated inside."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            kv, adapters, _, tokens = self.sizes
+            raise ValueError(
+                f"the device has too little memory for {gib(kv)} of K/V, {gib(adapters)} of adapters and "
+                f"steps of {tokens} tokens: lower --kv-cache-bytes, --adapter-bytes, --max-batch-tokens or "
+                f"--gpu-memory-utilization ({str(error).splitlines()[0]})"
+            ) from None
+        except MemoryError as error:
+            raise ValueError(
+                f"{error}: lower --host-adapter-bytes or --host-kv-bytes, or raise the limit of locked memory "
+                "(ulimit -l)"
+            ) from None
 
     def check_model(self) -> None:  # noqa: B027 - most kernels serve all families
         """Raise ValueError, which names the field and the kernels that serve it, for a model that these cannot."""
@@ -88,13 +122,16 @@ class Runner(ABC):
         scheme = self.model.quantization
         return types if scheme is None else f"{types}; the checkpoint is {scheme.method}"
 
-    def _max_model_len(self, config: EngineConfig) -> int:
-        """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer."""
-        capacity = (self.num_blocks - 1) * config.block_size
-        limit = config.max_model_len or min(self.model.default_length, max(capacity, 1))
+    def _max_model_len(self, capacity: int | None) -> int:
+        """The configured limit; by default the model's, or the tokens that fit in the K/V cache if they are fewer.
+
+        `capacity` is None as long as the size of the K/V cache is not known.
+        """
+        default = self.model.default_length
+        limit = self._asked_length or (default if capacity is None else min(default, max(capacity, 1)))
         if limit > self.model.max_position:
             raise ValueError(f"max_model_len is {limit}, but the model takes at most {self.model.max_position} tokens")
-        if limit > capacity:
+        if capacity is not None and limit > capacity:
             raise ValueError(
                 f"kv_cache_bytes holds {max(capacity, 0)} tokens, but one request may need {limit}: raise "
                 "kv_cache_bytes or lower max_model_len"
@@ -144,11 +181,14 @@ def _make_runner(config: EngineConfig) -> Runner:
 
 
 def _triton_runner(config: EngineConfig, on_cuda: bool) -> Runner:
+    from runtime.gpu.card import Card
     from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
 
     _refuse_quantization(config, "triton")
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    return TritonRunner(config, device)
+    if not on_cuda:
+        return TritonRunner(config, torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device())
+    return TritonRunner(config, device, Card(device))
 
 
 def _cpu_runner(config: EngineConfig) -> Runner:

@@ -49,7 +49,7 @@ class CompiledRunner(Runner):
         self.threads = threads_of(config)
         self.kernels = f"compiled ({instructions()})"
         self._pool = Pool(self.threads)
-        rows, logits = config.max_batch_tokens, config.max_running + SCORED_ROWS
+        rows, logits = self.sizes.max_batch_tokens, self.sizes.max_running + SCORED_ROWS
         panels = WeightPanels(config.quantization, self.weight_dtype, self.threads)
         self.decoder = CompiledDecoder(
             self.model, self.checkpoint, self.kv.layers, config.block_size, self._pool, rows, logits, panels

@@ -109,13 +109,13 @@ def choose_on_device(logits: Tensor, requests: Sequence[Request], gpu: str) -> T
 
 
 def warm_up_sampling(logits: Tensor, gpu: str) -> None:
-    """Compile the kernels of every kind of row, by sampling from any `logits`."""
+    """Compile the kernels of every kind of row, by sampling from any `logits`, one request for each row."""
     # Kernels are compiled for each dtype, and adjusted logits are float32 for every model dtype.
     plain = SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)
     adjusted = [replace(each, repetition_penalty=2.0, min_tokens=1, stop_token_ids=(0,)) for each in plain]
     for params in (*plain, *adjusted):
         request = Request(Generate(request_id="", token_ids=[0], params=params), max_tokens=2)
-        choose_on_device(logits[:1], [request], gpu)
+        choose_on_device(logits, [request] * len(logits), gpu)
 
 
 def _row_params(requests: Sequence[Request], vocab: int, device: torch.device) -> RowParams:

@@ -1,5 +1,6 @@
 """The model on Triton kernels: on a CUDA device, or in Triton's interpreter for tests."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,16 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import tuned
 from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, count_tiles, most_tiles
-from kernels.paged_attention import LEAST_SEQUENCES
 from runtime.adapters.layout import AdapterLayout, layout_without_weights
 from runtime.adapters.pool import AdapterPool
 from runtime.adapters.torch_base import TorchBase
-from runtime.config import EngineConfig
+from runtime.config import EngineConfig, gib
+from runtime.gpu import card as cards
+from runtime.gpu import warm_up
 from runtime.gpu.adapter_table import AdapterRow, AdapterTable
 from runtime.gpu.block_tables import BlockTables
-from runtime.gpu.cuda_graphs import Capture, Replay, StepGraphs, capture_on_cuda, graph_shapes, sizes
+from runtime.gpu.card import Card
+from runtime.gpu.cuda_graphs import Capture, Replay, StepGraphs, capture_on_cuda, graph_shapes
 from runtime.gpu.device_sampler import DeviceSamples, warm_up_sampling
 from runtime.gpu.fused_decoder import FusedDecoder
 from runtime.gpu.hot_adapters import HotAdapters
@@ -39,6 +43,8 @@ from runtime.runner import Results, Runner
 from runtime.sampler import with_scores
 from runtime.scheduler import SCORED_ROWS, Chunk
 
+_log = logging.getLogger(__name__)
+
 NO_ROWS = np.empty(0, np.int32)
 STACKED = 3  # modules of one site, q, k and v: the ranks of a site are up to this many times those of a module
 
@@ -58,70 +64,105 @@ class TritonRunner(Runner):
     kernels = "triton"
     keeps_quantized = True
 
-    def __init__(self, config: EngineConfig, device: torch.device):
+    def __init__(self, config: EngineConfig, device: torch.device, card: Card | None = None):
+        """Sizes that are not set are those for a CPU, or follow from the memory of `card`."""
         if not can_run_on(device):
             raise ValueError(
                 "kernels (--kernels) triton need a CUDA device; TRITON_INTERPRET=1 interprets them on a CPU"
             )
-        super().__init__(config, device)
+        super().__init__(config, device, sized=card is None)
         self.adapter_dtype = self.dtype
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._placed = DeviceWeights(self.weight_dtype, device, self.gpu)
-        weights = self._placed.load(self.checkpoint)
+        try:
+            weights = self._placed.load(self.checkpoint)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the GPU has too little memory for the model's weights: {reason}") from None
         del self.checkpoint
         self.weights_held = self._held(self._placed.description)
         self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
         self.decoder = FusedDecoder(self.model, weights, config.block_size, self.max_model_len, self.gpu)
         self.graphs: StepGraphs | None = None
-        self._max_running, self._max_tokens = config.max_running, config.max_batch_tokens
         self._lora_width = STACKED * config.max_lora_rank
-        self._table_width = -(-self.max_model_len // config.block_size)
-        rows = self._max_tokens + self._max_running  # graphs of prompts pad decodes and prompts apart
-        largest = StepShape.largest(rows, self._max_running, self._table_width, DECODE_HEIGHT, SCORED_ROWS)
-        self._buffer = StepBuffer(largest.total, device)
-        self._block_tables = BlockTables(self._table_width, config.block_size)
-        self._tokens = torch.zeros(config.max_running, dtype=torch.int64, device=device)  # sampled by the last step
+        self._chosen = 1 if self.model.experts is None else self.model.experts.chosen
         self._carried: dict[Request, int] = {}  # the row of each request in `_tokens`
         self._samples: DeviceSamples | None = None  # of the last step
         self._overlap = config.overlap
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
+        self._card, self._stream = card, torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if card is not None:
+            self._size_by(card, config)
+            self.allocate_kv()
+
+    def _size_by(self, card: Card, config: EngineConfig) -> None:
+        """Choose the sizes that are not set by the memory that the weights and the largest step leave."""
+        self.sizes, token_bytes = cards.most_sizes(config), self.block_bytes // self.block_size
+        if not cards.is_sized_by_card(config):
+            self.size(cards.with_requests(self.sizes, config, token_bytes))
+            return
+        cards.allowed_bytes(config, card)
+        self.num_blocks = 1  # of zeros, which padding reads
+        self.allocate_kv()
+        self._reserve(torch.zeros(1, dtype=self.adapter_dtype, device=self.device))
+        running = self.sizes.max_running
+        decodes = StepShape(running, running, 0, self._table_width, running, 0, 0, DECODE_HEIGHT)
+        with self.allocating():
+            step = card.peak_bytes(self._run_largest)
+            graphs = card.peak_bytes(lambda: self._run(decodes)) + cards.GRAPH_BYTES if self._wants_graphs else 0
+        needs = cards.Needs(card.taken_bytes(), step, graphs)
+        least = (config.max_model_len or 1) + self.block_size  # and the block of zeros
+        self.size(cards.sizes_of(config, card, needs, token_bytes, least))
+        _log.info("%s", cards.account(config, card, needs, self.sizes, token_bytes))
+
+    def _reserve(self, arena: Tensor) -> None:
+        """Allocate what steps of these sizes read and write besides weights and K/V."""
+        _, _, running, tokens = self.sizes
+        rows = tokens + running  # graphs of prompts pad decodes and prompts apart
+        self.decoder.longest = self.max_model_len
+        self._table_width = -(-self.max_model_len // self.block_size)
+        largest = StepShape.largest(rows, running, self._table_width, DECODE_HEIGHT, SCORED_ROWS)
+        self._buffer = StepBuffer(largest.total, self.device)
+        self._block_tables = BlockTables(self._table_width, self.block_size)
+        self._tokens = torch.zeros(running, dtype=torch.int64, device=self.device)  # sampled by the last step
+        self._table = AdapterTable(self.model.sites(), 2 * running, self._lora_width, self.device)
+        self._hot = HotAdapters(self.decoder.linears, len(self._table.rows), self.device)
+        self._memory = LoraMemory.of(
+            self.model, arena, self._table.rows, self._hot.by_slot, rows, running, self._lora_width
+        )
 
     def start(self, adapters: AdapterPool) -> None:
         """Reserve device memory for the adapters of a step, compile kernels and capture graphs."""
         self._adapters = adapters
-        self._table = AdapterTable(self.model.sites(), 2 * self._max_running, self._lora_width, self.device)
-        rows = self._max_tokens + self._max_running
-        self._hot = HotAdapters(self.decoder.linears, len(self._table.rows), self.device)
-        self._memory = LoraMemory.of(
-            self.model, adapters.arena, self._table.rows, self._hot.by_slot, rows, self._max_running, self._lora_width
-        )
-        if self.device.type == "cuda":
-            self.warm_up()
-        if self._wants_graphs:
-            self.graphs = self.step_graphs(capture_on_cuda(self.device))
+        with self.allocating():
+            self._reserve(adapters.arena)
+            if self.device.type == "cuda":
+                self.warm_up()
+            if self._wants_graphs:
+                self.graphs = self.step_graphs(capture_on_cuda(self.device))
+        if self._card is not None:
+            _log.info("the engine has taken %s of the GPU's memory", gib(self._card.taken_bytes()))
 
     def warm_up(self) -> None:
-        """Compile every kernel that a step may launch, so that no request waits for the compiler."""
-        for decodes, prefills in self._steps_to_compile():
-            rows = decodes + prefills
-            height = tile_height(decodes, rows)
-            base = StepShape(rows, decodes, prefills, self._table_width, rows, 0, 0, height)
-            tiles = most_tiles(rows, rows, height)
-            adapted = base._replace(tiles=tiles, logit_tiles=tiles, ranks=self._lora_width, embedding=True)
-            for shape in (base, adapted, adapted._replace(hot=True)):
-                self._lay_out([], shape, NO_ROWS)
-                logits = self.forward(shape)
-        self._placed.warm_up()
-        warm_up_sampling(logits, self.gpu)
+        """Compile every kernel that a step may launch, in each configuration, so that no request waits for that.
 
-    def _steps_to_compile(self) -> Iterator[tuple[int, int]]:
-        """(decodes, prefills) of steps that together use every compiled version of the kernels."""
-        yield from ((size, 0) for size in sizes(self._max_running))
-        yield 0, 1
-        prefills = LEAST_SEQUENCES
-        while prefills <= min(self._max_running, self._max_tokens):
-            yield 0, prefills
-            prefills *= 2
+        The last step is the largest: what it needs of libraries and memory is there when the first long prompt comes.
+        """
+        rows = warm_up.Rows(tuned.thresholds(self.gpu), self._chosen)
+        for shape in warm_up.shapes(self.sizes, rows, self._table_width, self._lora_width):
+            logits = self._run(shape)
+        self._placed.warm_up()
+        for count in rows.up_to(self.sizes.max_running):
+            warm_up_sampling(logits[:count], self.gpu)
+
+    def _run_largest(self) -> None:
+        logits = self._run(warm_up.largest(self.sizes, self._table_width, self._lora_width))
+        warm_up_sampling(logits[: self.sizes.max_running], self.gpu)
+
+    def _run(self, shape: StepShape) -> Tensor:
+        """The logits of a step of padding, which writes no K/V."""
+        self._lay_out([], shape, NO_ROWS)
+        return self.forward(shape)
 
     def step_graphs(self, capture: Capture) -> StepGraphs:
         """Graphs of `forward`."""
@@ -129,10 +170,12 @@ class TritonRunner(Runner):
         def lay_out_nothing(shape: StepShape) -> None:
             self._lay_out([], shape, NO_ROWS)
 
-        shapes = graph_shapes(self._max_running, self._max_tokens, self._table_width, self._lora_width, bool(self._hot))
+        _, _, running, tokens = self.sizes
+        shapes = graph_shapes(running, tokens, self._table_width, self._lora_width, bool(self._hot))
         return StepGraphs(self.forward, lay_out_nothing, shapes, capture)
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        self._refuse_other_streams()
         ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.request.adapter or "", len(chunk.request)))
         names = [_adapter_of(chunk) for chunk in ordered]
         adapters = {name: self._row_of(name) for name in dict.fromkeys(names) if name is not None}
@@ -142,6 +185,11 @@ class TritonRunner(Runner):
         sampling = [chunk.request for chunk in ordered if chunk.samples]
         self.prepared = PreparedStep(shape, sampling, ordered, sum(len(chunk.scored) for chunk in ordered))
         return ordered
+
+    def _refuse_other_streams(self) -> None:
+        """Steps, graphs and the events that copies wait for have an order on one stream only."""
+        if self._stream is not None and torch.cuda.current_stream(self.device) != self._stream:
+            raise RuntimeError("the engine was started under another torch.cuda.stream than it is called under now")
 
     def _row_of(self, adapter: str) -> AdapterRow:
         layout, first = self._adapters.placement(adapter)

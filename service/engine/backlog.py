@@ -16,7 +16,7 @@ class Backlog:
     """
 
     def __init__(self, places: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._places, self._clock = places, clock
+        self.places, self._clock = places, clock
         self._waiting: dict[str, tuple[Group, ...]] = {}  # by request id
         self._waits_since = 0.0  # when the first of them came to an empty queue
         self._running: set[str] = set()  # request ids
@@ -49,7 +49,7 @@ class Backlog:
 
         A queue that has not moved at all counts as one that is about to.
         """
-        queued = len(self._waiting) + len(self._running) - self._places  # the others have their places
+        queued = len(self._waiting) + len(self._running) - self.places  # the others have their places
         if queued < 0:
             return 0.0
         now = self._clock()

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from runtime.config import EngineConfig
+from runtime.config import CPU_SIZES, EngineConfig
 from runtime.messages import (
     Abort,
     AdapterState,
@@ -81,7 +81,8 @@ class EngineClient:
         self.adapters = EngineAdapters(self._connection, metrics)
         self.prefixes = EnginePrefixes(self._connection)
         self._config, self._command, self._environment = config, command, environment
-        self._backlog, self._max_queue_seconds = Backlog(config.max_running), max_queue_seconds
+        self._backlog = Backlog(config.sizes(CPU_SIZES).max_running)  # until an engine says what it has
+        self._max_queue_seconds = max_queue_seconds
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}  # by request id
         self._last_stats: Stats | None = None
@@ -243,6 +244,7 @@ class EngineClient:
         except BaseException:
             await process.close()
             raise
+        self._backlog.places = self._connection.ready.max_running
         if self._config.kv_changes:
             self.kv_changes.put_nowait(None)
         self.adapters.tell_all()

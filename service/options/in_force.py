@@ -34,7 +34,8 @@ class EngineInForce(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[str, Meta(description="of K/V, and of activations where the kernels round them")]
     weights: Annotated[str, Meta(description="how the base's weights are held")]
     max_model_len: Annotated[int, Meta(description="tokens of prompt and answer together")]
-    max_batch_tokens: int
+    max_running: Annotated[int, Meta(description="requests computed in one step")]
+    max_batch_tokens: Annotated[int, Meta(description="tokens computed in one step")]
     vocab_size: int
     block_size: Annotated[int, Meta(description="tokens in a block of K/V")]
     blocks: Annotated[int, Meta(description="of K/V on the device")]
@@ -86,6 +87,7 @@ def _engine(ready: Ready) -> EngineInForce:
         dtype=ready.dtype,
         weights=ready.weights or ready.dtype,
         max_model_len=ready.max_model_len,
+        max_running=ready.max_running,
         max_batch_tokens=ready.max_batch_tokens,
         vocab_size=ready.vocab_size,
         block_size=ready.block_size,

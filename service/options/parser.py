@@ -97,7 +97,9 @@ class Declared:
             return "|".join(get_args(self.kind))
         if self.field.endswith("_bytes"):
             return "SIZE"
-        return {int: "N", float: "SECONDS", Path: "PATH"}.get(self.kind, self.name.split("-")[-1].upper())
+        return {int: "N", float: self.option.unit.upper() or "SECONDS", Path: "PATH"}.get(
+            self.kind, self.name.split("-")[-1].upper()
+        )
 
     def _help(self) -> str:
         aliases = "".join(f"; also --{alias}" for alias in self.option.aliases)

@@ -133,7 +133,8 @@ def test_adapters_with_a_series_of_their_own_are_bounded() -> None:
     numbers += ("generated_tokens", "preemptions", "steps")
     stats = Stats(**dict.fromkeys(numbers, 0), device=tier, host=tier, running_adapters=[], waiting_adapters=[])
     sizes = dict.fromkeys(
-        ("max_model_len", "vocab_size", "block_size", "num_blocks", "max_batch_tokens", "adapter_bytes"), 1
+        ("max_model_len", "vocab_size", "block_size", "num_blocks", "max_running", "max_batch_tokens", "adapter_bytes"),
+        1,
     )
     ready = Ready(**sizes, dtype="float32", kernels="fake")
     found = samples(Metrics().render(EngineMetrics(stats, ready, "base", versions, None)).decode())

@@ -138,6 +138,7 @@ OPTIONS = {
     "--threads": ("2", "threads", 2),
     "--device": ("cpu", "device", "cpu"),
     "--kernels": ("triton", "kernels", "triton"),
+    "--gpu-memory-utilization": ("0.8", "gpu_memory_utilization", 0.8),
     "--cuda-graphs": ("off", "cuda_graphs", False),
     "--overlap": ("0", "overlap", False),
     "--log-level": ("debug", "log_level", "debug"),
@@ -203,7 +204,7 @@ def test_help_shows_defaults_as_one_would_write_them(
         read(["--help"], {"ROOTSTOCK_API_KEY": "a-secret", "ROOTSTOCK_PORT": "many"})
     text = capsys.readouterr().out
     for shown in (
-        "[512M; ROOTSTOCK_KV_CACHE_BYTES;",
+        "[2G; ROOTSTOCK_HOST_ADAPTER_BYTES]",
         "[8G; ROOTSTOCK_DISK",
         "[0; ROOTSTOCK_HOST_KV",
         "[900; ",
@@ -300,7 +301,10 @@ def test_a_list_in_a_variable_is_separated_by_commas_or_newlines(text: str) -> N
         (["--kv-cache-bytes", "2T"], "'2T' is not a number of bytes"),
         (["--kv-cache-bytes", "0"], "argument --kv-cache-bytes: must be at least 1, not 0"),
         (["--max-model-len", "-1"], "max-model-len"),
-        (["--max-running", "600"], "max_batch_tokens (256) must be at least max_running (600)"),
+        (
+            ["--max-running", "600", "--max-batch-tokens", "256"],
+            "max_batch_tokens (256) must be at least max_running (600)",
+        ),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--host-kv-bytes", "1G", "--no-prefix-cache"], "host_kv_bytes must be 0 without prefix_cache"),

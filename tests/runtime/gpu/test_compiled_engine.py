@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 OPTIONS = {"max_running": 68, "max_batch_tokens": 160, "max_model_len": 250, "max_lora_rank": 16}
 REQUESTS = 160
+ROWS = (3, 100)  # that the tables' configurations are for
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
-@pytest.mark.parametrize("graphs", ["graphs", "no graphs"])
-def test_no_step_launches_a_kernel_that_was_not_compiled_at_start(tmp_path: Path, cache: Path, graphs: str) -> None:
+@pytest.mark.parametrize("kind", ["graphs", "no graphs", "graphs, tuned"])
+def test_no_step_launches_a_kernel_that_was_not_compiled_at_start(tmp_path: Path, cache: Path, kind: str) -> None:
     pytest.importorskip("triton", reason="needs triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, __file__, graphs, str(tmp_path)]
+    command = [sys.executable, __file__, kind, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads(done.stdout)
@@ -38,7 +39,7 @@ def test_no_step_launches_a_kernel_that_was_not_compiled_at_start(tmp_path: Path
     assert {"decodes", "prompts", "both", "64 prompts"} <= set(seen["steps"])
 
 
-def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
+def main(kind: str, directory: Path) -> dict[str, list[str]]:
     from tests.kernels.pretend_gpu import PretendGpu
 
     gpu = PretendGpu.install()
@@ -48,11 +49,13 @@ def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
     from tests.runtime.gpu.eager_captures import EagerCaptures
 
     late_products = products_of_a_packed_base(gpu, directory / "packed")
+    if "tuned" in kind:
+        fill_tables()
     torch.empty = torch.zeros  # nothing is computed, and old memory would not be valid tokens
     with engines(PeftOracle(directory)) as start:
         engine = start(kernels="triton", device="cpu", **OPTIONS)
         engine.runner.warm_up()
-        if graphs:
+        if kind.startswith("graphs"):
             engine.runner.graphs = engine.runner.step_graphs(EagerCaptures())
         at_start = [kernel.name for kernel in gpu.compiled]
         for name in MODULES:
@@ -62,6 +65,30 @@ def main(graphs: bool, directory: Path) -> dict[str, list[str]]:
         steps = set(run(engine, [None, *engine.digests.values()]))
     late = [k.name for k in gpu.compiled[len(at_start) :]]
     return {"at start": at_start, "late": [*late_products, *late], "steps": sorted(steps)}
+
+
+def fill_tables() -> None:
+    """A table as the tuner prints it: other configurations for few rows and for more, none of them a default."""
+    from kernels import grouped_lora, kv_write, paged_attention, rms_norm, sampling, silu_mul, tuned
+
+    candidates = {
+        "rms_norm": rms_norm.CANDIDATES,
+        "add_rms_norm": rms_norm.CANDIDATES,
+        "silu_mul": silu_mul.CANDIDATES,
+        "sample": sampling.CANDIDATES,
+        "sample with cuts": sampling.CANDIDATES,
+        "qkv_write": kv_write.CANDIDATES,
+        "paged_decode": paged_attention.DECODE_CANDIDATES,
+        "paged_prefill": paged_attention.PREFILL_CANDIDATES,
+        "decode shrink": grouped_lora.DECODE.shrink,
+        "decode expand": grouped_lora.DECODE.expand,
+        "prefill shrink": grouped_lora.PREFILL.shrink,
+        "prefill expand": grouped_lora.PREFILL.expand,
+    }
+    tuned.TABLES["cpu"] = {  # type: ignore[index]
+        kernel: tuple(tuned.Tuned(rows, config, "1 µs") for rows, config in zip(ROWS, configs[1:], strict=False))
+        for kernel, configs in candidates.items()
+    }
 
 
 def products_of_a_packed_base(gpu, directory: Path) -> list[str]:
@@ -130,4 +157,4 @@ def step(engine) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1] == "graphs", Path(sys.argv[2]))))
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))

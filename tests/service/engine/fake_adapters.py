@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.config import EngineConfig
+from runtime.config import CPU_SIZES, EngineConfig
 from runtime.messages import (
     AdapterState,
     Answer,
@@ -49,7 +49,10 @@ class FakeAdapters:
 
     def __init__(self, config: EngineConfig):
         self._known: dict[str, FakeAdapter] = {}
-        self._bytes: dict[Tier, int] = {"device": config.adapter_bytes, "host": config.host_adapter_bytes}
+        self._bytes: dict[Tier, int] = {
+            "device": config.sizes(CPU_SIZES).adapter_bytes,
+            "host": config.host_adapter_bytes,
+        }
         self._loads: dict[Tier, int] = {"device": 0, "host": 0}
         self._pins = FakePins()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from runtime.config import EngineConfig
+from runtime.config import CPU_SIZES, EngineConfig
 from runtime.kv.held_prefixes import as_generate
 from runtime.messages import (
     BROKEN,
@@ -113,6 +113,7 @@ class Sequence:
 class FakeEngine:
     def __init__(self, config: EngineConfig):
         model = msgspec.json.decode((Path(config.model) / "config.json").read_bytes())
+        self.sizes = config.sizes(CPU_SIZES)
         self.config, self.vocab_size, self.num_blocks = config, model["vocab_size"], 64
         self.max_model_len = config.max_model_len or CONTEXT
         self.requests: dict[str, Sequence] = {}
@@ -129,9 +130,10 @@ class FakeEngine:
             vocab_size=self.vocab_size,
             block_size=BLOCK,
             num_blocks=self.num_blocks,
-            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.sizes.max_running,
+            max_batch_tokens=self.sizes.max_batch_tokens,
             dtype="float32",
-            adapter_bytes=self.config.adapter_bytes,
+            adapter_bytes=self.sizes.adapter_bytes,
             kernels="fake",
         )
 
@@ -184,7 +186,7 @@ class FakeEngine:
                 raise RequestRefused("adapter_failed", self.adapters.failure(command.adapter))
             if generate.params.choice > 0 and tuple(command.token_ids) not in self.computed:
                 raise RequestRefused("engine_error", "a choice came before the first had computed the prompt for it")
-            if len(self.requests) >= self.config.max_running + self.config.max_waiting:
+            if len(self.requests) >= self.sizes.max_running + self.config.max_waiting:
                 raise RequestRefused("queue_full", "try again later")
         except RequestRefused as refusal:
             return [Failed(request_id=command.request_id, code=refusal.code, message=str(refusal))]
