@@ -191,6 +191,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             parse=share,
         ),
     ] = 0.9
+    tensor_parallel_size: Annotated[
+        int,
+        Option(
+            "processes that compute each layer together, one a GPU, on a CPU by kernels torch; sizes are of each",
+            "device",
+            unit="processes",
+            least=1,
+            most=64,
+        ),
+    ] = 1
     cuda_graphs: Annotated[bool, Option("replay decode steps as CUDA graphs", "device")] = True
     overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True
     log_level: Annotated[LogLevel, Option("lowest severity that is logged", "server")] = "info"

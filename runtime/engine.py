@@ -11,6 +11,8 @@ from torch import Tensor
 from runtime.adapters.errors import AdapterUnavailable
 from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
+from runtime.cpu.choice import threads_of
+from runtime.follower.steps import step_of
 from runtime.grammar.grammars import Grammars
 from runtime.kv.block_manager import BlockManager
 from runtime.kv.block_pool import BlockPool
@@ -35,7 +37,7 @@ from runtime.request import FinishReason, Request, RequestRefused, check_limits
 from runtime.runner import Results, make_runner
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk, QueueFull, Rejected, Scheduler
-from runtime.stats import Tallies, namespaces
+from runtime.stats import Tallies, snapshot
 
 
 class Launched(NamedTuple):
@@ -54,8 +56,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig):
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        if config.threads is not None or config.tensor_parallel_size > 1:
+            torch.set_num_threads(threads_of(config))
         self.config = config
         self.runner = runner = make_runner(config)
         with runner.allocating():
@@ -68,8 +70,10 @@ class Engine:
                 config.max_lora_rank,
                 runner.adapter_layout,
             )
-            transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer)
+            transfer = BlockTransfer(runner.kv, runner.num_host_blocks, self.adapters.pacer, runner.followers)
+        self.adapters.lead(runner.followers)
         runner.start(self.adapters)
+        runner.followers.wait_until_ready()
         self.grammars = Grammars(Path(config.model), runner.model.vocab_size, runner.model.eos_token_ids)
         self._kv_log = KvLog(config.block_size) if config.kv_changes else None
         self.blocks = BlockPool(runner.num_blocks, config.prefix_cache, self._kv_log)
@@ -231,7 +235,10 @@ class Engine:
         """Start to compute a step, after the copies that have to precede it."""
         ordered = self.runner.prepare(chunks)
         self.offload.before_writing(self.scheduler.written_blocks(chunks))
-        self.runner.kv.copy(self.scheduler.block_manager.copies)
+        copies = self.scheduler.block_manager.copies
+        if self.runner.followers:
+            self.runner.followers.tell(step_of(ordered, copies, self.adapters, self.config.block_size))
+        self.runner.kv.copy(copies)
         self.scheduler.block_manager.copied()
         with self.adapters.pacer.computing():
             results, may_wait = self.runner.launch()
@@ -413,26 +420,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot of the engine's state, and its counters since start."""
-        scheduler, tallies = self.scheduler, self.tallies
-        return Stats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            blocks_total=self.blocks.num_blocks - 1,
-            blocks_used=self.blocks.used,
-            blocks_cached=self.blocks.cached,
-            blocks_held=self.prefixes.blocks_held,
-            host_kv=self.offload.stats(),
-            namespaces=namespaces(self.blocks, self.offload, tallies),
-            prompt_tokens=tallies.prompt_tokens,
-            cached_tokens=tallies.cached_tokens,
-            generated_tokens=tallies.generated_tokens,
-            preemptions=scheduler.preemptions,
-            steps=self.steps,
-            device=self.adapters.device.stats(),
-            host=self.adapters.host.stats(),
-            running_adapters=sorted({request.adapter for request in scheduler.running if request.adapter}),
-            waiting_adapters=sorted({request.adapter for request in scheduler.waiting if request.adapter}),
-        )
+        return snapshot(self.scheduler, self.prefixes, self.tallies, self.steps)
 
     def check(self) -> None:
         """Recount the invariants of everything that the engine owns."""

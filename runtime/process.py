@@ -67,6 +67,7 @@ LASTING = re.compile(
 # runs Python; the default of 5 ms is a fifth of a decode step.
 SWITCH_SECONDS = 0.0005
 PARENT_CHECK_MILLISECONDS = 1000
+RANK_SECONDS = 1.0  # for the reason of another rank to arrive, after a step that failed because it had ended
 SIGN_SECONDS = 1.0  # the loop sends a message at least this often, if no step takes longer: it is how one sees it alive
 
 
@@ -119,6 +120,9 @@ class EngineServer:
     def _refuse_to_go_on(self, error: Exception) -> None:
         """Raise EngineBroken if later steps would fail as well: a new process may do better."""
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        followers = self.engine.runner.followers
+        if followers:  # which wait for the rest of the step
+            raise EngineBroken(followers.reason(RANK_SECONDS) or f"a step of several ranks failed: {reason}") from error
         if LASTING.search(str(error)):
             raise EngineBroken(f"the device failed: {reason}") from error
         if self._failed_steps >= FAILED_STEPS:
@@ -209,6 +213,7 @@ def main(endpoint: str, parent: int) -> None:
     except (ValueError, OSError) as error:
         _end(CANNOT_START, str(error))
     _log.info("started with %s in %.1f s", config.model, time.monotonic() - start)
+    engine.runner.followers.watch(lambda fault: _end(BROKEN, str(fault)))
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # these objects stay for ever; collecting among them took 150 ms while requests ran

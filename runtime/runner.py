@@ -5,15 +5,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from runtime.adapters.layout import LayOut, layout_adapter
-from runtime.adapters.pool import AdapterPool
+from runtime.adapters.cut_layout import lay_out_part
+from runtime.adapters.layout import LayOut, Layout, layout_adapter
+from runtime.adapters.parts import BaseWeights
 from runtime.config import CPU_SIZES, EngineConfig, Sizes, gib
 from runtime.kv.cache import KvCache, bytes_per_block
 from runtime.models.config import ModelConfig
+from runtime.models.shards import Shard
 from runtime.models.weights import open_checkpoint
+from runtime.parallel.followers import Followers
+from runtime.parallel.group import RankGroup
 from runtime.sampler import Sampled
 from runtime.scheduler import Chunk
 
@@ -24,8 +30,25 @@ Results = Callable[
 ]  # blocks until a step is computed; one entry for each chunk that samples or scores
 
 
+class ResidentAdapters(Protocol):
+    """The adapters in device memory, of which a step uses some: the pool on rank 0, its mirror on the others."""
+
+    @property
+    def arena(self) -> Tensor:
+        """All of the device's adapter memory, flat."""
+        ...
+
+    def lookup(self, digest: str) -> Any:
+        """The weights of an adapter by site index, as its layout has them."""
+        ...
+
+    def placement(self, digest: str) -> tuple[Layout, int]:
+        """An adapter's layout, and the element of `arena` at which its extent begins."""
+        ...
+
+
 class Runner(ABC):
-    """The base model loaded on one device, with its K/V cache; subclasses compute steps.
+    """The base model, or a rank's part of it, loaded on one device, with its K/V cache; subclasses compute steps.
 
     Raises ValueError that names the option, if model, memory and options do not fit together.
     """
@@ -41,7 +64,9 @@ class Runner(ABC):
     timings: Mapping[str, float] = {}  # milliseconds of each candidate for `kernels`, where they were measured
     sizes: Sizes
 
-    def __init__(self, config: EngineConfig, device: torch.device, *, sized: bool = True):
+    def __init__(
+        self, config: EngineConfig, device: torch.device, group: RankGroup | None = None, *, sized: bool = True
+    ):
         """Without `sized`, the subclass calls `size` and `allocate_kv` once the weights are loaded."""
         directory = Path(config.model)
         self.model = ModelConfig.from_directory(directory)
@@ -55,7 +80,9 @@ class Runner(ABC):
         self.dtype = torch.float32 if self.weight_dtype == torch.float32 else torch.bfloat16
         self.device = device
         self.block_size = config.block_size
-        self.block_bytes = bytes_per_block(self.model, config.block_size, self.dtype)
+        self.followers = Followers()  # the processes of the other ranks, where this is rank 0
+        self.group = group or RankGroup()
+        self.block_bytes = bytes_per_block(Shard(self.model, self.group).model, config.block_size, self.dtype)
         self.num_host_blocks = config.host_kv_bytes // self.block_bytes
         if config.host_kv_bytes and not self.num_host_blocks:
             given = config.host_kv_bytes
@@ -72,12 +99,15 @@ class Runner(ABC):
                 self.max_model_len,
                 self.model.rope.original_max_position,
             )
+        self.shard = Shard(self.model, self.group)
+        self.part = self.shard.model  # the model as far as this rank has it
         self.checkpoint = open_checkpoint(
             self.model,
             directory,
             self.weight_dtype,
             config.load_format,
             device,
+            shard=self.shard,
             pack=self.packs_linears,
             keep_quantized=self.keeps_quantized,
             bars=config.bars,
@@ -94,7 +124,7 @@ class Runner(ABC):
 
     def allocate_kv(self) -> None:
         with self.allocating():
-            self.kv = KvCache(self.model, self.num_blocks, self.block_size, self.dtype, self.device)
+            self.kv = KvCache(self.part, self.num_blocks, self.block_size, self.dtype, self.device)
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
@@ -138,13 +168,21 @@ class Runner(ABC):
             )
         return limit
 
+    def _lay_out(self, layout: Callable[..., Any], base: BaseWeights) -> LayOut:
+        """How `layout` lays adapters out for this rank; `base` has its weights."""
+        return lay_out_part(layout, self.shard, base, self.checkpoint.whole)
+
     @abstractmethod
-    def start(self, adapters: AdapterPool) -> None:
+    def start(self, adapters: ResidentAdapters) -> None:
         """Prepare for steps that use the adapters of `adapters`; called once, before the first step."""
 
     @abstractmethod
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Lay out the inputs of a step. Returns its chunks in the order of their rows."""
+
+    @abstractmethod
+    def compute(self) -> Tensor:
+        """Compute the prepared step. Returns the logits of its rows, (n, vocab), whole on rank 0."""
 
     @abstractmethod
     def launch(self) -> tuple[Results, bool]:
@@ -153,13 +191,36 @@ class Runner(ABC):
         The second value says whether the next step may be prepared and launched before the results are read.
         """
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to end
-        """End threads of the runner's own, if it has any."""
+    def close(self) -> None:
+        """End threads of the runner's own, if it has any, and the other ranks."""
+        self.followers.close()
 
 
 def make_runner(config: EngineConfig) -> Runner:
-    """Load the model on the device that `config` asks for. Raises ValueError that names the option to change."""
-    runner = _make_runner(config)
+    """Load the model on the device that `config` asks for. Raises ValueError that names the option to change.
+
+    Each other rank is started, and loads its part of the model meanwhile.
+    """
+    size = config.tensor_parallel_size
+    if size == 1:
+        return load_part(config)
+    _check_ranks(config)
+    followers = Followers()
+    try:
+        followers.start(config)
+        runner = load_part(config, RankGroup.join(0, size, followers.store, device_of(config, 0)))
+    except BaseException:
+        followers.close()
+        raise
+    runner.followers = followers
+    if runner.shard.padding:
+        _log.info("%d ranks of equal parts compute %s", size, runner.shard.padding)
+    return runner
+
+
+def load_part(config: EngineConfig, group: RankGroup | None = None) -> Runner:
+    """Load a rank's part of the model."""
+    runner = _make_runner(config, group or RankGroup())
     if runner.model.quantization is not None or config.quantization is not None:
         _log.info("the base's weights are held in %s", runner.weights_held)
     for note in () if runner.model.quantization is None else runner.model.quantization.notes:
@@ -167,39 +228,62 @@ def make_runner(config: EngineConfig) -> Runner:
     return runner
 
 
-def _make_runner(config: EngineConfig) -> Runner:
+def device_of(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank. Raises ValueError if there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
-    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if config.tensor_parallel_size == 1 else rank)
+
+
+def _check_ranks(config: EngineConfig) -> None:
+    """Raise ValueError, before other processes are started, for what several ranks cannot do here."""
+    size, option = config.tensor_parallel_size, "tensor_parallel_size (--tensor-parallel-size)"
+    if device_of(config, 0).type == "cuda":
+        found = torch.cuda.device_count()
+        if found < size:
+            raise ValueError(f"{option} is {size}, and torch finds {found} CUDA devices here")
+        for name in ("kv_cache_bytes", "adapter_bytes"):
+            if getattr(config, name) is None:
+                raise ValueError(
+                    f"{option} is {size}, and {name} (--{name.replace('_', '-')}) is not set: all ranks need the same "
+                    "size, and do not choose one by their GPUs"
+                )
+    elif config.kernels == "compiled":
+        raise ValueError(
+            f"{option} is {size}, and kernels (--kernels) compiled compute on one rank, as they cannot add up what "
+            "several have in the middle of a step: set kernels to torch or auto"
+        )
+    else:
+        _refuse_quantization(config, "torch")
+
+
+def _make_runner(config: EngineConfig, group: RankGroup) -> Runner:
+    device = device_of(config, group.rank)
+    on_cuda = device.type == "cuda"
     if config.kernels == "triton" or (config.kernels == "auto" and on_cuda):
-        return _triton_runner(config, on_cuda)
+        from runtime.gpu.card import Card
+        from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
+
+        _refuse_quantization(config, "triton")
+        return TritonRunner(config, device, group, Card(device) if on_cuda else None)
     if on_cuda:
         raise ValueError(
             f"kernels (--kernels) {config.kernels} run on the CPU only: set device (--device) to cpu as well"
         )
-    return _cpu_runner(config)
+    return _cpu_runner(config, group)
 
 
-def _triton_runner(config: EngineConfig, on_cuda: bool) -> Runner:
-    from runtime.gpu.card import Card
-    from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
-
-    _refuse_quantization(config, "triton")
-    if not on_cuda:
-        return TritonRunner(config, torch.device("cpu"))
-    device = torch.device("cuda", torch.cuda.current_device())
-    return TritonRunner(config, device, Card(device))
-
-
-def _cpu_runner(config: EngineConfig) -> Runner:
+def _cpu_runner(config: EngineConfig, group: RankGroup) -> Runner:
     from runtime.cpu.choice import choose_kernels, threads_of  # these modules import this one
     from runtime.cpu.compiled_runner import CompiledRunner
     from runtime.cpu.torch_runner import TorchRunner
 
-    kernels, timings = choose_kernels(config)
+    kernels, timings = choose_kernels(config) if group.size == 1 else ("torch", {})
     if kernels == "torch":
         _refuse_quantization(config, kernels)
-    runner = CompiledRunner(config) if kernels == "compiled" else TorchRunner(config)
+    runner = CompiledRunner(config) if kernels == "compiled" else TorchRunner(config, group)
     runner.cpu_threads = threads_of(config) if kernels == "compiled" else torch.get_num_threads()
     runner.timings = timings
     return runner

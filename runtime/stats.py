@@ -1,11 +1,13 @@
-"""Counters of the engine: tokens, and whose K/V the prompts could reuse."""
+"""Counters of the engine: tokens, and whose K/V the prompts could reuse; a snapshot of everything that is counted."""
 
 from typing import NamedTuple
 
 from runtime.kv.block_pool import BlockPool
+from runtime.kv.held_prefixes import HeldPrefixes
 from runtime.kv.offload import Offload
-from runtime.messages import KvNamespace
+from runtime.messages import KvNamespace, Stats
 from runtime.request import Request
+from runtime.scheduler import Scheduler
 
 BASE = ""  # the base's namespace in messages; inside the engine it is None
 
@@ -58,3 +60,27 @@ def namespaces(blocks: BlockPool, offload: Offload, tallies: Tallies) -> dict[st
         )
         for name in {None, *used, *cached, *offloaded, *counts}
     }
+
+
+def snapshot(scheduler: Scheduler, prefixes: HeldPrefixes, tallies: Tallies, steps: int) -> Stats:
+    """The engine's state now, and its counters since start."""
+    blocks, adapters, offload = scheduler.block_manager.pool, scheduler.adapters, scheduler.offload
+    return Stats(
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        blocks_total=blocks.num_blocks - 1,
+        blocks_used=blocks.used,
+        blocks_cached=blocks.cached,
+        blocks_held=prefixes.blocks_held,
+        host_kv=offload.stats(),
+        namespaces=namespaces(blocks, offload, tallies),
+        prompt_tokens=tallies.prompt_tokens,
+        cached_tokens=tallies.cached_tokens,
+        generated_tokens=tallies.generated_tokens,
+        preemptions=scheduler.preemptions,
+        steps=steps,
+        device=adapters.device.stats(),
+        host=adapters.host.stats(),
+        running_adapters=sorted({request.adapter for request in scheduler.running if request.adapter}),
+        waiting_adapters=sorted({request.adapter for request in scheduler.waiting if request.adapter}),
+    )

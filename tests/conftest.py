@@ -31,6 +31,7 @@ SLOW = {
         "tools",
         # PEFT and transformers as oracles
         "runtime/models",
+        "runtime/parallel",
         "runtime/adapters/test_adapter_maths.py",
         "runtime/adapters/test_storms.py",
         "runtime/kv/test_eviction.py",

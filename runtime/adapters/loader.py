@@ -23,7 +23,10 @@ from runtime.adapters.errors import FileUnusable
 from runtime.adapters.layout import AdapterLayout, LayOut, Layout
 from runtime.adapters.prefault import SpareMemory, prefault
 from runtime.background import Pacer, yield_to_others
+from runtime.messages import Tier
 from runtime.models.config import ModelConfig
+from runtime.parallel.commands import Fill
+from runtime.parallel.followers import Followers, RankFault
 
 READER_THREADS = 2
 MEMORY_NICENESS = 19  # of the thread that only prefaults memory for later loads
@@ -49,8 +52,16 @@ class Content(NamedTuple):
 Source = Path | bytes | Content
 
 
+class Copy(NamedTuple):
+    """A copy between the tiers."""
+
+    source: Tensor
+    target: Tensor
+    into: Tier
+
+
 class Task(NamedTuple):
-    """Work for one adapter, in this order: read and verify `source`, or take `content`; pack it; copy.
+    """Work for one adapter, in this order: read and verify `source`, unless there is `content`; pack it; copy.
 
     The extents belong to the loader until the result has been taken.
     """
@@ -60,7 +71,7 @@ class Task(NamedTuple):
     content: Content | None = None  # a file that an earlier task has read
     pack: Tensor | None = None  # the extent in host memory to pack the file into
     pack_on_device: Tensor | None = None  # the extent on the device to pack the content's own tensors there into
-    copy: tuple[Tensor, Tensor] | None = None  # source and target extents
+    copy: Copy | None = None
     # Recorded when the task was submitted: a step that was launched before may still read the target extent.
     submitted: torch.cuda.Event | None = None
 
@@ -82,6 +93,7 @@ class AdapterLoader(Generic[Key]):
 
     def __init__(self, model: ModelConfig, max_file_bytes: int, max_rank: int, lay_out: LayOut) -> None:
         self.pacer = Pacer()
+        self.followers = Followers()  # the other ranks, which do with their parts what this one does
         self.on_change: Callable[[], None] | None = None  # called from a thread after each result
         self._model = model
         self._max_file_bytes = max_file_bytes  # larger files are not read
@@ -103,8 +115,8 @@ class AdapterLoader(Generic[Key]):
     def submit(self, key: Key, task: Task) -> None:
         """Start a task; `take` returns its result."""
         self._in_flight += 1
-        extents = [extent for extent in (*(task.copy or ()), task.pack_on_device) if extent is not None]
-        if any(extent.is_cuda for extent in extents):
+        extents = (*(task.copy or ())[:2], task.pack_on_device)
+        if any(extent is not None and extent.is_cuda for extent in extents):
             submitted = torch.cuda.Event()
             submitted.record()
             task = task._replace(submitted=submitted)
@@ -168,9 +180,19 @@ class AdapterLoader(Generic[Key]):
             self.on_change()
 
     def _run(self, task: Task, stages: Stages) -> Content | None:
+        """Do a task, and wait until the other ranks have done it: then all have the adapter, or none."""
+        if not self.followers or (task.pack is None and task.copy is None):
+            return self._do(task, stages)
+        wait = self.followers.ask(_fill_of(task))
+        try:
+            return self._do(task, stages)
+        finally:  # also after an error: the others may still write to the extents
+            _wait(wait)
+
+    def _do(self, task: Task, stages: Stages) -> Content | None:
         started = time.monotonic()
         content = task.content
-        if task.source is not None:
+        if content is None and task.source is not None:
             content = self._read(task.source, task.digest)
             stages["read"] = (started, time.monotonic())
             started = stages["read"][1]
@@ -185,7 +207,7 @@ class AdapterLoader(Generic[Key]):
             _pack_on_device(content, task.pack_on_device, task.submitted)
             stages["pack"] = (started, time.monotonic())
         if task.copy is not None:
-            _copy(*task.copy, task.submitted, self.pacer.pause)
+            _copy(task.copy.source, task.copy.target, task.submitted, self.pacer.pause)
             stages["copy"] = (started, time.monotonic())
         return content
 
@@ -199,6 +221,34 @@ class AdapterLoader(Generic[Key]):
         self.pacer.pause()
         config, header, _ = read_canonical(data.data)
         return self.content_of(CanonicalFile(config, header, data))
+
+
+def _wait(wait: Callable[[], None]) -> None:
+    try:
+        wait()
+    except RankFault as fault:
+        if fault.kind == FileUnusable.__name__:
+            raise FileUnusable(fault.fault) from None
+        raise
+
+
+def _fill_of(task: Task) -> Fill:
+    """The same task as another rank is told it: extents lie at the same places there."""
+    copy, source = task.copy, task.source
+    extent = task.pack
+    if extent is None:
+        assert copy is not None
+        extent, source = copy.source, None
+    file = source.data.tobytes() if isinstance(source, Content) else source
+    return Fill(
+        digest=task.digest,
+        path=str(file) if isinstance(file, Path) else None,
+        file=file if isinstance(file, bytes) else None,
+        first=int(extent.storage_offset()),
+        count=extent.numel(),
+        into=None if copy is None else copy.into,
+        target=0 if copy is None else int(copy.target.storage_offset()),
+    )
 
 
 def read_verified(path: Path, digest: str, max_bytes: int, memory: Memory, pause: Pause) -> np.ndarray:

@@ -8,10 +8,11 @@ from runtime.adapters.adapter import FIRST_RETRY_SECONDS, LAST, Adapter, Job, Lo
 from runtime.adapters.errors import FileUnusable
 from runtime.adapters.events import AdapterEvents
 from runtime.adapters.layout import LayOut
-from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Finished, Task
+from runtime.adapters.loader import READER_THREADS, AdapterLoader, Content, Copy, Finished, Task
 from runtime.adapters.tier import AdapterTier
 from runtime.messages import EngineCode, Tier
 from runtime.models.config import ModelConfig
+from runtime.parallel.followers import RankFault
 
 # Files that are being read or wait to be packed: as many as the threads can pack until the next poll.
 FILES_IN_MEMORY = 2 * READER_THREADS
@@ -175,7 +176,8 @@ class AdapterLoads:
         if self._may_take(adapter, target) and target.reserve(adapter, adapter.size, adapter.place):
             source.acquire(digest)
             job = Job(filling=(target.name,), source=source.name, layout=source.layout(digest))
-            self._start(adapter, Task(digest, copy=(source.extent(digest), target.extent(digest))), job)
+            copy = Copy(source.extent(digest), target.extent(digest), target.name)
+            self._start(adapter, Task(digest, copy=copy), job)
 
     def _fill_device(self, adapter: Adapter) -> bool:
         """Pack an adapter on the device, if its tensors are there and there is room for it."""
@@ -204,11 +206,11 @@ class AdapterLoads:
             self._with_file.discard(adapter)
             return
         extent = self._host.extent(digest)
-        task = Task(digest, source if content is None else None, content, extent)
+        task = Task(digest, source, content, extent)
         # An extent of the device is taken only for content that is certain to be there.
         to_device = not reads and load.goal == "device" and self._may_take(adapter, self._device)
         if to_device and self._device.reserve(adapter, adapter.size, adapter.place):
-            task = task._replace(copy=(extent, self._device.extent(digest)))
+            task = task._replace(copy=Copy(extent, self._device.extent(digest), "device"))
             self._start(adapter, task, Job(filling=("host", "device")))
         else:
             self._start(adapter, task, Job(filling=("host",), reads_file=reads))
@@ -301,7 +303,7 @@ class AdapterLoads:
         if isinstance(error, FileUnusable) and not load.refetched:
             adapter.miss(str(error))
             return
-        known = isinstance(error, FileUnusable | InvalidAdapter)
+        known = isinstance(error, FileUnusable | InvalidAdapter | RankFault)
         self.fail(adapter, str(error) if known else f"{type(error).__name__}: {error}")
 
     def _end(self, adapter: Adapter, code: EngineCode | None = None, message: str = "") -> None:

@@ -25,6 +25,9 @@ from runtime.models.sites import Part, Site
 Pause = Callable[[], None]
 
 
+LENGTHS_LEAF = "lengths"  # what DoRA divides by, where a rank's part of the base does not tell it
+
+
 class BaseWeights(Protocol):
     """The base's own weights, as a runner computes with them: DoRA and trained biases depend on them."""
 
@@ -199,8 +202,11 @@ class PartContent(NamedTuple):
         if self.part.own_gains:
             return self.exact(f"{self.part.module}.{GAIN_LEAF}").reshape(-1)
         module, names = self.part.module, tensor_names(self.part.module, self.part.embedding)
-        a, b = (np.ascontiguousarray(self.exact(name)) for name in (names.a, names.b))
-        lengths = _known(self.base, module).lengths(module, a, b, self.scale, pause)
+        if f"{module}.{LENGTHS_LEAF}" in self.header.tensors:
+            lengths = self.exact(f"{module}.{LENGTHS_LEAF}")
+        else:
+            a, b = (np.ascontiguousarray(self.exact(name)) for name in (names.a, names.b))
+            lengths = _known(self.base, module).lengths(module, a, b, self.scale, pause)
         if not lengths.all():
             what = "divides by a row of zeros: the base's and BA cancel out"
             raise InvalidAdapter(f"{module}.{MAGNITUDE_LEAF}", what, TRAIN_AGAIN)

@@ -20,6 +20,7 @@ from runtime.adapters.pins import AdapterPins
 from runtime.adapters.tier import AdapterTier
 from runtime.messages import AdapterState, Answer, PinsSet, Tier
 from runtime.models.config import ModelConfig
+from runtime.parallel.followers import Followers
 
 
 class AdapterPool:
@@ -56,6 +57,10 @@ class AdapterPool:
     def watch(self, on_change: Callable[[], None]) -> None:
         """Call `on_change`, from any thread, whenever `poll` has something to do."""
         self.loads.loader.on_change = on_change
+
+    def lead(self, followers: Followers) -> None:
+        """Have the other ranks load and copy their parts of adapters along with this one."""
+        self.loads.loader.followers = followers
 
     @property
     def digests(self) -> list[str]:

@@ -30,7 +30,7 @@ class TorchBase:
 
     def __init__(self, model: ModelConfig, weights: Weights) -> None:
         self._embedding = weights.embedding
-        self._projections = {HEAD: _Projection(weights.lm_head, slice(0, model.vocab_size))}
+        self._projections = {HEAD: _Projection(weights.lm_head, slice(0, model.head_width))}
         sites = model.sites()
         for index, linear in _linears(model, weights):
             first = 0
@@ -51,10 +51,16 @@ class TorchBase:
             totals = reduce(np.add, (piece.sum(axis=0, dtype=np.float64) for piece in rows))
         else:
             linear, columns = self._projections[module]
-            rows = _squares(linear.plain()[columns], a, b, scale, pause)
-            totals = np.concatenate([piece.sum(axis=1, dtype=np.float64) for piece in rows])
+            return lengths_of(linear.plain()[columns], a, b, scale, pause)
         lengths: np.ndarray = np.sqrt(totals).astype(np.float32)
         return lengths
+
+
+def lengths_of(weight: Tensor, a: np.ndarray, b: np.ndarray, scale: float, pause: Pause) -> np.ndarray:
+    """See `BaseWeights.lengths`; `weight` is (out, in)."""
+    rows = _squares(weight, a, b, scale, pause)
+    lengths: np.ndarray = np.sqrt(np.concatenate([piece.sum(axis=1, dtype=np.float64) for piece in rows]))
+    return lengths.astype(np.float32)
 
 
 def _linears(model: ModelConfig, weights: Weights) -> Iterator[tuple[int, Linear]]:

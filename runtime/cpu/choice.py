@@ -43,10 +43,11 @@ class Timing(NamedTuple):
 
 
 def threads_of(config: EngineConfig) -> int:
-    """The configured number, or one thread for each core that this process may use."""
+    """The configured number, or one thread for each core that this process may use; ranks share the cores."""
     if config.threads is not None:
         return config.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // config.tensor_parallel_size, 1)
 
 
 def choose_kernels(config: EngineConfig) -> tuple[Literal["compiled", "torch"], dict[str, float]]:

@@ -10,14 +10,13 @@ from kernels.cpu.compiled.library import instructions
 from kernels.cpu.compiled.program import Pool
 from kernels.cpu.compiled.structs import PANEL
 from runtime.adapters.panel_layout import layout_in_panels
-from runtime.adapters.pool import AdapterPool
 from runtime.config import EngineConfig
 from runtime.cpu.choice import threads_of
 from runtime.cpu.compiled_decoder import PADDING, CompiledDecoder
 from runtime.cpu.compiled_step import CompiledStep, StepLayout
 from runtime.cpu.weight_panels import WeightPanels
 from runtime.models.config import MOST_PARTS
-from runtime.runner import Results, Runner
+from runtime.runner import ResidentAdapters, Results, Runner
 from runtime.sampler import Best, choose, with_scores
 from runtime.scheduler import SCORED_ROWS, Chunk
 
@@ -68,7 +67,7 @@ class CompiledRunner(Runner):
                     f"compiled take multiples of {PANEL}; kernels torch take any"
                 )
 
-    def start(self, adapters: AdapterPool) -> None:
+    def start(self, adapters: ResidentAdapters) -> None:
         self._layout = StepLayout(self.model, self.block_size, self.threads, self._shrunk, adapters.lookup)
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -76,8 +75,11 @@ class CompiledRunner(Runner):
             self.prepared = self._layout.lay_out(chunks)
         return self.prepared.chunks
 
+    def compute(self) -> torch.Tensor:
+        return self.forward(self.prepared)
+
     def launch(self) -> tuple[Results, bool]:
-        logits = self.forward(self.prepared)
+        logits = self.compute()
         sampling = self.prepared.sampling
         best = self.decoder.best_of(len(sampling))
         with torch_on_one_thread():
@@ -91,4 +93,5 @@ class CompiledRunner(Runner):
         return self.decoder.logits[: step.struct.logits]
 
     def close(self) -> None:
+        super().close()
         self._pool.close()

@@ -1,18 +1,17 @@
 """The model on a CPU, by the kernels of `kernels.cpu`."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from runtime.adapters.layout import layout_adapter
-from runtime.adapters.pool import AdapterPool
 from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig
 from runtime.cpu.batch import Batch, build_batch
 from runtime.models.decoder import Decoder
-from runtime.runner import Results, Runner
+from runtime.parallel.group import RankGroup
+from runtime.runner import ResidentAdapters, Results, Runner
 from runtime.sampler import sample, with_scores
 from runtime.scheduler import Chunk
 
@@ -26,26 +25,29 @@ class TorchRunner(Runner):
     kernels = "torch"
     adapter_dtype = torch.float32
 
-    def __init__(self, config: EngineConfig):
-        super().__init__(config, torch.device("cpu"))
+    def __init__(self, config: EngineConfig, group: RankGroup | None = None):
+        super().__init__(config, torch.device("cpu"), group)
         weights = self.checkpoint.weights()
+        self.decoder = Decoder(self.part, weights, self.group)
+        self.adapter_layout = self._lay_out(layout_adapter, TorchBase(self.part, weights))
         del self.checkpoint
-        self.decoder = Decoder(self.model, weights)
-        self.adapter_layout = partial(layout_adapter, base=TorchBase(self.model, weights))
 
-    def start(self, adapters: AdapterPool) -> None:
+    def start(self, adapters: ResidentAdapters) -> None:
         self._adapters = adapters
 
     def prepare(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         lookup = self._adapters.lookup
-        self._batch = build_batch(chunks, self.model, self.block_size, lookup, self.dtype, self.device)
+        self._batch = build_batch(chunks, self.part, self.block_size, lookup, self.dtype, self.device)
         return self._batch.chunks
 
     def launch(self) -> tuple[Results, bool]:
-        batch, logits = self._batch, self.forward(self._batch)
+        batch, logits = self._batch, self.compute()
         sampled = sample(logits[: len(batch.sampling)], batch.sampling)
         results = with_scores(batch.chunks, sampled, logits[len(batch.sampling) :])
         return lambda: results, False
+
+    def compute(self) -> Tensor:
+        return self.forward(self._batch)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

@@ -13,8 +13,9 @@ from runtime.gpu.fused_experts import FusedExperts
 from runtime.gpu.step_inputs import StepInputs
 from runtime.gpu.step_lora import StepLora, tile_height
 from runtime.models.config import DOWN, GATE_UP, OUT, QKV, SITES_PER_LAYER, ModelConfig
-from runtime.models.layers import ProjectionNorms, RmsNorm, inverse_frequencies, rounded_to
+from runtime.models.layers import CutProjectionNorms, ProjectionNorms, RmsNorm, inverse_frequencies, rounded_to
 from runtime.models.weights import Experts, LayerWeights, Mlp, Weights
+from runtime.parallel.group import RankGroup
 
 
 class FusedDecoder:
@@ -23,8 +24,16 @@ class FusedDecoder:
     Its launches depend on the shape of a step alone, so that a CUDA graph of them serves every step of that shape.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, block_size: int, longest: int, gpu: str):
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        block_size: int,
+        longest: int,
+        gpu: str,
+        group: RankGroup | None = None,
+    ):
+        self.config, self.group = config, group or RankGroup()
         self.weights = weights
         self.frequencies = [
             inverse_frequencies(rope, config.head_dim).to(weights.embedding.device) for rope in config.ropes
@@ -49,7 +58,7 @@ class FusedDecoder:
         self._configs: dict[tuple[str, int], Any] = {}
 
     def forward(self, step: StepInputs, kv: list[Tensor], lora: StepLora | None) -> Tensor:
-        """Write every token's K and V, and return the logits of the step's `logit_rows`, (n, vocab).
+        """Write every token's K and V, and return the logits of the step's `logit_rows`, (n, vocab), on rank 0.
 
         The logits are in the model's dtype, or in float32 if the model scales them. With `lora` None, exactly the
         kernels of a model without adapters run.
@@ -65,14 +74,16 @@ class FusedDecoder:
         for index, layer in enumerate(weights.layers):
             site = index * SITES_PER_LAYER
             mixed = self._attention(layer, index, normed, step, kv[index], lora)
-            normed = self._add(x, self._project(site + OUT, mixed, lora), layer.after_attention, layer.mlp_norm)
-            down = self._mlp(index, normed, step, lora)
+            out = self.group.add_up(self._project(site + OUT, mixed, lora))
+            normed = self._add(x, out, layer.after_attention, layer.mlp_norm)
+            down = self.group.add_up(self._mlp(index, normed, step, lora))
             following = weights.layers[index + 1].attention_norm if index + 1 < len(weights.layers) else None
             normed = self._add(x, down, layer.after_mlp, following)
         last = self._norm(weights.norm, x.index_select(0, step.logit_rows))
         logits = weights.lm_head(last)
         if lora is not None:
             lora.apply_logits(last, logits)
+        logits = self.group.gather(logits, config.vocab_size)
         if config.logits_cap:
             return (logits.float() / config.logits_cap).tanh_() * config.logits_cap
         return logits if config.logits_scaling == 1.0 else logits.float() / config.logits_scaling
@@ -102,6 +113,10 @@ class FusedDecoder:
         config, norm, rope = self.config, layer.qk_norm, self.config.rope_of(index)
         if isinstance(norm, ProjectionNorms):
             self._norm_projections(norm, heads)
+            norm = None
+        elif isinstance(norm, CutProjectionNorms):
+            turned = heads[:, : config.num_heads + config.num_kv_heads]
+            turned.copy_(norm(turned))
             norm = None
         kv_write.qkv_write(
             heads,

@@ -83,7 +83,7 @@ class DeviceWeights:
         self._held[self._name] += embedding.numel()
         layers = [self._layer(checkpoint.layer(index)) for index in range(checkpoint.config.num_layers)]
         tied = checkpoint.config.tie_embeddings
-        head = Linear(embedding, pack=checkpoint.pack) if tied else self.placed(checkpoint.lm_head())
+        head = checkpoint.tied_head(embedding) if tied else self.placed(checkpoint.lm_head())
         return Weights(embedding, layers, checkpoint.norm(), head)
 
     def _layer(self, layer: LayerWeights) -> LayerWeights:

@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels import tuned
 from kernels.interpreter import can_run_on
 from kernels.lora_tiles import BASE, count_tiles, most_tiles
+from runtime.adapters.cut_layout import CutLayout
 from runtime.adapters.layout import AdapterLayout, layout_without_weights
-from runtime.adapters.pool import AdapterPool
 from runtime.adapters.torch_base import TorchBase
 from runtime.config import EngineConfig, gib
 from runtime.gpu import card as cards
@@ -38,8 +38,9 @@ from runtime.gpu.step_inputs import (
     write_step,
 )
 from runtime.gpu.step_lora import DECODE_HEIGHT, LoraMemory, StepLora, tile_height
+from runtime.parallel.group import RankGroup
 from runtime.request import Request
-from runtime.runner import Results, Runner
+from runtime.runner import ResidentAdapters, Results, Runner
 from runtime.sampler import with_scores
 from runtime.scheduler import SCORED_ROWS, Chunk
 
@@ -64,13 +65,19 @@ class TritonRunner(Runner):
     kernels = "triton"
     keeps_quantized = True
 
-    def __init__(self, config: EngineConfig, device: torch.device, card: Card | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: torch.device,
+        group: RankGroup | None = None,
+        card: Card | None = None,
+    ):
         """Sizes that are not set are those for a CPU, or follow from the memory of `card`."""
         if not can_run_on(device):
             raise ValueError(
                 "kernels (--kernels) triton need a CUDA device; TRITON_INTERPRET=1 interprets them on a CPU"
             )
-        super().__init__(config, device, sized=card is None)
+        super().__init__(config, device, group, sized=card is None)
         self.adapter_dtype = self.dtype
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._placed = DeviceWeights(self.weight_dtype, device, self.gpu)
@@ -79,16 +86,17 @@ class TritonRunner(Runner):
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the GPU has too little memory for the model's weights: {reason}") from None
-        del self.checkpoint
         self.weights_held = self._held(self._placed.description)
-        self.adapter_layout = partial(layout_without_weights, base=TorchBase(self.model, weights))
-        self.decoder = FusedDecoder(self.model, weights, config.block_size, self.max_model_len, self.gpu)
+        self.adapter_layout = self._lay_out(layout_without_weights, TorchBase(self.part, weights))
+        del self.checkpoint
+        length = self.max_model_len
+        self.decoder = FusedDecoder(self.part, weights, config.block_size, length, self.gpu, self.group)
         self.graphs: StepGraphs | None = None
         self._lora_width = STACKED * config.max_lora_rank
         self._chosen = 1 if self.model.experts is None else self.model.experts.chosen
         self._carried: dict[Request, int] = {}  # the row of each request in `_tokens`
         self._samples: DeviceSamples | None = None  # of the last step
-        self._overlap = config.overlap
+        self._overlap = config.overlap and self.group.size == 1  # other ranks have no tokens but those they are told
         self._wants_graphs = config.cuda_graphs and device.type == "cuda"
         self._card, self._stream = card, torch.cuda.current_stream(device) if device.type == "cuda" else None
         if card is not None:
@@ -125,13 +133,13 @@ class TritonRunner(Runner):
         self._buffer = StepBuffer(largest.total, self.device)
         self._block_tables = BlockTables(self._table_width, self.block_size)
         self._tokens = torch.zeros(running, dtype=torch.int64, device=self.device)  # sampled by the last step
-        self._table = AdapterTable(self.model.sites(), 2 * running, self._lora_width, self.device)
+        self._table = AdapterTable(self.part.sites(), 2 * running, self._lora_width, self.device)
         self._hot = HotAdapters(self.decoder.linears, len(self._table.rows), self.device)
         self._memory = LoraMemory.of(
-            self.model, arena, self._table.rows, self._hot.by_slot, rows, running, self._lora_width
+            self.part, arena, self._table.rows, self._hot.by_slot, rows, running, self._lora_width
         )
 
-    def start(self, adapters: AdapterPool) -> None:
+    def start(self, adapters: ResidentAdapters) -> None:
         """Reserve device memory for the adapters of a step, compile kernels and capture graphs."""
         self._adapters = adapters
         with self.allocating():
@@ -161,14 +169,14 @@ class TritonRunner(Runner):
 
     def _run(self, shape: StepShape) -> Tensor:
         """The logits of a step of padding, which writes no K/V."""
-        self._lay_out([], shape, NO_ROWS)
+        self._write_step([], shape, NO_ROWS)
         return self.forward(shape)
 
     def step_graphs(self, capture: Capture) -> StepGraphs:
         """Graphs of `forward`."""
 
         def lay_out_nothing(shape: StepShape) -> None:
-            self._lay_out([], shape, NO_ROWS)
+            self._write_step([], shape, NO_ROWS)
 
         _, _, running, tokens = self.sizes
         shapes = graph_shapes(running, tokens, self._table_width, self._lora_width, bool(self._hot))
@@ -181,7 +189,7 @@ class TritonRunner(Runner):
         adapters = {name: self._row_of(name) for name in dict.fromkeys(names) if name is not None}
         slots = slots_of_rows(ordered, [BASE if name is None else adapters[name].slot for name in names])
         shape = self._shape(ordered, adapters, slots)
-        self._lay_out(ordered, shape, slots)
+        self._write_step(ordered, shape, slots)
         sampling = [chunk.request for chunk in ordered if chunk.samples]
         self.prepared = PreparedStep(shape, sampling, ordered, sum(len(chunk.scored) for chunk in ordered))
         return ordered
@@ -193,6 +201,7 @@ class TritonRunner(Runner):
 
     def _row_of(self, adapter: str) -> AdapterRow:
         layout, first = self._adapters.placement(adapter)
+        layout = layout.part if isinstance(layout, CutLayout) else layout
         assert isinstance(layout, AdapterLayout)
         return self._table.row_of(adapter, layout, first)
 
@@ -221,15 +230,19 @@ class TritonRunner(Runner):
             hot=not of_head and not embedding and self._hot.heat(adapters, self._memory.arena),
         )
 
-    def _lay_out(self, chunks: Sequence[Chunk], shape: StepShape, slots: IntArray) -> None:
+    def _write_step(self, chunks: Sequence[Chunk], shape: StepShape, slots: IntArray) -> None:
         tables, out = self._block_tables.of(chunks), self._buffer.on_host(shape)
         write_step(chunks, shape, self.block_size, tables, slots, out, self._carried)
         self._buffer.upload(shape, longest_table(chunks, self.block_size))
 
     @torch.inference_mode()
+    def compute(self) -> Tensor:
+        return self.forward_pass()()
+
+    @torch.inference_mode()
     def launch(self) -> tuple[Results, bool]:
         _, sampling, chunks, scored = self.prepared
-        logits = self.forward_pass()()
+        logits = self.compute()
         with self._told(sampling):
             samples = DeviceSamples(logits[: len(sampling)], sampling, self.gpu)
         self._tokens[: len(sampling)] = samples.chosen.clamp(min=0)
@@ -275,7 +288,7 @@ class TritonRunner(Runner):
         step = self._buffer.on_device(shape)
         carried = self._tokens[(-1 - step.token_ids).clamp(min=0)]  # see StepInputs.token_ids
         step = step._replace(token_ids=torch.where(step.token_ids < 0, carried, step.token_ids))
-        lora = StepLora(self.model, self._memory, step, shape, self.gpu) if shape.tiles else None
+        lora = StepLora(self.part, self._memory, step, shape, self.gpu) if shape.tiles else None
         return self.decoder.forward(step, self.kv.layers, lora)
 
 

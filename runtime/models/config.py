@@ -97,6 +97,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_multiplier: float | None = None  # None: 1/sqrt(head_dim)
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    head_outputs: int | None = None  # of the part of the head that one rank has; None: vocab_size
     dtype: str = "bfloat16"  # of the checkpoint's weights; bfloat16 if its configuration does not say
     eos_token_ids: tuple[int, ...] = ()
     quantization: Scheme | None = None  # how the checkpoint holds its weights; None: as floats of `dtype`
@@ -188,6 +189,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return SITES_PER_LAYER * self.num_layers
 
     @property
+    def head_width(self) -> int:
+        """Return how many logits the head computes here."""
+        return self.vocab_size if self.head_outputs is None else self.head_outputs
+
+    @property
     def lm_head_site(self) -> int:
         return SITES_PER_LAYER * self.num_layers + 1
 
@@ -275,7 +281,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 Site(inner, (Part(f"{mlp}.down_proj", hidden),)),
             ]
         sites.append(Site(self.vocab_size, (Part("model.embed_tokens", hidden),)))
-        sites.append(Site(hidden, (Part("lm_head", self.vocab_size),)))
+        sites.append(Site(hidden, (Part("lm_head", self.head_width),)))
         return sites if self.experts is None else sites + self.experts.sites(hidden)
 
 

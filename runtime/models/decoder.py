@@ -14,6 +14,7 @@ from runtime.models.config import GATE_UP, OUT, QKV, ROUTER, SITES_PER_LAYER, Mo
 from runtime.models.families import NormKind
 from runtime.models.layers import Angles, Linear, RmsNorm, Rotary, rounded_to
 from runtime.models.weights import Experts, LayerWeights, Mlp, SharedExpert, Weights
+from runtime.parallel.group import RankGroup
 
 Groups = Mapping[int, Sequence[AttentionGroup]]  # by the window of a layer's attention; 0: the whole context
 
@@ -35,10 +36,10 @@ class Lora(Protocol):
 
 
 class Decoder:
-    """The forward pass of one model. It holds weights and no other state, and runs without autograd."""
+    """The forward pass of one model, or of a rank's part. It holds weights and no other state, without autograd."""
 
-    def __init__(self, config: ModelConfig, weights: Weights):
-        self.config = config
+    def __init__(self, config: ModelConfig, weights: Weights, group: RankGroup | None = None):
+        self.config, self.group = config, group or RankGroup()
         self.weights = weights
         self.rotaries = [Rotary(rope, config.head_dim, weights.embedding.device) for rope in config.ropes]
         self.gated: Callable[[Tensor], Tensor] = gelu_mul if config.gelu else silu_mul
@@ -56,7 +57,7 @@ class Decoder:
         logit_rows: Tensor,
         lora: Lora | None,
     ) -> Tensor:
-        """Write every token's K and V, and return the logits of `logit_rows`, (n, vocab) float32.
+        """Write every token's K and V, and return the logits of `logit_rows`, (n, vocab) float32, on rank 0.
 
         `token_ids`, `positions` and `slots` (the slot mapping: where each token's K/V is written) are (T,) int64,
         `kv` has a tensor (slots, 2, kv_heads, head_dim) for each layer, `groups` the attention of each window of
@@ -78,7 +79,7 @@ class Decoder:
         logits = weights.lm_head(x)
         if lora is not None:
             lora.apply_logits(x, logits)
-        logits = logits.float()
+        logits = self.group.gather(logits, config.vocab_size).float()
         if config.logits_cap:
             return (logits / config.logits_cap).tanh_() * config.logits_cap
         return logits if config.logits_scaling == 1.0 else logits / config.logits_scaling
@@ -109,7 +110,7 @@ class Decoder:
         kv_write(kv, slots, heads[:, q_heads:].view(rows, 2, kv_heads, head_dim))
         how = config.attention_scale, config.attention_cap, layer.sinks
         mixed = paged_attention(heads[:, :q_heads], kv, groups, *how)
-        out = _project(layer.o, site + OUT, mixed, lora)
+        out = self.group.add_up(_project(layer.o, site + OUT, mixed, lora))
         return self._add(x, self._normed(layer.after_attention, index, "after_attention", out, lora))
 
     def _mlp(self, layer: LayerWeights, index: int, x: Tensor, lora: Lora | None) -> Tensor:
@@ -118,6 +119,7 @@ class Decoder:
             out = self._experts(mlp, index, normed, lora)
         else:
             out = self._gated_mlp(mlp, index * SITES_PER_LAYER + GATE_UP, normed, lora)
+        out = self.group.add_up(out)
         return self._add(x, self._normed(layer.after_mlp, index, "after_mlp", out, lora))
 
     def _normed(self, norm: RmsNorm | None, layer: int, kind: NormKind, x: Tensor, lora: Lora | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.cpu import onednn
 from kernels.cpu.elementwise import rms_norm
 from runtime.models.config import RopeConfig
+from runtime.parallel.group import RankGroup
 from runtime.quantization.weight import QuantizedWeight
 
 
@@ -89,6 +90,23 @@ class ProjectionNorms(NamedTuple):
         flat = heads.flatten(1)
         q, k = flat.split([len(self.q.plain), len(self.k.plain)], 1)
         return torch.cat((self.q(q), self.k(k)), 1).view(heads.shape)
+
+
+class CutProjectionNorms(NamedTuple):
+    """`ProjectionNorms` where a rank has some of the heads: the ranks add up the squares of all."""
+
+    norms: ProjectionNorms
+    widths: tuple[int, int]  # the numbers in all queries and in all keys, counted on each rank that has them
+    group: RankGroup
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        flat = heads.flatten(1).float()
+        each = flat.split([len(norm.plain) for norm in self.norms], 1)
+        squares = self.group.add_up(torch.stack([part.square().sum(1) for part in each], 1))
+        parts = []
+        for norm, part, total, width in zip(self.norms, each, squares.unbind(1), self.widths, strict=True):
+            parts.append(part * torch.rsqrt(total / width + norm.eps)[:, None] * norm.plain.float())
+        return torch.cat(parts, 1).to(heads.dtype).view(heads.shape)
 
 
 class Rotary:

@@ -1,33 +1,32 @@
 """Loads a checkpoint's tensors: checks names and shapes, stacks and packs them for the decoder."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig
 from runtime.models.experts import ExpertsConfig
-from runtime.models.layers import Linear, ProjectionNorms, RmsNorm
+from runtime.models.layers import CutProjectionNorms, Linear, ProjectionNorms, RmsNorm
+from runtime.models.shards import Shard
 from runtime.models.sites import Site
-from runtime.models.stacked_experts import BLOCKS, SCALES, Projection, read_stacked, stacked_shapes
-from runtime.models.text_part import is_vision, text_name
+from runtime.models.stacked_experts import Projection, read_stacked, stacked_shapes
+from runtime.models.stored_tensors import (
+    EMBEDDING,
+    HEAD,
+    WEIGHT,
+    Shapes,
+    Source,
+    open_tensors,
+    part_of,
+    random_tensors,
+)
 from runtime.output.progress import progress
-from runtime.quantization.formats import InvalidWeight
-from runtime.quantization.modules import QuantizedModules
-from runtime.quantization.weight import QuantizedWeight
+from runtime.parallel.group import RankGroup
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-WEIGHT = ".weight"
-FLOATS = ("F32", "F16", "BF16")
-
-
-class InvalidCheckpoint(ValueError):
-    """The weights do not match the configuration; the message names the tensor or the file."""
+QkNorms = RmsNorm | ProjectionNorms | CutProjectionNorms | None
 
 
 class LayerWeights(NamedTuple):
@@ -35,7 +34,7 @@ class LayerWeights(NamedTuple):
 
     attention_norm: RmsNorm | None
     qkv: Linear
-    qk_norm: RmsNorm | ProjectionNorms | None  # of heads: a row for each query head and then each key head
+    qk_norm: QkNorms  # of heads: a row for each query head and then each key head
     sinks: Tensor | None  # (heads,) float32, what a score would be that no token has
     o: Linear
     after_attention: RmsNorm | None
@@ -73,34 +72,6 @@ class Weights(NamedTuple):
     lm_head: Linear
 
 
-class _Stored(NamedTuple):
-    """A tensor in an open file, under the file's own name."""
-
-    file: Any
-    name: str
-
-    def tensor(self) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(self.name)
-        return tensor
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
-
-
-Read = Callable[[str], Tensor]
-
-
-class _Source(NamedTuple):
-    """Where tensors come from, by the name of the tensor that an unquantised checkpoint has."""
-
-    read: Read  # dequantised in float32, if the checkpoint holds it quantised
-    quantized: Callable[[str], QuantizedWeight | None]  # None: the checkpoint holds it in floats
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
 def load_weights(
     config: ModelConfig,
     directory: Path,
@@ -121,20 +92,23 @@ def open_checkpoint(
     load_format: Literal["safetensors", "dummy"],
     device: torch.device | str = "cpu",
     *,
+    shard: Shard | None = None,
     pack: bool = True,
     keep_quantized: bool = False,
     bars: bool = False,
 ) -> "Checkpoint":
     """Check a checkpoint's names and shapes, for weights that are read in `dtype` to `device` as they are asked for.
 
-    `load_format` "dummy" reads no file and makes random weights, the same at every start. Without `pack`, the weights
+    With a `shard`, only that part of each tensor is read. `load_format` "dummy" reads no file and makes random weights,
+    the same at every start. Without `pack`, the weights
     of projections stay (out, in), for kernels with a layout of their own; with `keep_quantized`, those whose parts are
     all quantised stay so. `bars` shows as a bar how many layers are read. Raises InvalidCheckpoint, naming tensors that
     are missing, unused, of a different shape or not floating point.
     """
-    shapes = tensor_shapes(config)
-    source = _dummy(shapes, device) if load_format == "dummy" else _open(config, directory, shapes)
-    return Checkpoint(config, shapes, dtype, device, pack, keep_quantized, source, bars)
+    shard, shapes = shard or Shard(config, RankGroup()), tensor_shapes(config)
+    dummy = load_format == "dummy"
+    source = random_tensors(shard, shapes, device) if dummy else open_tensors(shard, shapes, directory)
+    return Checkpoint(shard, dtype, device, pack, keep_quantized and shard.group.size == 1, source, bars)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -157,7 +131,7 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
             shapes |= each
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
-        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+        shapes[HEAD] = (config.head_width, config.hidden_size)
     return shapes
 
 
@@ -196,18 +170,18 @@ class Checkpoint:
 
     def __init__(
         self,
-        config: ModelConfig,
-        shapes: Shapes,
+        shard: Shard,
         dtype: torch.dtype,
         device: torch.device | str,
         pack: bool,
         keep_quantized: bool,
-        source: _Source,
+        source: Source,
         bars: bool,
     ):
-        self.config, self.shapes, self.dtype, self.device, self.source = config, shapes, dtype, device, source
+        self.shard, self.dtype, self.device, self.source = shard, dtype, device, source
         self.pack, self.keep_quantized, self._bars = pack, keep_quantized, bars
-        self.sites = config.sites()
+        self.config = shard.model
+        self.shapes, self.sites = tensor_shapes(self.config), self.config.sites()
 
     def weights(self) -> Weights:
         embedding = self.embedding()
@@ -215,7 +189,7 @@ class Checkpoint:
             embedding=embedding,
             layers=[self.layer(index) for index in self.layers()],
             norm=self.norm(),
-            lm_head=Linear(embedding, pack=self.pack) if self.config.tie_embeddings else self.lm_head(),
+            lm_head=self.tied_head(embedding) if self.config.tie_embeddings else self.lm_head(),
         )
 
     def embedding(self) -> Tensor:
@@ -223,6 +197,10 @@ class Checkpoint:
 
     def norm(self) -> RmsNorm:
         return self._norm("model.norm.weight")
+
+    def tied_head(self, embedding: Tensor) -> Linear:
+        """The head of a model that takes its embedding for it."""
+        return Linear(part_of(embedding, self.shard.tensor(HEAD)), pack=self.pack)
 
     def lm_head(self) -> Linear:
         """The head of a model that does not take its embedding for it."""
@@ -276,6 +254,11 @@ class Checkpoint:
         gate = self.sites[first + 2]
         return SharedExpert(self._mlp(first), self._linear(gate) if gate.parts else None)
 
+    def whole(self, module: str) -> Tensor | None:
+        """Read all of a module's weight, (out, in), of which a rank may have a part; None if it is no tensor there."""
+        weight = self.source.whole(module + WEIGHT)
+        return None if weight is None else weight.to(self.dtype)
+
     def _own(self, weight: Tensor) -> Tensor:
         """A copy of a part of a tensor in the dtype and on the device of all weights."""
         return torch.empty(weight.shape, dtype=self.dtype, device=self.device).copy_(weight)
@@ -296,13 +279,14 @@ class Checkpoint:
     def _layer_norm(self, layer: str, name: str | None) -> RmsNorm | None:
         return None if name is None else self._norm(f"{layer}.{name}.weight")
 
-    def _qk_norm(self, attention: str) -> RmsNorm | ProjectionNorms | None:
+    def _qk_norm(self, attention: str) -> QkNorms:
         """Build the norm of queries and keys, which lie side by side: of heads, a row of weights for each."""
         if self.config.qk_norm == "none":
             return None
         q, k = (self._norm(f"{attention}.{name}.weight") for name in ("q_norm", "k_norm"))
         if self.config.qk_norm == "projections":
-            return ProjectionNorms(q, k)
+            norms, shard = ProjectionNorms(q, k), self.shard
+            return norms if shard.group.size == 1 else CutProjectionNorms(norms, shard.widths, shard.group)
         heads = (q.plain.expand(self.config.num_heads, -1), k.plain.expand(self.config.num_kv_heads, -1))
         return RmsNorm(torch.cat(heads), self.config.rms_norm_eps)
 
@@ -313,121 +297,3 @@ class Checkpoint:
         for name, part in zip(names, torch.split(out, heights), strict=True):
             part.copy_(self.source.read(name))
         return out
-
-
-def _dummy(shapes: Shapes, device: torch.device | str) -> _Source:
-    """Make random tensors on the device, of a size that keeps activations near 1; norms are ones."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def read(name: str) -> Tensor:
-        shape = shapes[name]
-        if name.endswith((BLOCKS, SCALES)):  # any codes; scales that are small enough
-            low, high = (0, 256) if name.endswith(BLOCKS) else (118, 120)
-            return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator, device=device)
-        if len(shape) == 1 and name.endswith("norm.weight"):
-            return torch.ones(shape, device=device)
-        scale: float = shape[-1] ** -0.5
-        return torch.randn(shape, generator=generator, device=device) * scale
-
-    return _Source(read, lambda name: None)
-
-
-def _open(config: ModelConfig, directory: Path, shapes: Shapes) -> _Source:
-    """Open every file of the checkpoint and check its tensors against `shapes` before any data is read."""
-    found: dict[str, _Stored] = {}
-    for path in _files(directory):
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InvalidCheckpoint(f"{path.name} is not a readable safetensors file: {error}") from error
-        for stored_name in file.offset_keys():
-            name = text_name(stored_name)
-            if name in found:
-                raise InvalidCheckpoint(f"tensor {name} is in {path.name} and in another file of the checkpoint")
-            found[name] = _Stored(file, stored_name)
-
-    def get(name: str) -> Tensor:
-        return found[name].tensor()
-
-    matrices = [name.removesuffix(WEIGHT) for name, shape in shapes.items() if len(shape) == 2]
-    of_modules = None if config.experts is not None and config.experts.mxfp4 else config.quantization
-    quantized = QuantizedModules(of_modules, matrices, found)
-    plain = {name: shape for name, shape in shapes.items() if name.removesuffix(WEIGHT) not in quantized}
-    needed = {name for module in matrices if module in quantized for name in quantized.needed(module)}
-    _check_tied_head(config, found)
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq") or (config.vision and is_vision(name))}
-    ignored |= quantized.ignored()
-    if config.tie_embeddings:
-        ignored.add(HEAD)
-    ignored |= _zero_biases(quantized, found.keys() - shapes.keys(), get)
-    _check_names(needed | plain.keys(), found.keys() - (ignored - needed))
-    for name, shape in plain.items():
-        file, stored_name = found[name]
-        _check_tensor(name, shape, file.get_slice(stored_name))
-
-    def read_quantized(name: str) -> QuantizedWeight | None:
-        module = name.removesuffix(WEIGHT)
-        if module not in quantized:
-            return None
-        try:
-            return quantized.read(module, shapes[name], get)
-        except InvalidWeight as error:
-            raise InvalidCheckpoint(str(error)) from error
-
-    def read(name: str) -> Tensor:
-        weight = read_quantized(name)
-        return get(name) if weight is None else weight.dequantized()
-
-    return _Source(read, read_quantized)
-
-
-def _zero_biases(quantized: QuantizedModules, names: set[str], get: Read) -> set[str]:
-    """Biases of zeros, which some programs write for every module that they have quantised."""
-    biases = {name for name in names if name.endswith(".bias") and name.removesuffix(".bias") in quantized}
-    return {name for name in biases if not get(name).any()}
-
-
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.exists():
-        if not (directory / SINGLE).exists():
-            gguf = any(directory.glob("*.gguf"))
-            advice = (
-                ": GGUF is not read; save it with transformers (from_pretrained with gguf_file) first" if gguf else ""
-            )
-            raise InvalidCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}{advice}")
-        return [directory / SINGLE]
-    try:
-        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except msgspec.DecodeError as error:
-        raise InvalidCheckpoint(f"{INDEX} must be JSON with an object weight_map of tensor to file: {error}") from error
-    for name in names:
-        if not (directory / name).exists():
-            raise InvalidCheckpoint(f"{INDEX} names the file {name}, which does not exist")
-    return [directory / name for name in names]
-
-
-def _check_names(needed: set[str], found: set[str]) -> None:
-    for what, names in (("lacks", needed - found), ("holds tensors that nothing uses:", found - needed)):
-        if names:
-            listed = sorted(names)
-            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-            raise InvalidCheckpoint(f"the checkpoint {what} {', '.join(listed[:8])}{more}")
-
-
-def _check_tensor(name: str, shape: tuple[int, ...], entry: Any) -> None:
-    if tuple(entry.get_shape()) != shape:
-        raise InvalidCheckpoint(
-            f"tensor {name} has shape {tuple(entry.get_shape())} where the configuration makes it {shape}"
-        )
-    supported = ("U8",) if name.endswith((BLOCKS, SCALES)) else FLOATS
-    if entry.get_dtype() not in supported:
-        raise InvalidCheckpoint(f"tensor {name} is {entry.get_dtype()}; supported are {', '.join(supported)}")
-
-
-def _check_tied_head(config: ModelConfig, found: Mapping[str, _Stored]) -> None:
-    """Refuse a head that differs from the embedding, although the configuration ties them; an equal copy is ignored."""
-    if not config.tie_embeddings or not {HEAD, EMBEDDING} <= found.keys():
-        return
-    if not torch.equal(found[HEAD].tensor(), found[EMBEDDING].tensor()):
-        raise InvalidCheckpoint(f"{HEAD} differs from {EMBEDDING}, although tie_word_embeddings is true")

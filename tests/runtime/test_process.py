@@ -33,9 +33,11 @@ from tests.runtime.tiny_model import TINY
 class Served:
     """An engine server in this process, on a thread, and the service's end of its socket."""
 
-    def __init__(self, directory, failures):
+    def __init__(self, directory, failures, **options):
         (directory / "config.json").write_text(json.dumps(TINY))
-        config = EngineConfig(model=str(directory), load_format="dummy", kv_cache_bytes=2**22, max_model_len=128)
+        config = EngineConfig(
+            model=str(directory), load_format="dummy", kv_cache_bytes=2**22, max_model_len=128, **options
+        )
         self.engine = Engine(config)
         self.engine.runner = FailingRunner(self.engine.runner, failures)
         self.ours, self._theirs = (zmq.Context.instance().socket(zmq.PAIR) for _ in range(2))

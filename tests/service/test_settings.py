@@ -123,6 +123,7 @@ OPTIONS = {
     "--quantization": ("int8", "quantization", "int8"),
     "--load-format": ("dummy", "load_format", "dummy"),
     "--max-model-len": ("512", "max_model_len", 512),
+    "--tensor-parallel-size": ("2", "tensor_parallel_size", 2),
     "--kv-cache-bytes": ("64M", "kv_cache_bytes", 64 * MIB),
     "--host-kv-bytes": ("4G", "host_kv_bytes", 4096 * MIB),
     "--kv-events": ("tcp://*:5557", "kv_events", "tcp://*:5557"),

@@ -96,10 +96,12 @@ def adapted(base, options):
     return model
 
 
-def engine_of(directory, kernels):
+def engine_of(directory, kernels, **options):
     sizes = {"kv_cache_bytes": 2 * MIB, "adapter_bytes": 4 * MIB, "host_adapter_bytes": 4 * MIB}
     limits = {"max_model_len": 64, "max_batch_tokens": 48, "max_running": 8, "threads": 2}
-    return Engine(EngineConfig(model=str(directory), device="cpu", kernels=kernels, dtype="float32", **sizes, **limits))
+    return Engine(
+        EngineConfig(model=str(directory), device="cpu", kernels=kernels, dtype="float32", **sizes, **limits, **options)
+    )
 
 
 def add(engine, model):

@@ -126,8 +126,12 @@ ENGINES = [
 @pytest.mark.filterwarnings("ignore:::peft")
 @pytest.mark.parametrize(("family", "kernels"), ENGINES, indirect=["family"])
 def test_preempted_shared_and_evicted_kv_give_the_numbers_of_peft(family, kernels):
-    """Contexts are longer than the windows; seven blocks hold half of what the requests need."""
-    engine = family.engine(8, kernels=kernels, host_kv_bytes=MIB)
+    check_kv(family, family.engine(8, kernels=kernels, host_kv_bytes=MIB))
+
+
+def check_kv(family, engine):
+    """Contexts are longer than the windows; the seven blocks of an engine hold half of what the requests need."""
+    assert engine.runner.num_blocks == 8
     talk = prompt(28, 1)
     names = [None, "plain", "alora", "alora"]
     prompts = [talk, prompt(29, 2), [*talk, *INVOCATIONS["alora"]], [*prompt(22, 3), *INVOCATIONS["alora"], 50, 51]]

@@ -12,7 +12,7 @@ from runtime.engine import Engine
 from runtime.messages import SamplingParams
 from runtime.models.config import ModelConfig
 from runtime.models.config_file import UnsupportedModel
-from runtime.models.weights import InvalidCheckpoint
+from runtime.models.stored_tensors import InvalidCheckpoint
 from tests.oracle import logits_of_output
 from tests.runtime.models.families import write_checkpoint
 from tests.runtime.tiny_engine import prompt

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from runtime.models.config import ModelConfig
 from runtime.models.config_file import UnsupportedModel
 from runtime.models.decoder import Decoder
-from runtime.models.weights import InvalidCheckpoint, load_weights
+from runtime.models.stored_tensors import InvalidCheckpoint
+from runtime.models.weights import load_weights
 from tests.runtime.models.paged_driver import PagedDriver
 from tests.runtime.models.quantized_checkpoints import CASES, write_quantized
 

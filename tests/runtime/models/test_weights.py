@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from runtime.models.config import ModelConfig
 from runtime.models.decoder import Decoder
-from runtime.models.weights import InvalidCheckpoint, Weights, load_weights
+from runtime.models.stored_tensors import InvalidCheckpoint
+from runtime.models.weights import Weights, load_weights
 from tests.runtime.models.families import write_checkpoint
 from tests.runtime.models.paged_driver import PagedDriver
 

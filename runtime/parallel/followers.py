@@ -1,0 +1,212 @@
+"""The other ranks, as rank 0 sees them: processes that obey in order, and end when rank 0 does."""
+
+import contextlib
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing import Pipe
+from pathlib import Path
+
+import msgspec
+
+from runtime.config import EngineConfig
+from runtime.parallel.commands import Command, Done, Failed, Fill, Joining, Ready, Reload, Start, decode_report, encode
+
+PROGRAM = "runtime.follower.process"
+END_SECONDS = 1.0  # for a follower to end by itself before it is killed
+
+
+class RankFault(RuntimeError):
+    """Another rank could not do what it was asked for, or has ended; the message begins with which."""
+
+    def __init__(self, rank: int, fault: str, kind: str = "") -> None:
+        super().__init__(f"rank {rank}: {fault}")
+        self.fault, self.kind = fault, kind  # the class of the error there
+
+
+class _Follower:
+    """One process, and the connection to it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.connection, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", PROGRAM, f"--parent={os.getpid()}", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self.stages: queue.SimpleQueue[Joining | Ready | RankFault] = queue.SimpleQueue()  # of its start
+        self._sending = threading.Lock()
+
+    def send(self, message: bytes) -> None:
+        with self._sending:
+            self.connection.send_bytes(message)
+
+    def end(self) -> str:
+        """Close the connection, and wait for the end of the process. Returns how it ended."""
+        self.connection.close()
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        return f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
+
+
+class Followers:
+    """Owns the processes of ranks 1 and up; false if there are none. Any thread may ask, the engine's alone tells.
+
+    When one ends, everything that was asked of it fails, and `failure` says why: the engine cannot go on.
+    """
+
+    def __init__(self) -> None:
+        self.failure: RankFault | None = None
+        self._followers: list[_Follower] = []
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._tickets = itertools.count(1)
+        self._asked: dict[tuple[int, int], Future[None]] = {}  # by rank and ticket
+        self._lock = threading.Lock()  # of what the threads that listen change
+        self._ended = threading.Event()  # there is a failure
+        self._on_end: Callable[[RankFault], None] | None = None
+        self._closing = False
+
+    def start(self, config: EngineConfig) -> None:
+        """Start a process for each rank but this one, and wait until all are about to join the group.
+
+        Raises ValueError with the reason of one that cannot start.
+        """
+        config = msgspec.structs.replace(config, bars=False)  # one rank shows how far all are
+        self._scratch = tempfile.TemporaryDirectory(prefix="rootstock-ranks-")
+        for rank in range(1, config.tensor_parallel_size):
+            follower = _Follower(rank)
+            self._followers.append(follower)
+            threading.Thread(target=self._listen, args=(follower,), name=f"rank {rank}", daemon=True).start()
+        for follower in self._followers:
+            self._send_to(follower, encode(Start(config, follower.rank, self.store)))
+        self._await_stage()
+
+    @property
+    def store(self) -> str:
+        """The path of the file by which the ranks find each other."""
+        assert self._scratch is not None
+        return str(Path(self._scratch.name) / "store")
+
+    def wait_until_ready(self) -> None:
+        """Wait until every rank can compute a step. Raises ValueError with the reason of one that cannot."""
+        try:
+            self._await_stage()
+        except ValueError:
+            self.close()
+            raise
+        if self._scratch is not None:
+            self._scratch.cleanup()  # all have met there
+
+    def watch(self, on_end: Callable[[RankFault], None]) -> None:
+        """Call `on_end`, from a thread, when a follower ends before it should."""
+        with self._lock:
+            self._on_end, failure = on_end, self.failure
+        if failure is not None:
+            on_end(failure)
+
+    def __bool__(self) -> bool:
+        return bool(self._followers)
+
+    @property
+    def pids(self) -> list[int]:
+        return [follower.process.pid for follower in self._followers]
+
+    def tell(self, command: Command) -> None:
+        """Have all ranks obey a command, after those before it."""
+        if self._followers:
+            self._send(encode(command))
+
+    def ask(self, command: Fill | Reload) -> Callable[[], None]:
+        """As `tell`; the result waits until all ranks have done it. It raises RankFault."""
+        if not self._followers:
+            return lambda: None
+        with self._lock:
+            ticket = next(self._tickets)
+            answers: list[Future[None]] = [Future() for _ in self._followers]
+            for follower, answer in zip(self._followers, answers, strict=True):
+                if self.failure is None:
+                    self._asked[follower.rank, ticket] = answer
+                else:
+                    answer.set_exception(self.failure)
+        self._send(encode(msgspec.structs.replace(command, ticket=ticket)))
+
+        def wait() -> None:
+            faults = [answer.exception() for answer in answers]
+            for fault in filter(None, faults):
+                raise fault
+
+        return wait
+
+    def reason(self, seconds: float) -> str | None:
+        """Why a follower ended, if one does within `seconds`: calls that need it may fail before that is known."""
+        self._ended.wait(seconds)
+        return None if self.failure is None else str(self.failure)
+
+    def close(self) -> None:
+        """End all processes. Safe to call at any time."""
+        self._closing = True
+        for follower in self._followers:
+            follower.end()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _await_stage(self) -> None:
+        for follower in self._followers:
+            report = follower.stages.get()
+            if isinstance(report, RankFault):
+                raise ValueError(str(report))
+
+    def _send(self, message: bytes) -> None:
+        for follower in self._followers:
+            self._send_to(follower, message)
+
+    def _send_to(self, follower: _Follower, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it has ended: the thread that listens to it says why
+            follower.send(message)
+
+    def _listen(self, follower: _Follower) -> None:
+        reason = ""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                match decode_report(follower.connection.recv_bytes()):
+                    case Done() as done:
+                        self._answer(follower.rank, done)
+                    case Failed(reason=reason):
+                        pass
+                    case stage:
+                        follower.stages.put(stage)
+        if not self._closing:
+            self._fail(follower, reason or follower.end())
+
+    def _answer(self, rank: int, done: Done) -> None:
+        with self._lock:
+            answer = self._asked.pop((rank, done.ticket))
+        if done.fault:
+            answer.set_exception(RankFault(rank, done.fault, done.kind))
+        else:
+            answer.set_result(None)
+
+    def _fail(self, follower: _Follower, reason: str) -> None:
+        fault = RankFault(follower.rank, reason)
+        with self._lock:
+            self.failure = self.failure or fault
+            failed, self._asked = list(self._asked.values()), {}
+            on_end = self._on_end
+        self._ended.set()
+        for answer in failed:
+            answer.set_exception(fault)
+        follower.stages.put(fault)
+        if on_end is not None:
+            on_end(self.failure)

@@ -1,0 +1,65 @@
+"""The ranks that compute one model together, and what they send each other in a step."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of one call: what the slowest rank may lag behind. A rank that ended closes its connections, which ends the call.
+TIMEOUT = timedelta(minutes=10)
+
+
+class RankGroup:
+    """One rank of several processes, each of which has its part of every layer; the only one, where nothing is sent.
+
+    All ranks make the same calls in the same order. Gloo carries them between CPUs, over this machine's loopback
+    device, and NCCL between GPUs, on the stream that computes, so that CUDA graphs may have them.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, backend: Any = None) -> None:
+        self.rank, self.size = rank, size
+        self.bytes_sent = 0  # what this rank has given to the calls; those that a CUDA graph repeats are not counted
+        self._backend = backend
+
+    @classmethod
+    def join(cls, rank: int, size: int, store: str, device: torch.device) -> "RankGroup":
+        """Wait for the other ranks, which have the same file as `store`, to join as well."""
+        if size == 1:
+            return cls()
+        from torch import distributed  # which takes time to import
+
+        meeting = distributed.FileStore(store, size)
+        if device.type == "cuda":
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = TIMEOUT
+            return cls(rank, size, distributed.ProcessGroupNCCL(meeting, rank, size, options))
+        options = distributed.ProcessGroupGloo._Options()
+        options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = TIMEOUT
+        return cls(rank, size, distributed.ProcessGroupGloo(meeting, rank, size, options))
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """Put the sum of all ranks' `x`, which is contiguous, in its place on each rank, with the same bits."""
+        if self.size > 1:
+            self.bytes_sent += x.nbytes
+            self._backend.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: Tensor, columns: int) -> Tensor:
+        """Return the columns of all ranks, (n, columns), on rank 0, and `x` on the others.
+
+        Each rank's first ⌈columns / size⌉ columns of `x` count; what is behind `columns` is left out.
+        """
+        if self.size == 1 or not len(x):
+            return x
+        from torch.distributed import GatherOptions
+
+        own = x[:, : -(-columns // self.size)].contiguous()
+        options = GatherOptions()
+        options.rootRank = 0
+        parts: Sequence[Tensor] = [torch.empty_like(own) for _ in range(self.size if self.rank == 0 else 0)]
+        self.bytes_sent += own.nbytes if self.rank else 0
+        self._backend.gather([list(parts)] if parts else [], [own], options).wait()
+        return torch.cat(list(parts), 1)[:, :columns] if parts else x
