@@ -42,14 +42,14 @@ class RowParams(NamedTuple):
         count = len(temperature)
         # An even width aligns every row to 16 bytes: Triton compiles a kernel once more for other alignments.
         width = count + count % 2
-        buffer = host_buffer(6 * width, torch.float64, device)
-        host = buffer.view(6, width)
+        buffer = host_buffer(7 * width, torch.float64, device)
+        host = buffer.view(7, width)
         host[:4, :count] = torch.tensor([temperature, top_p, min_p, draw], dtype=torch.float64)
         integers = host[4:].view(torch.int64)
         integers[0, :count] = torch.tensor(top_k, dtype=torch.int64)
-        integers[1, : len(ranked + cut)] = torch.tensor(ranked + cut, dtype=torch.int64)
-        numbers = upload(buffer, device).view(6, width)
+        integers[1, : len(ranked)] = torch.tensor(ranked, dtype=torch.int64)
+        integers[2, : len(cut)] = torch.tensor(cut, dtype=torch.int64)
+        numbers = upload(buffer, device).view(7, width)
         integers = numbers[4:].view(torch.int64)
         t, p, least, u = numbers[:4, :count]
-        there = integers[1, : len(ranked + cut)]
-        return cls(t, integers[0, :count], p, least, u, there[: len(ranked)], there[len(ranked) :], candidates)
+        return cls(t, integers[0, :count], p, least, u, integers[1, : len(ranked)], integers[2, : len(cut)], candidates)

@@ -230,17 +230,21 @@ def load_part(config: EngineConfig, group: RankGroup | None = None) -> Runner:
 
 def device_of(config: EngineConfig, rank: int) -> torch.device:
     """The device of a rank. Raises ValueError if there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
-    if config.device == "cpu" or not torch.cuda.is_available():
+    if not _on_cuda(config):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if config.tensor_parallel_size == 1 else rank)
+
+
+def _on_cuda(config: EngineConfig) -> bool:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device (--device) is cuda, and torch finds no CUDA device here")
+    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def _check_ranks(config: EngineConfig) -> None:
     """Raise ValueError, before other processes are started, for what several ranks cannot do here."""
     size, option = config.tensor_parallel_size, "tensor_parallel_size (--tensor-parallel-size)"
-    if device_of(config, 0).type == "cuda":
+    if _on_cuda(config):
         found = torch.cuda.device_count()
         if found < size:
             raise ValueError(f"{option} is {size}, and torch finds {found} CUDA devices here")
@@ -260,13 +264,13 @@ def _check_ranks(config: EngineConfig) -> None:
 
 
 def _make_runner(config: EngineConfig, group: RankGroup) -> Runner:
-    device = device_of(config, group.rank)
-    on_cuda = device.type == "cuda"
+    on_cuda = _on_cuda(config)
     if config.kernels == "triton" or (config.kernels == "auto" and on_cuda):
         from runtime.gpu.card import Card
         from runtime.gpu.triton_runner import TritonRunner  # a machine without a GPU need not have Triton installed
 
         _refuse_quantization(config, "triton")
+        device = device_of(config, group.rank)
         return TritonRunner(config, device, group, Card(device) if on_cuda else None)
     if on_cuda:
         raise ValueError(

@@ -31,7 +31,7 @@ class Unfilled(ModelShape):
         return torch.empty(shape, dtype=self.dtype)
 
 
-class CompilerOnly(DriverBase):
+class CompilerOnly(DriverBase):  # type: ignore[misc]
     """Triton's driver where kernels are compiled for a GPU as they are launched, and nothing runs."""
 
     def __init__(self, target: GPUTarget) -> None:

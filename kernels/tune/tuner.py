@@ -122,7 +122,8 @@ def tune(
 
     Lines are printed as they are found. What is not measured at `until`, by time.monotonic(), is left out.
     """
-    lines, broken, cases = [], False, list(cases)
+    lines: list[tuple[Case, str]] = []
+    broken, cases = False, list(cases)
     for index, case in enumerate(cases):
         now = time.monotonic()
         if now > until:

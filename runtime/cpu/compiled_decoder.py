@@ -104,6 +104,7 @@ class CompiledDecoder:
         norm = layer.qk_norm
         if isinstance(norm, ProjectionNorms):
             return norm.q.plain.float(), norm.k.plain.float()
+        assert norm is None or isinstance(norm, RmsNorm), "several ranks compute with kernels torch"
         # A row for each query head and then each key head, the same within either
         return None if norm is None else (norm.plain[0].float(), norm.plain[self.config.num_heads].float())
 

@@ -104,8 +104,8 @@ class FusedDecoder:
             paged_attention.paged_decode(q[:decodes], *read, out[:decodes], chosen, *seen)
         if decodes < rows:
             chosen = self._tuned("paged_prefill", rows - decodes).of_heads(config.head_dim)
-            read = kv, tables[decodes:], contexts[decodes:], step.query_starts, self.block_size, scale
-            paged_attention.paged_prefill(q[decodes:], *read, out[decodes:], chosen, *seen)
+            prompts = kv, tables[decodes:], contexts[decodes:], step.query_starts, self.block_size, scale
+            paged_attention.paged_prefill(q[decodes:], *prompts, out[decodes:], chosen, *seen)
         return out.view(rows, -1)
 
     def _write_kv(self, layer: LayerWeights, index: int, heads: Tensor, step: StepInputs, kv: Tensor) -> None:

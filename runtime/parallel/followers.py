@@ -5,6 +5,7 @@ import itertools
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -50,9 +51,14 @@ class _Follower:
         with self._sending:
             self.connection.send_bytes(message)
 
+    def hang_up(self) -> None:
+        """End the connection for both sides; to close it would not, while a thread here reads from it."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as own:
+            own.shutdown(socket.SHUT_RDWR)
+
     def end(self) -> str:
-        """Close the connection, and wait for the end of the process. Returns how it ended."""
-        self.connection.close()
+        """End the connection, and wait for the end of the process. Returns how it ended."""
+        self.hang_up()
         try:
             code = self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:

@@ -28,8 +28,9 @@ class RankGroup:
         """Wait for the other ranks, which have the same file as `store`, to join as well."""
         if size == 1:
             return cls()
-        from torch import distributed  # which takes time to import
+        import torch.distributed as loaded  # which takes time to import
 
+        distributed: Any = loaded  # torch's types lack what it has from C++
         meeting = distributed.FileStore(store, size)
         if device.type == "cuda":
             options = distributed.ProcessGroupNCCL.Options()

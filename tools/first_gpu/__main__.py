@@ -94,7 +94,9 @@ def races(out: Path, dry: bool) -> list[Step]:
     sanitizer = [] if dry else [*SANITIZER, "--tool"]
     memory, shared = ([*sanitizer, tool] if sanitizer else [] for tool in ("memcheck", "racecheck"))
     interpreted = INTERPRETED if dry else None
-    tests = ["tests/kernels/test_lora_tiles.py"] if dry else ["tests/kernels", "--ignore=tests/kernels/cpu"]
+    tests = ["tests/kernels", "--ignore=tests/kernels/cpu", "-n", "8"]
+    if dry:
+        tests = ["tests/kernels/test_lora_tiles.py"]
     tune = ["--tiny", "--candidates", "1"] if dry else ["--seconds", "110"]
     launches = ["kernels.tune", "--tiny", "--candidates", "1", *(["silu_mul"] if dry else [])]
     return [
@@ -102,7 +104,7 @@ def races(out: Path, dry: bool) -> list[Step]:
         Step("churn", 60, python("-m", "tools.first_gpu.churn", *own)),
         Step("memcheck", 140, [*memory, *python("-m", "tools.first_gpu.churn", *own, "--few")]),
         Step("racecheck", 60, [*shared, *python("-m", *launches)], interpreted),
-        Step("kernel-tests", 150, python("-m", "pytest", "-q", *tests, "-k", "not every_candidate", "-n", "8")),
+        Step("kernel-tests", 150, python("-m", "pytest", "-q", *tests, "-k", "not every_candidate")),
         Step("tune", 125, python("-m", "kernels.tune", *tune, *(["silu_mul"] if dry else [])), interpreted),
     ]
 

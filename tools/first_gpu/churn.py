@@ -22,9 +22,9 @@ from tools.gpu_report.floors import Floors
 from tools.gpu_report.plan import TINY, TINY_SHAPE
 
 ADAPTERS = 3  # in an arena for two
-REQUESTS, FEW_REQUESTS, DRY_REQUESTS = 600, 60, 8
+REQUESTS, FEW_REQUESTS, DRY_REQUESTS = 600, 60, 6
 AT_ONCE = 12
-TOKENS = 12  # of an answer
+TOKENS, DRY_TOKENS = 12, 4  # of an answer
 EQUALLY_LIKELY = 1e-3  # nat
 
 
@@ -55,7 +55,7 @@ def churn(count: int, device: str, scratch: Path) -> list[str]:
     from tools.gpu_report.bench import Bench
 
     # K/V for fewer tokens than the requests need, so that blocks move to host memory, and requests are preempted
-    plan = TINY._replace(kv_tokens=288, max_running=8, max_model_len=64, tier=2)
+    plan = TINY._replace(kv_tokens=176, max_running=8, max_model_len=64, tier=2)
     bench = Bench(plan, Floors(TINY_SHAPE, itemsize=4), device=device, scratch=scratch)
     bench.clock = Clock.of(3600)
     bench.start(host_kv_bytes=64 * 1024)
@@ -63,7 +63,9 @@ def churn(count: int, device: str, scratch: Path) -> list[str]:
     digests = [None, *(bench.add(plan.rank, number) for number in range(ADAPTERS))]
     choose = random.Random(0)
     prompts = [bench.prompt(choose.randint(1, 40)) for _ in range(count // 2)]
-    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=2)
+    params = SamplingParams(
+        max_tokens=TOKENS if device == "cuda" else DRY_TOKENS, temperature=0.0, ignore_eos=True, logprobs=2
+    )
     works = [(choose.choice(prompts), choose.choice(digests)) for _ in range(count)]
     together: dict[str, list[int]] = {str(number): [] for number in range(count)}
     waiting = list(range(count))

@@ -158,7 +158,7 @@ def spent(traced: torch.profiler.profile) -> list[Spent]:
     on_device: dict[str, list[float]] = defaultdict(list)
     on_host: dict[str, list[float]] = defaultdict(list)
     for event in traced.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             on_device[event.name].append(event.time_range.elapsed_us())
         else:
             on_host[event.name].append(event.self_cpu_time_total)

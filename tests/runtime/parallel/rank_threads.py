@@ -48,7 +48,7 @@ class ThreadedFollower(followers._Follower):
             process.main(theirs)
 
     def end(self):
-        self.connection.close()
+        self.hang_up()
         self._thread.join(20)
         assert not self._thread.is_alive()
         return "it ended"

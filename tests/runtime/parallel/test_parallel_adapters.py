@@ -9,7 +9,7 @@ import torch
 from runtime.config import MIB, EngineConfig
 from runtime.engine import Engine
 from runtime.messages import SamplingParams
-from tests.runtime.adapters.test_kinds import SCORE, Bases, assert_right, engine_of, text
+from tests.runtime.adapters.test_kinds import BLOCK_BYTES, GREEDY, SCORE, Bases, assert_right, engine_of, text
 from tests.runtime.adapters.test_kinds_of_families import DORA, KINDS, adapted, check
 from tests.runtime.adapters.test_kinds_of_families import engine_of as engine_of_family
 from tests.runtime.models.families import write_checkpoint
@@ -62,18 +62,22 @@ def test_preempted_shared_and_evicted_kv_give_the_numbers_of_peft(tmp_path, name
 
 
 def test_adapters_evict_each_other_and_come_back(tmp_path):
-    """Device memory for two of four: extents are used again, and each rank has what belongs there."""
+    """Memory for two of them: extents are used again, and each rank has what belongs there."""
     bases = Bases(tmp_path, tied=False)
-    names = ["plain", "dora", "tokens of the head", "ia3"]
-    engine = engine_of(bases, adapter_bytes=60_000, host_adapter_bytes=90_000, threads=1, **on(2))
+    names = ["plain", "dora", "tokens of the head", "projections", "ia3"]
+    engine = engine_of(bases, threads=1, **on(2))
+    sizes = [engine.adapters._adapters[engine.add_adapter(*bases.adapter(name))].size for name in names]
+    engine.close()
+    memory = {"adapter_bytes": 2 * max(sizes), "host_adapter_bytes": 3 * max(sizes)}
+    engine = engine_of(bases, threads=1, kv_cache_bytes=8 * BLOCK_BYTES, max_model_len=64, **memory, **on(2))
     digests = {name: engine.add_adapter(*bases.adapter(name)) for name in names}
-    for seed in range(3):
-        for name, digest in digests.items():
-            tokens = text(10 * seed)
-            [found] = engine.generate([tokens], SCORE, digest)
-            assert_right(bases, name, tokens, found.prompt_logprobs)
-    assert engine.stats().device.evictions > 0
-    assert engine.stats().host.evictions > 0
+    each = 2 * names
+    prompts = [text(300 + seed) for seed, _ in enumerate(each)]
+    found = engine.generate(prompts, GREEDY, [digests[name] for name in each])
+    assert engine.adapters.device.evictions > 0
+    for name, tokens, completion in zip(each, prompts, found, strict=True):
+        judged = bases.logits(name, tokens + completion.token_ids)[len(tokens) - 1 :]
+        assert judged.argmax(-1).tolist() == completion.token_ids, name
     engine.check()
     engine.close()
 
