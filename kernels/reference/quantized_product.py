@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def quantized_product(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+def quantized_product(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, book: Tensor | None = None
+) -> Tensor:
     """y = x Wᵀ with W[o][i] = (code − zero) · scale, (T, out) float32.
 
     Arguments as in kernels.quantized_product.quantized_product.
@@ -12,7 +14,8 @@ def quantized_product(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | 
     if codes.dtype == torch.uint8:
         codes = torch.cat((codes & 15, codes >> 4), 2)
     inputs = x.shape[1]
-    weight = codes.transpose(1, 2).flatten(0, 1)[:inputs].float()  # (in, out)
+    places = codes.transpose(1, 2).flatten(0, 1)[:inputs]  # (in, out)
+    weight = places.float() if book is None else book[places.int()]
     groups = torch.arange(inputs, device=x.device) // group
     if zeros is not None:
         weight = weight - zeros.float()[groups]

@@ -16,7 +16,7 @@ ROUNDING = {torch.bfloat16: 2**-14, torch.float16: 2**-14, torch.float32: 2**-18
 
 
 def product_cases(model: ModelShape, rows: int, kind: str) -> list[Case]:
-    """A projection to the MLP's inner width, in 8 and in 4 bits; `kind` is decode or prefill."""
+    """A projection to the MLP's inner width, in integers of 8 and of 4 bits; `kind` is decode or prefill."""
     case = partial(
         Case,
         kernel=f"{kind} product",

@@ -11,7 +11,7 @@ from kernels.cpu.compiled import panels
 from kernels.cpu.compiled.panels import FLOAT8, GROUP, INT4, INT8, PanelMemory, Panels, pack, pack_codes, quantize
 from runtime.config import Quantization
 from runtime.models.layers import Linear
-from runtime.quantization.weight import NF4, QuantizedWeight
+from runtime.quantization.weight import QuantizedWeight
 
 NAMES = ("float32", "bfloat16", "float16", "int8", "int4", "nf4", "float8")  # by the numbers of panels.h
 LEAST_GROUP = 16  # with smaller ones, scales would need more memory than weights of four bits
@@ -73,7 +73,7 @@ class WeightPanels:
         return [self._made(part.dequantized().to(self._dtype), self._quantization) for part in parts]
 
     def _kept(self, parts: Sequence[QuantizedWeight]) -> list[Panels]:
-        order = _order_of(parts[0])
+        order = parts[0].order()
         return [self._counted(_packed(part, order, self._memory, self._threads)) for part in parts]
 
     def _made(self, weight: Tensor, quantization: Quantization | None) -> Panels:
@@ -88,8 +88,8 @@ class WeightPanels:
 
 def _can_keep(parts: Sequence[QuantizedWeight]) -> bool:
     """Whether there is one kind of panels for all parts of a site, which meet the same numbers of a row."""
-    kinds, order = {_kind_of(part) for part in parts}, parts[0].group_of_input
-    return len(kinds) == 1 and None not in kinds and all(_same(order, part.group_of_input) for part in parts)
+    kinds, first = {_kind_of(part) for part in parts}, parts[0]
+    return len(kinds) == 1 and None not in kinds and all(part.has_order_of(first) for part in parts)
 
 
 def _kind_of(weight: QuantizedWeight) -> _Kind | None:
@@ -98,33 +98,18 @@ def _kind_of(weight: QuantizedWeight) -> _Kind | None:
     group = GROUP if weight.group % GROUP == 0 or weight.group >= inputs else weight.group
     if GROUP % group or group < LEAST_GROUP:
         return None
-    if weight.group_of_input is not None and not _are_full(weight.group_of_input, weight.group):
+    if not weight.has_full_groups():
         return None
-    if weight.book is not None:
-        return _Kind(panels.NF4, group) if torch.equal(weight.book, NF4) else None
-    if weight.codes.dtype == torch.float8_e4m3fn:
-        nan = weight.codes.view(torch.uint8) & 127 == 127
-        return None if bool(nan.any()) else _Kind(FLOAT8, group)
-    if weight.bits <= 4:
-        return _Kind(INT4, group)
-    return _Kind(INT8, group) if weight.zeros is None else None
-
-
-def _are_full(group_of_input: Tensor, group: int) -> bool:
-    """Whether each group but the last has `group` inputs, so that they can be laid side by side."""
-    sizes = torch.bincount(group_of_input)
-    return bool((sizes[:-1] == group).all()) and int(sizes[-1]) <= group
-
-
-def _order_of(weight: QuantizedWeight) -> Tensor | None:
-    """The inputs group by group, if groups are no neighbours."""
-    if weight.group_of_input is None:
-        return None
-    return torch.argsort(weight.group_of_input, stable=True)
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
+    match weight.kind:
+        case "nf4":
+            return _Kind(panels.NF4, group)
+        case "float8":
+            return None if weight.has_nan() else _Kind(FLOAT8, group)
+        case "int4":
+            return _Kind(INT4, group)
+        case "int8" if weight.zeros is None:
+            return _Kind(INT8, group)
+    return None
 
 
 def _packed(weight: QuantizedWeight, order: Tensor | None, memory: PanelMemory, threads: int) -> Panels:

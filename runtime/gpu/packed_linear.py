@@ -25,6 +25,12 @@ class Packed(NamedTuple):
     scales: Tensor
     zeros: Tensor | None
     group: int
+    book: Tensor | None
+
+    def to(self, device: torch.device) -> "Packed":
+        codes, scales, zeros, group, book = self
+        zeros, book = (None if one is None else one.to(device) for one in (zeros, book))
+        return Packed(codes.to(device), scales.to(device), zeros, group, book)
 
 
 class PackedLinear(Linear):
@@ -33,34 +39,34 @@ class PackedLinear(Linear):
     def __init__(self, parts: Sequence[QuantizedWeight], bias: Tensor | None, device: torch.device, gpu: str):
         super().__init__(None, bias)
         self.out_features, self.in_features = sum(len(part.codes) for part in parts), parts[0].codes.shape[1]
-        self._gpu, packed = gpu, packed_of(parts)
-        self.packed_weight = packed._replace(
-            codes=packed.codes.to(device),
-            scales=packed.scales.to(device),
-            zeros=None if packed.zeros is None else packed.zeros.to(device),
-        )
+        order = parts[0].order()
+        self._gpu, self._order = gpu, None if order is None else order.to(device)
+        self.packed_weight = packed_of(parts, order).to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         kind = "decode product" if len(x) <= FEW_ROWS else "prefill product"
+        x = x if self._order is None else x.index_select(1, self._order)
         y = quantized_product(x, *self.packed_weight, tuned.lookup(self._gpu, kind, len(x)).config)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
     @property
     def shape(self) -> Hashable:
         """What its kernels are compiled for."""
-        codes, _, zeros, group = self.packed_weight
-        return codes.shape, codes.dtype, zeros is None, group
+        codes, _, zeros, group, book = self.packed_weight
+        return codes.shape, codes.dtype, zeros is None, group, book is None
 
     def plain(self) -> Tensor:
         """W in float32, (out, in)."""
-        codes, scales, zeros, group = self.packed_weight
+        codes, scales, zeros, group, book = self.packed_weight
         if codes.dtype == torch.uint8:
             codes = torch.cat((codes & 15, codes >> 4), 2)
-        weight = codes.transpose(1, 2).flatten(0, 1)[: self.in_features].float()
+        places = codes.transpose(1, 2).flatten(0, 1)[: self.in_features]
+        weight = places.float() if book is None else book[places.int()]
         groups = torch.arange(self.in_features, device=codes.device) // group
         if zeros is not None:
             weight -= zeros.float()[groups]
-        return weight.mul_(scales[groups]).t()
+        weight.mul_(scales[groups])
+        return (weight if self._order is None else torch.empty_like(weight).index_copy_(0, self._order, weight)).t()
 
 
 class DeviceWeights:
@@ -107,7 +113,7 @@ class DeviceWeights:
         parts = linear.quantized
         if not parts or not can_keep(parts):
             return self.dequantized(linear)
-        self._held["int4" if parts[0].bits <= 4 else "int8"] += sum(part.codes.numel() for part in parts)
+        self._held[parts[0].kind] += sum(part.codes.numel() for part in parts)
         packed = PackedLinear(parts, linear.bias, self._device, self._gpu)
         self._packed[packed.shape] = packed
         return packed
@@ -132,11 +138,14 @@ def _with_room(linear: Linear, which: int) -> Linear:
 
 
 def can_keep(parts: Sequence[QuantizedWeight]) -> bool:
-    """Whether there is a product for the parts of a site: integers in whole groups of neighbours, of one kind."""
-    kinds = {(part.bits <= 4, _group_of(part)) for part in parts}
-    [(four_bits, group), *others] = kinds
-    integers = all(part.codes.dtype == torch.int8 and part.group_of_input is None for part in parts)
-    return integers and not others and group % (HALF if four_bits else BLOCK) == 0
+    """Whether there is a product for the parts of a site: of one kind, in whole groups of one order of the inputs."""
+    first, *others = parts
+    [(kind, group), *more] = {(part.kind, _group_of(part)) for part in parts}
+    if more or not all(part.has_order_of(first) for part in others) or not first.has_full_groups():
+        return False
+    if kind == "float8" and any(part.has_nan() for part in parts):
+        return False
+    return group % (HALF if first.bits <= 4 else BLOCK) == 0
 
 
 def _group_of(weight: QuantizedWeight) -> int:
@@ -145,19 +154,24 @@ def _group_of(weight: QuantizedWeight) -> int:
     return -(-inputs // BLOCK) * BLOCK if weight.group >= inputs else weight.group
 
 
-def packed_of(parts: Sequence[QuantizedWeight]) -> Packed:
-    """The parts of a site, one below the other, in blocks of inputs."""
-    four_bits = parts[0].bits <= 4
-    codes = torch.cat([part.codes for part in parts])
+def packed_of(parts: Sequence[QuantizedWeight], order: Tensor | None) -> Packed:
+    """The parts of a site, one below the other, in blocks of inputs in this order."""
+    first = parts[0]
+    four_bits = first.bits <= 4
+    codes = torch.cat([part.codes.view(torch.int8) for part in parts])
+    codes = codes if order is None else codes[:, order]
     out, inputs = codes.shape
     blocks = torch.nn.functional.pad(codes, (0, -inputs % BLOCK)).view(out, -1, BLOCK).transpose(0, 1)
     scales = torch.cat([part.scales for part in parts]).t().contiguous()
-    has_zeros = four_bits or any(part.zeros is not None for part in parts)
+    middle = 8 if four_bits and first.book is None else 0  # of codes with a sign, which a nibble has not
     zeros = None
-    if has_zeros:
+    if middle or any(part.zeros is not None for part in parts):
         each = [torch.zeros_like(part.scales) if part.zeros is None else part.zeros for part in parts]
-        zeros = (torch.cat(each).t() + (8 if four_bits else 0)).to(torch.int8).contiguous()
+        zeros = (torch.cat(each).t() + middle).to(torch.int8).contiguous()
     if four_bits:
-        low, high = (blocks + 8).to(torch.uint8).split(HALF, 2)
+        low, high = (blocks + middle).to(torch.uint8).split(HALF, 2)
         blocks = low | high << 4
-    return Packed(blocks.contiguous(), scales, zeros, _group_of(parts[0]))
+    blocks = blocks.contiguous()
+    if first.kind == "float8":
+        blocks = blocks.view(torch.float8_e4m3fn)
+    return Packed(blocks, scales, zeros, _group_of(first), first.book)

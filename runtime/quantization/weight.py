@@ -25,6 +25,34 @@ class QuantizedWeight(NamedTuple):
     book: Tensor | None = None  # (16,) float32
     group_of_input: Tensor | None = None  # (in,) int64; None: groups are neighbours
 
+    @property
+    def kind(self) -> str:
+        """What a code is: int8, float8, int4 (of four bits or fewer), nf4, or a place in another book."""
+        if self.book is not None:
+            return "nf4" if torch.equal(self.book, NF4) else "fp4"
+        if self.codes.dtype == torch.float8_e4m3fn:
+            return "float8"
+        return "int4" if self.bits <= 4 else "int8"
+
+    def has_nan(self) -> bool:
+        """Whether a code of 8-bit floats is not a number."""
+        return bool((self.codes.view(torch.uint8) & 127 == 127).any())
+
+    def order(self) -> Tensor | None:
+        """The inputs group by group, (in,) int64; None: groups are neighbours."""
+        return None if self.group_of_input is None else torch.argsort(self.group_of_input, stable=True)
+
+    def has_order_of(self, other: "QuantizedWeight") -> bool:
+        one, two = self.group_of_input, other.group_of_input
+        return one is two if one is None or two is None else torch.equal(one, two)
+
+    def has_full_groups(self) -> bool:
+        """Whether each group but the last has `group` inputs, so that they can be laid side by side."""
+        if self.group_of_input is None:
+            return True
+        sizes = torch.bincount(self.group_of_input)
+        return bool((sizes[:-1] == self.group).all()) and int(sizes[-1]) <= self.group
+
     def groups(self) -> Tensor:
         """The group of each input, (in,) int64."""
         if self.group_of_input is not None:

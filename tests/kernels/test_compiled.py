@@ -83,11 +83,12 @@ def launches(dtype: str) -> Iterator[Any]:
     """
     import torch
 
-    from kernels import expert_rows, grouped_lora, rms_norm, sampling, silu_mul, tuned
+    from kernels import expert_rows, grouped_lora, quantized_product, rms_norm, sampling, silu_mul, tuned
     from kernels.lora_tiles import TILE_FIELDS, Tiles
     from kernels.row_params import RowParams
     from kernels.tune import attention, tuner
     from kernels.tune.lora import lora_cases
+    from kernels.tune.products import product_cases
     from kernels.tune.rows import ModelShape
     from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 
@@ -116,6 +117,12 @@ def launches(dtype: str) -> Iterator[Any]:
         weight = model.random(1, 8, 2 * 768, 2048).view(8, 2 * 768, 2048)  # Qwen3-30B-A3B's gate and up
         biases = model.random(2, 8, 2 * 768)
         yield partial(expert_rows.expert_matmul, model.random(0, 64, 2048), weight, biases, own, config)
+    product = "decode product", 1
+    x, codes, scales, _, group = product_cases(model, 1, "decode")[0].prepare(0)
+    halves, book = codes[..., : codes.shape[2] // 2].contiguous().view(torch.uint8), torch.zeros(16)
+    multiply = partial(quantized_product.quantized_product, x, config=tuned.lookup("", *product, model.dtype).config)
+    yield partial(multiply, codes.view(torch.float8_e4m3fn), scales, None, group)
+    yield partial(multiply, halves, scales, None, group, book)
     gates = model.random(0, 32, 2 * model.intermediate)
     yield partial(silu_mul.gelu_mul, gates)
     yield partial(silu_mul.clamped_mul, gates, 7.0)

@@ -68,7 +68,10 @@ def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "held"),
-    [("awq", "int4, float32"), ("w8a8", "int8, float32"), ("gptq-order", "float32"), ("nf4", "float32")],
+    [
+        *[("awq", "int4, float32"), ("w8a8", "int8, float32"), ("gptq-order", "int4, float32")],
+        *[("nf4", "nf4, float32"), ("fp8-channel", "float8, float32")],
+    ],
 )
 def test_a_quantised_checkpoint_stays_packed_where_there_is_a_product_for_it(tmp_path, name, held):
     model = write_quantized(name, tmp_path)
@@ -84,7 +87,7 @@ def test_a_quantised_checkpoint_stays_packed_where_there_is_a_product_for_it(tmp
         assert one.top_logprobs == pytest.approx(row[one.top_ids].tolist(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["awq", "w8a8", "packed-zeros"])
+@pytest.mark.parametrize("name", ["awq", "w8a8", "packed-zeros", "gptq-order", "nf4", "fp8-channel"])
 def test_a_packed_linear_is_its_dequantised_twin(tmp_path, name):
     """Also where DoRA reads it, and with rows of a prompt."""
     write_quantized(name, tmp_path)
