@@ -4,9 +4,10 @@ reproducible hypothesis runs, the default model; and what `--quick` leaves out."
 import os
 from pathlib import Path
 
-# Before torch or huggingface_hub is imported, and inherited by the servers that tests start. One thread a process:
-# the suite's workers fill the cores already, and threads that spin beside them slow everything down.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch or huggingface_hub is imported, and inherited by the servers that tests start. One thread a process, and
+# `threads` of engines in tests is 1: the suite's workers fill the cores already, and threads that spin beside them slow
+# everything down, torch's small products on two threads to a tenth.
+os.environ["OMP_NUM_THREADS"] = os.environ["ROOTSTOCK_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when it decorates a kernel, and its own when it is imported

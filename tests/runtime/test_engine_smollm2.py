@@ -94,6 +94,7 @@ def engine(default_model_path):
             kv_cache_bytes=512 * MIB,
             max_batch_tokens=48,  # long prompts take several chunks, beside decoding rows
             max_running=32,
+            threads=1,
         )
     )
     yield made

@@ -59,7 +59,7 @@ def fake_settings(model: Path, data: Path, **changes: object) -> Settings:
     engine = {field: changes.pop(field) for field in list(changes) if field in EngineConfig.__struct_fields__}
     given = {"engine_command": fake_engine.COMMAND, "served_name": NAME, "data_directory": data}
     given |= {"cache_directory": data / "cache", "drain_seconds": 0.0, **changes}
-    return Settings(engine=EngineConfig(model=str(model), **engine), **given)
+    return Settings(engine=EngineConfig(model=str(model), **{"threads": 1} | engine), **given)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def adapted(base, options):
 
 def engine_of(directory, kernels):
     sizes = {"kv_cache_bytes": 2 * MIB, "adapter_bytes": 4 * MIB, "host_adapter_bytes": 4 * MIB}
-    limits = {"max_model_len": 64, "max_batch_tokens": 48, "max_running": 8, "threads": 2}
+    limits = {"max_model_len": 64, "max_batch_tokens": 48, "max_running": 8, "threads": 1}
     return Engine(EngineConfig(model=str(directory), device="cpu", kernels=kernels, dtype="float32", **sizes, **limits))
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from kernels.cpu.compiled.panels import quantize
@@ -19,8 +20,10 @@ SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, seed=7, ignore_eos=True
 
 @pytest.fixture
 def start(tmp_path):
+    before = torch.get_num_threads()
     with engines(tmp_path) as start:
         yield lambda **options: start(**{"kernels": "compiled", "threads": 2} | options)
+    torch.set_num_threads(before)  # an engine sets it for its process
 
 
 def drawn(engine, prompts, adapters=None):
@@ -64,7 +67,7 @@ def test_int8_gives_the_tokens_of_the_dequantised_weights(tmp_path):
     (twin / "config.json").write_text((tmp_path / "config.json").read_text())
     save_file(exact, twin / "model.safetensors")
     options = {"kv_cache_bytes": 1 << 20, "adapter_bytes": 1 << 20, "host_adapter_bytes": 1 << 20}
-    options |= {"max_model_len": 64, "dtype": "float32", "kernels": "compiled"}
+    options |= {"max_model_len": 64, "dtype": "float32", "kernels": "compiled", "threads": 1}
     found = []
     for directory, quantization in ((tmp_path, "int8"), (twin, None)):
         engine = Engine(EngineConfig(model=str(directory), quantization=quantization, **options))
