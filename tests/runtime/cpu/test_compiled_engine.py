@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from kernels.cpu.compiled.panels import quantize
@@ -20,10 +19,8 @@ SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, seed=7, ignore_eos=True
 
 @pytest.fixture
 def start(tmp_path):
-    before = torch.get_num_threads()
     with engines(tmp_path) as start:
         yield lambda **options: start(**{"kernels": "compiled", "threads": 2} | options)
-    torch.set_num_threads(before)  # an engine sets it for its process
 
 
 def drawn(engine, prompts, adapters=None):
