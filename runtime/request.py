@@ -5,11 +5,13 @@ import secrets
 import time
 from array import array
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from runtime.grammar.constraint import Constraint
 from runtime.kv.block_keys import BlockChain
 from runtime.messages import EngineCode, Generate, TokenLogprobs
+
+if TYPE_CHECKING:
+    from runtime.grammar.constraint import Constraint
 
 FinishReason = Literal["stop", "length"]
 
@@ -83,7 +85,7 @@ class Request:
         max_tokens: int,
         eos_token_ids: Iterable[int] = (),
         prefix_id: str | None = None,
-        constraint: Constraint | None = None,
+        constraint: "Constraint | None" = None,
     ):
         params = command.params
         self.request_id = command.request_id

@@ -2,11 +2,13 @@
 reproducible hypothesis runs, the default model; and what `--quick` leaves out."""
 
 import os
+import sys
 from pathlib import Path
 
-# Before torch or huggingface_hub is imported, and inherited by the servers that tests start. One thread a process:
-# the suite's workers fill the cores already, and threads that spin beside them slow everything down.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch or huggingface_hub is imported, and inherited by the servers that tests start. One thread a process, and
+# `threads` of engines in tests is 1: the suite's workers fill the cores already, and threads that spin beside them slow
+# everything down, torch's small products on two threads to a tenth.
+os.environ["OMP_NUM_THREADS"] = os.environ["ROOTSTOCK_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when it decorates a kernel, and its own when it is imported
@@ -67,7 +69,18 @@ SLOW = {
 SLOW_FIXTURES = {"default_model_path", "s3_server"}
 
 # A file's tests share a worker: those that take longest come first, or one worker has them alone at the end.
-LONGEST = ("kernels/test_compiled.py",)
+LONGEST = (
+    "runtime/test_engine_smollm2.py",
+    "kernels/test_compiled.py",
+    "kernels/cpu/compiled/test_portable_builds.py",
+    "tools/test_gpu_report.py",
+    "runtime/gpu/test_compiled_engine.py",
+    "service/test_serve.py",
+    "test_readme.py",
+    "loadtests/test_benchmarks.py",
+    "loadtests/test_load_report.py",
+    "storage/test_s3_faults.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -94,6 +107,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
     items.sort(key=_place)  # stable: the rest keeps its order
+
+
+def pytest_runtest_teardown() -> None:
+    """Have torch compute on one thread again: an engine sets the number, for its whole process."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def _place(item: pytest.Item) -> int:

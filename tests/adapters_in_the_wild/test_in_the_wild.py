@@ -43,6 +43,7 @@ class Base:
             adapter_bytes=4 * MIB,
             host_adapter_bytes=4 * MIB,
             max_model_len=64,
+            threads=1,
         )
         self.engine = Engine(self.config)
 

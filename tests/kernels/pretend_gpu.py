@@ -6,6 +6,7 @@ process of its own, in which kernels are not interpreted.
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -101,6 +102,7 @@ def _no_launcher(source: object, metadata: object) -> Any:
     return lambda *arguments: None
 
 
+@cache  # a kernel's code is asked for several times
 def _cuobjdump(what: str, binary: bytes) -> str:
     with TemporaryDirectory() as scratch:
         file = Path(scratch, "kernel.cubin")

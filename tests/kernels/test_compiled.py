@@ -38,7 +38,8 @@ def compile_in_a_process(what: str, capability: int, cache: Path) -> list[dict[s
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    found = compile_in_a_process(request.param, H100, tmp_path_factory.mktemp("triton"))
+    cache = tmp_path_factory.getbasetemp() / "triton"  # shared: some kernels are the same in both dtypes
+    found = compile_in_a_process(request.param, H100, cache)
     return [kernel | {"dtype": request.param} for kernel in found]
 
 
@@ -92,7 +93,13 @@ def launches(dtype: str) -> Iterator[Any]:
     from kernels.tune.rows import ModelShape
     from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
 
-    model = ModelShape(dtype=getattr(torch, dtype), device="cpu")
+    class Blank(ModelShape):
+        """Without random numbers, which take seconds to draw: nothing is computed."""
+
+        def random(self, seed: int, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.dtype)
+
+    model = Blank(dtype=getattr(torch, dtype), device="cpu")
     for case in tuner.all_cases(model, decode=(1, 32), prefill=256, context=64):
         config, inputs = tuned.lookup("", case.kernel, case.rows, model.dtype).config, case.prepare(0)
         heights = {each.height for each in inputs if isinstance(each, Tiles)}

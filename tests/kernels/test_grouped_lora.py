@@ -166,16 +166,18 @@ def columns_of(widths: Sequence[int]) -> Iterator[slice]:
 def expected(
     y: Tensor, x: Tensor, slots: Sequence[int], adapters: Sequence[Adapter], widths: Sequence[int], sums: bool = False
 ) -> Tensor:
-    """Row by row in float64; with `sums`, of absolute values: that bounds every partial sum."""
+    """Adapter by adapter in float64; with `sums`, of absolute values: that bounds every partial sum."""
     see = torch.Tensor.abs if sums else torch.Tensor.double
     result = see(y.cpu()).double()
-    for row, slot in enumerate(slots):
-        for part, columns in zip(adapters[slot] if slot != BASE else (), columns_of(widths), strict=False):
+    for slot in {*slots} - {BASE}:
+        rows = [row for row, of_row in enumerate(slots) if of_row == slot]
+        inputs = see(x[rows].cpu()).double()
+        for part, columns in zip(adapters[slot], columns_of(widths), strict=False):
             if part is not None:
                 a, b = see(part.a).double(), see(part.b).double()
                 bias = 0 if part.bias is None else see(part.bias).double()
                 gain = 1 if part.gain is None else see(part.gain).double()
-                result[row, columns] = (result[row, columns] + a @ see(x[row].cpu()).double() @ b) * gain + bias
+                result[rows, columns] = (result[rows, columns] + inputs @ a.T @ b) * gain + bias
     return result
 
 

@@ -72,7 +72,8 @@ def exact(logits: Tensor, row: Row) -> int:
     weights = ((values - values.max()) / max(row.temperature, 1e-6)).exp()
     ids = torch.arange(len(values))
     if row.top_k or row.top_p < 1 or row.min_p:
-        ids = torch.tensor(sorted(ids.tolist(), key=lambda token: (-float(values[token]), token)))
+        of_token = values.tolist()
+        ids = torch.tensor(sorted(range(len(of_token)), key=lambda token: (-of_token[token], token)))
         ids = ids[: row.top_k or None]
         weights = weights[ids]
         before = weights.cumsum(0) - weights

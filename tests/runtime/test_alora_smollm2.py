@@ -30,7 +30,7 @@ def oracle(default_model_path, trained_adapters):
 
 @pytest.fixture(scope="module")
 def engine(default_model_path, trained_adapters):
-    options = {"dtype": "float32", "kv_cache_bytes": 256 * MIB, "max_batch_tokens": 24, "max_running": 4}
+    options = {"dtype": "float32", "kv_cache_bytes": 256 * MIB, "max_batch_tokens": 24, "max_running": 4, "threads": 1}
     made = Engine(EngineConfig(model=str(default_model_path), **options))
     made.digests = {None: None}
     for name in NAMES:

@@ -94,6 +94,7 @@ def engine(default_model_path):
             kv_cache_bytes=512 * MIB,
             max_batch_tokens=48,  # long prompts take several chunks, beside decoding rows
             max_running=32,
+            threads=1,
         )
     )
     yield made
@@ -149,8 +150,8 @@ def test_greedy_output_with_an_adapter_equals_pefts(engine, oracle, digests, pro
     prompt = prompts[-1]  # two chunks long
     [cold] = engine.generate([prompt], GREEDY, digests[adapter])
     assert_greedy(oracle, adapter, prompt, cold.token_ids)
-    [warm] = engine.generate([prompt], GREEDY, digests[adapter])
-    assert warm.token_ids == cold.token_ids
+    [warm] = engine.generate([prompt], BRIEF, digests[adapter])
+    assert warm.token_ids == cold.token_ids[: BRIEF.max_tokens]
     assert (cold.cached_tokens, warm.cached_tokens) == (0, len(prompt) - 1)
     assert base_output != cold.token_ids, "an adapter that changes nothing proves nothing"
 

@@ -35,9 +35,8 @@ class Served:
 
     def __init__(self, directory, failures, **options):
         (directory / "config.json").write_text(json.dumps(TINY))
-        config = EngineConfig(
-            model=str(directory), load_format="dummy", kv_cache_bytes=2**22, max_model_len=128, **options
-        )
+        options = {"load_format": "dummy", "kv_cache_bytes": 2**22, "max_model_len": 128, "threads": 1, **options}
+        config = EngineConfig(model=str(directory), **options)
         self.engine = Engine(config)
         self.engine.runner = FailingRunner(self.engine.runner, failures)
         self.ours, self._theirs = (zmq.Context.instance().socket(zmq.PAIR) for _ in range(2))

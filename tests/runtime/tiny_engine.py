@@ -26,6 +26,7 @@ def engines(directory):
             "adapter_bytes": MIB,
             "host_adapter_bytes": MIB,
             "max_model_len": 128,
+            "threads": 1,
         } | options
         started.append(Engine(EngineConfig(model=str(directory), load_format="dummy", **options)))
         return started[-1]

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.service.live_server import LiveServer, fake_settings, live_server
+from tests.service.quick_server import quicken_the_server
 from tests.service.tiny_model import write_tiny_model
+
+quicken_the_server()
 
 
 @pytest.fixture(scope="session")

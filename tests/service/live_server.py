@@ -59,7 +59,7 @@ def fake_settings(model: Path, data: Path, **changes: object) -> Settings:
     engine = {field: changes.pop(field) for field in list(changes) if field in EngineConfig.__struct_fields__}
     given = {"engine_command": fake_engine.COMMAND, "served_name": NAME, "data_directory": data}
     given |= {"cache_directory": data / "cache", "drain_seconds": 0.0, **changes}
-    return Settings(engine=EngineConfig(model=str(model), **engine), **given)
+    return Settings(engine=EngineConfig(model=str(model), **{"threads": 1} | engine), **given)
 
 
 @contextmanager
@@ -73,7 +73,8 @@ def live_server(settings: Settings) -> Iterator[LiveServer]:
         wait_until(lambda: server.started or not thread.is_alive())
         assert server.started, "the service did not start"
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        with httpx.Client(base_url=url, timeout=20, event_hooks=HOOKS) as client:
+        # No TLS: to read all certificates takes longer than most requests
+        with httpx.Client(base_url=url, timeout=20, event_hooks=HOOKS, verify=False) as client:
             yield LiveServer(app, url, client, server)
     finally:
         server.should_exit = True

@@ -36,6 +36,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from tests.kernels.quick_interpreter import quicken_the_interpreter
 from tools.gpu_report.clock import Clock
 from tools.gpu_report.floors import Floors, Limits, Shape
 from tools.gpu_report.markdown import markdown
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options(argv)
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel
+        quicken_the_interpreter()
     elif not torch.cuda.is_available():
         print("torch finds no CUDA device to measure; --dry-run runs the report on a CPU", file=sys.stderr)
         return 2

@@ -82,7 +82,7 @@ def engines(oracle):
     started = []
 
     def start(blocks=400, **options):
-        options = {"adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 128} | options
+        options = {"adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 128, "threads": 1} | options
         config = EngineConfig(model=str(oracle.directory), kv_cache_bytes=blocks * BLOCK_BYTES, **options)
         engine = Engine(config)
         engine.digests = {name: engine.add_adapter(*oracle.adapter(name)) for name in MODULES}

@@ -118,7 +118,7 @@ def bases(request, tmp_path_factory):
 
 
 def engine_of(bases, kernels, **options):
-    options = {"adapter_bytes": 4 * MIB, "host_adapter_bytes": 4 * MIB, "max_model_len": 128} | options
+    options = {"adapter_bytes": 4 * MIB, "host_adapter_bytes": 4 * MIB, "max_model_len": 128, "threads": 1} | options
     options = {"kv_cache_bytes": 400 * BLOCK_BYTES, "device": "cpu", "max_batch_tokens": 96} | options
     return Engine(EngineConfig(model=str(bases.directory), kernels=kernels, **options))
 

@@ -98,10 +98,8 @@ def adapted(base, options):
 
 def engine_of(directory, kernels, **options):
     sizes = {"kv_cache_bytes": 2 * MIB, "adapter_bytes": 4 * MIB, "host_adapter_bytes": 4 * MIB}
-    limits = {"max_model_len": 64, "max_batch_tokens": 48, "max_running": 8, "threads": 2}
-    return Engine(
-        EngineConfig(model=str(directory), device="cpu", kernels=kernels, dtype="float32", **sizes, **limits, **options)
-    )
+    limits = {"max_model_len": 64, "max_batch_tokens": 48, "max_running": 8, "threads": 1, **options}
+    return Engine(EngineConfig(model=str(directory), device="cpu", kernels=kernels, dtype="float32", **sizes, **limits))
 
 
 def add(engine, model):

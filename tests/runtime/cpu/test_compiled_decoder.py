@@ -17,7 +17,7 @@ PARAMS = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs
 
 def start(directory, **options):
     sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_lora_rank": 8}
-    limits = {"max_model_len": 64, "max_running": 4, "max_batch_tokens": 24, "threads": 2}
+    limits = {"max_model_len": 64, "max_running": 4, "max_batch_tokens": 24, "threads": 1}
     return Engine(EngineConfig(model=str(directory), device="cpu", **sizes, **limits, **options))
 
 

@@ -64,7 +64,7 @@ def test_int8_gives_the_tokens_of_the_dequantised_weights(tmp_path):
     (twin / "config.json").write_text((tmp_path / "config.json").read_text())
     save_file(exact, twin / "model.safetensors")
     options = {"kv_cache_bytes": 1 << 20, "adapter_bytes": 1 << 20, "host_adapter_bytes": 1 << 20}
-    options |= {"max_model_len": 64, "dtype": "float32", "kernels": "compiled"}
+    options |= {"max_model_len": 64, "dtype": "float32", "kernels": "compiled", "threads": 1}
     found = []
     for directory, quantization in ((tmp_path, "int8"), (twin, None)):
         engine = Engine(EngineConfig(model=str(directory), quantization=quantization, **options))

@@ -53,6 +53,7 @@ def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
                 max_running=2,
                 max_batch_tokens=32,
                 max_lora_rank=8,
+                threads=1,
             )
         )
         digest = engine.add_adapter(*adapter(engine.runner.model.sites()))
@@ -75,7 +76,7 @@ def test_greedy_tokens_and_logprobs_are_the_references(tmp_path, name):
 )
 def test_a_quantised_checkpoint_stays_packed_where_there_is_a_product_for_it(tmp_path, name, held):
     model = write_quantized(name, tmp_path)
-    sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 64}
+    sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 64, "threads": 1}
     engine = Engine(EngineConfig(model=str(tmp_path), kernels="triton", dtype="float32", **sizes))
     assert engine.ready.weights == f"{held}; the checkpoint is {engine.runner.model.quantization.method}"
     tokens = [token % 131 for token in prompt(5, 5)]

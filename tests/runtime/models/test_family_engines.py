@@ -77,7 +77,7 @@ class Family:
             max_model_len=64,
             max_batch_tokens=32,
             max_running=4,
-            threads=2,
+            threads=1,
             **options,
         )
         engine = Engine(config)
@@ -168,7 +168,9 @@ def test_an_adapter_of_scaled_embeddings_is_scaled_as_they_are(tmp_path, kernels
 def test_longrope_has_its_long_factors_only_where_longer_contexts_are_asked_for(tmp_path, caplog, limit, long):
     write_checkpoint("phi3-partial-longrope", tmp_path)
     engine = Engine(
-        EngineConfig(model=str(tmp_path), device="cpu", kernels="torch", max_model_len=limit, kv_cache_bytes=MIB)
+        EngineConfig(
+            model=str(tmp_path), device="cpu", kernels="torch", max_model_len=limit, kv_cache_bytes=MIB, threads=1
+        )
     )
     assert engine.runner.max_model_len == (limit or 64)
     assert engine.runner.decoder.config.rope.long == long
@@ -230,7 +232,7 @@ def test_adapters_of_routers_and_experts_give_the_numbers_of_merged_weights(tmp_
             max_model_len=64,
             max_batch_tokens=24,
             max_running=4,
-            threads=2,
+            threads=1,
         )
     )
     digests = [engine.add_adapter(tensors, config) for tensors in adapters]

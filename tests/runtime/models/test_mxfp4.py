@@ -43,7 +43,7 @@ def write_mxfp4(directory, **changes):
 
 def engine_of(directory, **options):
     sizes = {"kv_cache_bytes": MIB, "adapter_bytes": MIB, "host_adapter_bytes": MIB, "max_model_len": 64}
-    return Engine(EngineConfig(model=str(directory), device="cpu", dtype="float32", threads=2, **sizes, **options))
+    return Engine(EngineConfig(model=str(directory), device="cpu", dtype="float32", threads=1, **sizes, **options))
 
 
 @pytest.mark.parametrize(("kernels", "held"), [("compiled", "int8, float32"), ("torch", "float32")])

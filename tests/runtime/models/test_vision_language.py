@@ -74,7 +74,7 @@ def test_an_adapter_of_the_whole_model_is_applied_as_peft_does(tmp_path: Path, n
             adapter_bytes=MIB,
             host_adapter_bytes=MIB,
             max_model_len=64,
-            threads=2,
+            threads=1,
         )
     )
     digest = engine.add_adapter(tensors, model.peft_config["default"].to_dict())
@@ -98,6 +98,7 @@ def test_an_adapter_of_what_sees_images_is_refused_with_what_to_do(tmp_path: Pat
             adapter_bytes=MIB,
             host_adapter_bytes=MIB,
             max_model_len=64,
+            threads=1,
         )
     )
     with pytest.raises(InvalidAdapter, match=r"vision_tower.* sees images, expected target_modules that name the text"):
