@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 
+from loadtests.api_key import bearer
+
 STAGES = ("download", "read", "pack", "copy")  # of a load; the server counts the seconds of each
 
 
@@ -16,8 +18,8 @@ class CallFailed(RuntimeError):
 class AdapterClient:
     """Calls the adapter routes of one server. Every call raises CallFailed, or httpx.HTTPError without an answer."""
 
-    def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=600)
+    def __init__(self, url: str, api_key: str = "") -> None:
+        self._client = httpx.Client(base_url=url, headers=bearer(api_key), timeout=600)
 
     def __enter__(self) -> "AdapterClient":
         return self

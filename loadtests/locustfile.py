@@ -125,12 +125,18 @@ class StreamingUser(HttpUser):
         text = f"{self.random.choice(VERBS)} {self.random.choice(TOPICS)}, {self.random.randrange(10**6)}."
         return [{"role": "user", "content": text}]
 
-    def stream(self, model: str, messages: list[dict[str, str]], max_tokens: int, **more: Any) -> Answer | None:
-        """Return the answer to a chat; None for a request that failed, after recording the failure."""
+    def stream(
+        self, model: str, messages: list[dict[str, str]], max_tokens: int, *, name: str | None = None, **more: Any
+    ) -> Answer | None:
+        """Return the answer to a chat; None for a request that failed, after recording the failure.
+
+        The entries have the model's name, or another one.
+        """
+        name = name or model
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, **more}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         start = time.perf_counter()
-        request = self.client.post("/v1/chat/completions", json=body, stream=True, catch_response=True, name=model)
+        request = self.client.post("/v1/chat/completions", json=body, stream=True, catch_response=True, name=name)
         with request as response:
             if not response.ok:
                 response.failure(f"{response.status_code} {response.text[:200]}")
@@ -142,9 +148,9 @@ class StreamingUser(HttpUser):
                 return None
         arrivals, tokens = answer.arrivals, answer.usage["completion_tokens"]
         if arrivals:
-            record(self.environment, FIRST_TOKEN, model, arrivals[0] - start)
+            record(self.environment, FIRST_TOKEN, name, arrivals[0] - start)
         if len(arrivals) > 1 and tokens > 1:
-            record(self.environment, PER_TOKEN, model, (arrivals[-1] - arrivals[0]) / (tokens - 1), tokens)
+            record(self.environment, PER_TOKEN, name, (arrivals[-1] - arrivals[0]) / (tokens - 1), tokens)
         return answer
 
 

@@ -222,7 +222,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         OnMissing,
         Option("what to do for a prompt without its aLoRA's invocation, if its request does not say", "adapters"),
     ] = "error"
-    max_uploads: Annotated[int, Option("uploads and imports at one time", "adapters", unit="uploads", least=1)] = 8
+    max_uploads: Annotated[
+        int,
+        Option("uploads and imports at one time; of one key or address one less", "adapters", unit="uploads", least=1),
+    ] = 8
     max_upload_bytes: Annotated[int, Option("largest upload or import", "adapters", least=1)] = 2048 * MIB
 
     def __post_init__(self) -> None:

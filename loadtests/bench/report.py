@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from loadtests.api_key import bearer
 from loadtests.server_process import Model
 
 LOAD_AT_START = os.getloadavg()[0]  # before the benchmark adds its own
@@ -41,15 +42,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def conditions(model: Model, url: str, *more: str) -> str:
+def conditions(model: Model, url: str, *more: str, api_key: str = "") -> str:
     """Return the conditions of a measurement of the server at `url`, then those in `more`, as a Markdown list."""
+    version_of = httpx.get(url + "/version", headers=bearer(api_key)).raise_for_status().json()
     versions = ", ".join(f"{name} {installed(name)}" for name in ("torch", "numpy", "transformers"))
     lines = [
         f"Machine: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, load {LOAD_AT_START:.2f} before; "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {versions}; "
         "the client runs on the same cores.",
-        f"Model: {model.directory.name} ({model.dtype}); "
-        f"server {httpx.get(url + '/version').raise_for_status().json()['version']}.",
+        f"Model: {model.directory.name} ({model.dtype}); server {version_of['version']}.",
         *more,
     ]
     return "\n".join(f"- {line}" for line in lines)

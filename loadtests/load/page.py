@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from loadtests.bench.report import table
 from loadtests.load.plots import Line, plot, shown
-from loadtests.load.runs import Figures
+from loadtests.load.runs import FLOOD, Figures
 
 HEAD = ["answers", "failures", "first token p50, ms", "p99, ms", "between tokens p50, ms", "p99, ms", "tok/s"]
 PLOTS: dict[str, dict[str, Callable[[Figures], float | None]]] = {
@@ -126,7 +126,7 @@ def _time(milliseconds: float | None) -> str:
 
 
 def _others(of: Figures) -> str:
-    units = {"cached percent": "% of prompts cached", "PUT": "ms an upload"}
+    units = {"cached percent": "% of prompts cached", "PUT": "ms an upload", FLOOD: "answers of the flood"}
     return ", ".join(f"{shown(value)} {units[kind]}" for kind, value in of.others.items() if kind in units)
 
 

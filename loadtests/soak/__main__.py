@@ -20,6 +20,7 @@ from typing import NamedTuple
 import httpx
 
 from loadtests.adapter_client import AdapterClient, CallFailed
+from loadtests.api_key import add_api_key, asking_for
 from loadtests.bench.report import say, table
 from loadtests.server_process import Model, Server, ServerFailed, find_model, started_server
 from loadtests.soak.judge import Growth, Limit, growth, not_back
@@ -65,6 +66,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of the traffic, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
+    add_api_key(parser, "what the server asks for, and all calls send; default: none")
     parser.add_argument("--model", help="the served model's directory; default: the embedded model")
     parser.add_argument("--server-args", default="", help="additional arguments of the server")
     parser.add_argument("--samples", type=Path, help="a file for all samples, one JSON object a line")
@@ -120,8 +122,8 @@ async def soak(
     Raises Grown without an engine, Refused.
     """
     kinds = {kind: KINDS[kind] for kind in chosen.kinds.split(",")}
-    traffic = Traffic(server.url, model.config, kinds, chosen.seed)
-    with AdapterClient(server.url) as client:
+    traffic = Traffic(server.url, model.config, kinds, chosen.seed, chosen.api_key)
+    with AdapterClient(server.url, chosen.api_key) as client:
         watched = Watched(server, client, client.base())
         before = await asyncio.to_thread(watched.sample)
         await traffic.prepare()
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = find_model(chosen.model)
     say("starting a server with little memory")
     arguments = ["--model", str(model.directory), *LITTLE_MEMORY, *shlex.split(chosen.server_args)]
-    with started_server(arguments) as server:
+    with started_server(arguments, asking_for(chosen.api_key)) as server:
         samples, left = asyncio.run(soak(server, model, chosen))
     growths = judged(samples, chosen.warm_up)
     print(report(growths), flush=True)

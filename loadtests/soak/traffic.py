@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from loadtests.api_key import bearer
 from loadtests.completion_stream import prompts
 from loadtests.random_adapter import adapter_file, number_file
 
@@ -45,9 +46,11 @@ class Refused(Exception):
 class Traffic:
     """Clients of one server, each of which does one thing after another, chosen by its own random numbers."""
 
-    def __init__(self, url: str, model_config: Mapping[str, Any], kinds: Mapping[str, int], seed: int) -> None:
+    def __init__(
+        self, url: str, model_config: Mapping[str, Any], kinds: Mapping[str, int], seed: int, api_key: str = ""
+    ) -> None:
         self.done: Counter[str] = Counter()  # by kind
-        self._url, self._kinds, self._seed = url, dict(kinds), seed
+        self._url, self._api_key, self._kinds, self._seed = url, api_key, dict(kinds), seed
         config = dict(model_config)
         self._files = {rank: adapter_file(config, rank, rank) for rank in RANKS}
         self._activated = adapter_file(config, 0, RANKS[0], INVOCATION)
@@ -198,4 +201,4 @@ class Traffic:
         self.done["race"] += 1
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, timeout=120)
+        return httpx.AsyncClient(base_url=self._url, headers=bearer(self._api_key), timeout=120)

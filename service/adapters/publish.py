@@ -48,8 +48,7 @@ async def _upload(
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
     catalog.quotas.require_room(name, caller)
-    address = "" if request.client is None else request.client.host
-    async with imports.uploading(caller.id or address), catalog.blobs.staging(options.ephemeral) as directory:
+    async with imports.uploading(_client(request)), catalog.blobs.staging(options.ephemeral) as directory:
         throttle = Throttle(services.engine.busy)
         body = BodyReader(request, services.settings.max_upload_bytes, throttle)
         bundle = await imports.on_thread(body.close, read_bundle, body, directory)
@@ -87,7 +86,12 @@ def start_import(request: Request, name: str, source: Source, options: UploadOpt
             imports.published(name)
             return published
 
-    return imports.start(Import(name, source, ephemeral=options.ephemeral), work)
+    return imports.start(Import(name, source, _client(request), ephemeral=options.ephemeral), work)
+
+
+def _client(request: Request) -> str:
+    """Whose places an upload or an import takes: the key's, else the address's."""
+    return caller_of(request).id or ("" if request.client is None else request.client.host)
 
 
 async def remove(request: Request, name: str, condition: Condition, *, force: bool = False) -> None:

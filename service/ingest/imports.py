@@ -4,11 +4,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from runtime.background import yield_to_others
 from service.catalog.record import AdapterVersion
@@ -28,10 +28,10 @@ class ImportCancelled(Exception):
 
 
 class Import:
-    """The import of one source under a name. Times are seconds since 1970."""
+    """The import of one source under a name for a client. Times are seconds since 1970."""
 
-    def __init__(self, name: str, source: Source, *, ephemeral: bool = False) -> None:
-        self.name, self.source, self.ephemeral = name, source, ephemeral
+    def __init__(self, name: str, source: Source, client: str = "", *, ephemeral: bool = False) -> None:
+        self.name, self.source, self.client, self.ephemeral = name, source, client, ephemeral
         self.created_at, self.ended_at = time.time(), 0.0
         self.bytes = 0  # of the weights, fetched so far
         self.total_bytes: int | None = None  # None until the source has said it
@@ -57,15 +57,16 @@ Work = Callable[[Import], Coroutine[Any, Any, Published]]
 class Imports:
     """Owns the running imports, the recent failures, and the threads of imports and uploads.
 
-    At most `max_running` imports and uploads run at once: further imports wait, further uploads are refused. Each may
-    hold one thread for as long as its source or its client likes, so the threads are not those that other work needs.
-    All calls belong to one event loop.
+    At most `max_running` imports and uploads run at once: further imports wait, further uploads are refused. No client,
+    by the id of its key or else its address, has all of these places, so that slow ones of one do not keep out
+    another's. Each may hold one thread for as long as its source or its client likes, so the threads are not those that
+    other work needs. All calls belong to one event loop.
     """
 
     def __init__(self, max_running: int) -> None:
         self._slots = asyncio.Semaphore(max_running)
-        self._most_uploads = max(1, max_running - 1)  # of one client
-        self._uploads: Counter[str] = Counter()  # by the id of the client's key, else by its address
+        self._most = max(1, max_running - 1)  # of one client
+        self._of_clients: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # those in use
         self._threads = ThreadPoolExecutor(max_running, "import", yield_to_others)
         self._tasks: dict[Import, asyncio.Task[Published]] = {}
         self._running: dict[str, Import] = {}  # by name
@@ -137,22 +138,15 @@ class Imports:
 
     @asynccontextmanager
     async def uploading(self, client: str) -> AsyncIterator[None]:
-        """Occupy a slot for a client. Raises RequestError `too_many_uploads` if none is free: its bytes cannot wait.
-
-        No client has all of them, so that slow uploads of one do not keep out another's.
-        """
+        """Occupy a place for a client, whose bytes cannot wait for one. Raises RequestError `too_many_uploads`."""
+        own = self._places_of(client)
         if self._slots.locked():
             raise RequestError("too_many_uploads", "too many uploads and imports are under way")
-        if self._uploads[client] >= self._most_uploads:
-            message = f"{self._most_uploads} uploads of this key or address are under way, and none has more"
+        if own.locked():
+            message = f"{self._most} uploads and imports of this key or address are under way, and none has more"
             raise RequestError("too_many_uploads", message)
-        async with self._slots:
-            self._uploads[client] += 1
-            try:
-                yield
-            finally:
-                self._uploads[client] -= 1
-                self._uploads += Counter()  # drops clients without any
+        async with own, self._slots:
+            yield
 
     async def on_thread(self, cancel: Callable[[], None], work: Callable[..., _T], *arguments: Any) -> _T:
         """Run a blocking part of an import or an upload, whose slot the caller occupies.
@@ -181,8 +175,14 @@ class Imports:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, job: Import, work: Work) -> Published:
-        async with self._slots:
+        async with self._places_of(job.client), self._slots:
             return await work(job)
+
+    def _places_of(self, client: str) -> asyncio.Semaphore:
+        found = self._of_clients.get(client)
+        if found is None:
+            self._of_clients[client] = found = asyncio.Semaphore(self._most)
+        return found
 
     def _ended(self, job: Import, task: asyncio.Task[Published]) -> None:
         del self._tasks[job]

@@ -1,5 +1,6 @@
 """Runs the programs of loadtests as a user does, and reads the tables that they print."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,12 @@ SHAPE = {
 }
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program with more variables in its environment."""
+    program = [sys.executable, *command]
+    return subprocess.run(
+        program, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **variables}
+    )
 
 
 def bench(model: Path, *arguments: str) -> list[tuple[list[list[str]], str]]:

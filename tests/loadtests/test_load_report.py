@@ -11,11 +11,14 @@ from loadtests.load import __main__ as load
 from loadtests.load.page import Report, Result, Sweep, html, markdown
 from loadtests.load.plots import Line, plot, shown, ticks
 from loadtests.load.runs import figures
-from tests.loadtests.commands import cells, number, run
+from loadtests.server_process import running_server
+from tests.loadtests.commands import SMALL, cells, number, run
+
+KEY = "of-the-load"
 
 
 def entry(kind: str, milliseconds: float, at: float, **more: object) -> dict[str, object]:
-    return {"kind": kind, "name": "a", "ms": milliseconds, "at": at, **more}
+    return {"kind": kind, "name": "a", "ms": milliseconds, "at": at} | more
 
 
 ENTRIES = [
@@ -37,6 +40,19 @@ def test_the_figures_of_a_run_are_those_of_its_entries() -> None:
     assert found.tokens_per_second == pytest.approx(48 / (210.0 - 99.995), rel=1e-3)
     assert found.others == {"PUT": 80.0}
     assert figures([entry("POST", 1.0, 1.0, failed="no")]).first_p50 is None
+
+
+def test_of_a_flood_only_the_answers_are_counted() -> None:
+    of_flood = [
+        entry("first token", 9000.0, 120.0, name="flood"),
+        entry("per token", 500.0, 120.0, tokens=32, name="flood"),
+        entry("POST", 9900.0, 120.0, name="flood"),
+        entry("POST", 10.0, 121.0, failed="429 queue_full", name="flood"),
+    ]
+    found = figures([*ENTRIES, *of_flood])
+    assert found == figures(ENTRIES)._replace(others={"PUT": 80.0, "flood": 1})
+    starved = figures(of_flood)
+    assert (starved.answers, starved.first_p50, starved.others["flood"]) == (0, None, 1)
 
 
 @pytest.mark.parametrize("highest", [0.003, 1, 4.9, 5.1, 9.99, 100, 333, 99_999])
@@ -98,6 +114,22 @@ def test_short_scenarios_beside_another_server_give_a_report(server: str, tiny_m
     assert "2 users at a time" in stated
     assert (tmp_path / "report.html").read_text().count("<svg viewBox") == 3
     assert httpx.get(f"{server}/adapters/load-0").status_code == 404
+
+
+def test_a_key_is_sent_by_everything_and_said_by_nothing(server: str, tiny_model: Path, tmp_path: Path) -> None:
+    short = ["--seconds", "1", "--users", "2", "--max-tokens", "4", "--adapters", "2", "--model", str(tiny_model)]
+    few = ["--scenarios", "replacement,pipeline,training,fairness", "--out", str(tmp_path), "--beside", server]
+    with running_server(["--model", str(tiny_model), *SMALL], {"ROOTSTOCK_API_KEY": KEY}) as url:
+        assert run("-m", "loadtests.load", "--url", url, *short, *few).returncode == 1
+        ended = run("-m", "loadtests.load", "--url", url, *short, *few, LOAD_API_KEY=KEY)
+    assert ended.returncode == 0, ended.stderr
+    report = (tmp_path / "report.md").read_text()
+    rows = cells(report.split("\n\n")[2])[1:]
+    fair = ["fairness, no flood", "fairness, a tenant floods", "fairness, an adapter is hot"]
+    assert [row[0] for row in rows] == ["replacement", "pipeline", "training", *fair]
+    assert all(int(row[2]) > 0 and row[3] == "0" for row in rows)
+    assert [row[-1].endswith("answers of the flood") for row in rows] == [False] * 4 + [True] * 2
+    assert KEY not in report + (tmp_path / "report.html").read_text() + ended.stdout + ended.stderr
 
 
 def test_a_scenario_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,11 +91,14 @@ def test_what_a_process_holds_is_counted() -> None:
 
 
 def test_a_short_soak_of_a_tiny_model_does_everything_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """With a key, which everything has to send, and nothing says."""
     samples = tmp_path / "samples"
     little = [*SMALL, "--adapter-bytes", "160K", "--host-adapter-bytes", "400K"]
     short = ["--seconds", "5", "--warm-up", "1", "--clients", "4", "--samples", str(samples)]
-    ended = run("-m", "loadtests.soak", "--model", str(tiny_model), *short, f"--server-args={' '.join(little)}")
+    server = f"--server-args={' '.join(little)}"
+    ended = run("-m", "loadtests.soak", "--model", str(tiny_model), *short, server, LOAD_API_KEY="of-the-soak")
     assert ended.returncode == 0, ended.stderr
+    assert "of-the-soak" not in ended.stdout + ended.stderr + samples.read_text()
     _, *rows = cells(ended.stdout.strip())
     assert [row[0] for row in rows] == list(soak.LIMITS)
     assert {row[-1] for row in rows} == {"too short to judge"}

@@ -53,6 +53,13 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture
+def aurora(server: Api) -> Api:
+    """A server that has the adapter `aurora`."""
+    server.put("aurora", ADAPTERS / "aurora")
+    return server
+
+
+@pytest.fixture
 def page(chromium: webdriver.Chrome, server: Api) -> Iterator[Page]:
     yield Page(chromium, server)
     assert complaints(chromium) == []

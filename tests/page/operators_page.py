@@ -24,10 +24,18 @@ from tests.server_log import address
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "tests" / "adapters"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+PASSWORDS = json.loads((ADAPTERS / "passwords.json").read_text())
+BASE = "smollm2-135m-instruct"
 SERVER = Path(os.environ.get("ROOTSTOCK_PYTHON", ROOT / ".venv" / "bin" / "python"))
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "build" / "page"))
 DESKTOP, PHONE = (1280, 900), (390, 844)
 SECONDS = 60  # to wait for what the page shows
+
+
+def bundle(name: str) -> list[Path]:
+    """The files of one of the tests' adapters."""
+    return [ADAPTERS / name / file for file in FILES]
 
 
 class Api:
@@ -54,10 +62,16 @@ class Api:
             f'--edge\r\ncontent-disposition: form-data; name="{file}"\r\n\r\n'.encode()
             + (directory / file).read_bytes()
             + b"\r\n"
-            for file in ("adapter_config.json", "adapter_model.safetensors")
+            for file in FILES
         ]
         body = b"".join(parts) + b"--edge--\r\n"
         return self.call("PUT", f"/adapters/{name}", body, **{"content-type": "multipart/form-data; boundary=edge"})
+
+
+def made_key(file: Path, id: str, *options: str) -> str:
+    """A new key in a file of keys, which is made if there is none."""
+    command = [str(SERVER), "-m", "service.keys", "add", id, "--keys-file", str(file), *options]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @contextmanager
@@ -134,12 +148,60 @@ class Page:
         """
         return dict(self.script(source, name))
 
+    def drop(self, *paths: Path) -> None:
+        """Drop files or folders on the upload's field, as from a file manager."""
+        place = self.script("""
+            const zone = document.getElementById("drop");
+            zone.scrollIntoView({block: "center"});
+            const {x, y, width, height} = zone.getBoundingClientRect();
+            return {x: x + width / 2, y: y + height / 2};
+        """)
+        dragged = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **place, "data": dragged})
+
     def choose(self, name: str, *files: Path) -> None:
         """Fill in the form of an upload, and send it."""
         self.find("#files").send_keys("\n".join(map(str, files)))
         self.fill("#upload-name", name)
         self.script("arguments[0].scrollIntoView({block: 'center'})", self.find("#upload-button"))
         self.find("#upload-button").click()
+
+    def compare_with(self, *models: str) -> None:
+        """Have these answer too."""
+        for model in models:
+            self.find(f"#add-model option[value='{model}']").click()
+            self.press("Add")
+
+    def ask(self, prompt: str, tokens: int = 24) -> None:
+        """Ask, and wait for the answers."""
+        self.fill("#prompt", prompt)
+        self.fill("#max-tokens", tokens)
+        self.press("Ask")
+        self.until(lambda: self.text("#stop") and not self.find("#stop").is_enabled(), "the answers")
+
+    def keys(self, *keys: str) -> None:
+        """Press keys, or type, where the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def focused(self) -> str:
+        """The id, the name or the text of what has the focus."""
+        source = """
+            const node = document.activeElement;
+            return node.id || node.getAttribute("aria-label") || node.textContent.trim().slice(0, 80);
+        """
+        return str(self.script(source))
+
+    def tab_to(self, name: str, *, back: bool = False) -> None:
+        """Press the key until a control has the focus."""
+        for _ in range(100):
+            if back:
+                ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+            else:
+                self.keys(Keys.TAB)
+            if self.focused() == name:
+                return
+        raise AssertionError(f"no key leads to {name}")
 
     def reached_by_tab(self, presses: int) -> set[str]:
         """The controls that the key reaches from the top, by id or name. Each shows that it has the focus."""

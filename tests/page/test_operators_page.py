@@ -10,23 +10,9 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tests.page.operators_page import ADAPTERS, DESKTOP, PHONE, Api, Page
+from tests.page.operators_page import ADAPTERS, BASE, DESKTOP, FILES, PASSWORDS, PHONE, Api, Page, bundle
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-PASSWORDS = json.loads((ADAPTERS / "passwords.json").read_text())
 CHECKS = Path(__file__).with_name("page_checks.js").read_text()
-BASE = "smollm2-135m-instruct"
-
-
-def bundle(name: str) -> list[Path]:
-    return [ADAPTERS / name / file for file in FILES]
-
-
-@pytest.fixture
-def aurora(server: Api) -> Api:
-    """A server that has the adapter `aurora`."""
-    server.put("aurora", ADAPTERS / "aurora")
-    return server
 
 
 def test_an_upload_by_the_file_chooser(page: Page) -> None:
@@ -44,15 +30,7 @@ def test_an_upload_by_dropping(page: Page) -> None:
     page.api.call("DELETE", "/adapters/dropped")
     page.open()
     page.until(lambda: "ready" in page.text("#state"), "the first answers")
-    place = page.script("""
-        const zone = document.getElementById("drop");
-        zone.scrollIntoView({block: "center"});
-        const {x, y, width, height} = zone.getBoundingClientRect();
-        return {x: x + width / 2, y: y + height / 2};
-    """)
-    dragged = {"items": [], "files": [str(path) for path in bundle("cobalt")], "dragOperationsMask": 1}
-    for kind in ("dragEnter", "dragOver", "drop"):
-        page.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **place, "data": dragged})
+    page.drop(*bundle("cobalt"))
     page.says("#chosen", FILES[1])
     page.fill("#upload-name", "dropped")
     page.press("Upload")
@@ -118,30 +96,17 @@ def test_content_is_replaced_only_knowingly(page: Page) -> None:
     assert page.api.call("GET", "/adapters/swapped")["digest"] != digest
 
 
-def ask(page: Page, prompt: str, tokens: int = 24) -> None:
-    page.fill("#prompt", prompt)
-    page.fill("#max-tokens", tokens)
-    page.press("Ask")
-    page.until(lambda: page.text("#stop") and not page.find("#stop").is_enabled(), "the answers")
-
-
 def alternatives(page: Page, column: int) -> list[list[str]]:
     """The table below an answer: token, picture, probability, its logarithm."""
     rows = page.all(f".answer:nth-child({column}) .alternatives tbody tr")
     return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in rows]
 
 
-def compare_with(page: Page, *models: str) -> None:
-    for model in models:
-        page.find(f"#add-model option[value='{model}']").click()
-        page.press("Add")
-
-
 def test_base_and_adapter_answer_side_by_side_with_the_log_probabilities_of_a_token(page: Page, aurora: Api) -> None:
     prompt = PASSWORDS["aurora"]["prompt"]
     page.open()
-    compare_with(page, "aurora")
-    ask(page, prompt)
+    page.compare_with("aurora")
+    page.ask(prompt)
     base, adapter = page.all(".answer .tokens")
     assert PASSWORDS["aurora"]["password"] in adapter.text
     assert PASSWORDS["aurora"]["password"] not in base.text
@@ -235,8 +200,8 @@ def test_a_deletion_is_asked_for_twice(page: Page) -> None:
 
 def test_memory_and_load_are_drawn_and_a_namespace_is_dropped(page: Page, aurora: Api) -> None:
     page.open()
-    compare_with(page, "aurora")
-    ask(page, "Tell me of the sea, the sky, and of the mountains beyond them, and of who lives there.", 40)
+    page.compare_with("aurora")
+    page.ask("Tell me of the sea, the sky, and of the mountains beyond them, and of who lives there.", 40)
     of_aurora = lambda: next(row for row in page.all("#kv-rows tr") if "aurora" in row.text)  # noqa: E731
     digest = aurora.call("GET", "/adapters/aurora")["digest"]
 
@@ -297,6 +262,7 @@ def test_quantiles_lie_in_the_buckets_of_the_true_ones(page: Page) -> None:
 def test_a_hidden_page_asks_nothing(page: Page) -> None:
     page.open()
     page.until(lambda: "ready" in page.text("#state"), "the first answers")
+    assert not page.find("#key").is_displayed(), "this server asks for no key"
 
     def asked() -> int:
         return int(page.script("return performance.getEntriesByType('resource').length"))
@@ -336,6 +302,7 @@ def test_a_server_with_a_key_shows_nothing_without_it(locked_page: Page, tmp_pat
     page.script("sessionStorage.clear()")
     page.open("/ui")
     page.says("#key-notices", Api(page.api.url).call("GET", "/adapters")["error"]["message"])
+    assert page.find("#key").is_displayed()
     page.picture("needs-key", whole=False)
     assert page.text("#model") == "" == page.text("#adapter-rows")
     page.fill("#key", "wrong")
@@ -348,8 +315,8 @@ def test_a_server_with_a_key_shows_nothing_without_it(locked_page: Page, tmp_pat
     assert page.find("#key").get_attribute("value") == ""
     page.choose("secret", *bundle("aurora"))
     page.says("#upload-form .notices", "secret is there")
-    compare_with(page, "secret")
-    ask(page, PASSWORDS["aurora"]["prompt"])
+    page.compare_with("secret")
+    page.ask(PASSWORDS["aurora"]["prompt"])
     assert PASSWORDS["aurora"]["password"] in page.all(".answer .tokens")[1].text
     refused_before_it_is_sent(page, tmp_path)
     page.open("/ui")
@@ -367,10 +334,10 @@ def test_it_can_be_read_and_used_by_all(page: Page, aurora: Api, size: tuple[int
     aurora.call("PATCH", "/adapters/aurora", b'{"pinned": true}')
     page.open("/", size, scheme)
     page.until(lambda: page.row("vault"), "the rows")
-    compare_with(page, "aurora")
-    ask(page, PASSWORDS["aurora"]["prompt"])
+    page.compare_with("aurora")
+    page.ask(PASSWORDS["aurora"]["prompt"])
     page.all(".answer .tokens [role=button]")[3].click()
-    ask(page, PASSWORDS["aurora"]["prompt"])
+    page.ask(PASSWORDS["aurora"]["prompt"])
     for answer in page.all(".answer"):
         answer.find_elements(By.CSS_SELECTOR, "[role=button]")[6].click()
     page.until(lambda: "–" not in page.text("#plot-time-between-tokens"), "a median")
@@ -379,7 +346,7 @@ def test_it_can_be_read_and_used_by_all(page: Page, aurora: Api, size: tuple[int
     assert page.script(f"{CHECKS}\nreturn nameless()") == []
     assert page.script(f"{CHECKS}\nreturn outside()") == []
     assert page.script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-    assert page.reached_by_tab(40) >= {"key", "filter", "Pin basalt", "Delete vault", "files", "upload-button"}
+    assert page.reached_by_tab(40) >= {"filter", "Pin basalt", "Delete vault", "files", "upload-button"}
 
 
 def test_the_picture_of_the_readme(page: Page, aurora: Api) -> None:
@@ -391,7 +358,7 @@ def test_the_picture_of_the_readme(page: Page, aurora: Api) -> None:
     aurora.call("PATCH", "/adapters/aurora", b'{"pinned": true}')
     page.open("/", (1120, 900), scale=0.75)
     page.until(lambda: page.row("vault"), "the rows")
-    compare_with(page, "aurora")
+    page.compare_with("aurora")
     chance = random.Random(3)
 
     def chat(_: int) -> None:
@@ -402,7 +369,7 @@ def test_the_picture_of_the_readme(page: Page, aurora: Api) -> None:
 
     with ThreadPoolExecutor(6) as clients:
         list(clients.map(chat, range(80)))
-    ask(page, PASSWORDS["aurora"]["prompt"], 16)
+    page.ask(PASSWORDS["aurora"]["prompt"], 16)
     for answer in page.all(".answer"):
         answer.find_elements(By.CSS_SELECTOR, "[role=button]")[6].click()
     page.until(lambda: len(page.all("#kv-bars rect.part")) > 2, "the K/V")

@@ -23,10 +23,13 @@ export function showDetails(adapter, act) {
     button("Unload from device and host", "Unloading", () => unload(name, "host")),
   ];
   dialog.replaceChildren(
-    element("h2", { id: "details-title" }, name),
+    element(
+      "div", { class: "title" },
+      element("h2", { id: "details-title" }, name),
+      element("button", { type: "button", class: "close", "aria-label": "Close", autofocus: true, click: () => dialog.close() }, "×"),
+    ),
     element("dl", {}, ...facts),
     element("p", { class: "buttons" }, ...actions),
-    element("p", { class: "buttons" }, element("button", { type: "button", autofocus: true, click: () => dialog.close() }, "Close")),
   );
   dialog.showModal();
 }
@@ -59,11 +62,12 @@ export function confirmDelete({ name, digest, requests_in_flight: running }) {
   const force = element("input", { type: "checkbox" });
   const end = (value) => () => dialog.close(value);
   const what = digest === null ? "Its import ends." : `Its digest is ${digest.slice(0, 12)}.`;
+  const requests = running === 1 ? "the request that runs" : `the ${running} requests that run`;
   dialog.returnValue = "";
   dialog.replaceChildren(
     element("h2", { id: "confirm-title" }, `Delete ${name}?`),
     element("p", {}, `${what} New requests for it get status 404 at once.`),
-    ...(running ? [element("p", {}, element("label", {}, force, ` end the ${running} that run on it, too`))] : []),
+    ...(running ? [element("p", {}, element("label", {}, force, ` also end ${requests} on it`))] : []),
     element(
       "p", { class: "buttons" },
       element("button", { type: "button", autofocus: true, click: end("") }, "Keep it"),

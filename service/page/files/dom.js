@@ -31,13 +31,16 @@ export function setText(node, text) {
 
 /**
  * Make the children of `parent` those of `items`, in their order. `nodes` is a Map by key that lives as long as the
- * parent; `make` gives the node of a new item. A node that stays is not touched, so it keeps the focus.
+ * parent; `make` gives the node of a new item. A node that stays is not touched, so it keeps the focus; from one that
+ * goes the focus moves to its neighbour.
  */
 export function keep(parent, nodes, items, key, make) {
   const wanted = new Set(items.map(key));
   for (const [name, node] of nodes) {
     if (wanted.has(name)) continue;
+    const focused = node.contains(document.activeElement), next = node.nextElementSibling ?? node.previousElementSibling;
     node.remove();
+    if (focused) (next?.querySelector("button") ?? parent.closest("[tabindex]"))?.focus();
     nodes.delete(name);
   }
   items.forEach((item, index) => {

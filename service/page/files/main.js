@@ -2,7 +2,7 @@
 
 import { AdapterTable } from "./adapters.js";
 import { address, call, getJson, key, setKey } from "./api.js";
-import { byId, setText } from "./dom.js";
+import { byId, element, setText } from "./dom.js";
 import { AdapterMemory, KvMemory, NAMES as MEMORY_NAMES } from "./memory.js";
 import { parse, total } from "./metrics.js";
 import { Notices } from "./notices.js";
@@ -26,13 +26,42 @@ new UploadForm((name) => adapters.find(name), refresh);
 new ImportForm(refresh);
 
 let base = null; // the name of the base model, once it is known
+let names = []; // of the adapters
 
-// What is read each time: what it is called, where its errors are said, and what takes it in
-const READINGS = [
-  ["Listing the adapters", adapters.notices, async () => adapters.update((await getJson("adapters")).adapters)],
-  ["Reading the K/V cache", kv.notices, async () => kv.update(await getJson("kv"))],
-  ["Reading the metrics", loadNotices, readMetrics],
+// What is read each time: what it is called, where its errors are said, what takes it in, and what of the page shows
+// it. Where the key may not read it, this is closed, and another reading may take its place.
+const readings = [
+  {
+    doing: "Listing the adapters", notices: adapters.notices, parts: ["adapters"], take: readAdapters,
+    instead: { doing: "Listing the models", notices: playground.notices, parts: [], take: readModels },
+  },
+  { doing: "Reading the K/V cache", notices: kv.notices, parts: ["kv"], take: async () => kv.update(await getJson("kv")) },
+  {
+    doing: "Reading the metrics", notices: loadNotices, parts: ["load", "adapter-memory"], take: readMetrics,
+    instead: { doing: "Asking for the state", notices: loadNotices, parts: [], take: readState },
+  },
 ];
+
+async function readAdapters() {
+  const found = (await getJson("adapters")).adapters;
+  adapters.update(found);
+  names = found.map(({ name }) => name);
+}
+
+async function readModels() {
+  const { data } = await getJson("v1", "models");
+  names = data.filter(({ parent }) => parent !== null).map(({ id }) => id);
+}
+
+async function readState() {
+  try {
+    await call("GET", address("health", "ready"));
+    showState("ready", "ready");
+  } catch (error) {
+    if (error.status !== 503) throw error;
+    showState("failed", error.message);
+  }
+}
 
 async function readMetrics() {
   const samples = parse(await (await call("GET", address("metrics"))).text(), WANTED);
@@ -73,17 +102,38 @@ async function read() {
 
 /** Read everything. Returns 401 if the key is missing or wrong, which is said once and not in each section. */
 async function readAll() {
-  const done = await Promise.allSettled([base === null ? introduce() : null, ...READINGS.map(([, , take]) => take())]);
+  const done = await Promise.allSettled([base === null ? introduce() : null, ...readings.map(({ take }) => take())]);
   const errors = done.map(({ reason }) => reason ?? null);
   const unknown = errors.find((error) => error?.status === 401);
   const silent = errors.find((error) => error?.status === 0);
   const single = unknown ?? silent ?? null;
-  const what = unknown ? "A key is needed" : silent ? "No answer" : "Asking who serves";
+  const what = unknown ? (key() ? "The key is refused" : "A key is needed") : silent ? "No answer" : "Asking who serves";
   keyNotices.standing(single ?? errors[0], what);
+  byId("main").hidden = unknown !== undefined;
+  if (unknown) {
+    byId("key-form").hidden = false; // there is none to give where none is asked for
+    byId("key").placeholder = "";
+  }
   if (single !== null) showState("failed", unknown ? "needs a key" : "no answer");
-  READINGS.forEach(([doing, notices], index) => notices.standing(single === null ? errors[index + 1] : null, doing));
-  if (single === null) playground.update([base, ...adapters.adapters.map(({ name }) => name)].filter(Boolean));
+  [...readings].forEach((reading, index) => {
+    const error = single === null ? errors[index + 1] : null;
+    if (error?.code === "missing_scope") giveUp(reading, error.message);
+    else reading.notices.standing(error, reading.doing);
+  });
+  if (single === null && base !== null) playground.update([base, ...names]);
   return unknown?.status;
+}
+
+/** Read something no more, as another key begins anew; say why in place of what it would show. */
+function giveUp(reading, reason) {
+  reading.notices.standing(null);
+  for (const part of reading.parts.map(byId)) {
+    part.dataset.closed = "";
+    part.append(element("p", { class: "quiet reason-closed" }, reason));
+  }
+  const others = reading.instead ? [reading.instead] : [];
+  readings.splice(readings.indexOf(reading), 1, ...others);
+  again ||= others.length > 0;
 }
 
 function showState(state, text) {
@@ -109,6 +159,6 @@ document.addEventListener("visibilitychange", () => {
 });
 // A file that misses the field must not take the place of the page
 for (const type of ["dragover", "drop"]) window.addEventListener(type, (event) => event.preventDefault());
-byId("forget-key").hidden = key() === "";
+byId("key-form").hidden = byId("forget-key").hidden = key() === "";
 byId("key").placeholder = key() === "" ? "" : "in use";
 refresh();

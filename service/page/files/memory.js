@@ -80,9 +80,12 @@ export class KvMemory {
       [used, `part c${colour}`, `${label}: ${used} in use`],
       [cached, `part cached c${colour}`, `${label}: ${cached} cached`],
     ]);
-    const text = `${short(blocks.used)} in use (${blocks.held} held), ${short(blocks.cached)} cached, ${short(blocks.free)} free `
-      + `of ${short(blocks.total)} blocks of ${size} tokens`;
-    this.#device.update(text, device, blocks.total);
+    this.#device.node.hidden = blocks === null; // a key that is not an admin's sees its own namespaces only
+    if (blocks !== null) {
+      const text = `${short(blocks.used)} in use (${blocks.held} held), ${short(blocks.cached)} cached, ${short(blocks.free)} free `
+        + `of ${short(blocks.total)} blocks of ${size} tokens`;
+      this.#device.update(text, device, blocks.total);
+    }
     this.#host.node.hidden = host === null;
     if (host !== null) {
       // Blocks of namespaces are counted, memory is in bytes: one block's bytes follow from both
@@ -102,6 +105,8 @@ export class KvMemory {
       return row.node;
     });
     for (const share of named) this.#rows.get(share.namespace).update(share);
+    byId("kv-table").hidden = named.length === 0;
+    byId("no-kv").hidden = named.length > 0;
   }
 
   async #drop(button, namespace, label) {
@@ -115,10 +120,10 @@ class NamespaceRow {
   constructor(drop) {
     this.swatch = shape("rect", { width: 10, height: 10 });
     this.name = element("span");
-    this.cells = ["used", "cached", "host", "hits"].map(() => element("td", { class: "number" }));
+    this.cells = ["In use", "Cached", "Host", "Hits"].map((label) => element("td", { class: "number", "data-label": label }));
     this.button = element("button", { type: "button", click: () => drop(this.button, this.name.textContent) }, "Drop");
     const picture = shape("svg", { class: "swatch", viewBox: "0 0 10 10", "aria-hidden": "true" }, this.swatch);
-    const head = element("th", { scope: "row" }, picture, " ", this.name);
+    const head = element("th", { scope: "row", "data-label": "Namespace" }, element("span", {}, picture, " ", this.name));
     this.node = element("tr", {}, head, ...this.cells, element("td", { class: "actions" }, this.button));
   }
 

@@ -5,6 +5,7 @@ import { byId, bytes, element } from "./dom.js";
 import { Notices, attempt } from "./notices.js";
 
 const BUNDLE = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer_config.json"];
+const NAMED = 3; // of the files that are not needed
 const ARCHIVES = [
   [/\.(tar\.gz|tgz)$/i, "application/gzip"],
   [/\.tar$/i, "application/x-tar"],
@@ -50,10 +51,9 @@ export class UploadForm {
   #choose(files, folder = null) {
     const archive = files.length === 1 && ARCHIVES.some(([ending]) => ending.test(files[0].name));
     this.#files = archive ? files : files.filter(({ name }) => BUNDLE.includes(name));
-    const listed = files.map((file) => {
-      const used = this.#files.includes(file);
-      return element("li", { class: used ? "" : "quiet" }, `${file.name}, ${used ? bytes(file.size) : "not needed"}`);
-    });
+    const listed = this.#files.map((file) => element("li", {}, `${file.name}, ${bytes(file.size)}`));
+    const others = files.filter((file) => !this.#files.includes(file)).map((file) => file.name);
+    if (others.length > 0) listed.push(element("li", { class: "quiet" }, `not needed: ${few(others)}`));
     byId("chosen").replaceChildren(...listed);
     const name = byId("upload-name");
     const suggested = folder ?? (archive ? files[0].name.replace(/\.(tar\.gz|tgz|tar)$/i, "") : "");
@@ -143,12 +143,23 @@ export class UploadForm {
   }
 }
 
+/** Some names, and how many more there are. */
+function few(names) {
+  const more = names.length - NAMED;
+  return names.slice(0, NAMED).join(", ") + (more > 0 ? ` and ${more.toLocaleString("en")} more` : "");
+}
+
 /** The files that were dropped, those of a folder too, and the folder's name. */
 async function dropped(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   const folder = entries.find((entry) => entry.isDirectory);
   if (folder === undefined) return { files: [...transfer.files], folder: null };
-  const inside = await new Promise((resolve, reject) => folder.createReader().readEntries(resolve, reject));
+  const reader = folder.createReader(), inside = [];
+  for (;;) {
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // a hundred at most
+    if (some.length === 0) break;
+    inside.push(...some);
+  }
   const files = inside.filter((entry) => entry.isFile);
   const read = (entry) => new Promise((resolve, reject) => entry.file(resolve, reject));
   return { files: await Promise.all(files.map(read)), folder: folder.name };

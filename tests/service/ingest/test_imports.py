@@ -17,10 +17,13 @@ from tests.service.adapters.adapter_bundles import bundle, multipart
 from tests.service.adapters.adapter_service import Service, error, serving
 from tests.service.ingest.gated_sources import TOTAL, GatedSources, denied
 
+PLACES = 3  # for uploads and imports; one client has two of them
+GATED: dict[str, Any] = {"allowed_sources": ("s3://bucket",), "sources": GatedSources, "max_uploads": PLACES}
+
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
-    with serving(tmp_path / "data", allowed_sources=("s3://bucket",), sources=GatedSources, max_uploads=2) as running:
+    with serving(tmp_path / "data", **GATED) as running:
         yield running
         gate(running).gate.set()
 
@@ -250,7 +253,7 @@ def test_the_conditions_of_an_import_hold_when_it_is_published(service: Service)
 
 
 def test_a_shutdown_ends_imports_and_leaves_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path / "data", allowed_sources=("s3://bucket",), sources=GatedSources, max_uploads=2) as service:
+    with serving(tmp_path / "data", **GATED) as service:
         for seed in range(4):
             post(service, f"poet-{seed}", seed)
         service.eventually(lambda: gate(service).running == 2)
@@ -269,18 +272,31 @@ def test_an_ephemeral_import_touches_no_disk(service: Service) -> None:
     assert service.files() == [f"memory/{service.get('poet')['digest']}.safetensors"]
 
 
-def test_no_client_takes_all_places_for_uploads(service: Service) -> None:
-    """Two places: one client has one of them, and another client the other."""
-    top = (
-        b"PUT /adapters/slow HTTP/1.1\r\nhost: here\r\ncontent-type: application/x-tar\r\ncontent-length: 1000\r\n\r\n"
-    )
-    with socket.create_connection(service.address) as slow:
-        slow.sendall(top)
-        service.eventually(lambda: service.imports._uploads.total() == 1)
-        refused = service.client.put("/adapters/second", files=multipart(*bundle()))
-        assert error(refused)[:2] == (503, "too_many_uploads")
+@pytest.mark.parametrize("kind", ["uploads", "imports"])
+def test_no_client_takes_all_places(service: Service, kind: str) -> None:
+    """One client has all but one, by slow uploads or by imports from a slow source; another client has the last one."""
+    with contextlib.ExitStack() as connections:
+        for number in range(PLACES - 1):
+            if kind == "imports":
+                assert post(service, f"slow-{number}", number).status_code == 202
+            else:
+                slow = connections.enter_context(socket.create_connection(service.address))
+                head = f"PUT /adapters/slow-{number} HTTP/1.1\r\nhost: here\r\ncontent-type: application/x-tar\r\n"
+                slow.sendall(f"{head}content-length: 1000\r\n\r\n".encode())
+        refused: list[httpx.Response] = []
+
+        def is_refused() -> bool:
+            refused.append(service.client.put("/adapters/second", files=multipart(*bundle())))
+            return not refused[-1].is_success
+
+        service.eventually(is_refused)
+        assert error(refused[-1])[:2] == (503, "too_many_uploads")
+        assert "of this key or address" in refused[-1].text
+        post(service, "waits")
         transport = httpx.HTTPTransport(local_address="127.0.0.2")
         with httpx.Client(base_url=service.client.base_url, transport=transport, timeout=30) as other:
             assert other.put("/adapters/third", files=multipart(*bundle())).status_code == 201
-    service.eventually(lambda: not service.imports._uploads)
-    assert service.client.put("/adapters/second", files=multipart(*bundle())).status_code == 201
+    gate(service).gate.set()
+    service.eventually(lambda: not service.imports._of_clients)
+    assert service.client.put("/adapters/second", files=multipart(*bundle())).is_success
+    assert state(service, "waits") == "ready"
