@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 40  # margins around the axes
-DASHES = ("", "5 3", "2 3", "8 3 2 3", "1 2", "12 3")
+DASHES = ("", "5 3", "2 3", "8 3 2 3", "1 2", "12 3", "12 3 2 3", "4 1")
 LEGEND_HEIGHT = 16  # of a line of a document's legend
 # Classes of text and lines, and a colour for each of as many lines as there are dashes.
 STYLE = """
@@ -24,6 +24,8 @@ circle { fill: currentColor }
 .s3 { color: #7e22ce }
 .s4 { color: #0f766e }
 .s5 { color: #be123c }
+.s6 { color: #a16207 }
+.s7 { color: #475569 }
 @media (prefers-color-scheme: dark) {
   .s0 { color: #6cb2ff }
   .s1 { color: #ff9a62 }
@@ -31,6 +33,8 @@ circle { fill: currentColor }
   .s3 { color: #cf9bff }
   .s4 { color: #4fd1c5 }
   .s5 { color: #ff7a9c }
+  .s6 { color: #eab308 }
+  .s7 { color: #a3b1c6 }
 }
 """
 DOCUMENT_STYLE = """

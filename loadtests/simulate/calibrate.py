@@ -32,7 +32,8 @@ from loadtests.simulate.costs import Costs, Limits, StepCosts, Transfer, as_fiel
 ROWS = (1, 2, 4, 8, 16)  # decoding requests at a time
 PROMPTS = (16, 64, 256, 1024)  # tokens; all but the last one fit into one step
 SHORT = 8  # tokens of a prompt whose attention costs nothing to speak of
-LONG = 768  # tokens of a context whose attention is to be seen
+LONG = 512  # tokens of a context whose attention is to be seen
+LONG_TOKENS = 120  # of an answer: while some prompts are computed, others decode
 AT_ONCE = 8  # requests at a time, for what adapters and long contexts cost
 SEEN_SECONDS = 60  # for all servers to see what is in the store
 RANKS = (RANK, 4 * RANK)  # of the adapters that are loaded, small and large
@@ -59,7 +60,7 @@ class Prompts:
         return self._rng.choices(range(self._vocabulary // 2, self._vocabulary), k=tokens)
 
 
-async def gap(urls: Sequence[str], prompts: Prompts, models: Sequence[str], context: int, tokens: int = 64) -> float:
+async def gap(urls: Sequence[str], prompts: Prompts, models: Sequence[str], context: int, tokens: int = 48) -> float:
     """Return the seconds from token to token of one request for each model, on all servers at the same time.
 
     Of the last third of the tokens of the first server's requests, when all prompts have been computed.
@@ -90,7 +91,7 @@ async def one_round(urls: Sequence[str], prompts: Prompts, base: str, adapters: 
     """Measure the first server, while the others do the same."""
     return Figures(
         decoding={rows: await gap(urls, prompts, [base] * rows, SHORT) for rows in ROWS},
-        long_context=await gap(urls, prompts, [base] * AT_ONCE, LONG, 192),
+        long_context=await gap(urls, prompts, [base] * AT_ONCE, LONG, LONG_TOKENS),
         one_adapter=await gap(urls, prompts, adapters[:1] * AT_ONCE, SHORT),
         adapters=await gap(urls, prompts, adapters[:AT_ONCE], SHORT),
         first={tokens: await first(urls, prompts, base, tokens) for tokens in PROMPTS},
@@ -148,7 +149,7 @@ def step_costs(found: Figures) -> tuple[StepCosts, float]:
     one = found.decoding[1] - decoding_row
     outside = max(0.0, found.first[small] - (one + (small - 1) * prompt_row))
     by_rows = [(1, one), *((tokens, found.first[tokens] - outside) for tokens in (small, *middle, step))]
-    tokens_attended = LONG + 192 * 5 / 6  # in the middle of the last third
+    tokens_attended = LONG + LONG_TOKENS * 5 / 6  # in the middle of the last third
     attended = (found.long_context - found.decoding[AT_ONCE]) / AT_ONCE / (tokens_attended - SHORT)
     adapter = max(0.0, (found.adapters - found.one_adapter) / (AT_ONCE - 1))
     adapter_row = max(0.0, (found.one_adapter - found.decoding[AT_ONCE] - adapter) / AT_ONCE)

@@ -37,13 +37,12 @@ class Figures(NamedTuple):
     token_p99: float
     tokens_per_second: float
     on_device: float  # share of the requests with an adapter that found it on the device
-    copied: float  # bytes a second of all replicas: host → device
+    copied: float  # bytes a request: host → device
     read: float  # disk → host
     downloaded: float  # store → disk
-    fetched: float  # K/V tokens a second from other replicas
     reused: float  # share of the prompts' tokens that were not computed
-    busy: float  # share of the time that a replica computes, in the mean
-    busiest: float  # the same of the replica that computes most
+    fetched: float  # share of them whose K/V came from other replicas
+    busiest: float  # the time that the busiest replica computed, over the mean
 
     @property
     def met(self) -> float:
@@ -60,13 +59,15 @@ def token_seconds(request: Request) -> float:
 
 
 def figures(outcome: Outcome, goal: Goal, warm: float, until: float) -> Figures:
-    """Sum up the requests that came between two times. Counts of bytes are from `warm` to the end of the run."""
-    requests = [request for request in outcome.requests if warm <= request.arrived < until]
+    """Sum up the requests that came between two times; bytes are of all that came after the first."""
+    warmed = [request for request in outcome.requests if request.arrived >= warm]
+    requests = [request for request in warmed if request.arrived < until]
     answered = [request for request in requests if not request.refused]
     first = [1000 * first_seconds(request) for request in answered]
     gaps = [1000 * token_seconds(request) for request in answered]
-    counted, seconds = outcome.counted, outcome.seconds - warm
-    busy = [replica.busy_seconds / outcome.seconds for replica in outcome.replicas]
+    counted = outcome.counted
+    copied, read, downloaded = (each / len(warmed) for each in counted.moved)
+    busy = [replica.busy_seconds for replica in outcome.replicas]
     return Figures(
         requests=len(requests),
         refused=len(requests) - len(answered),
@@ -78,31 +79,38 @@ def figures(outcome: Outcome, goal: Goal, warm: float, until: float) -> Figures:
         token_p99=percentile(gaps, 0.99),
         tokens_per_second=sum(request.answer for request in answered) / (until - warm),
         on_device=counted.hits / max(1, counted.hits + counted.misses),
-        copied=counted.moved.copied / seconds,
-        read=counted.moved.read / seconds,
-        downloaded=counted.moved.downloaded / seconds,
-        fetched=counted.fetched_tokens / seconds,
+        copied=copied,
+        read=read,
+        downloaded=downloaded,
         reused=sum(each.cached for each in answered) / sum(each.prompt for each in answered),
-        busy=statistics.fmean(busy),
-        busiest=max(busy),
+        fetched=counted.fetched_tokens / sum(request.prompt for request in warmed),
+        busiest=max(busy) / statistics.fmean(busy),
     )
 
 
 HEAD = ("goodput/s", "of offered", "first token p50, ms", "p99, ms", "a token p50, ms", "p99, ms")
-HEAD += ("adapter on device", "MB/s host → device", "disk → host", "store → disk", "prompt reused", "busy", "busiest")
+HEAD += (
+    "on device",
+    "MB a request to the device",
+    "from disk",
+    "from the store",
+    "prompts reused",
+    "fetched",
+    "busiest",
+)
 
 
 def cells(of: Figures) -> list[str]:
     times = (of.first_p50, of.first_p99, of.token_p50, of.token_p99)
-    shares = (of.reused, of.busy, of.busiest)
-    moved = (of.copied, of.read, of.downloaded)
     return [
         shown(of.goodput),
         f"{of.met:.1%}",
         *map(shown, times),
         f"{of.on_device:.0%}",
-        *(shown(each / 1e6) for each in moved),
-        *(f"{share:.0%}" for share in shares),
+        *(shown(each / 1e6) for each in (of.copied, of.read, of.downloaded)),
+        f"{of.reused:.0%}",
+        f"{of.fetched:.0%}",
+        f"{of.busiest:.2f}×",
     ]
 
 
@@ -121,7 +129,7 @@ def runs_table(axis: str, runs: Sequence[Run]) -> str:
 PLOTS: Mapping[str, tuple[str, Callable[[Figures], float]]] = {
     "goodput": ("requests that met the goal, %", lambda of: 100 * of.met),
     "first": ("first token, 99th percentile, ms", lambda of: of.first_p99),
-    "moved": ("adapters moved to the device, MB for each request", lambda of: of.copied / of.offered / 1e6),
+    "moved": ("adapters moved to the device, MB a request", lambda of: of.copied / 1e6),
 }
 
 

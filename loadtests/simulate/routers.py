@@ -10,7 +10,7 @@ from typing import NamedTuple
 SPREAD = 0.25  # of a replica's places; docs/scale.md says what it does
 QUEUE_SECONDS = 0.5
 NOBODY: frozenset[int] = frozenset()
-NAMES = ("random", "round robin", "least loaded", "power of two", "rendezvous", "ours", "ours by load")
+NAMES = ("random", "round robin", "least loaded", "power of two", "rendezvous", "ours", "ours by load", "ours relative")
 
 
 class Asked(NamedTuple):
@@ -84,18 +84,24 @@ class Affinity(NamedTuple):
     keeps most of the conversation, then the first by rendezvous hashing. If all are crowded: the shortest queue, then
     the least load, then as above.
 
-    With `by_load`, which the service does not do, the least loaded one of those that have the adapter is chosen, and of
-    those that keep as much of a conversation of the base.
+    What the service does not do: with `by_load` the least loaded one of those that have the adapter is chosen, and of
+    those that keep as much of a conversation of the base; with `relative` a replica is crowded only in comparison with
+    the least loaded one and the shortest queue, so that replicas which are all full are not all crowded.
     """
 
     spread: float = SPREAD
     queue_seconds: float = QUEUE_SECONDS
     by_load: bool = False
+    relative: bool = False
 
     def __call__(self, asked: Asked, view: View, rng: random.Random) -> int:
         loads = view.loads
-        limit = min(min(loads) + self.spread * view.places, view.places)  # from here on a replica is crowded
+        limit = min(loads) + self.spread * view.places  # from here on a replica is crowded
         queues, longest = view.queues, self.queue_seconds
+        if self.relative:
+            longest += min(queues)
+        else:
+            limit = min(limit, view.places)
         kept = view.prefixes.get(asked.conversation, {}) if asked.adapter is None else {}
         for holders in self._holders(asked, view, kept):
             fitting = [each for each in holders if loads[each] < limit and queues[each] <= longest]
@@ -141,6 +147,7 @@ def by_name(name: str, spread: float = SPREAD) -> Router:
         "rendezvous": rendezvous,
         "ours": Affinity(spread),
         "ours by load": Affinity(spread, by_load=True),
+        "ours relative": Affinity(spread, by_load=True, relative=True),
     }
     if name not in functions:
         raise ValueError(f"there is no router {name!r}, only {', '.join(functions)}")

@@ -237,8 +237,9 @@ def test_affinity_chooses_as_the_table_of_cases_says(case: dict) -> None:
         {CASES["heads"][1]: kept},
     )
     asked = Asked(adapter if case["adapter"] else None, CASES["heads"][1])
-    rule = Affinity(CASES["spread"], CASES["queue_seconds"])
-    assert names[rule(asked, view, random.Random(0))] == case["chosen"]
+    for relative, chosen in ((False, case["chosen"]), (True, case.get("relatively", case["chosen"]))):
+        rule = Affinity(CASES["spread"], CASES["queue_seconds"], relative=relative)
+        assert names[rule(asked, view, random.Random(0))] == chosen
 
 
 def test_by_load_the_least_loaded_of_those_that_have_the_adapter_is_chosen() -> None:

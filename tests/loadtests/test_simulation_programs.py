@@ -8,7 +8,7 @@ import pytest
 
 from loadtests.simulate import __main__ as program
 from loadtests.simulate import kv_sharing
-from loadtests.simulate.calibrate import AT_ONCE, LONG, PROMPTS, ROWS, SHORT, Figures, line, step_costs
+from loadtests.simulate.calibrate import AT_ONCE, LONG, LONG_TOKENS, PROMPTS, ROWS, SHORT, Figures, line, step_costs
 from loadtests.simulate.costs import Transfer
 from tests.loadtests.commands import cells, number
 
@@ -85,7 +85,7 @@ def test_the_calibration_finds_the_costs_that_the_figures_were_made_of() -> None
     found, left = step_costs(
         Figures(
             decoding=decoding,
-            long_context=at_once + AT_ONCE * attended * (LONG + 160 - SHORT),
+            long_context=at_once + AT_ONCE * attended * (LONG + LONG_TOKENS * 5 / 6 - SHORT),
             one_adapter=at_once + AT_ONCE * adapter_row + adapter,
             adapters=at_once + AT_ONCE * (adapter_row + adapter),
             first=first,
