@@ -29,11 +29,11 @@ from loadtests.random_adapter import RANK, adapter_file, number_file
 from loadtests.server_process import Model, ServerFailed, find_model, running_server
 from loadtests.simulate.costs import Costs, Limits, StepCosts, Transfer, as_fields
 
-ROWS = (1, 2, 4, 8, 16)  # decoding requests at a time
-PROMPTS = (16, 64, 256, 1024)  # tokens; all but the last one fit into one step
+ROWS = (1, 4, 8, 16)  # decoding requests at a time
+PROMPTS = (16, 256, 1024)  # tokens; all but the last one fit into one step
 SHORT = 8  # tokens of a prompt whose attention costs nothing to speak of
-LONG = 512  # tokens of a context whose attention is to be seen
-LONG_TOKENS = 120  # of an answer: while some prompts are computed, others decode
+LONG = 384  # tokens of a context whose attention is to be seen
+LONG_TOKENS = 72  # of an answer: while some prompts are computed, others decode
 AT_ONCE = 8  # requests at a time, for what adapters and long contexts cost
 SEEN_SECONDS = 60  # for all servers to see what is in the store
 RANKS = (RANK, 4 * RANK)  # of the adapters that are loaded, small and large
@@ -60,7 +60,7 @@ class Prompts:
         return self._rng.choices(range(self._vocabulary // 2, self._vocabulary), k=tokens)
 
 
-async def gap(urls: Sequence[str], prompts: Prompts, models: Sequence[str], context: int, tokens: int = 48) -> float:
+async def gap(urls: Sequence[str], prompts: Prompts, models: Sequence[str], context: int, tokens: int = 36) -> float:
     """Return the seconds from token to token of one request for each model, on all servers at the same time.
 
     Of the last third of the tokens of the first server's requests, when all prompts have been computed.
@@ -92,7 +92,7 @@ async def one_round(urls: Sequence[str], prompts: Prompts, base: str, adapters: 
     return Figures(
         decoding={rows: await gap(urls, prompts, [base] * rows, SHORT) for rows in ROWS},
         long_context=await gap(urls, prompts, [base] * AT_ONCE, LONG, LONG_TOKENS),
-        one_adapter=await gap(urls, prompts, adapters[:1] * AT_ONCE, SHORT),
+        one_adapter=await gap(urls, prompts, list(adapters[:1]) * AT_ONCE, SHORT),
         adapters=await gap(urls, prompts, adapters[:AT_ONCE], SHORT),
         first={tokens: await first(urls, prompts, base, tokens) for tokens in PROMPTS},
     )
@@ -159,7 +159,7 @@ def step_costs(found: Figures) -> tuple[StepCosts, float]:
     return costs, outside
 
 
-def load_costs(url: str, model: Model, times: int = 8) -> tuple[Transfer, Transfer]:
+def load_costs(url: str, model: Model, times: int = 5) -> tuple[Transfer, Transfer]:
     """Return what reading an adapter from disk to host memory costs, and copying it to the device."""
     found: dict[str, list[tuple[float, float]]] = {"read": [], "copy": []}
     with AdapterClient(url) as client:
@@ -192,8 +192,10 @@ def line(points: Sequence[tuple[float, float]]) -> Transfer:
     return Transfer(max(0.0, less - small / speed), speed)
 
 
-def costs_of(rounds: Rounds, model: Model, url: str, limits: Limits, conditions: Sequence[str]) -> Costs:
-    """Return the costs by rounds that were measured; loads are measured now, on one server."""
+def costs_of(
+    rounds: Rounds, loads: tuple[Transfer, Transfer], model: Model, url: str, limits: Limits, conditions: Sequence[str]
+) -> Costs:
+    """Return the costs by rounds that were measured; `loads` are what `load_costs` returned for one of the servers."""
     shape = model.config
     head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
@@ -201,7 +203,7 @@ def costs_of(rounds: Rounds, model: Model, url: str, limits: Limits, conditions:
         metrics = client.metrics()
         each = metrics.tier("bytes_used") / metrics.tier("adapters")  # all of rank RANK
     alone, beside = middle(rounds.alone), middle(rounds.beside) if rounds.beside else None
-    read, copy = load_costs(url, model)
+    read, copy = loads
     steps, outside = step_costs(alone)
     return Costs(
         about=f"measured: {model.directory.name} on {len(os.sched_getaffinity(0))} cores of {cpu_name()}",
@@ -282,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(chosen.rounds):
             rounds.measure()
         started = f"{count} server(s) on one store, started with {chosen.server_args or 'no arguments'}."
-        write(costs_of(rounds, model, urls[0], Limits(), [started]), chosen.out)
+        loads = load_costs(urls[0], model)
+        write(costs_of(rounds, loads, model, urls[0], Limits(), [started]), chosen.out)
 
 
 def write(costs: Costs, path: Path) -> None:

@@ -88,15 +88,9 @@ def figures(outcome: Outcome, goal: Goal, warm: float, until: float) -> Figures:
     )
 
 
-HEAD = ("goodput/s", "of offered", "first token p50, ms", "p99, ms", "a token p50, ms", "p99, ms")
-HEAD += (
-    "on device",
-    "MB a request to the device",
-    "from disk",
-    "from the store",
-    "prompts reused",
-    "fetched",
-    "busiest",
+HEAD = (
+    *("goodput/s", "of offered", "first token p50, ms", "p99, ms", "a token p50, ms", "p99, ms", "on device"),
+    *("MB a request to the device", "from disk", "from the store", "prompts reused", "fetched", "busiest"),
 )
 
 

@@ -131,8 +131,8 @@ class Replica:
             return None
         if plan.steps > 1:
             steps = min(plan.steps, max(1, math.ceil((now - plan.begins) / plan.seconds - 1e-9)))
-            self.plan = plan._replace(steps=steps)
-        return self.plan.ends
+            plan = self.plan = plan._replace(steps=steps)
+        return plan.ends
 
     def wake(self, now: float) -> list[Request]:
         """Take in the steps that end now and plan the next ones; returns the requests that have ended."""

@@ -94,7 +94,7 @@ class Affinity(NamedTuple):
     by_load: bool = False
     relative: bool = False
 
-    def __call__(self, asked: Asked, view: View, rng: random.Random) -> int:
+    def choose(self, asked: Asked, view: View, rng: random.Random) -> int:
         loads = view.loads
         limit = min(loads) + self.spread * view.places  # from here on a replica is crowded
         queues, longest = view.queues, self.queue_seconds
@@ -145,9 +145,9 @@ def by_name(name: str, spread: float = SPREAD) -> Router:
         "least loaded": least_loaded,
         "power of two": power_of_two,
         "rendezvous": rendezvous,
-        "ours": Affinity(spread),
-        "ours by load": Affinity(spread, by_load=True),
-        "ours relative": Affinity(spread, by_load=True, relative=True),
+        "ours": Affinity(spread).choose,
+        "ours by load": Affinity(spread, by_load=True).choose,
+        "ours relative": Affinity(spread, by_load=True, relative=True).choose,
     }
     if name not in functions:
         raise ValueError(f"there is no router {name!r}, only {', '.join(functions)}")

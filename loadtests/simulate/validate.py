@@ -27,9 +27,9 @@ from loadtests.bench.report import change, cpu_name, percentile, say, table
 from loadtests.completion_stream import StreamFailed, Timing, complete
 from loadtests.load.plots import shown
 from loadtests.random_adapter import adapter_file
-from loadtests.server_process import ServerFailed, find_model, running_server
+from loadtests.server_process import Model, ServerFailed, find_model, running_server
 from loadtests.simulate import costs as cost_tables
-from loadtests.simulate.calibrate import Prompts, Rounds, costs_of, upload
+from loadtests.simulate.calibrate import Prompts, Rounds, costs_of, load_costs, upload
 from loadtests.simulate.costs import Costs, Limits, as_fields
 from loadtests.simulate.figures import first_seconds
 from loadtests.simulate.routers import Asked, View, by_name
@@ -242,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     chosen = parser.parse_args(argv)
     if not chosen.file.exists():
-        chosen.file.write_text(json.dumps(run_servers(chosen), indent=1) + "\n")
+        for found in run_servers(chosen):
+            chosen.file.write_text(json.dumps(found, indent=1) + "\n")
     print(compared(chosen, json.loads(chosen.file.read_text())))
 
 
@@ -257,8 +258,8 @@ def compared(chosen: argparse.Namespace, found: dict[str, Any]) -> str:
     return f"{table(['servers', 'router', '', *HEAD], lines)}\n\n{found['conditions']}"
 
 
-def run_servers(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Start the servers, and measure and play in turn."""
+def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Start the servers, and measure and play in turn; yield all that was measured after each round."""
     model, load = find_model(None), os.getloadavg()[0]
     names = [adapter_name(number) for number in range(chosen.adapters)]
     device = chosen.resident * round(SLACK * len(adapter_file(model.config, 0)))
@@ -273,22 +274,31 @@ def run_servers(chosen: argparse.Namespace) -> dict[str, Any]:
         servers = Servers(urls, upload(urls, model, names), names, limits.max_running)
         rounds = Rounds(urls, model, servers.base, names)
         play(servers, routers[0], chosen_requests(chosen)[: chosen.at_a_time], chosen.at_a_time, -1)
+        loads = load_costs(urls[0], model)
+        what = f"{chosen.servers} server(s), {chosen.threads} thread(s)."
         for number in range(chosen.rounds):
             rounds.measure()
             for router in routers:
                 say(f"round {number + 1}, {router}")
                 runs[router].append(play(servers, router, chosen_requests(chosen), chosen.at_a_time, number))
-        costs = costs_of(rounds, model, urls[0], limits, [f"{chosen.servers} server(s), {chosen.threads} thread(s)."])
+            costs = costs_of(rounds, loads, model, urls[0], limits, [what])
+            yield {
+                "costs": as_fields(costs),
+                "runs": list(runs.items()),
+                "conditions": conditions(chosen, model, load, number + 1),
+            }
+
+
+def conditions(chosen: argparse.Namespace, model: Model, load: float, rounds: int) -> str:
     lines = (
         f"Measured on {datetime.now(UTC):%d %B %Y}: {model.directory.name} on {len(os.sched_getaffinity(0))} cores of "
         f"{cpu_name()}, load average {load:.2f} before; the client on the same cores.",
         f"{chosen.requests} requests, {chosen.at_a_time} at a time, {chosen.adapters} adapters by Zipf(1), a tenth on "
         f"the base; the device of each server holds {chosen.resident} adapters, its host memory twice as many; "
-        f"adapters begin on disk. Medians of {chosen.rounds} round(s), before each of which the costs were measured, "
-        "and one simulation.",
+        f"adapters begin on disk. Medians of {rounds} round(s), before each of which the costs were measured, and one "
+        "simulation.",
     )
-    conditions = "\n".join(f"- {line}" for line in lines)
-    return {"costs": as_fields(costs), "runs": list(runs.items()), "conditions": conditions}
+    return "\n".join(f"- {line}" for line in lines)
 
 
 if __name__ == "__main__":

@@ -239,12 +239,12 @@ def test_affinity_chooses_as_the_table_of_cases_says(case: dict) -> None:
     asked = Asked(adapter if case["adapter"] else None, CASES["heads"][1])
     for relative, chosen in ((False, case["chosen"]), (True, case.get("relatively", case["chosen"]))):
         rule = Affinity(CASES["spread"], CASES["queue_seconds"], relative=relative)
-        assert names[rule(asked, view, random.Random(0))] == chosen
+        assert names[rule.choose(asked, view, random.Random(0))] == chosen
 
 
 def test_by_load_the_least_loaded_of_those_that_have_the_adapter_is_chosen() -> None:
     view = View(("a", "b", "c"), 64, [12, 3, 0], [0.0] * 3, {"it": [0, 1]}, {"it": [0, 1, 2]}, {})
-    assert Affinity(by_load=True)(Asked("it", "-"), view, random.Random(0)) == 1
+    assert Affinity(by_load=True).choose(Asked("it", "-"), view, random.Random(0)) == 1
 
 
 def test_rendezvous_moves_only_the_adapters_of_the_replica_that_is_gone() -> None:
