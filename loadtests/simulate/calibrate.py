@@ -159,28 +159,57 @@ def step_costs(found: Figures) -> tuple[StepCosts, float]:
     return costs, outside
 
 
-def load_costs(url: str, model: Model, times: int = 5) -> tuple[Transfer, Transfer]:
-    """Return what reading an adapter from disk to host memory costs, and copying it to the device."""
-    found: dict[str, list[tuple[float, float]]] = {"read": [], "copy": []}
-    with AdapterClient(url) as client:
+def load_costs(urls: Sequence[str], model: Model, base: str, times: int = 4) -> tuple[Transfer, Transfer]:
+    """Return what reading an adapter from disk to host memory costs, and copying it to the device.
+
+    Of the first server, while AT_ONCE requests decode on each: an engine's loads give way to its steps.
+    """
+    say("measuring loads")
+    sizes = {}
+    with AdapterClient(urls[0]) as client:
         for rank in RANKS:
-            file, names = adapter_file(model.config, rank, rank), [f"load-{rank}-{n}" for n in range(times)]
-            for number, name in enumerate(names):
+            file = adapter_file(model.config, rank, rank)
+            sizes[rank] = len(file)
+            for number in range(times):
                 number_file(file, number)
-                client.put(name, file, preload=False)
-            client.load(names[0], "device")
-            client.unload(names[0], "host")
-            before = client.metrics()
-            for name in names:
-                client.load(name, "device")
-                client.unload(name, "host")
-            stages = client.metrics().load_stages(before)
-            for name in names:
-                client.delete(name)
-            mean = {stage: seconds / count for stage, (seconds, count) in stages.items()}
-            found["read"].append((len(file), mean["read"] + mean["pack"]))
-            found["copy"].append((len(file), mean.get("copy", 0.0)))
-    return line(found["read"]), line(found["copy"])
+                client.put(f"load-{rank}-{number}", file, preload=False)
+        for rank in RANKS:
+            client.load(f"load-{rank}-0", "device")  # memory is touched
+            client.unload(f"load-{rank}-0", "host")
+        found = asyncio.run(loads_beside(urls, Prompts(model.config["vocab_size"], "loads"), base, client, times))
+        for rank in RANKS:
+            for number in range(times):
+                client.delete(f"load-{rank}-{number}")
+    read = [(sizes[rank], stages["read"] + stages["pack"]) for rank, stages in found.items()]
+    return line(read), line([(sizes[rank], stages["copy"]) for rank, stages in found.items()])
+
+
+async def loads_beside(
+    urls: Sequence[str], prompts: Prompts, base: str, client: AdapterClient, times: int
+) -> dict[int, dict[str, float]]:
+    """Load the adapters of each rank while requests decode; return the mean seconds of each stage."""
+    ended = False
+
+    async def decode(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=600) as streams:
+            while not ended:
+                await complete(streams, base, prompts.some(SHORT), 36)
+
+    decoding = [asyncio.create_task(decode(url)) for url in urls for _ in range(AT_ONCE)]
+    try:
+        return {rank: await asyncio.to_thread(stage_seconds, client, rank, times) for rank in RANKS}
+    finally:
+        ended = True
+        await asyncio.gather(*decoding)
+
+
+def stage_seconds(client: AdapterClient, rank: int, times: int) -> dict[str, float]:
+    before = client.metrics()
+    for number in range(times):
+        client.load(f"load-{rank}-{number}", "device")
+        client.unload(f"load-{rank}-{number}", "host")
+    stages = client.metrics().load_stages(before)
+    return {stage: seconds / count for stage, (seconds, count) in stages.items()}
 
 
 def line(points: Sequence[tuple[float, float]]) -> Transfer:
@@ -213,6 +242,7 @@ def costs_of(
             f"{datetime.now(UTC):%d %B %Y}, medians of {len(rounds.alone)} round(s); the client is on the same cores.",
             *described("Alone", alone),
             *(described("While the other server does the same", beside) if beside else ()),
+            f"Loads were measured while {AT_ONCE} requests decoded.",
             "The store is a local directory: nothing is downloaded.",
         ],
         steps=steps,
@@ -278,13 +308,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = ["--model", str(model.directory), "--data-directory", store, *shlex.split(chosen.server_args)]
         urls = [stack.enter_context(running_server(given)) for _ in range(count)]
         names = [f"calibrate-{number}" for number in range(AT_ONCE)]
-        rounds = Rounds(urls, model, upload(urls, model, names), names)
+        base = upload(urls, model, names)
+        rounds = Rounds(urls, model, base, names)
         rounds.measure()
         rounds.forget()
         for _ in range(chosen.rounds):
             rounds.measure()
         started = f"{count} server(s) on one store, started with {chosen.server_args or 'no arguments'}."
-        loads = load_costs(urls[0], model)
+        loads = load_costs(urls, model, base)
         write(costs_of(rounds, loads, model, urls[0], Limits(), [started]), chosen.out)
 
 

@@ -134,13 +134,8 @@ class Replica:
             plan = self.plan = plan._replace(steps=steps)
         return plan.ends
 
-    def wake(self, now: float) -> list[Request]:
-        """Take in the steps that end now and plan the next ones; returns the requests that have ended."""
-        ended = self._commit(now)
-        self.plan = self._next(now)
-        return ended
-
-    def _commit(self, now: float) -> list[Request]:
+    def commit(self, now: float) -> list[Request]:
+        """Take in the steps that end now; returns the requests that have ended."""
         plan, self.plan = self.plan, None
         if plan is None:
             return []
@@ -179,7 +174,8 @@ class Replica:
         if not self._adapters[request.adapter]:
             del self._adapters[request.adapter]
 
-    def _next(self, now: float) -> Plan | None:
+    def plan_next(self, now: float) -> None:
+        """Begin the next steps, if a request can run."""
         chunks, budget = self._continue_prompts(self.limits.max_batch_tokens - len(self._decoding))
         budget = self._admit(chunks, budget)
         for index, (request, tokens) in enumerate(chunks):
@@ -187,9 +183,9 @@ class Replica:
             chunks[index] = request, tokens + more
             budget -= more
         if not self._decoding and not chunks:
-            return None
+            return
         steps = 1 if chunks else min(LONGEST_PLAN, self._decoding[0][0] - self.steps)
-        return Plan(now, self._seconds(chunks, steps), steps, chunks)
+        self.plan = Plan(now, self._seconds(chunks, steps), steps, chunks)
 
     def _continue_prompts(self, budget: int) -> tuple[list[tuple[Request, int]], int]:
         """Divide what decoding leaves of a step's tokens among running prompts; a quarter is left for waiting ones."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from loadtests.simulate.board import Board
 from loadtests.simulate.costs import Costs, Transfer
-from loadtests.simulate.memory import Load, Moved
+from loadtests.simulate.memory import Moved
 from loadtests.simulate.replica import Replica
 from loadtests.simulate.routers import Asked, Router
 from loadtests.simulate.traffic import BASE, Conversation, Request, adapter_name, conversation_name
@@ -47,6 +47,9 @@ class Counted(NamedTuple):
         return Counted(moved, times, *(now - then for now, then in zip(self[2:], before[2:], strict=True)))
 
 
+Call = tuple[Callable[..., None], tuple[Any, ...]]
+
+
 class Outcome(NamedTuple):
     """All requests of a run, in the order in which they came, and the replicas as they were at its end."""
 
@@ -76,6 +79,8 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
         self._wakes: list[float | None] = [None] * cluster.replicas  # when each replica is woken next
+        # What has come to each replica: an engine takes note of it between two steps.
+        self._inboxes: list[list[Call]] = [[] for _ in self.replicas]
         self._arriving: Iterator[Conversation] = iter(())
         self._open = 0  # conversations that have begun and not ended
         self._more = True  # conversations will still begin
@@ -153,7 +158,7 @@ class Simulation:
         replica = self.replicas[number]
         request.router, request.replica = router, number
         replica.coming += 1
-        self._at(self.now + self.cluster.costs.request_seconds, self._enter, request, replica)
+        self._at(self.now + self.cluster.costs.request_seconds, self._tell, replica, self._enter, request, replica)
 
     def _enter(self, request: Request, replica: Replica) -> None:
         """A request has got to the engine of its replica."""
@@ -167,8 +172,7 @@ class Simulation:
         if seconds is None:
             self._queue(request, replica)
         else:
-            self._at(self.now + seconds, self._queue, request, replica)
-            self._start_loads(replica)
+            self._at(self.now + seconds, self._tell, replica, self._queue, request, replica)
 
     def _after(self, request: Request) -> None:
         """A request has ended: its conversation goes on, or another one begins in its place."""
@@ -206,20 +210,10 @@ class Simulation:
     def _queue(self, request: Request, replica: Replica) -> None:
         replica.coming -= 1
         replica.add(request, self.now)
-        self._start_loads(replica)
-        self._stir(replica)
 
-    def _start_loads(self, replica: Replica) -> None:
-        for seconds, load in replica.start_loads():
-            self._at(self.now + seconds, self._loaded, replica, load)
-
-    def _loaded(self, replica: Replica, load: Load) -> None:
-        replica.finish_load(load)
-        self._start_loads(replica)
-        self._stir(replica)
-
-    def _stir(self, replica: Replica) -> None:
-        """Something has come: a replica that computes plans again after the step that goes on, an idle one now."""
+    def _tell(self, replica: Replica, happens: Callable[..., None], *arguments: Any) -> None:
+        """Something has come to a replica: it happens after the step that goes on, or now if there is none."""
+        self._inboxes[replica.number].append((happens, arguments))
         ends = replica.interrupt(self.now)
         at = self.now if ends is None else ends
         due = self._wakes[replica.number]
@@ -231,10 +225,16 @@ class Simulation:
         if self._wakes[replica.number] != due:
             return  # it was woken before
         self._wakes[replica.number] = None
-        ended = replica.wake(self.now)
+        ended = replica.commit(self.now)
+        inbox = self._inboxes[replica.number]
+        for happens, arguments in inbox:
+            happens(*arguments)
+        inbox.clear()
+        replica.plan_next(self.now)
+        for seconds, load in replica.start_loads():
+            self._at(self.now + seconds, self._tell, replica, replica.finish_load, load)
         for request in ended:
             self._after(request)
-        self._start_loads(replica)
         if replica.plan is not None:
             self._wakes[replica.number] = at = replica.plan.ends
             self._at(at, self._wake, replica, at)

@@ -274,7 +274,7 @@ def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
         servers = Servers(urls, upload(urls, model, names), names, limits.max_running)
         rounds = Rounds(urls, model, servers.base, names)
         play(servers, routers[0], chosen_requests(chosen)[: chosen.at_a_time], chosen.at_a_time, -1)
-        loads = load_costs(urls[0], model)
+        loads = load_costs(urls, model, servers.base)
         what = f"{chosen.servers} server(s), {chosen.threads} thread(s)."
         for number in range(chosen.rounds):
             rounds.measure()
