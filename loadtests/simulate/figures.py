@@ -65,7 +65,7 @@ def figures(outcome: Outcome, goal: Goal, warm: float, until: float) -> Figures:
     answered = [request for request in requests if not request.refused]
     first = [1000 * first_seconds(request) for request in answered]
     gaps = [1000 * token_seconds(request) for request in answered]
-    counted = outcome.counted
+    counted, prompts = outcome.counted, sum(each.prompt for each in answered)
     copied, read, downloaded = (each / len(warmed) for each in counted.moved)
     busy = [replica.busy_seconds for replica in outcome.replicas]
     return Figures(
@@ -82,8 +82,8 @@ def figures(outcome: Outcome, goal: Goal, warm: float, until: float) -> Figures:
         copied=copied,
         read=read,
         downloaded=downloaded,
-        reused=sum(each.cached for each in answered) / sum(each.prompt for each in answered),
-        fetched=counted.fetched_tokens / sum(request.prompt for request in warmed),
+        reused=sum(each.cached for each in answered) / prompts,
+        fetched=sum(each.fetched for each in answered) / prompts,
         busiest=max(busy) / statistics.fmean(busy),
     )
 

@@ -36,8 +36,6 @@ class Counted(NamedTuple):
     times: Moved = Moved()
     hits: int = 0
     misses: int = 0
-    fetches: int = 0  # of K/V, from other replicas
-    fetched_tokens: int = 0
 
     def since(self, before: "Counted") -> "Counted":
         moved, times = (
@@ -74,7 +72,6 @@ class Simulation:
         self.now = 0.0
         self.events = 0
         self.requests: list[Request] = []
-        self.fetched_tokens = self.fetches = 0
         self._rng = random.Random(f"routing {seed}")
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
@@ -126,7 +123,7 @@ class Simulation:
             for each in ([memory.moved for memory in memories], [memory.times for memory in memories])
         )
         hits, misses = sum(memory.hits for memory in memories), sum(memory.misses for memory in memories)
-        return Counted(moved, times, hits, misses, self.fetches, self.fetched_tokens)
+        return Counted(moved, times, hits, misses)
 
     def _at(self, time: float, happens: Callable[..., None], *arguments: Any) -> None:
         heapq.heappush(self._events, (time, next(self._numbers), happens, arguments))
@@ -200,9 +197,7 @@ class Simulation:
         seconds = link.seconds((most - known) * costs.kv_bytes_per_token)
         if seconds >= compute_seconds(costs, known, most):
             return None
-        request.cached = most
-        self.fetched_tokens += most - known
-        self.fetches += 1
+        request.cached, request.fetched = most, most - known
         return seconds
 
     # Replicas

@@ -108,6 +108,7 @@ class Request:
         "conversation",
         "done_at_step",
         "ended",
+        "fetched",
         "first",
         "place",
         "prompt",
@@ -126,6 +127,7 @@ class Request:
         self.router = self.replica = -1
         self.place = 0  # in its replica's line
         self.cached = 0  # tokens of the prompt whose K/V were found, or fetched
+        self.fetched = 0  # tokens of those whose K/V came from another replica
         self.computed = 0  # tokens of the prompt, `cached` included
         self.done_at_step = 0  # the step of its replica that computes its last token
         self.first = self.ended = math.nan

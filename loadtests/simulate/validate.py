@@ -48,7 +48,7 @@ PUBLISH_SECONDS = 0.5
 SLACK = 1.02  # of an adapter's file, in memory
 VOCABULARY = 49_152  # of the embedded model
 ROUTERS = ("random", "rendezvous", "ours")  # on two servers
-HEAD = ("tokens/s", "first token mean, ms", "p50, ms", "p99, ms", "loads to the device", "of them from disk")
+HEAD = ("tokens/s", "first token mean, ms", "p50, ms", "p99, ms", "loads to the device", "of them from disk", "steps")
 
 
 class Measured(NamedTuple):
@@ -60,12 +60,13 @@ class Measured(NamedTuple):
     first_p99: float
     loads: float  # adapters to the device
     reads: float  # adapters from disk
+    steps: float  # of all engines: how requests are batched, whatever a step takes
 
 
-def measured(tokens: int, seconds: float, first: Sequence[float], loads: float, reads: float) -> Measured:
+def measured(tokens: int, seconds: float, first: Sequence[float], loads: float, reads: float, steps: float) -> Measured:
     first = [1000 * each for each in first]
     times = (statistics.fmean(first), statistics.median(first), percentile(first, 0.99))
-    return Measured(tokens / seconds, *times, loads, reads)
+    return Measured(tokens / seconds, *times, loads, reads, steps)
 
 
 # Real servers
@@ -165,14 +166,14 @@ def play(servers: Servers, router: str, requests: Sequence[Conversation], at_a_t
     prompts = Prompts(VOCABULARY, (router, len(servers.urls), seed))  # none is in a cache
     timings, seconds = asyncio.run(play_on(servers, router, seed, prompts, requests, at_a_time))
     after = [client.metrics() for client in clients]
-    loads = sum(
-        now.value("rootstock_adapter_loads_total") - then.value("rootstock_adapter_loads_total")
-        for then, now in zip(before, after, strict=True)
+    spans = list(zip(before, after, strict=True))
+    loads, steps = (
+        sum(now.value(name) - then.value(name) for then, now in spans)
+        for name in ("rootstock_adapter_loads_total", "rootstock_steps_total")
     )
-    reads = sum(now.load_stages(then).get("read", (0.0, 0))[1] for then, now in zip(before, after, strict=True))
-    return measured(
-        sum(each.tokens for each in timings), seconds, [each.first_seconds for each in timings], loads, reads
-    )
+    reads = sum(now.load_stages(then).get("read", (0.0, 0))[1] for then, now in spans)
+    first = [each.first_seconds for each in timings]
+    return measured(sum(each.tokens for each in timings), seconds, first, loads, reads, steps)
 
 
 async def play_on(
@@ -199,8 +200,9 @@ def simulate(
     outcome = Simulation(cluster, by_name(router), chosen.seed).run(iter(requests))
     first = [first_seconds(request) for request in outcome.requests]
     seconds = max(request.ended for request in outcome.requests)
-    times = outcome.counted.times
-    return measured(sum(request.answer for request in outcome.requests), seconds, first, times.copied, times.read)
+    times, tokens = outcome.counted.times, sum(request.answer for request in outcome.requests)
+    steps = sum(replica.steps for replica in outcome.replicas)
+    return measured(tokens, seconds, first, times.copied, times.read, steps)
 
 
 def chosen_requests(chosen: argparse.Namespace) -> list[Conversation]:
@@ -234,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("file", type=Path, help="of what was measured, in JSON")
     add("--servers", type=int, default=2)
     add("--threads", type=int, default=1, help="of each server [1]")
+    add("--routers", default=",".join(ROUTERS), help="of several servers, separated by commas")
     add("--adapters", type=int, default=48)
     add("--resident", type=int, default=8, help="adapters that each server's device holds, its host twice as many [8]")
     add("--requests", type=int, default=128)
@@ -264,7 +267,7 @@ def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     names = [adapter_name(number) for number in range(chosen.adapters)]
     device = chosen.resident * round(SLACK * len(adapter_file(model.config, 0)))
     limits = Limits(max_running=16, device_bytes=device, host_bytes=2 * device, kv_bytes=2**28)
-    routers = ROUTERS if chosen.servers > 1 else ROUTERS[:1]
+    routers = chosen.routers.split(",") if chosen.servers > 1 else ROUTERS[:1]
     runs: dict[str, list[Measured]] = {router: [] for router in routers}
     with ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory())

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from loadtests.simulate import __main__ as program
+from loadtests.simulate import costs as cost_tables
 from loadtests.simulate import kv_sharing
 from loadtests.simulate.calibrate import AT_ONCE, LONG, LONG_TOKENS, PROMPTS, ROWS, SHORT, Figures, line, step_costs
 from loadtests.simulate.costs import Transfer
-from tests.loadtests.commands import cells, number
+from tests.loadtests.commands import SMALL, cells, number, run
 
 FEW = ["--vary", "replicas", "2", "4", "--seconds", "6", "--warm-seconds", "2", "--adapters", "50", "--rate", "3"]
 
@@ -99,6 +100,20 @@ def test_the_calibration_finds_the_costs_that_the_figures_were_made_of() -> None
     assert found.prompt_attended_seconds == pytest.approx(pairs)
     table = found.table(256)
     assert [table[tokens] for tokens in (1, 16, 100, 256)] == pytest.approx(list(map(prompt, (1, 16, 100, 256))))
+
+
+def test_the_calibration_of_a_server_is_a_table_that_the_simulation_reads(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    given = ["--model", str(tiny_model), "--rounds", "1", f"--server-args={' '.join(SMALL)}", "--out", str(out)]
+    ended = run("-m", "loadtests.simulate.calibrate", *given)
+    assert ended.returncode == 0, ended.stderr
+    costs = cost_tables.read(out)
+    assert costs.measured
+    assert costs.beside is None
+    assert all(seconds > 0 for _, seconds in costs.steps.by_rows)
+    assert costs.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # two layers of two heads, for K and for V, of two bytes each
+    assert costs.read.bytes_per_second > 0
+    assert any("1024: " in line for line in costs.conditions)
 
 
 def test_a_transfer_is_what_two_sizes_took() -> None:
