@@ -142,13 +142,13 @@ def step_costs(found: Figures) -> tuple[StepCosts, float]:
     A prompt's row computes no logits and sends nothing, so a decoding row costs more: what is more in the slope over
     decoding rows than in that over a prompt's. A step of one row is what one decoding request takes for a token.
     """
-    small, *middle, step, long = PROMPTS
+    small, step, long = PROMPTS
     prompt_row = (found.first[step] - found.first[small]) / (step - small)
     slope = statistics.linear_regression(list(found.decoding), list(found.decoding.values())).slope
     decoding_row = max(0.0, slope - prompt_row)
     one = found.decoding[1] - decoding_row
     outside = max(0.0, found.first[small] - (one + (small - 1) * prompt_row))
-    by_rows = [(1, one), *((tokens, found.first[tokens] - outside) for tokens in (small, *middle, step))]
+    by_rows = [(1, one), *((tokens, found.first[tokens] - outside) for tokens in (small, step))]
     tokens_attended = LONG + LONG_TOKENS * 5 / 6  # in the middle of the last third
     attended = (found.long_context - found.decoding[AT_ONCE]) / AT_ONCE / (tokens_attended - SHORT)
     adapter = max(0.0, (found.adapters - found.one_adapter) / (AT_ONCE - 1))
