@@ -12,6 +12,8 @@
 #   make bench-kv  measure K/V reuse by aLoRA adapters, and conversations on too little K/V memory: URL, ARGS
 #   make load    load scenarios by Locust and their report: URL, URL2 (another server beside it), ARGS
 #   make soak    a server with little memory under mixed traffic for 10 minutes; fails if anything grows: ARGS
+#   make simulate  many replicas under several routers, without any server: ARGS (see `make simulate ARGS=--help`, docs/scale.md)
+#   make calibrate  measure what a step, a load and a token cost on this machine, for the simulation: ARGS="--out costs.json"
 #   make fmt     format                      make openapi rewrite the HTTP contract, and the page of options
 
 PYTHON ?= python3
@@ -21,7 +23,7 @@ ROUNDS ?= 100
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients test-contract test-kills fuzz test-page test-s3 check bench bench-kv load soak fmt openapi
+.PHONY: serve test test-quick test-clients test-contract test-kills fuzz test-page test-s3 check bench bench-kv load soak simulate calibrate fmt openapi
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -69,6 +71,12 @@ load: .venv/dev
 
 soak: .venv/dev
 	@exec .venv/bin/python -m loadtests.soak $(ARGS)
+
+simulate: .venv/dev
+	@exec .venv/bin/python -m loadtests.simulate $(ARGS)
+
+calibrate: .venv/dev
+	@exec .venv/bin/python -m loadtests.simulate.calibrate $(ARGS)
 
 fmt: .venv/dev
 	.venv/bin/ruff check --fix .

@@ -47,6 +47,7 @@ NOT_RUN = {
     "make check": "runs beside the tests",
     "make bench": "takes many minutes",
     "make load": "takes minutes; tests/loadtests/test_load_report.py runs short ones",
+    "make simulate": "takes a minute; tests/loadtests/test_simulation_programs.py runs a short one",
     "make soak": "takes ten minutes; tests/loadtests/test_soak.py runs a short one",
 }
 

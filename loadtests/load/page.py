@@ -5,6 +5,7 @@ from html import escape
 from typing import NamedTuple
 
 from loadtests.bench.report import table
+from loadtests.load import plots
 from loadtests.load.plots import Line, plot, shown
 from loadtests.load.runs import FLOOD, Figures
 
@@ -30,23 +31,8 @@ figure { margin: 0 }
 figcaption { font-size: 13px; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding-left: 3rem }
 svg { width: 100%; height: auto; font-size: 11px }
 svg.key { width: 28px; height: 8px; vertical-align: middle }
-text { fill: var(--ink) }
-.title { font-size: 13px; font-weight: 600 }
-.end { text-anchor: end }
-.middle { text-anchor: middle }
-.grid { stroke: var(--faint) }
-polyline { fill: none; stroke-width: 2; stroke: currentColor }
-circle { fill: currentColor }
-.s0 { color: #0b62c4 }
-.s1 { color: #c2410c }
-.s2 { color: #15803d }
-.s3 { color: #7e22ce }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ec; --faint: #3a4048; --page: #15181c }
-  .s0 { color: #6cb2ff }
-  .s1 { color: #ff9a62 }
-  .s2 { color: #5fd38a }
-  .s3 { color: #cf9bff }
 }
 """
 
@@ -86,12 +72,12 @@ def markdown(report: Report) -> str:
 def html(report: Report) -> str:
     parts = [f"<h1>{escape(report.title)}</h1>", "<h2>Scenarios</h2>", _html(*_scenario_table(report.scenarios))]
     for sweep in report.sweeps:
-        plots = "".join(plot(name, sweep.axis, _lines(sweep, of)) for name, of in PLOTS.items())
-        parts += [f"<h2>{escape(sweep.title)}</h2>", f'<div class="plots">{plots}</div>', _html(*_sweep_table(sweep))]
+        drawn = "".join(plot(name, sweep.axis, _lines(sweep, of)) for name, of in PLOTS.items())
+        parts += [f"<h2>{escape(sweep.title)}</h2>", f'<div class="plots">{drawn}</div>', _html(*_sweep_table(sweep))]
     conditions = "".join(f"<li>{escape(line)}</li>" for line in report.conditions)
     parts.append(f"<h2>Conditions</h2><ul>{conditions}</ul>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{escape(report.title)}</title><style>{STYLE}</style>"
+    head += f"<title>{escape(report.title)}</title><style>{STYLE}{plots.STYLE}</style>"
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 

@@ -1,4 +1,4 @@
-"""Line plots as inline SVG, in the colours of the page that holds them."""
+"""Line plots as SVG: inline, in the colours of the page that holds them, or as documents of their own."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,41 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 40  # margins around the axes
-DASHES = ("", "5 3", "2 3", "8 3 2 3")
+DASHES = ("", "5 3", "2 3", "8 3 2 3", "1 2", "12 3", "12 3 2 3", "4 1")
+LEGEND_HEIGHT = 16  # of a line of a document's legend
+# Classes of text and lines, and a colour for each of as many lines as there are dashes.
+STYLE = """
+text { fill: var(--ink) }
+.title { font-size: 13px; font-weight: 600 }
+.end { text-anchor: end }
+.middle { text-anchor: middle }
+.grid { stroke: var(--faint) }
+polyline { fill: none; stroke-width: 2; stroke: currentColor }
+circle { fill: currentColor }
+.s0 { color: #0b62c4 }
+.s1 { color: #c2410c }
+.s2 { color: #15803d }
+.s3 { color: #7e22ce }
+.s4 { color: #0f766e }
+.s5 { color: #be123c }
+.s6 { color: #a16207 }
+.s7 { color: #475569 }
+@media (prefers-color-scheme: dark) {
+  .s0 { color: #6cb2ff }
+  .s1 { color: #ff9a62 }
+  .s2 { color: #5fd38a }
+  .s3 { color: #cf9bff }
+  .s4 { color: #4fd1c5 }
+  .s5 { color: #ff7a9c }
+  .s6 { color: #eab308 }
+  .s7 { color: #a3b1c6 }
+}
+"""
+DOCUMENT_STYLE = """
+svg { --ink: #1c2024; --faint: #d5d9de; --page: #fff; font: 11px system-ui, sans-serif }
+rect { fill: var(--page) }
+@media (prefers-color-scheme: dark) { svg { --ink: #e6e9ec; --faint: #3a4048; --page: #15181c } }
+"""
 
 
 class Line(NamedTuple):
@@ -19,6 +53,33 @@ class Line(NamedTuple):
 
 def plot(title: str, x_name: str, lines: Sequence[Line]) -> str:
     """Return an SVG element. The x axis has equal steps between its values; the y axis begins at 0."""
+    described = escape(f"{title}, by {x_name}")
+    drawn = _axes_and_lines(title, x_name, lines)
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{drawn}</svg>'
+        f"<figcaption>{_legend(lines)}</figcaption></figure>"
+    )
+
+
+def document(title: str, x_name: str, lines: Sequence[Line]) -> str:
+    """Return the same plot as an SVG document, with its colours and its legend."""
+    height = HEIGHT + LEGEND_HEIGHT * (len(lines) + 1) // 2 + LEGEND_HEIGHT
+    parts = [f'<rect width="{WIDTH}" height="{height}"/>', _axes_and_lines(title, x_name, lines)]
+    for number, line in enumerate(lines):
+        x, y = LEFT + number % 2 * (WIDTH - LEFT) // 2, HEIGHT + LEGEND_HEIGHT * (number // 2) + 12
+        dash = DASHES[number % len(DASHES)]
+        sample = f'<polyline points="{x},{y - 4} {x + 28},{y - 4}" stroke-dasharray="{dash}"/>'
+        parts.append(
+            f'<g class="s{number % len(DASHES)}">{sample}<text x="{x + 34}" y="{y}">{escape(line.name)}</text></g>'
+        )
+    named = f'role="img" aria-label="{escape(f"{title}, by {x_name}")}"'
+    space = 'xmlns="http://www.w3.org/2000/svg"'
+    style = f"<style>{DOCUMENT_STYLE}{STYLE}</style>"
+    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    return f"<svg {space} {size} {named}>{style}{''.join(parts)}</svg>\n"
+
+
+def _axes_and_lines(title: str, x_name: str, lines: Sequence[Line]) -> str:
     places = sorted({x for line in lines for x, _ in line.points})
     highest = max((y for line in lines for _, y in line.points), default=0.0) or 1.0
     steps = ticks(highest)
@@ -31,13 +92,8 @@ def plot(title: str, x_name: str, lines: Sequence[Line]) -> str:
         x = _x(place, places)
         parts.append(f'<text class="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{shown(place)}</text>')
     parts.append(f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(x_name)}</text>')
-    for number, line in enumerate(lines):
-        parts.append(_line(number, line, places, steps[-1]))
-    described = escape(f"{title}, by {x_name}")
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
-        f"<figcaption>{_legend(lines)}</figcaption></figure>"
-    )
+    parts += [_line(number, line, places, steps[-1]) for number, line in enumerate(lines)]
+    return "".join(parts)
 
 
 def _line(number: int, line: Line, places: Sequence[float], highest: float) -> str:
@@ -48,12 +104,12 @@ def _line(number: int, line: Line, places: Sequence[float], highest: float) -> s
         for x, y, value in at
     )
     dash = f' stroke-dasharray="{DASHES[number % len(DASHES)]}"'
-    return f'<g class="s{number % 4}"><polyline points="{path}"{dash}/>{dots}</g>'
+    return f'<g class="s{number % len(DASHES)}"><polyline points="{path}"{dash}/>{dots}</g>'
 
 
 def _legend(lines: Sequence[Line]) -> str:
     samples = (
-        f'<span class="s{number % 4}"><svg class="key" viewBox="0 0 28 8"><polyline points="0,4 28,4" '
+        f'<span class="s{number % len(DASHES)}"><svg class="key" viewBox="0 0 28 8"><polyline points="0,4 28,4" '
         f'stroke-dasharray="{DASHES[number % len(DASHES)]}"/></svg> {escape(line.name)}</span>'
         for number, line in enumerate(lines)
     )

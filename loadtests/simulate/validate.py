@@ -1,0 +1,311 @@
+"""Sets the simulation beside real servers: `python -m loadtests.simulate.validate --servers 2 --threads 1 FILE`.
+
+Servers on one store and the same cores answer requests: adapters by Zipf's law, some at a time; the client routes. What
+their steps cost is measured on the same servers, in turn with the requests (loadtests.simulate.calibrate). The
+simulation gets the same requests and these costs. FILE keeps what was measured; if it exists, nothing is measured.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from loadtests.adapter_client import AdapterClient, CallFailed
+from loadtests.bench.report import change, cpu_name, percentile, say, table
+from loadtests.completion_stream import StreamFailed, Timing, complete
+from loadtests.load.plots import shown
+from loadtests.random_adapter import adapter_file
+from loadtests.server_process import Model, ServerFailed, find_model, running_server
+from loadtests.simulate import costs as cost_tables
+from loadtests.simulate.calibrate import Prompts, Rounds, costs_of, load_costs, upload
+from loadtests.simulate.costs import Costs, Limits, as_fields
+from loadtests.simulate.figures import first_seconds
+from loadtests.simulate.routers import Asked, View, by_name
+from loadtests.simulate.simulation import Cluster, Simulation
+from loadtests.simulate.traffic import (
+    BASE,
+    Conversation,
+    Lengths,
+    Traffic,
+    adapter_name,
+    conversation_name,
+    conversations,
+)
+
+PUBLISH_SECONDS = 0.5
+SLACK = 1.02  # of an adapter's file, in memory
+VOCABULARY = 49_152  # of the embedded model
+ROUTERS = ("random", "rendezvous", "ours")  # on two servers
+HEAD = ("tokens/s", "first token mean, ms", "p50, ms", "p99, ms", "loads to the device", "of them from disk", "steps")
+
+
+class Measured(NamedTuple):
+    """What one run took, real or simulated. Milliseconds."""
+
+    tokens_per_second: float
+    first_mean: float
+    first_p50: float
+    first_p99: float
+    loads: float  # adapters to the device
+    reads: float  # adapters from disk
+    steps: float  # of all engines: how requests are batched, whatever a step takes
+
+
+def measured(tokens: int, seconds: float, first: Sequence[float], loads: float, reads: float, steps: float) -> Measured:
+    first = [1000 * each for each in first]
+    times = (statistics.fmean(first), statistics.median(first), percentile(first, 0.99))
+    return Measured(tokens / seconds, *times, loads, reads, steps)
+
+
+# Real servers
+
+
+class Servers(NamedTuple):
+    """Servers on one store."""
+
+    urls: Sequence[str]
+    base: str
+    names: Sequence[str]  # of the adapters
+    places: int
+
+
+class Client:
+    """Sends requests to the server that a router chooses, by what a poll of all servers said last."""
+
+    def __init__(self, servers: Servers, router: str, seed: int, prompts: Prompts) -> None:
+        self._servers, self._router, self._rng = servers, by_name(router), random.Random(seed)
+        self._prompts = prompts
+        self._loads, self._open, self._published = ([0] * len(servers.urls) for _ in range(3))
+        self._device: dict[str, list[int]] = {}
+        self._host: dict[str, list[int]] = {}
+        names = [f"replica-{number}" for number in range(len(servers.urls))]  # as in the simulation: the same hashes
+        queues = [0.0] * len(names)  # there are always places
+        self._view = View(names, servers.places, self._loads, queues, self._device, self._host, {})
+        limits = httpx.Limits(max_connections=None)
+        self._clients = [httpx.AsyncClient(base_url=url, timeout=600, limits=limits) for url in servers.urls]
+
+    async def play(self, requests: Sequence[Conversation], at_a_time: int) -> tuple[list[Timing], float]:
+        """Answer the requests; return their timings, and the seconds for all of them."""
+        timings: list[Timing] = []
+        polling = asyncio.create_task(self._poll())
+        queue = iter(requests)
+        began = time.perf_counter()
+        try:
+            await asyncio.gather(*(self._work(queue, timings) for _ in range(at_a_time)))
+            return timings, time.perf_counter() - began
+        finally:
+            polling.cancel()
+            await asyncio.gather(polling, return_exceptions=True)
+            for client in self._clients:
+                await client.aclose()
+
+    async def _work(self, queue: Iterator[Conversation], timings: list[Timing]) -> None:
+        for conversation in queue:
+            adapter = None if conversation.adapter == BASE else adapter_name(conversation.adapter)
+            asked = Asked(adapter, conversation_name(conversation.number))
+            number = self._router.choose(asked, self._view, self._rng)
+            self._count(number, 1)
+            model = adapter or self._servers.base
+            turn = conversation.turns[0]
+            timings.append(await complete(self._clients[number], model, self._prompts.some(turn.new), turn.answer))
+            self._count(number, -1)
+
+    def _count(self, number: int, more: int) -> None:
+        """As loadtests.simulate.board does."""
+        self._open[number] += more
+        self._loads[number] = max(self._open[number], self._published[number])
+
+    async def _poll(self) -> None:
+        """Every PUBLISH_SECONDS take over the loads, and read residency for the one router that looks at it."""
+        while True:
+            if self._router.name == "ours":
+                tiers = await asyncio.gather(*map(_tiers, self._clients))
+                for held, names in ((self._device, ("device",)), (self._host, ("device", "host"))):
+                    held.clear()
+                    for name in self._servers.names:
+                        held[name] = [server for server, tier in enumerate(tiers) if tier[name] in names]
+            self._published[:] = self._loads[:] = self._open
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+
+async def _tiers(client: httpx.AsyncClient) -> dict[str, str]:
+    answer = (await client.get("/adapters")).raise_for_status()
+    return {adapter["name"]: adapter["tier"] for adapter in answer.json()["adapters"]}
+
+
+def arguments(limits: Limits) -> list[str]:
+    """The server's options for them."""
+    sizes = {
+        "adapter-bytes": limits.device_bytes,
+        "host-adapter-bytes": limits.host_bytes,
+        "kv-cache-bytes": limits.kv_bytes,
+    }
+    counts = {"max-running": limits.max_running, "max-batch-tokens": limits.max_batch_tokens}
+    return [f"--{name}={round(number)}" for name, number in (sizes | counts).items()]
+
+
+def play(servers: Servers, router: str, requests: Sequence[Conversation], at_a_time: int, seed: int) -> Measured:
+    """Play the requests on servers without an adapter in memory."""
+    clients = [AdapterClient(url) for url in servers.urls]
+    for client in clients:
+        for name in servers.names:
+            client.unload(name, "host")
+    before = [client.metrics() for client in clients]
+    prompts = Prompts(VOCABULARY, (router, len(servers.urls), seed))  # none is in a cache
+    timings, seconds = asyncio.run(play_on(servers, router, seed, prompts, requests, at_a_time))
+    after = [client.metrics() for client in clients]
+    spans = list(zip(before, after, strict=True))
+    loads, steps = (
+        sum(now.value(name) - then.value(name) for then, now in spans)
+        for name in ("rootstock_adapter_loads_total", "rootstock_steps_total")
+    )
+    reads = sum(now.load_stages(then).get("read", (0.0, 0))[1] for then, now in spans)
+    first = [each.first_seconds for each in timings]
+    return measured(sum(each.tokens for each in timings), seconds, first, loads, reads, steps)
+
+
+async def play_on(
+    servers: Servers, router: str, seed: int, prompts: Prompts, requests: Sequence[Conversation], at_a_time: int
+) -> tuple[list[Timing], float]:
+    return await Client(servers, router, seed, prompts).play(requests, at_a_time)
+
+
+# The simulation
+
+
+def simulate(
+    costs: Costs, replicas: int, router: str, requests: Sequence[Conversation], chosen: argparse.Namespace
+) -> Measured:
+    cluster = Cluster(
+        replicas=replicas,
+        costs=costs,
+        sizes=[costs.adapter_bytes] * chosen.adapters,
+        on_disk=range(chosen.adapters),
+        publish_seconds=PUBLISH_SECONDS,
+        one_machine=True,
+        closed=chosen.at_a_time,
+    )
+    outcome = Simulation(cluster, by_name(router), chosen.seed).run(iter(requests))
+    first = [first_seconds(request) for request in outcome.requests]
+    seconds = max(request.ended for request in outcome.requests)
+    times, tokens = outcome.counted.times, sum(request.answer for request in outcome.requests)
+    steps = sum(replica.steps for replica in outcome.replicas)
+    return measured(tokens, seconds, first, times.copied, times.read, steps)
+
+
+def chosen_requests(chosen: argparse.Namespace) -> list[Conversation]:
+    traffic = Traffic(
+        adapters=chosen.adapters,
+        requests_per_second=1000.0,
+        seconds=10.0 + chosen.requests / 500,
+        prompt=Lengths(60, 0.6, 240),
+        answer=Lengths(40, 0.5, 120),
+        continues=0.0,
+    )
+    return list(conversations(traffic, chosen.seed))[: chosen.requests]
+
+
+def rows(name: str, router: str, real: Measured, simulated: Measured) -> list[list[str]]:
+    deviations = [change(ours, theirs) if theirs else "–" for ours, theirs in zip(simulated, real, strict=True)]
+    return [
+        [name, router, "measured", *map(shown, real)],
+        ["", "", "simulated", *map(shown, simulated)],
+        ["", "", "deviation", *deviations],
+    ]
+
+
+def middle(runs: Sequence[Measured]) -> Measured:
+    return Measured(*(statistics.median(figure) for figure in zip(*runs, strict=True)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.simulate.validate", description=__doc__)
+    add = parser.add_argument
+    add("file", type=Path, help="of what was measured, in JSON")
+    add("--servers", type=int, default=2)
+    add("--threads", type=int, default=1, help="of each server [1]")
+    add("--routers", default=",".join(ROUTERS), help="of several servers, separated by commas")
+    add("--adapters", type=int, default=48)
+    add("--resident", type=int, default=8, help="adapters that each server's device holds, its host twice as many [8]")
+    add("--requests", type=int, default=128)
+    add("--at-a-time", type=int, default=12)
+    add("--rounds", type=int, default=2)
+    add("--seed", type=int, default=0)
+    chosen = parser.parse_args(argv)
+    if not chosen.file.exists():
+        for found in run_servers(chosen):
+            chosen.file.write_text(json.dumps(found, indent=1) + "\n")
+    print(compared(chosen, json.loads(chosen.file.read_text())))
+
+
+def compared(chosen: argparse.Namespace, found: dict[str, Any]) -> str:
+    """Return a table of what was measured and what the simulation makes of it, and the conditions."""
+    costs, requests = cost_tables.parse(found["costs"]), chosen_requests(chosen)
+    name = f"{chosen.servers} × {chosen.threads} thread(s)"
+    lines = []
+    for router, taken in found["runs"]:
+        real = middle([Measured(*each) for each in taken])
+        lines += rows(name, router, real, simulate(costs, chosen.servers, router, requests, chosen))
+    return f"{table(['servers', 'router', '', *HEAD], lines)}\n\n{found['conditions']}"
+
+
+def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Start the servers, and measure and play in turn; yield all that was measured after each round."""
+    model, load = find_model(None), os.getloadavg()[0]
+    names = [adapter_name(number) for number in range(chosen.adapters)]
+    device = chosen.resident * round(SLACK * len(adapter_file(model.config, 0)))
+    limits = Limits(max_running=16, device_bytes=device, host_bytes=2 * device, kv_bytes=2**28)
+    routers = chosen.routers.split(",") if chosen.servers > 1 else ROUTERS[:1]
+    runs: dict[str, list[Measured]] = {router: [] for router in routers}
+    with ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory())
+        given = ["--model", str(model.directory), "--data-directory", store, f"--threads={chosen.threads}"]
+        say(f"starting {chosen.servers} server(s)")
+        urls = [stack.enter_context(running_server([*given, *arguments(limits)])) for _ in range(chosen.servers)]
+        servers = Servers(urls, upload(urls, model, names), names, limits.max_running)
+        rounds = Rounds(urls, model, servers.base, names)
+        play(servers, routers[0], chosen_requests(chosen)[: chosen.at_a_time], chosen.at_a_time, -1)
+        loads = load_costs(urls, model, servers.base)
+        what = f"{chosen.servers} server(s), {chosen.threads} thread(s)."
+        for number in range(chosen.rounds):
+            rounds.measure()
+            for router in routers:
+                say(f"round {number + 1}, {router}")
+                runs[router].append(play(servers, router, chosen_requests(chosen), chosen.at_a_time, number))
+            costs = costs_of(rounds, loads, model, urls[0], limits, [what])
+            yield {
+                "costs": as_fields(costs),
+                "runs": list(runs.items()),
+                "conditions": conditions(chosen, model, load, number + 1),
+            }
+
+
+def conditions(chosen: argparse.Namespace, model: Model, load: float, rounds: int) -> str:
+    lines = (
+        f"Measured on {datetime.now(UTC):%d %B %Y}: {model.directory.name} on {len(os.sched_getaffinity(0))} cores of "
+        f"{cpu_name()}, load average {load:.2f} before; the client on the same cores.",
+        f"{chosen.requests} requests, {chosen.at_a_time} at a time, {chosen.adapters} adapters by Zipf(1), a tenth on "
+        f"the base; the device of each server holds {chosen.resident} adapters, its host memory twice as many; "
+        f"adapters begin on disk. Medians of {rounds} round(s), before each of which the costs were measured, and one "
+        "simulation.",
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CallFailed, StreamFailed, ServerFailed, httpx.HTTPError, ValueError) as error:
+        sys.exit(f"failed: {error}")

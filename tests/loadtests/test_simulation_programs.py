@@ -1,0 +1,122 @@
+"""The programs around the simulation: what they print and draw, and the arithmetic of the calibration."""
+
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from loadtests.simulate import __main__ as program
+from loadtests.simulate import costs as cost_tables
+from loadtests.simulate import kv_sharing
+from loadtests.simulate.calibrate import AT_ONCE, LONG, LONG_TOKENS, PROMPTS, ROWS, SHORT, Figures, line, step_costs
+from loadtests.simulate.costs import Transfer
+from tests.loadtests.commands import SMALL, cells, number, run
+
+FEW = ["--vary", "replicas", "2", "4", "--seconds", "6", "--warm-seconds", "2", "--adapters", "50", "--rate", "3"]
+
+
+def test_the_program_prints_a_row_for_each_router_and_value_and_draws_its_plots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program.main([*FEW, "--routers", "random,ours", "--out", str(tmp_path), "--name", "few"])
+    printed, stated = capsys.readouterr().out.split("\n\n")
+    rows = cells(printed)[1:]
+    assert [row[:2] for row in rows] == [["2", "random"], ["2", "ours"], ["4", "random"], ["4", "ours"]]
+    assert all(0 < number(row[3]) <= 100 for row in rows)
+    assert "ASSUMED" in stated
+    for drawn in ("goodput", "first", "moved"):
+        file = tmp_path / f"few-{drawn}.svg"
+        assert file.stat().st_size < 20_000
+        names = [text.text for text in ET.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+        assert {"random", "ours", "replicas"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--vary", "colour", "1"], "--vary takes one of replicas"),
+        (["--vary", "replicas", "many"], "--vary replicas"),
+        (["--routers", "best"], "no router 'best'"),
+        (["--seconds", "5", "--warm-seconds", "5"], "--warm-seconds must be below"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        program.options(argv)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", kv_sharing.GPU_MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("bandwidth", [1e9, 1e10, 1e11])
+def test_at_the_break_even_fetching_takes_as_long_as_computing(model: kv_sharing.Prompts, bandwidth: float) -> None:
+    link = Transfer(0.002, bandwidth)
+    tokens = model.break_even(link)
+    if math.isinf(tokens):
+        assert link.seconds(kv_sharing.LONGEST * model.kv_bytes) > model.compute_seconds(kv_sharing.LONGEST)
+        return
+    assert link.seconds(tokens * model.kv_bytes) == pytest.approx(model.compute_seconds(tokens))
+    assert link.seconds(2 * tokens * model.kv_bytes) < model.compute_seconds(2 * tokens)
+
+
+def test_the_break_even_is_printed_for_each_model_and_bandwidth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kv_sharing.main(["--costs", "gpu-assumed", "--out", str(tmp_path / "kv.svg")])
+    head, *rows = cells(capsys.readouterr().out.strip())
+    assert len(rows) == 1 + len(kv_sharing.GPU_MODELS)
+    assert len(head) == 4 + len(kv_sharing.LINKS)
+    assert ET.parse(tmp_path / "kv.svg").getroot().tag.endswith("svg")
+
+
+def test_the_calibration_finds_the_costs_that_the_figures_were_made_of() -> None:
+    one, prompt_row, decoding_row, adapter_row, adapter = 0.008, 0.0004, 0.0003, 0.0001, 0.0007
+    attended, pairs, outside = 2e-7, 3e-8, 0.006
+
+    def prompt(tokens: int) -> float:
+        return one + (tokens - 1) * prompt_row
+
+    decoding = {rows: prompt(rows) + rows * decoding_row for rows in ROWS}
+    at_once = decoding[AT_ONCE]
+    first = {tokens: outside + prompt(tokens) for tokens in PROMPTS[:-1]}
+    step, long = PROMPTS[-2:]
+    first[long] = outside + long // step * prompt(step) + pairs * long * long / 2
+    found, left = step_costs(
+        Figures(
+            decoding=decoding,
+            long_context=at_once + AT_ONCE * attended * (LONG + LONG_TOKENS * 5 / 6 - SHORT),
+            one_adapter=at_once + AT_ONCE * adapter_row + adapter,
+            adapters=at_once + AT_ONCE * (adapter_row + adapter),
+            first=first,
+        )
+    )
+    assert left == pytest.approx(outside)
+    assert found.decoding_row_seconds == pytest.approx(decoding_row)
+    assert found.adapter_row_seconds == pytest.approx(adapter_row)
+    assert found.adapter_seconds == pytest.approx(adapter)
+    assert found.attended_seconds == pytest.approx(attended)
+    assert found.prompt_attended_seconds == pytest.approx(pairs)
+    table = found.table(256)
+    assert [table[tokens] for tokens in (1, 16, 100, 256)] == pytest.approx(list(map(prompt, (1, 16, 100, 256))))
+
+
+def test_the_calibration_of_a_server_is_a_table_that_the_simulation_reads(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    given = ["--model", str(tiny_model), "--rounds", "1", f"--server-args={' '.join(SMALL)}", "--out", str(out)]
+    ended = run("-m", "loadtests.simulate.calibrate", *given)
+    assert ended.returncode == 0, ended.stderr
+    costs = cost_tables.read(out)
+    assert costs.measured
+    assert costs.beside is None
+    assert all(seconds > 0 for _, seconds in costs.steps.by_rows)
+    assert costs.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # two layers of two heads, for K and for V, of two bytes each
+    assert costs.read.bytes_per_second > 0
+    assert any("1024: " in line for line in costs.conditions)
+
+
+def test_a_transfer_is_what_two_sizes_took() -> None:
+    found = line([(1e6, 0.012), (5e6, 0.020)])
+    assert found.seconds(3e6) == pytest.approx(0.016)
+    assert line([(1e6, 0.010), (5e6, 0.008)]) == Transfer(0.0, 5e6 / 0.008)
