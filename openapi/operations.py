@@ -71,6 +71,7 @@ BUNDLE = {
 
 GENERATED = {
     "x-adapter-digest": "The digest of the adapter, or of the mix, that all prompts ran on.",
+    "x-adapter-generation": "The generation of the adapter's name that all prompts ran on.",
     "x-adapter-digests": (
         "If the prompts ran on different adapters: the first 16 digits of each digest, `-` for the base. One value for "
         "each prompt, in order, separated by commas, at most 64."

@@ -89,6 +89,7 @@ SHOWN_HEADERS = (  # to scripts of other origins
     "retry-after",
     "x-request-id",
     "x-adapter-digest",
+    "x-adapter-generation",
     "x-alora-invocation",
     "x-alora-activation",
     "x-queue-time-ms",

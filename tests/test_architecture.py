@@ -89,7 +89,7 @@ INNER = {
         "service.text",
         "service.catalog.record",
         "service.catalog.mixes",
-        "service.catalog.versions",
+        "service.catalog.seen",
         "service.keys.caller",
         "service.keys.limits",
         "service.access",
@@ -119,6 +119,7 @@ INNER = {
     "service.kv": {
         "service.engine",
         "service.catalog.record",
+        "service.catalog.seen",
         "service.catalog.versions",
         "service.keys.caller",
         "service.openai",

@@ -12,6 +12,7 @@ from starlette.types import Send
 
 from runtime.messages import SamplingParams
 from service.access import access_record
+from service.catalog.seen import Seen, least_generation
 from service.errors import EngineError, error_body
 from service.http import encode_json, json_response, until_disconnect
 from service.keys.caller import caller_of
@@ -96,8 +97,9 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
     record.id, record.model = call.id, body.model
     caller.usage.require_tokens()
     async with AsyncExitStack() as source:
-        catalog = services.catalog
-        in_use = adapters_in_use(body, services.settings.served_name, catalog.versions.seen_by(caller), catalog.mixes)
+        seen, mixes = Seen(services.catalog, caller), services.catalog.mixes
+        least = least_generation(request.headers)
+        in_use = adapters_in_use(body, services.settings.served_name, seen, mixes, least)
         adapters = await source.enter_async_context(in_use)
         refuse_unbuilt(body, built=call.built)
         require_applicable(body.alora, adapters.versions)
