@@ -32,6 +32,7 @@ from service.openai import models, schemas, tokenize
 from service.options import in_force
 from service.page import routes as page
 from service.responses import schemas as responses
+from service.routing import routes as routing
 
 CONTRACT = Path(__file__).with_name("openapi.json")
 # Whose Structs are bodies
@@ -52,6 +53,7 @@ MODULES = (
     health,
     in_force,
     page,
+    routing,
 )
 
 

@@ -122,6 +122,7 @@ ERRORS: dict[Key, frozenset[str]] = {
     ("GET", "/health/ready"): _codes("engine_unavailable"),
     ("GET", "/ping"): _codes("engine_unavailable"),
     ("GET", "/openapi.json"): _codes("not_found"),
+    ("GET", "/routing"): QUERY,
     ("GET", "/ui/{version}/{file}"): _codes("not_found invalid_api_key"),
 }
 # They have no operation: a path, or a method, that is not served

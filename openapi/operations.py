@@ -45,6 +45,7 @@ from service.responses.schemas import (
     ResponseQuery,
     ResponsesRequest,
 )
+from service.routing.routes import Routing
 
 # The scopes of a key, by method and path, of which a call needs one
 NEEDED = {(method, re.sub(r":\w+}", "}", path)): needed for (method, path), needed in SCOPES.items()}
@@ -263,6 +264,11 @@ OPERATIONS = {
         {200: ConfigInForce},
     ),
     ("GET", "/metrics"): Operation("Metrics in Prometheus' format.", {200: {"type": "string"}}, media=TEXT),
+    ("GET", "/routing"): Operation(
+        "What a router in front of several servers has to know: where adapters are, load, room for K/V. It reads no "
+        "file and waits for no step, and may be asked several times a second.",
+        {200: Routing},
+    ),
     ("GET", "/openapi.json"): Operation("This contract.", {200: {"type": "object"}}),
     ("GET", "/"): Operation(
         "The operators' page; links for a program that accepts JSON and no HTML.",

@@ -134,6 +134,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             parse=endpoints.endpoint,
         ),
     ] = None
+    routing_prefixes: Annotated[
+        bool,
+        Option("tell routers, in /routing, the hashes of the last base prompts whose K/V are cached", "K/V cache"),
+    ] = False
     responses_store_bytes: Annotated[
         int, Option("memory for responses that clients may come back to; 0: none are kept", "server", least=0)
     ] = 64 * MIB
@@ -238,6 +242,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"refresh_seconds must be more than 0, not {self.refresh_seconds:g}")
         if self.kv_events is not None and not self.engine.prefix_cache:
             raise ValueError("kv_events says what the prefix cache keeps: leave it out, or leave prefix_cache on")
+        if self.routing_prefixes and not self.engine.prefix_cache:
+            raise ValueError(
+                "routing_prefixes says what the prefix cache keeps: leave it out, or leave prefix_cache on"
+            )
         AllowedSources(self.allowed_sources)
         for url in self.unsigned_sources:
             store_url(url)

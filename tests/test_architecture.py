@@ -81,6 +81,13 @@ INNER = {
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
     "service.page": {"service.errors", "service.http"},
     "service.sandbox": set(),
+    "service.routing": {
+        "service.catalog.seen",
+        "service.door.gate",
+        "service.http",
+        "service.keys.caller",
+        "service.services",
+    },
     "service.grammars": {"service.errors", "service.sandbox"},
     "service.openai": {
         "service.engine",
@@ -96,6 +103,7 @@ INNER = {
         "service.errors",
         "service.http",
         "service.metrics",
+        "service.routing.heads",
         "service.services",
         "service.traces.stages",
     },
