@@ -114,7 +114,8 @@ errors = {
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application; its lifespan starts and ends the engine process.
 
-    Raises KeysFileError and TracesMissing with a sentence.
+    It may be mounted in another one, which then enters `app.router.lifespan_context(app)` (docs/embedding.md); the
+    operators' page needs the root. Raises KeysFileError and TracesMissing with a sentence.
     """
     keys = Keys(settings.api_key, settings.keys_file, share_cache=settings.share_cache_between_keys)
     traces = None if settings.otlp_endpoint is None else Traces(otlp_exporter(settings.otlp_endpoint))
