@@ -41,6 +41,7 @@ LIBRARIES = {
         "prometheus_client",
         "llguidance",
         "opentelemetry",  # where traces are asked for
+        "ray",  # for service.ray alone
     },
     "openapi": {"msgspec", "starlette"},
     "loadtests": {
@@ -80,6 +81,15 @@ INNER = {
     },
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
     "service.page": {"service.errors", "service.http"},
+    "service.ray": {
+        "service.app",
+        "service.configure",
+        "service.door",
+        "service.errors",
+        "service.http",
+        "service.routing",
+        "service.services",
+    },
     "service.sandbox": set(),
     "service.routing": {
         "service.catalog.seen",
@@ -183,7 +193,7 @@ INNER = {
     "kernels.tune": {"kernels"},
 }
 # Inner rooms that only programs import, and one place that says why.
-ONLY_THEMSELVES = {"kernels.tune"}
+ONLY_THEMSELVES = {"kernels.tune", "service.ray"}
 # The second one looks for the user's compiler and cache, also where the engine is used as a library; the third
 # one tells oneDNN the size of its caches, which has no other way to know.
 ENVIRONMENT_READERS = {"service/settings.py", "kernels/cpu/compiled/build.py", "kernels/cpu/onednn.py"}
