@@ -1,5 +1,6 @@
 """Beginnings of prompts: what has which in common, and which of them the prefix cache holds."""
 
+import sys
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,7 @@ from runtime.kv.log import block_name
 from runtime.messages import Generate, KvChanges, KvRemoved, KvStored, SamplingParams
 from service.openai.schemas import Message
 from service.routing.heads import MAX_HEADS, MAX_NOTED, PIECE, PrefixHeads, heads_of
-from tests.service.live_server import NAME, fake_settings, live_server
+from tests.service.live_server import NAME, fake_settings, live_server, wait_until
 
 BLOCK = 4
 
@@ -71,13 +72,21 @@ def test_a_head_is_told_while_the_engine_has_the_blocks_of_its_prompt() -> None:
     assert "whole" not in heads.held()
 
 
-def test_routing_tells_the_heads_of_base_prompts(tiny_model: Path, tmp_path: Path) -> None:
-    """The fake engine tells no K/V changes, so this plays them; tests/ray has a real engine."""
-    with live_server(fake_settings(tiny_model, tmp_path, routing_prefixes=True)) as server:
+def test_routing_tells_the_heads_of_base_prompts_while_the_engine_has_them(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"load_format": "dummy", "kv_cache_bytes": 4 << 20, "adapter_bytes": 1 << 20, "threads": 1}
+    options |= {"routing_prefixes": True, "kv_events": f"ipc://{tmp_path}/events"}  # both follow the engine
+    command = (sys.executable, "-m", "runtime.process")
+    with live_server(fake_settings(tiny_model, tmp_path, engine_command=command, **options)) as server:
         messages = [{"role": "user", "content": "hello " * 30}]
+
+        def told() -> list[str]:
+            heads: list[str] = server.client.get("/routing").json()["prefixes"]
+            return heads
+
+        assert told() == []
         assert server.post("/v1/chat/completions", model=NAME, messages=messages, max_tokens=1).status_code == 200
-        [(head, block)] = server.services.heads._noted.items()
-        assert (head,) == heads_of(messages, None)
-        assert server.client.get("/routing").json()["prefixes"] == []
-        server.services.heads.on_changes(stored([block]))
-        assert server.client.get("/routing").json()["prefixes"] == [head]
+        wait_until(lambda: told() == list(heads_of(messages, None)))
+        assert server.complete("hello " * 40, max_tokens=1).status_code == 200
+        wait_until(lambda: len(told()) == 2)
+        assert server.post("/reset_prefix_cache").status_code == 200
+        wait_until(lambda: told() == [])
