@@ -10,7 +10,7 @@ from service.errors import RequestError
 from service.keys.caller import Caller
 
 _NAME = re.compile(NAME_PATTERN)
-GENERATION = "[1-9][0-9]{0,17}"
+GENERATION_NUMBER = "[1-9][0-9]{0,17}"
 # Of a request: the least that it may be answered with; of an answer: the one that it is of. As Vault has X-Vault-Index,
 # whose servers also answer 412 while they are behind
 GENERATION_HEADER = "X-Adapter-Generation"
@@ -21,7 +21,7 @@ def least_generation(headers: Mapping[str, str]) -> int | None:
     given = headers.get(GENERATION_HEADER)
     if given is None:
         return None
-    if not re.fullmatch(GENERATION, given):
+    if not re.fullmatch(GENERATION_NUMBER, given):
         message = f"{GENERATION_HEADER} must be the number of a generation, as an upload's answer has it"
         raise RequestError("invalid_header", message, GENERATION_HEADER)
     return int(given)

@@ -31,7 +31,7 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle, base: str, max_body_bytes: int) -> None:
         self._replicas, self._base = replicas.options(stream=True), base
         self._bodies = Bodies(max_body_bytes)
-        self._pieces = Pieces.remote()
+        self._pieces = Pieces.remote()  # type: ignore[attr-defined]
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray has answer HTTP."""

@@ -27,7 +27,9 @@ class Replica:
     `engine_command` is for tests.
     """
 
-    async def __init__(self, options: dict[str, Any], engine_command: Sequence[str] | None = None) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, options: dict[str, Any], engine_command: Sequence[str] | None = None
+    ) -> None:
         settings = await asyncio.to_thread(settings_for, **options)
         context = serve.get_replica_context()
         self._name, rank = context.replica_tag, context.rank.rank
