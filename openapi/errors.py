@@ -31,10 +31,12 @@ BODY = _codes(
 QUERY = _codes("invalid_query")
 CONDITION = _codes("invalid_header precondition_failed")
 STORE = _codes("storage_full storage_unavailable")
+# Of every one that names an adapter, which may be read from the store
+LOOKED_UP = STORE | _codes("invalid_header generation_not_reached generation_unknown")
 ENGINE = _codes("engine_unavailable engine_died engine_error")
 
 # Adapters
-KNOWN_ADAPTER = QUERY | STORE | _codes("adapter_not_found import_in_progress")
+KNOWN_ADAPTER = QUERY | LOOKED_UP | _codes("adapter_not_found import_in_progress")
 TIER = ENGINE | _codes("adapter_failed adapter_in_use adapter_pinned load_cancelled unknown_adapter")
 PIN = ENGINE | _codes("pins_full superseded unknown_adapter adapter_failed adapter_changed pinned_quota_exceeded")
 PUBLISHED = (
@@ -53,11 +55,11 @@ IMPORTED = _codes(
     "import_cancelled unsupported_source unsupported_revision conflicting_revisions source_not_allowed",
     "source_not_found source_access_denied source_changed source_unavailable source_broken",
 )
-DELETED = STORE | _codes("adapter_not_found adapter_is_shared adapter_changed")
+DELETED = LOOKED_UP | _codes("adapter_not_found adapter_is_shared adapter_changed")
 OTHERS_LOAD = PUBLISHED | IMPORTED | _codes("adapter_exists lora_name_is_base_model")  # in other servers' words
 
 # Generations
-PROMPT = _codes(
+PROMPT = LOOKED_UP | _codes(
     "model_not_found adapter_failed unsupported_parameter empty_prompt invalid_chat invalid_token_id",
     "context_length_exceeded too_many_sequences alora_not_applicable alora_invocation_missing",
 )
@@ -84,7 +86,7 @@ ERRORS: dict[Key, frozenset[str]] = {
     ("GET", "/adapters"): QUERY,
     ("POST", "/adapters"): PUBLISHED | IMPORTED | BODY,
     ("PUT", "/adapters/{name}"): PUBLISHED | UPLOADED,
-    ("GET", "/adapters/{name}"): QUERY | _codes("adapter_not_found"),
+    ("GET", "/adapters/{name}"): QUERY | LOOKED_UP | _codes("adapter_not_found"),
     ("DELETE", "/adapters/{name}"): DELETED | CONDITION,
     ("PATCH", "/adapters/{name}"): KNOWN_ADAPTER | CONDITION | PIN,
     ("POST", "/adapters/{name}/load"): KNOWN_ADAPTER | TIER | PIN,
@@ -105,21 +107,22 @@ ERRORS: dict[Key, frozenset[str]] = {
     ("POST", "/v1/responses/{id}/cancel"): RESPONSE | _codes("unsupported_parameter"),
     ("GET", "/v1/responses/{id}/input_items"): RESPONSE,
     ("POST", "/tokenize"): PROMPT,
-    ("POST", "/detokenize"): _codes("model_not_found adapter_failed invalid_token_id"),
+    ("POST", "/detokenize"): LOOKED_UP | _codes("model_not_found adapter_failed invalid_token_id"),
     ("GET", "/kv"): QUERY | ENGINE,
     ("GET", "/kv/prefixes"): QUERY,
     ("POST", "/kv/prefixes"): HELD,
     ("GET", "/kv/prefixes/{id}"): QUERY | _codes("prefix_not_found"),
     ("DELETE", "/kv/prefixes/{id}"): QUERY | _codes("prefix_not_found"),
-    ("DELETE", "/kv/namespaces/{namespace}"): QUERY | ENGINE | _codes("namespace_not_found"),
+    ("DELETE", "/kv/namespaces/{namespace}"): QUERY | ENGINE | STORE | _codes("namespace_not_found"),
     ("POST", "/pause"): ENGINE | _codes("unsupported_parameter"),
     ("POST", "/resume"): ENGINE,
     ("POST", "/reset_prefix_cache"): ENGINE,
     ("POST", "/sleep"): _codes("not_implemented"),
-    ("GET", "/v1/models/{model}"): _codes("model_not_found"),
+    ("GET", "/v1/models/{model}"): LOOKED_UP | _codes("model_not_found"),
     ("GET", "/health/ready"): _codes("engine_unavailable"),
     ("GET", "/ping"): _codes("engine_unavailable"),
     ("GET", "/openapi.json"): _codes("not_found"),
+    ("GET", "/routing"): QUERY,
     ("GET", "/ui/{version}/{file}"): _codes("not_found invalid_api_key"),
 }
 # They have no operation: a path, or a method, that is not served

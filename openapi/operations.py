@@ -45,6 +45,7 @@ from service.responses.schemas import (
     ResponseQuery,
     ResponsesRequest,
 )
+from service.routing.routes import Routing
 
 # The scopes of a key, by method and path, of which a call needs one
 NEEDED = {(method, re.sub(r":\w+}", "}", path)): needed for (method, path), needed in SCOPES.items()}
@@ -71,6 +72,7 @@ BUNDLE = {
 
 GENERATED = {
     "x-adapter-digest": "The digest of the adapter, or of the mix, that all prompts ran on.",
+    "x-adapter-generation": "The generation of the adapter's name that all prompts ran on.",
     "x-adapter-digests": (
         "If the prompts ran on different adapters: the first 16 digits of each digest, `-` for the base. One value for "
         "each prompt, in order, separated by commas, at most 64."
@@ -262,6 +264,11 @@ OPERATIONS = {
         {200: ConfigInForce},
     ),
     ("GET", "/metrics"): Operation("Metrics in Prometheus' format.", {200: {"type": "string"}}, media=TEXT),
+    ("GET", "/routing"): Operation(
+        "What a router in front of several servers has to know: where adapters are, load, room for K/V. It reads no "
+        "file and waits for no step, and may be asked several times a second.",
+        {200: Routing},
+    ),
     ("GET", "/openapi.json"): Operation("This contract.", {200: {"type": "object"}}),
     ("GET", "/"): Operation(
         "The operators' page; links for a program that accepts JSON and no HTML.",

@@ -8,32 +8,28 @@ import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 import uvicorn
-from huggingface_hub import snapshot_download
 
 from runtime.models.config_file import UnsupportedModel
-from runtime.output.progress import bar_class
 from service.app import create_app
-from service.default_model import DefaultModelMissing, ensure_default_model
+from service.configure import configure
+from service.default_model import DefaultModelMissing
 from service.door.server import Server, allow_descriptors
 from service.engine.process import EngineStartFailed
 from service.keys.keys_file import KeysFileError
 from service.kv.events import EventsUnavailable
 from service.logs import say, set_up, shows_bars
 from service.options.parser import BAD_VALUE
-from service.settings import Arguments, Settings, read
+from service.settings import Settings, read
 from service.text.tokenizer import TokenizerMissing
 from service.traces.tracing import TracesMissing
 from storage.store import StoreError
 
 BACKLOG = 2048  # connections that the system accepts before the service does
 CANNOT_START = 1  # the exit status, beside BAD_VALUE
-DEFAULT_NAME = "smollm2-135m-instruct"
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 BANNER = """
 Rootstock serves {name} at {url}
@@ -69,24 +65,6 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
         refuse(str(error), BAD_VALUE)
     except (EngineStartFailed, StoreError) as error:
         refuse(str(error), CANNOT_START)
-
-
-def configure(arguments: Arguments) -> Settings:
-    """The settings, after the model's files were fetched. Raises ValueError with a sentence, DefaultModelMissing."""
-    model = arguments.model
-    if model is None:
-        return arguments.settings(ensure_default_model(arguments.user_cache), DEFAULT_NAME)
-    if Path(model).is_dir():
-        return arguments.settings(Path(model), Path(model).resolve().name)
-    if Path(model).is_absolute() or model.startswith("."):
-        raise ValueError(f"the model directory {model} does not exist")
-    say(f"fetching {model} from the Hugging Face hub, unless the cache has it")
-    try:
-        bars = bar_class(bars=shows_bars())
-        directory = snapshot_download(model, allow_patterns=MODEL_FILES, tqdm_class=bars)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} is not a directory, and cannot be fetched from the hub: {error}") from None
-    return arguments.settings(Path(directory), model)
 
 
 def listen(settings: Settings) -> socket.socket:

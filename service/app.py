@@ -50,6 +50,8 @@ from service.openai.tokenize import detokenize, tokenize, tokenizer_info
 from service.page import routes as page
 from service.responses import routes as responses
 from service.responses.store import ResponseStore
+from service.routing.heads import PrefixHeads
+from service.routing.routes import routing
 from service.services import Services
 from service.settings import Settings, child_environment
 from service.text.chat_templates import ChatTemplates
@@ -79,6 +81,7 @@ routes = [
     Route("/version", version),
     Route("/config", config),
     Route("/metrics", metrics),
+    Route("/routing", routing),
     Route("/openapi.json", openapi),
 ]
 OPEN_PATHS = OPEN_ROUTES | page.PATHS  # no key needed
@@ -89,6 +92,7 @@ SHOWN_HEADERS = (  # to scripts of other origins
     "retry-after",
     "x-request-id",
     "x-adapter-digest",
+    "x-adapter-generation",
     "x-alora-invocation",
     "x-alora-activation",
     "x-queue-time-ms",
@@ -110,7 +114,8 @@ errors = {
 def create_app(settings: Settings) -> Starlette:
     """The service as an ASGI application; its lifespan starts and ends the engine process.
 
-    Raises KeysFileError and TracesMissing with a sentence.
+    It may be mounted in another one, which then enters `app.router.lifespan_context(app)` (docs/embedding.md); the
+    operators' page needs the root. Raises KeysFileError and TracesMissing with a sentence.
     """
     keys = Keys(settings.api_key, settings.keys_file, share_cache=settings.share_cache_between_keys)
     traces = None if settings.otlp_endpoint is None else Traces(otlp_exporter(settings.otlp_endpoint))
@@ -169,7 +174,9 @@ def _markers(tokenizer: Tokenizer, model: ModelConfig, vocab_size: int) -> Marke
 
 def _engine(settings: Settings, metrics: Metrics) -> EngineClient:
     return EngineClient(
-        msgspec.structs.replace(settings.engine, kv_changes=settings.kv_events is not None),
+        msgspec.structs.replace(
+            settings.engine, kv_changes=settings.kv_events is not None or settings.routing_prefixes
+        ),
         settings.engine_command,
         metrics,
         timeout_seconds=settings.engine_timeout_seconds,
@@ -226,9 +233,14 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(catalog.close)
         stack.push_async_callback(imports.close)
         stack.callback(sources.close)
+        changes, heads = engine.kv_changes, None
+        if settings.routing_prefixes:
+            heads, changes = PrefixHeads(settings.engine.block_size), asyncio.Queue()
+            onward = None if settings.kv_events is None else changes
+            stack.push_async_callback(ended, asyncio.create_task(heads.follow(engine.kv_changes, onward)))
         if (events := _kv_events(settings, catalog, metrics)) is not None:
             stack.push_async_callback(events.close)
-            events.start(engine.kv_changes)
+            events.start(changes)
         prefixes = Prefixes(engine.prefixes, catalog.versions)
         stack.push_async_callback(prefixes.close)
         await starting
@@ -258,6 +270,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             prefixes=prefixes,
             responses=ResponseStore(settings.responses_store_bytes),
             bodies=Bodies(settings.max_body_bytes),
+            heads=heads,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
         )

@@ -94,6 +94,8 @@ ANSWERS: dict[str, Answer] = {
     "adapter_is_durable": Answer(409),
     "adapter_is_shared": Answer(409),
     "adapter_changed": Answer(409),
+    "generation_not_reached": Answer(412),
+    "generation_unknown": Answer(503),
     # uploads and imports
     "invalid_adapter": Answer(422),
     "unsupported_media_type": Answer(

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
-from starlette.types import Message, Send
+from starlette.types import Message, Scope, Send
 
 from service.door.bodies import Bodies
 from service.errors import RequestError, answer_of, error_body, request_error
@@ -28,6 +28,13 @@ encode_json = msgspec.json.Encoder().encode
 
 class NoQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The query of a call that takes none."""
+
+
+def own_path(scope: Scope) -> str:
+    """The path of a request, below the place where another application may have mounted this one."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -15,6 +15,7 @@ from service.kv.prefixes import Prefixes
 from service.metrics import Metrics
 from service.openai.prompts import PromptEncoder
 from service.responses.store import ResponseStore
+from service.routing.heads import PrefixHeads
 from service.settings import Settings
 from service.text.tokenizer import Tokenizer
 
@@ -37,6 +38,7 @@ class Services:
     prefixes: Prefixes
     responses: ResponseStore
     bodies: Bodies
+    heads: PrefixHeads | None  # None: nobody asks for them
     max_model_len: int  # tokens of prompt and answer together
     vocab_size: int
 

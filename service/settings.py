@@ -13,7 +13,7 @@ from runtime.config import MIB, EngineConfig, LogFormat, LogLevel, Option, check
 from service.catalog.record import OnMissing
 from service.kv import endpoints
 from service.options import table
-from service.options.config_file import read_file
+from service.options.config_file import read_file, read_values
 from service.options.parser import AbsentOption, Declared, Given, Parser, PrintTable, Source, declared
 from service.source_urls import AllowedSources, store_of
 from service.text.chat_templates import template_text
@@ -134,6 +134,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             parse=endpoints.endpoint,
         ),
     ] = None
+    routing_prefixes: Annotated[
+        bool,
+        Option("tell routers, in /routing, the hashes of the last base prompts whose K/V are cached", "K/V cache"),
+    ] = False
     responses_store_bytes: Annotated[
         int, Option("memory for responses that clients may come back to; 0: none are kept", "server", least=0)
     ] = 64 * MIB
@@ -241,6 +245,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"refresh_seconds must be more than 0, not {self.refresh_seconds:g}")
         if self.kv_events is not None and not self.engine.prefix_cache:
             raise ValueError("kv_events says what the prefix cache keeps: leave it out, or leave prefix_cache on")
+        if self.routing_prefixes and not self.engine.prefix_cache:
+            raise ValueError(
+                "routing_prefixes says what the prefix cache keeps: leave it out, or leave prefix_cache on"
+            )
         AllowedSources(self.allowed_sources)
         for url in self.unsigned_sources:
             store_url(url)
@@ -304,8 +312,7 @@ def read_with(parser: Parser, argv: Sequence[str] | None = None, environment: Ma
     None as for `read`. The file may set options of the service that the parser has not.
     """
     environment = os.environ if environment is None else environment
-    data = Path(environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rootstock"
-    directories = {"data_directory": data, "cache_directory": user_cache_directory(environment) / "adapters"}
+    directories = _directories(environment)
     values, sources = parser.read(argv, environment)
     file = values.get("config")
     try:
@@ -314,6 +321,29 @@ def read_with(parser: Parser, argv: Sequence[str] | None = None, environment: Ma
         parser.error(str(error))
     from_file: dict[str, Source] = dict.fromkeys(in_file, "file")
     return Given(directories | in_file | values, from_file | sources)
+
+
+def read_program(options: Mapping[str, Any]) -> Arguments:
+    """The options of a program that embeds the service, by their names, as a file has them; a path may be a Path.
+
+    Of the environment it reads only where the user's directories are. None leaves an option unset. Raises ValueError
+    with a sentence.
+    """
+    given = {name: _as_in_a_file(value) for name, value in options.items() if value is not None}
+    values = read_values(given, all_options(), ABSENT_OPTIONS)
+    sources: dict[str, Source] = dict.fromkeys(values, "program")
+    return Arguments(values=_directories() | values, sources=sources, user_cache=user_cache_directory())
+
+
+def _as_in_a_file(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def _directories(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Where adapters are kept if no option says so; None stands for the process's own environment."""
+    environment = os.environ if environment is None else environment
+    data = Path(environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rootstock"
+    return {"data_directory": data, "cache_directory": user_cache_directory(environment) / "adapters"}
 
 
 def child_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -41,6 +41,7 @@ LIBRARIES = {
         "prometheus_client",
         "llguidance",
         "opentelemetry",  # where traces are asked for
+        "ray",  # for service.ray alone
     },
     "openapi": {"msgspec", "starlette"},
     "loadtests": {
@@ -80,7 +81,23 @@ INNER = {
     },
     "service.ingest": {"service.catalog.record", "service.errors", "service.source_urls"},
     "service.page": {"service.errors", "service.http"},
+    "service.ray": {
+        "service.app",
+        "service.configure",
+        "service.door",
+        "service.errors",
+        "service.http",
+        "service.routing",
+        "service.services",
+    },
     "service.sandbox": set(),
+    "service.routing": {
+        "service.catalog.seen",
+        "service.door.gate",
+        "service.http",
+        "service.keys.caller",
+        "service.services",
+    },
     "service.grammars": {"service.errors", "service.sandbox"},
     "service.openai": {
         "service.engine",
@@ -89,13 +106,14 @@ INNER = {
         "service.text",
         "service.catalog.record",
         "service.catalog.mixes",
-        "service.catalog.versions",
+        "service.catalog.seen",
         "service.keys.caller",
         "service.keys.limits",
         "service.access",
         "service.errors",
         "service.http",
         "service.metrics",
+        "service.routing.heads",
         "service.services",
         "service.traces.stages",
     },
@@ -119,6 +137,7 @@ INNER = {
     "service.kv": {
         "service.engine",
         "service.catalog.record",
+        "service.catalog.seen",
         "service.catalog.versions",
         "service.keys.caller",
         "service.openai",
@@ -203,7 +222,7 @@ INNER = {
     "kernels.tune": {"kernels"},
 }
 # Inner rooms that only programs import, and one place that says why.
-ONLY_THEMSELVES = {"kernels.tune"}
+ONLY_THEMSELVES = {"kernels.tune", "service.ray"}
 # The second one looks for the user's compiler and cache, also where the engine is used as a library; the third
 # one tells oneDNN the size of its caches, which has no other way to know.
 ENVIRONMENT_READERS = {"service/settings.py", "kernels/cpu/compiled/build.py", "kernels/cpu/onednn.py"}

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from service.adapters.publish import UploadOptions, remove, start_import
 from service.adapters.queries import new_name
 from service.catalog.record import Condition
-from service.catalog.versions import Seen
+from service.catalog.seen import Seen
 from service.errors import RequestError, answer_of, error_body, request_error
 from service.http import json_response, read_json
 from service.keys.caller import caller_of
@@ -121,6 +121,7 @@ async def dynamo_load(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, DynamoLoad, services.bodies)
     name, uri = body.lora_name, body.source.uri
+    await _seen(request).know(name)
     if not _is_from(request, name, uri):
         await _load(request, name, uri, UploadOptions(), replace=False, param="source.uri")
     return _dynamo_answer(name, "loaded")
@@ -156,7 +157,7 @@ async def _load(
     try:
         source = services.sources.checked(_as_source(path))
         name = new_name(name, services.settings.served_name, caller)
-        job = start_import(request, name, source, options, Condition(if_none_match=not replace))
+        job = await start_import(request, name, source, options, Condition(if_none_match=not replace))
         await services.imports.result(job)
     except RequestError as error:
         raise _translated(error, name, param) from None
@@ -172,7 +173,7 @@ async def _unload(request: Request, name: str) -> None:
 
 
 def _seen(request: Request) -> Seen:
-    return services_of(request).catalog.versions.seen_by(caller_of(request))
+    return Seen(services_of(request).catalog, caller_of(request))
 
 
 def _is_from(request: Request, name: str, path: str) -> bool:

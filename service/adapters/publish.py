@@ -10,6 +10,7 @@ from runtime.adapter_format.errors import InvalidAdapter
 from service.access import who
 from service.adapters.events import adapter_event
 from service.catalog.record import Condition, OnMissing, Upload
+from service.catalog.seen import Seen, least_generation
 from service.errors import RequestError
 from service.ingest.body_reader import BodyReader
 from service.ingest.bundle import WITHOUT_TEMPLATE, Bundle
@@ -46,6 +47,7 @@ async def _upload(
 ) -> Published:
     catalog, imports, caller = services.catalog, services.imports, caller_of(request)
     imports.require_idle(name)
+    await Seen(catalog, caller).reconsider(name, condition)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)  # before gigabytes are read in vain
     catalog.quotas.require_room(name, caller)
     async with imports.uploading(_client(request)), catalog.blobs.staging(options.ephemeral) as directory:
@@ -59,10 +61,13 @@ async def _upload(
     return published
 
 
-def start_import(request: Request, name: str, source: Source, options: UploadOptions, condition: Condition) -> Import:
+async def start_import(
+    request: Request, name: str, source: Source, options: UploadOptions, condition: Condition
+) -> Import:
     """Begin to publish a checked source; `Imports.result` waits for it. Raises RequestError if it cannot begin."""
     services, caller, by = services_of(request), caller_of(request), who(request)
     catalog, imports = services.catalog, services.imports
+    await Seen(catalog, caller).reconsider(name, condition)
     imports.require_idle(name)
     catalog.versions.require(name, condition, ephemeral=options.ephemeral)
     catalog.quotas.require_room(name, caller)
@@ -99,7 +104,11 @@ async def remove(request: Request, name: str, condition: Condition, *, force: bo
     services, caller = services_of(request), caller_of(request)
     versions = services.catalog.versions
     with adapter_event("delete", name, who(request)) as event:
-        versions.seen_by(caller).require(name)
+        seen = Seen(services.catalog, caller)
+        seen.require(name)
+        if services.imports.get(name) is None:
+            await seen.know(name, least_generation(request.headers))
+        await seen.reconsider(name, condition)
         versions.require(name, condition)
         was_imported = await services.imports.forget(name)
         if (version := versions.resolve(name)) is None and was_imported:

@@ -15,6 +15,7 @@ from service.adapters.publish import UploadOptions, remove, start_import, upload
 from service.adapters.queries import ON_MISSING, DeleteQuery, ImportQuery, PutQuery, WaitQuery, new_name, read_condition
 from service.adapters.schemas import AdapterList, adapter_resource, find_adapter, list_adapters
 from service.catalog.record import AdapterVersion, Condition, OnMissing
+from service.catalog.seen import GENERATION_HEADER, Seen, least_generation
 from service.catalog.versions import no_adapter
 from service.errors import RequestError
 from service.http import (
@@ -77,7 +78,7 @@ async def post_adapter(request: Request) -> Response:
     name = new_name(body.name, services.settings.served_name, caller)
     source = services.sources.checked(body.src, body.revision)
     options = UploadOptions(body.preload, body.pin, body.ephemeral, body.alora_on_missing)
-    job = start_import(request, name, source, options, read_condition(request))
+    job = await start_import(request, name, source, options, read_condition(request))
     if not query.wait:
         return json_response(find_adapter(services, name, caller), 202)
     version, created = await services.imports.result(job)
@@ -94,16 +95,18 @@ async def get_adapters(request: Request) -> Response:
 async def get_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     name, services = request.path_params["name"], services_of(request)
+    if services.imports.get(name) is None:
+        await Seen(services.catalog, caller_of(request)).know(name, least_generation(request.headers))
     adapter = find_adapter(services, name, caller_of(request), await services.engine.recent_stats())
     if adapter is None:
         raise no_adapter(name)
-    return json_response(adapter, headers=None if adapter.digest is None else {"ETag": f'"{adapter.digest}"'})
+    return json_response(adapter, headers=_identity(adapter.digest, adapter.generation))
 
 
 async def load_adapter(request: Request) -> Response:
     services, query = services_of(request), read_query(request, WaitQuery)
     body = await read_json(request, AdapterLoad, services.bodies)
-    name, catalog = _known_name(request), services.catalog
+    name, catalog = await _known_name(request, Condition()), services.catalog
     if body.pin is not None:
         await _pin(request, name, body.tier if body.pin else None, Condition())
     if not query.wait:
@@ -131,7 +134,7 @@ async def unload_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
     body = await read_json(request, AdapterUnload, services.bodies)
-    name = _known_name(request)
+    name = await _known_name(request, Condition())
     with adapter_event("unload", name, who(request)) as event:
         version = await services.catalog.unload(name, body.tier)
         event.note(version, tier=body.tier)
@@ -142,10 +145,11 @@ async def patch_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
     body = await read_json(request, AdapterChange, services.bodies)
-    name = _known_name(request)
+    condition = read_condition(request)
+    name = await _known_name(request, condition)
     version = services.catalog.versions.resolve(name)
     tier: Tier = "device" if version is None or version.record.pin is None else version.record.pin
-    version = await _pin(request, name, tier if body.pinned else None, read_condition(request))
+    version = await _pin(request, name, tier if body.pinned else None, condition)
     return _shown(services, version)
 
 
@@ -181,16 +185,27 @@ async def _source(request: Request, query: ImportQuery) -> AdapterSource:
     return decode_json(encode_json(given), AdapterSource)
 
 
-def _known_name(request: Request) -> str:
-    """The name in the path. Raises RequestError if the caller does not see it, or while its first import runs."""
+async def _known_name(request: Request, condition: Condition) -> str:
+    """The name in the path, looked up in the store where memory does not know it, or says that the condition fails.
+
+    Raises RequestError if the caller does not see it, or while its first import runs.
+    """
     name: str = request.path_params["name"]
     services = services_of(request)
-    services.catalog.versions.seen_by(caller_of(request)).require(name)
-    if services.catalog.versions.resolve(name) is None:
+    seen = Seen(services.catalog, caller_of(request))
+    seen.require(name)
+    if seen.resolve(name) is None:
         services.imports.require_idle(name)
+    await seen.know(name, least_generation(request.headers))
+    await seen.reconsider(name, condition)
     return name
 
 
 def _shown(services: Services, version: AdapterVersion, status: int = 200) -> Response:
-    headers = {"ETag": f'"{version.digest}"'}
+    headers = _identity(version.digest, version.generation)
     return json_response(adapter_resource(services, version), status, headers)
+
+
+def _identity(digest: str | None, generation: int | None) -> dict[str, str]:
+    """The headers that say which content an answer shows; none while a first import runs."""
+    return {} if digest is None else {"ETag": f'"{digest}"', GENERATION_HEADER: str(generation)}

@@ -8,6 +8,7 @@ from msgspec import Meta
 from runtime.messages import AdapterState, Stats, Tier
 from service.catalog.catalog import Catalog
 from service.catalog.record import AdapterVersion, OnMissing
+from service.catalog.seen import Seen
 from service.ingest.imports import Import
 from service.keys.caller import Caller
 from service.services import Services
@@ -91,7 +92,7 @@ def find_adapter(services: Services, name: str, caller: Caller, stats: Stats | N
 def list_adapters(services: Services, caller: Caller, stats: Stats | None = None) -> list[Adapter]:
     """Every named version and every import of a new name that the caller sees, sorted by name."""
     jobs = {job.name: job for job in services.imports.jobs() if caller.sees(job.name)}
-    named = services.catalog.versions.seen_by(caller).list()
+    named = Seen(services.catalog, caller).list()
     found = [adapter_resource(services, version, jobs.pop(version.name, None), stats) for version in named]
     return sorted([*found, *map(_imported, jobs.values())], key=lambda adapter: adapter.name)
 

@@ -13,6 +13,7 @@ from service.catalog.blobs import Blobs
 from service.catalog.engine_log import log_change
 from service.catalog.files import AdapterStorage
 from service.catalog.garbage import Collected, collect
+from service.catalog.lookups import Lookups
 from service.catalog.mixes import Mixes
 from service.catalog.names import AdapterNames, UnreadableName
 from service.catalog.pins import Pins
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 5  # to write a name that other processes change at the same time
 _CLOSE_SECONDS = 5.0  # for changes under way, whose store may not answer
 _COLLECT_SECONDS = 60.0  # least time from one collection to the next
+_LOOKUP_SECONDS = 2.0  # that a request waits for the store to be asked about a name
 _T = TypeVar("_T")
 
 
@@ -52,6 +54,8 @@ class Catalog:
         self._pins = Pins(storage, engine.adapters)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
+        self._lookups = Lookups()
+        self._next_lookups: dict[str, asyncio.Task[bool]] = {}  # by name: those that have not begun to read
         self._chores: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -163,6 +167,23 @@ class Catalog:
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
+
+    async def look_up(self, name: str) -> bool:
+        """Read one name from the store now, for a request that names what this server does not know.
+
+        False if the store was not asked, or has not answered in time: only so many names are read in a second. Requests
+        that come for a name before its read begins share the read. Raises StoreError.
+        """
+        task = self._next_lookups.get(name)
+        if task is None:
+            task = self._next_lookups[name] = asyncio.create_task(self._look_up(name))
+            self._changes.add(task)
+            task.add_done_callback(self._changes.discard)
+        try:
+            async with asyncio.timeout(_LOOKUP_SECONDS):
+                return await asyncio.shield(task)  # it reads to its end: calls for one name must not overlap
+        except TimeoutError:
+            return False
 
     async def collect(self, older_than_seconds: float) -> Collected:
         """Delete old stored files that no name points at and that have no references here. Raises StoreError."""
@@ -290,6 +311,24 @@ class Catalog:
             self.versions.drop(name)
             self.mixes.sweep()
 
+    async def _look_up(self, name: str) -> bool:
+        async with self._lock(name):
+            del self._next_lookups[name]
+            if not self._lookups.begin():
+                return False
+            try:
+                record = await self._read(name)
+                if record is not None or self._names.buried(name):  # else `changed` says whether a name is gone
+                    self._point(name, record)
+            except UnreadableName as error:
+                _log.error("skipping %s", error)
+            finally:
+                self._lookups.end()
+        return True
+
+    async def _read(self, name: str) -> AdapterRecord | None:
+        return await self._storage.run(self._names.read, name)
+
     async def _follow_locked(self, name: str) -> None:
         async with self._lock(name):
             await self._follow(name)
@@ -297,13 +336,17 @@ class Catalog:
     async def _follow(self, name: str) -> None:
         """Make a name point at what the store says. The caller has the name's lock."""
         try:
-            record = await self._storage.run(self._names.read, name)
+            record = await self._read(name)
         except UnreadableName as error:
             _log.error("skipping %s", error)
-            return
         except StoreError:
             self._names.again(name)
             raise
+        else:
+            self._point(name, record)
+
+    def _point(self, name: str, record: AdapterRecord | None) -> None:
+        """Make a name point at a record that was read just now."""
         old = self.versions.resolve(name)
         if record is None:
             if old is not None and not old.ephemeral:

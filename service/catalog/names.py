@@ -74,6 +74,10 @@ class AdapterNames:
             raise UnreadableName(f"{_key(name)}: it says that its name is {record.name!r}")
         return record
 
+    def buried(self, name: str) -> bool:
+        """Whether there was an object of the name when it was last read, with a record or without one."""
+        return name in self._etags
+
     def write(self, record: AdapterRecord) -> None:
         """Store a name's record. Raises PreconditionFailed if the object has changed since it was read."""
         self._put(record.name, msgspec.json.encode(record))

@@ -15,35 +15,9 @@ from runtime.output.logs import Field
 from service.catalog.blobs import Blobs
 from service.catalog.record import AdapterRecord, AdapterVersion, Condition
 from service.errors import RequestError
-from service.keys.caller import Caller
 from service.logs import log_event
 
 _log = logging.getLogger(__name__)
-
-
-class Seen:
-    """The versions whose names a caller sees; every other name is as one that does not exist."""
-
-    def __init__(self, versions: "Versions", caller: Caller) -> None:
-        self._versions, self._caller = versions, caller
-        self.using = versions.using
-
-    def resolve(self, name: str) -> AdapterVersion | None:
-        """As `Versions.resolve`."""
-        return self._versions.resolve(name) if self._caller.sees(name) else None
-
-    def draining(self, name: str) -> AdapterVersion | None:
-        """As `Versions.draining`."""
-        return self._versions.draining(name) if self._caller.sees(name) else None
-
-    def list(self) -> list[AdapterVersion]:
-        """As `Versions.list`."""
-        return [version for version in self._versions.list() if self._caller.sees(version.name)]
-
-    def require(self, name: str) -> None:
-        """Raise RequestError `adapter_not_found` for a name that the caller does not see."""
-        if not self._caller.sees(name):
-            raise no_adapter(name)
 
 
 class Versions:
@@ -62,9 +36,6 @@ class Versions:
     def resolve(self, name: str) -> AdapterVersion | None:
         """The current version of a name. Enter `using` before the next await, or the version may be deleted by then."""
         return self._versions.get(name)
-
-    def seen_by(self, caller: Caller) -> Seen:
-        return Seen(self, caller)
 
     def list(self) -> list[AdapterVersion]:
         """Every named version, by name."""

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.door.memory import LARGE_BODY, MemoryReturn
 from service.errors import RequestError
-from service.http import error_response
+from service.http import error_response, own_path
 
 # A body may be late by so much; so a client that stops to send is given up after this time, however fast it was.
 PATIENCE_SECONDS, LEAST_BYTES_PER_SECOND = 10.0, 64 * 1024
@@ -52,7 +52,7 @@ class AtGate:
         self._app, self._gate, self._open_paths = app, gate, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        if scope["type"] != "http" or own_path(scope) in self._open_paths:
             await self._app(scope, receive, send)
         elif self._gate.closed:
             await error_response(_shutting_down())(scope, receive, send)

@@ -63,23 +63,33 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        gate: Gate = self._app.state.gate
-        gate.close()
-        if not await self._within(self._drain_seconds, gate.emptied(), self._hurried.wait()):
-            self._app.state.services.engine.end_requests("shutting_down", "the service is shutting down")
-            if not await self._within(GRACE_SECONDS, gate.emptied()):
-                gate.cut()
+        await drain(self._app, self._drain_seconds, self._hurried)
         await super().shutdown(sockets)
 
-    @staticmethod
-    async def _within(seconds: float, wanted: Coroutine[Any, Any, Any], *others: Coroutine[Any, Any, Any]) -> bool:
-        """Wait for what is wanted or for one of the others, but not longer; returns whether it has come."""
-        first = asyncio.ensure_future(wanted)
-        tasks = [first, *map(asyncio.ensure_future, others)]
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        return first.done() and not first.cancelled()
+
+async def drain(app: Starlette, seconds: float, hurried: asyncio.Event | None = None) -> None:
+    """Refuse new requests of an application of `create_app`, and let those in flight end.
+
+    After so many seconds, or when it is hurried, generations end with an error event, and requests without an answer
+    get an error.
+    """
+    gate: Gate = app.state.gate
+    gate.close()
+    others = [] if hurried is None else [hurried.wait()]
+    if not await _within(seconds, gate.emptied(), *others):
+        app.state.services.engine.end_requests("shutting_down", "the service is shutting down")
+        if not await _within(GRACE_SECONDS, gate.emptied()):
+            gate.cut()
+
+
+async def _within(seconds: float, wanted: Coroutine[Any, Any, Any], *others: Coroutine[Any, Any, Any]) -> bool:
+    """Wait for what is wanted or for one of the others, but not longer; returns whether it has come."""
+    first = asyncio.ensure_future(wanted)
+    tasks = [first, *map(asyncio.ensure_future, others)]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    return first.done() and not first.cancelled()
 
 
 def allow_descriptors(connections: int) -> None:

@@ -136,6 +136,10 @@ class EngineClient:
             later = math.ceil(seconds - longest)
             raise EngineError("queue_full", f"{message}: try again in {later} s", retry_seconds=later)
 
+    def queue_seconds(self) -> float:
+        """How long a new call on the base, of a tenant without any other, would wait for its turn."""
+        return self._backlog.wait_seconds("", None)
+
     def in_flight(self) -> InFlight:
         """How many sequences there are now: a busy engine, which answers late, does not know of the last ones.
 
@@ -230,6 +234,11 @@ class EngineClient:
         if self.stats_age > RECENT_SECONDS:
             await self.latest_stats()
         return self._last_stats if self.stats_age <= RECENT_SECONDS else None
+
+    @property
+    def last_stats(self) -> Stats | None:
+        """The last snapshot, however old; None before the first one of an engine."""
+        return self._last_stats
 
     @property
     def stats_age(self) -> float:

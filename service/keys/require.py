@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access import access_record
 from service.errors import RequestError, answer_of
-from service.http import AnswerStatus, error_response
+from service.http import AnswerStatus, error_response, own_path
 from service.keys.caller import CALLER
 from service.keys.keys import Keys
 
@@ -20,7 +20,7 @@ class RequireKey:
         self._app, self._keys, self._open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        if scope["type"] != "http" or own_path(scope) in self._open_paths:
             await self._app(scope, receive, send)
             return
         usage = self._keys.unknown

@@ -57,6 +57,7 @@ SCOPES: Mapping[tuple[str, str], frozenset[caller.Scope]] = {
     ("POST", "/wake_up"): _ADMIN,
     ("GET", "/is_sleeping"): _ADMIN,
     ("GET", "/get_world_size"): _ADMIN,
+    ("GET", "/routing"): _MANAGE | _ADMIN,  # only the adapters that the key sees; without admin no K/V
     ("GET", "/metrics"): _ADMIN,
     ("GET", "/config"): _ADMIN,
     ("GET", "/v1/models"): ALL_SCOPES,

@@ -7,13 +7,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.catalog.record import AdapterVersion
+from service.catalog.seen import Seen, least_generation
 from service.errors import RequestError
 from service.http import NoQuery, json_response, read_json, read_query, until_disconnect
 from service.keys.caller import Caller, caller_of
 from service.kv.prefixes import PrefixSpec
 from service.kv.schemas import PrefixList, PrefixRequest, held_prefix, kv_cache, kv_of_adapters
 from service.openai.invocation import Prompt, require_applicable
-from service.openai.models import find_version
+from service.openai.models import find_version, know
 from service.openai.sampling_params import answer_length
 from service.services import Services, services_of
 
@@ -28,15 +29,15 @@ async def get_kv(request: Request) -> Response:
         raise RequestError("engine_unavailable", "the engine is not running, or too busy to answer: try again")
     caller, name = caller_of(request), services.settings.served_name
     shown = kv_cache if "admin" in caller.scopes else kv_of_adapters
-    versions = services.catalog.versions.seen_by(caller).list()
+    versions = Seen(services.catalog, caller).list()
     return json_response(shown(stats, services.engine.stats_age, engine.block_size, name, versions))
 
 
 async def post_prefix(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    body = await read_json(request, PrefixRequest, services.bodies)
-    return await until_disconnect(request, _compute(services, body, caller_of(request)))
+    body, least = await read_json(request, PrefixRequest, services.bodies), least_generation(request.headers)
+    return await until_disconnect(request, _compute(services, body, caller_of(request), least))
 
 
 async def get_prefixes(request: Request) -> Response:
@@ -60,7 +61,7 @@ async def delete_prefix(request: Request) -> Response:
 async def delete_namespace(request: Request) -> Response:
     read_query(request, NoQuery)
     services = services_of(request)
-    namespace = _namespace(services, request.path_params["namespace"], caller_of(request))
+    namespace = await _namespace(services, request.path_params["namespace"], caller_of(request))
     await services.engine.prefixes.drop_namespace(namespace)
     return Response(status_code=204)
 
@@ -75,10 +76,11 @@ routes = [
 ]
 
 
-async def _compute(services: Services, body: PrefixRequest, caller: Caller) -> Response:
+async def _compute(services: Services, body: PrefixRequest, caller: Caller, least: int | None) -> Response:
     caller.usage.require_tokens()
-    versions = services.catalog.versions.seen_by(caller)
-    version = find_version(body.model, services.settings.served_name, versions, "model")
+    versions, base = Seen(services.catalog, caller), services.settings.served_name
+    await know([body.model], base, versions, least)
+    version = find_version(body.model, base, versions, "model")
     require_applicable(body.alora, [version])
     with ExitStack() as using:
         if version is not None:
@@ -107,15 +109,17 @@ async def _prompt(services: Services, body: PrefixRequest, version: AdapterVersi
     return prompt
 
 
-def _namespace(services: Services, name: str, caller: Caller) -> str | None:
+async def _namespace(services: Services, name: str, caller: Caller) -> str | None:
     """The digest of a namespace, None for the base. Raises RequestError `namespace_not_found`."""
     base, catalog = services.settings.served_name, services.catalog
     if name in (BASE, base):
         return None
     if catalog.versions.resolve(name) is None and catalog.blobs.referenced(name):
         return name
+    seen = Seen(catalog, caller)
+    await know([name], base, seen)
     try:
-        version = find_version(name, base, catalog.versions.seen_by(caller), "namespace")
+        version = find_version(name, base, seen, "namespace")
     except RequestError as error:
         raise RequestError("namespace_not_found", error.message, "namespace") from None
     return None if version is None else version.digest

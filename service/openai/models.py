@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import NamedTuple
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from service.catalog.mixes import Mixes, Weighted
 from service.catalog.record import AdapterVersion
-from service.catalog.versions import Seen
+from service.catalog.seen import GENERATION_HEADER, Seen, least_generation
 from service.errors import RequestError
 from service.http import json_response
 from service.keys.caller import caller_of
@@ -66,11 +66,17 @@ class Adapters(NamedTuple):
     @property
     def digests(self) -> str | None:
         """The content that the request runs on, for the log; None for the base alone."""
-        return ",".join(self.headers.values()) or None
+        return ",".join(self._digest_headers().values()) or None
 
     @property
     def headers(self) -> dict[str, str]:
         """Which content the request ran on; one value for each of the first prompts if they differ."""
+        [only, *others] = set(self.versions)
+        if only is None or others or self.mixed:
+            return self._digest_headers()
+        return self._digest_headers() | {GENERATION_HEADER.lower(): str(only.generation)}
+
+    def _digest_headers(self) -> dict[str, str]:
         digests = [None if version is None else version.digest for version in self.versions]
         if len(set(digests)) > 1:
             shown = ("-" if digest is None else digest[:SHOWN_DIGITS] for digest in digests[:SHOWN_PROMPTS])
@@ -80,13 +86,15 @@ class Adapters(NamedTuple):
 
 @asynccontextmanager
 async def adapters_in_use(
-    request: GenerationRequest, base: str, versions: Seen, mixes: Mixes
+    request: GenerationRequest, base: str, versions: Seen, mixes: Mixes, least: int | None = None
 ) -> AsyncIterator[Adapters]:
     """The adapters that a request asks for, kept also if their names are meanwhile given to other versions.
 
-    `versions` are those that the caller sees. Raises RequestError, also if the request asks for an adapter in two ways.
+    `versions` are those that the caller sees, `least` is the generation that its adapter has at least. Raises
+    RequestError, also if the request asks for an adapter in two ways.
     """
-    async with AsyncExitStack() as kept:
+    await know(_names(request), base, versions, least)
+    async with AsyncExitStack() as kept:  # from here to `using` nothing is awaited
         adapters = _resolve(request, base, versions)
         parts = _parts(request, base, versions)
         if parts is not None and not all(version is None for version in adapters.versions):
@@ -102,6 +110,14 @@ async def adapters_in_use(
         elif parts:
             adapters = Adapters((parts[0].version,))
         yield adapters
+
+
+def _names(request: GenerationRequest) -> list[str]:
+    """Every name of a model that a request has, once."""
+    values = [getattr(request, field, None) for field in FIELDS]
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    names = [request.model, *(name for names in lists for name in names), *(request.adapters or ())]
+    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def _resolve(request: GenerationRequest, base: str, versions: Seen) -> Adapters:
@@ -180,12 +196,56 @@ def find_version(name: str, base: str, versions: Seen, param: str) -> AdapterVer
     return version
 
 
+async def know(names: Sequence[str], base: str, versions: Seen, least: int | None = None) -> None:
+    """Have those names read from the store that memory does not know, or of which it knows too old a generation.
+
+    `least` is that of the one adapter among them; the base has no generations. Raises RequestError as `Seen.know` does;
+    what is unknown after that is for `find_version` to refuse.
+    """
+    adapters = [name for name in names if name != base]
+    if least is not None and len(adapters) > 1:
+        message = f"{GENERATION_HEADER} is of one adapter, and this request names {len(adapters)}: leave it out"
+        raise RequestError("invalid_header", message, GENERATION_HEADER)
+    for name in adapters:
+        if not await _known(name, base, versions, least):
+            return
+
+
+async def _known(name: str, base: str, versions: Seen, least: int | None) -> bool:
+    """Whether there is an adapter that goes by a name, in memory or else in the store."""
+    readings = _readings(name, base)
+    for reading in readings:
+        if _found(name, base, versions) is not None:
+            break
+        await versions.look_up(reading)
+    found = _found(name, base, versions)
+    if least is not None:
+        await versions.know(readings[0] if found is None else found.name, least)
+    return found is not None
+
+
+def _found(name: str, base: str, versions: Seen) -> AdapterVersion | None:
+    with suppress(RequestError):
+        return find_version(name, base, versions, "model")
+    return None
+
+
+def _readings(name: str, base: str) -> list[str]:
+    """The names of adapters that a name may mean, the likeliest first."""
+    own = name.removeprefix(f"{base}:")
+    wanted, _, digest = own.rpartition("@")
+    readings = [wanted, own, name] if DIGEST.fullmatch(digest) else [own, name]
+    return list(dict.fromkeys(readings))
+
+
 async def list_models(request: Request) -> Response:
     return json_response(ModelList(data=_cards(request)))
 
 
 async def get_model(request: Request) -> Response:
-    name = request.path_params["model"]
+    name, services = request.path_params["model"], services_of(request)
+    seen = Seen(services.catalog, caller_of(request))
+    await know([name], services.settings.served_name, seen, least_generation(request.headers))
     for card in _cards(request):
         if card.id == name:
             return json_response(card)
@@ -206,7 +266,7 @@ def _cards(request: Request) -> list[ModelCard]:
             max_model_len=services.max_model_len,
         )
 
-    named = services.catalog.versions.seen_by(caller_of(request)).list()
+    named = Seen(services.catalog, caller_of(request)).list()
     return [
         card(base, services.started_at, None),
         *(card(version.name, version.record.created_at, base) for version in named),

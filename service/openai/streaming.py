@@ -12,6 +12,7 @@ from starlette.types import Send
 
 from runtime.messages import SamplingParams
 from service.access import access_record
+from service.catalog.seen import Seen, least_generation
 from service.errors import EngineError, error_body
 from service.http import encode_json, json_response, until_disconnect
 from service.keys.caller import caller_of
@@ -20,6 +21,7 @@ from service.openai.invocation import Prompt, alora_headers, require_applicable
 from service.openai.models import Adapters, adapters_in_use
 from service.openai.sampling_params import refuse_unbuilt, stop_strings
 from service.openai.schemas import GenerationRequest, Usage
+from service.routing.heads import heads_of
 from service.services import Services
 from service.traces.stages import Stage
 
@@ -96,8 +98,9 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
     record.id, record.model = call.id, body.model
     caller.usage.require_tokens()
     async with AsyncExitStack() as source:
-        catalog = services.catalog
-        in_use = adapters_in_use(body, services.settings.served_name, catalog.versions.seen_by(caller), catalog.mixes)
+        seen, mixes = Seen(services.catalog, caller), services.catalog.mixes
+        least = least_generation(request.headers)
+        in_use = adapters_in_use(body, services.settings.served_name, seen, mixes, least)
         adapters = await source.enter_async_context(in_use)
         refuse_unbuilt(body, built=call.built)
         require_applicable(body.alora, adapters.versions)
@@ -120,6 +123,9 @@ async def started(request: Request, services: Services, call: Call, arrived: flo
         )
         tenant = plan.tenant or plan.cache_salt
         services.engine.refuse_long_wait(tenant, {prompt.adapter for prompt in prompts})
+        if services.heads is not None and len(prompts) == 1 and prompts[0].adapter is None:
+            heads = heads_of(getattr(body, "messages", None), getattr(body, "prompt", None))
+            services.heads.note(heads, prompts[0].token_ids, plan.cache_salt)
         caller.usage.spend(sum(len(prompt.token_ids) for prompt in prompts))
         counted = Counted(services.metrics.series(adapters.label), services.metrics.vllm, record, caller.usage)
         generation = Generation(plan, services.engine, services.tokenizer, counted, arrived)

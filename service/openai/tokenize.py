@@ -5,11 +5,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.catalog.record import AdapterVersion
+from service.catalog.seen import Seen, least_generation
 from service.errors import RequestError
 from service.http import json_response, read_json, until_disconnect
 from service.keys.caller import caller_of
 from service.openai.conversations import template_fields
-from service.openai.models import find_version
+from service.openai.models import find_version, know
 from service.openai.prompts import encoding_of
 from service.openai.sampling_params import check_token_ids
 from service.openai.schemas import Count, Name, TokenizeRequest
@@ -51,7 +52,7 @@ class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, TokenizeRequest, services.bodies)
-    return await until_disconnect(request, _tokenize(services, body, _version(body.model, request)))
+    return await until_disconnect(request, _tokenize(services, body, await _version(body.model, request)))
 
 
 async def _tokenize(services: Services, body: TokenizeRequest, version: AdapterVersion | None) -> Response:
@@ -95,15 +96,16 @@ async def tokenizer_info(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, DetokenizeRequest, services.bodies)
-    _version(body.model, request)
+    await _version(body.model, request)
     check_token_ids(body.tokens, services.vocab_size, "tokens")
     return json_response(Detokenized(prompt=await services.tokenizer.shown_long(body.tokens)))
 
 
-def _version(name: str | None, request: Request) -> AdapterVersion | None:
+async def _version(name: str | None, request: Request) -> AdapterVersion | None:
     """The adapter of that name. Adapters share the base's tokenizer, but may have a chat template of their own."""
     if name is None:
         return None
     services = services_of(request)
-    versions = services.catalog.versions.seen_by(caller_of(request))
-    return find_version(name, services.settings.served_name, versions, "model")
+    base, versions = services.settings.served_name, Seen(services.catalog, caller_of(request))
+    await know([name], base, versions, least_generation(request.headers))
+    return find_version(name, base, versions, "model")

@@ -10,27 +10,36 @@ from service.options.parser import Declared
 
 
 def read_file(path: Path, options: Sequence[Declared], absent: Mapping[str, str]) -> dict[str, Any]:
-    """The values that a file sets, by field. `-` and `_` are the same in a name.
+    """The values that a file sets, as `read_values` has them. Raises ValueError with a sentence that names the file."""
+    table = _table(path)
+    try:
+        return read_values(table, options, absent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
-    `absent` has a sentence for options of other servers. Raises ValueError with a sentence that names the file and the
-    key, and shows no value: it may be a secret.
+
+def read_values(table: Mapping[str, Any], options: Sequence[Declared], absent: Mapping[str, str]) -> dict[str, Any]:
+    """The values that a table sets, by field. `-` and `_` are the same in a name.
+
+    `absent` has a sentence for options of other servers. Raises ValueError with a sentence that names the key, and
+    shows no value: it may be a secret.
     """
     by_name = {plain(name): option for option in options for name in option.names}
     values: dict[str, Any] = {}
     keys: dict[str, str] = {}  # by field
-    for key, given in _table(path).items():
+    for key, given in table.items():
         option = by_name.get(plain(key))
         if option is None:
-            raise ValueError(f"{path}: {_unknown(key, by_name, absent)}")
+            raise ValueError(_unknown(key, by_name, absent))
         if option.field in keys:
-            raise ValueError(f"{path}: {keys[option.field]} and {key} are the same option: set one")
+            raise ValueError(f"{keys[option.field]} and {key} are the same option: set one")
         if option.field == "config":
-            raise ValueError(f"{path}: {key} cannot be set in a file: name the file with --config or ROOTSTOCK_CONFIG")
+            raise ValueError(f"{key} cannot be set here: name the file with --config or ROOTSTOCK_CONFIG")
         keys[option.field] = key
         try:
             values[option.field] = option.convert(given)
         except ValueError as error:
-            raise ValueError(f"{path}: {key}: {error}") from None
+            raise ValueError(f"{key}: {error}") from None
     return values
 
 

@@ -25,7 +25,8 @@ TYPES = {  # of TOML; all others are times
     dict: "a table",
 }
 
-Source = Literal["command line", "environment", "file"]  # of a value, the first one that has it; else it is a default
+# Of a value, the first one that has it; else it is a default. A program that embeds the service is the only source
+Source = Literal["command line", "environment", "file", "program"]
 
 
 class Given(NamedTuple):

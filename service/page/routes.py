@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.errors import RequestError
-from service.http import json_response
+from service.http import json_response, own_path
 
 FILES = Path(__file__).with_name("files")
 MEDIA_TYPES = {
@@ -103,7 +103,7 @@ routes = [
 
 
 def _answer(request: Request, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
-    file = _files.get(request.scope["path"])
+    file = _files.get(own_path(request.scope))
     if file is None:
         raise RequestError("not_found", f"{request.scope['path']} is no file of this version's page: load /ui again")
     headers = {**GUARDS, **headers, "etag": file.etag, "cache-control": file.caching}

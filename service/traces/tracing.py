@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access import AccessRecord, client_of, record_of, template_of
-from service.http import AnswerStatus
+from service.http import AnswerStatus, own_path
 from service.traces.stages import Stage
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class TraceRequests:
         self._app, self._traces, self._untraced = app, traces, untraced
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._untraced:
+        if scope["type"] != "http" or own_path(scope) in self._untraced:
             await self._app(scope, receive, send)
             return
         span, record, answer = self._traces.begin(scope), record_of(scope), AnswerStatus(send)

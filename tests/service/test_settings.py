@@ -129,6 +129,7 @@ OPTIONS = {
     "--kv-events": ("tcp://*:5557", "kv_events", "tcp://*:5557"),
     "--kv-events-topic": ("kv@pod@tiny", "kv_events_topic", "kv@pod@tiny"),
     "--kv-events-replay": ("ipc:///run/replay", "kv_events_replay", "ipc:///run/replay"),
+    "--routing-prefixes": ("yes", "routing_prefixes", True),
     "--prefix-cache": ("no", "prefix_cache", False),
     "--max-running": ("8", "max_running", 8),
     "--max-waiting": ("0", "max_waiting", 0),

@@ -126,6 +126,7 @@ class Service:
             prefixes=None,
             responses=None,
             bodies=Bodies(settings.max_body_bytes),
+            heads=None,
             max_model_len=128,
             vocab_size=TINY.vocab_size,
         )

@@ -15,7 +15,9 @@ from moto.server import ThreadedMotoServer
 
 from service.catalog.files import AdapterStorage, cached_storage
 from service.catalog.record import Condition
+from service.catalog.seen import Seen
 from service.errors import RequestError, answer_of
+from service.keys.caller import ANYONE
 from storage.cache import DiskCache
 from storage.s3 import S3Store
 from tests.service.catalog.adapter_engine import AdapterEngine
@@ -58,6 +60,23 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def storage(cache: Path, prefix: str = "") -> AdapterStorage:
     return cached_storage(S3Store(BUCKET, prefix), DiskCache(cache, 1 << 20))
+
+
+def test_what_one_server_writes_another_reads_from_the_bucket_when_a_request_names_it(tmp_path: Path) -> None:
+    async def program() -> None:
+        async with opened(storage(tmp_path / "a")) as theirs, opened(storage(tmp_path / "b")) as mine:
+            seen = Seen(mine, ANYONE)
+            for generation in (1, 2):
+                version = await publish(theirs, "org/poet", seed=generation)
+                await seen.know("org/poet", generation)
+                found = seen.resolve("org/poet")
+                assert found is not None
+                assert found.record == version.record
+            await theirs.delete("org/poet", FREE)
+            await seen.know("org/poet", 3)
+            assert seen.resolve("org/poet") is None
+
+    run(program())
 
 
 def test_what_one_server_uploads_another_serves_after_a_look_at_the_bucket(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_file_may_be_named_by_a_variable(tmp_path: Path) -> None:
         ("zzz = 8", "zzz is no option: do you mean "),
         ("max-loras = 4", "max-loras: device memory for adapters is counted in bytes"),
         ("[server]\nport = 1", "server is no option"),
-        ('config = "other.toml"', "config cannot be set in a file"),
+        ('config = "other.toml"', "config cannot be set here"),
         ("max-running = 8\nmax_num_seqs = 8", "max-running and max_num_seqs are the same option: set one"),
         ('max-running = "eight"', "max-running: expected a whole number, not a text"),
         ("max-running = true", "max-running: expected a whole number, not true or false"),
