@@ -166,7 +166,7 @@ class ChatUser(StreamingUser):
     @task
     def chat(self) -> None:
         model = self.random.choices(self.models, self.weights)[0]
-        more = {"alora": {"on_missing": "append"}} if model in self.invoked else {}
+        more: dict[str, Any] = {"alora": {"on_missing": "append"}} if model in self.invoked else {}
         self.stream(model, self.question(), self.environment.parsed_options.max_tokens, **more)
 
 

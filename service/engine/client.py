@@ -140,6 +140,11 @@ class EngineClient:
         """How long a new call on the base, of a tenant without any other, would wait for its turn."""
         return self._backlog.wait_seconds("", None)
 
+    @property
+    def places(self) -> int:
+        """Sequences that can run at one time."""
+        return self._backlog.places
+
     def in_flight(self) -> InFlight:
         """How many sequences there are now: a busy engine, which answers late, does not know of the last ones.
 

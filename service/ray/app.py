@@ -11,6 +11,7 @@ import msgspec
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 
+from runtime.config import CPU_SIZES
 from service.configure import settings_for
 from service.ray.ingress import Ingress
 from service.ray.replica import Replica
@@ -66,7 +67,7 @@ def build(options: Mapping[str, Any], engine_command: Sequence[str] | None = Non
         ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=ResidencyRouter,
-            request_router_kwargs={"places": settings.engine.max_running},
+            request_router_kwargs={"places": settings.engine.sizes(CPU_SIZES).max_running},
             request_routing_stats_period_s=STATS_SECONDS,
             request_routing_stats_timeout_s=5,
         ),

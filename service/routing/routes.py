@@ -80,7 +80,7 @@ async def routing_of(services: Services, gate: Gate, caller: Caller = ANYONE) ->
     return Routing(
         ready=engine.ready is not None and not engine.paused and not gate.closed,
         draining=gate.closed,
-        places=services.settings.engine.max_running,
+        places=engine.places,
         running=in_flight.running,
         waiting=in_flight.waiting,
         queue_seconds=round(engine.queue_seconds(), 3),

@@ -36,7 +36,7 @@ def test_the_load_is_what_runs_and_waits_and_the_room_for_k_v(server: LiveServer
         shown = server.client.get("/routing").json()
         assert (shown["ready"], shown["draining"]) == (True, False)
         assert shown["running"] + shown["waiting"] == 1
-        assert shown["places"] == server.services.settings.engine.max_running
+        assert shown["places"] == server.services.engine.places
         assert shown["queue_seconds"] == 0.0
         assert shown["kv"]["blocks"] == 64
         assert shown["kv"]["block_size"] == 16
