@@ -76,7 +76,7 @@ def rendezvous(asked: Asked, view: View, rng: random.Random) -> int:
 
 
 class Affinity(NamedTuple):
-    """Ours, the rule of `service.routing.choice`: what a replica holds decides, until it is crowded.
+    """What a replica holds decides, until it is crowded; `service.routing.choice` has it with `by_load` and `relative`.
 
     A replica is crowded if all its places are taken, if its queue is longer than `queue_seconds`, or if its load is
     `spread` of its places or more above the least loaded one. Of those that are not crowded, these in this order: one
@@ -84,9 +84,10 @@ class Affinity(NamedTuple):
     keeps most of the conversation, then the first by rendezvous hashing. If all are crowded: the shortest queue, then
     the least load, then as above.
 
-    What the service does not do: with `by_load` the least loaded one of those that have the adapter is chosen, and of
-    those that keep as much of a conversation of the base; with `relative` a replica is crowded only in comparison with
-    the least loaded one and the shortest queue, so that replicas which are all full are not all crowded.
+    With `by_load` the least loaded one of those that have the adapter is chosen, and of those that keep as much of a
+    conversation of the base. With `relative` a replica is crowded only in comparison with the least loaded one and the
+    shortest queue, so that replicas which are all full are not all crowded. Without both it is the rule that the
+    simulation began with.
     """
 
     spread: float = SPREAD

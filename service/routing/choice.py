@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
-# Shares of a server's places. One that has so many more sequences than the idlest is crowded: it keeps no request,
-# whatever it holds, so that a hot adapter gets a second home before its first one is full.
+# A server is crowded, and keeps no request whatever it holds, if it has so many more sequences than the idlest one, as
+# a share of its places, or if its queue is so much longer than the shortest. So a hot adapter gets a second home early,
+# and servers that are all full keep what they hold (docs/scale.md).
 SPREAD = 0.25
-QUEUE_SECONDS = 0.5  # a server whose queue is longer is crowded too
+QUEUE_SECONDS = 0.5
 NEAR = {"device": 0, "host": 1}  # tiers, the nearest first; elsewhere is farther than both
 ELSEWHERE = 2
 
@@ -46,25 +47,26 @@ def ranked(wanted: Wanted, servers: Sequence[Server]) -> list[Server]:
     """The servers in the order in which they should be asked.
 
     Those that are ready come first; of them those that are not crowded; of them those whose memory holds the adapter,
-    on the device, then on the host. Among equals loads are compared, in steps of `SPREAD`; then how much of a base
-    prompt is cached; then rendezvous hashing, by which a request finds its last server while nothing speaks against it.
-    Crowded ones are compared by their queues and loads first.
+    on the device, then on the host, or most of a base prompt's K/V. Of several that hold as much the least loaded comes
+    first; what nobody holds finds its home by rendezvous hashing. Crowded ones are compared by queues and loads first.
     """
-    idlest = min((server.load for server in servers if server.ready), default=0.0)
+    ready = [server for server in servers if server.ready]
+    idlest = min((server.load for server in ready), default=0.0)
+    shortest = min((server.queue_seconds for server in ready), default=0.0)
 
     def order(server: Server) -> tuple[object, ...]:
-        surplus = server.load - idlest
-        crowded = server.load >= 1 or server.queue_seconds > QUEUE_SECONDS or surplus >= SPREAD
-        load = max(0, int(surplus / SPREAD))
-        near = (
-            0
-            if not wanted.adapters
-            else min(NEAR.get(server.adapters.get(name, ""), ELSEWHERE) for name in wanted.adapters)
-        )
-        place = (server.queue_seconds, server.load, near) if crowded else (near, load)
-        return not server.ready, crowded, *place, -_cached(wanted, server), -_weight(wanted.affinity, server.id)
+        crowded = server.load >= idlest + SPREAD or server.queue_seconds > shortest + QUEUE_SECONDS
+        near, cached = _near(wanted, server), _cached(wanted, server)
+        load = server.load if cached or near < ELSEWHERE else 0.0
+        place = (server.queue_seconds, server.load, near, -cached) if crowded else (near, -cached, load, 0)
+        return not server.ready, crowded, *place, -_weight(wanted.affinity, server.id)
 
     return sorted(servers, key=order)
+
+
+def _near(wanted: Wanted, server: Server) -> int:
+    """The nearest tier that holds the adapter; of the base that of all servers."""
+    return min((NEAR.get(server.adapters.get(name, ""), ELSEWHERE) for name in wanted.adapters), default=ELSEWHERE)
 
 
 def _cached(wanted: Wanted, server: Server) -> int:

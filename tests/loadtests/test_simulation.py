@@ -238,7 +238,7 @@ def test_affinity_chooses_as_the_table_of_cases_says(case: dict) -> None:
     )
     asked = Asked(adapter if case["adapter"] else None, CASES["heads"][1])
     for relative, chosen in ((False, case["chosen"]), (True, case.get("relatively", case["chosen"]))):
-        rule = Affinity(CASES["spread"], CASES["queue_seconds"], relative=relative)
+        rule = Affinity(CASES["spread"], CASES["queue_seconds"], relative=relative, by_load=relative)
         assert names[rule.choose(asked, view, random.Random(0))] == chosen
 
 

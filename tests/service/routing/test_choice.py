@@ -1,11 +1,14 @@
 """Which server a request goes to."""
 
+import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from service.routing.choice import QUEUE_SECONDS, Server, Wanted, ranked
+from service.routing.choice import QUEUE_SECONDS, SPREAD, Server, Wanted, ranked
 from service.routing.wanted import wanted_of
 
 POET = Wanted(("poet",))
@@ -55,11 +58,33 @@ def test_a_hot_adapter_spreads_over_all_servers_and_a_cold_one_stays() -> None:
     assert len(chosen) == 1
 
 
-def test_where_all_are_crowded_the_shortest_queue_comes_first() -> None:
+def test_where_all_but_one_are_crowded_the_shortest_queue_comes_first() -> None:
     home = Server("a", places=4, in_flight=9, queue_seconds=3.0, adapters={"poet": "device"})
     other = Server("b", places=4, in_flight=7, queue_seconds=2.0)
     assert order(POET, home, other) == "ba"
     assert order(POET, home, other._replace(queue_seconds=3.0, in_flight=9)) == "ab"
+
+
+CASES = json.loads((Path(__file__).parents[2] / "loadtests" / "routing_cases.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
+def test_the_rule_is_that_of_the_simulation(case: dict[str, Any]) -> None:
+    """Whose figures chose its constants; `tests/loadtests/test_simulation.py` has the same table."""
+    assert (CASES["spread"], CASES["queue_seconds"]) == (SPREAD, QUEUE_SECONDS)
+    wanted = Wanted((CASES["adapter"],) if case["adapter"] else (), tuple(CASES["heads"]))
+    servers = [
+        Server(
+            id=each["id"],
+            places=64,
+            in_flight=each.get("in_flight", 0),
+            queue_seconds=each.get("queue_seconds", 0.0),
+            adapters={CASES["adapter"]: each["holds"]} if "holds" in each else {},
+            heads=CASES["heads"][: each.get("cached", 0)],
+        )
+        for each in case["servers"]
+    ]
+    assert ranked(wanted, servers)[0].id == case.get("relatively", case["chosen"])
 
 
 def test_names_without_a_home_get_one_each_that_only_few_lose_when_a_server_comes() -> None:
