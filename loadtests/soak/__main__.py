@@ -210,6 +210,6 @@ if __name__ == "__main__":
     try:
         main()
     except* (Grown, Refused, CallFailed, ServerFailed, httpx.HTTPError, OSError) as group:
-        sys.exit("\n".join(f"failed: {error}" for error in group.exceptions))
+        sys.exit("\n".join(f"failed: {str(error) or type(error).__name__}" for error in group.exceptions))
     except* KeyboardInterrupt:
         sys.exit("interrupted")
