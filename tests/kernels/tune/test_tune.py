@@ -138,7 +138,7 @@ def test_what_a_step_reads_from_memory_is_timed_on_copies_that_no_cache_holds() 
 
 
 def test_at_most_so_many_candidates_are_kept_at_even_distances_with_the_default_first() -> None:
-    assert pruned(list(range(100)), 50, 5) == [50, 0, 25, 51, 75]
+    assert pruned(list(range(100)), 50, 5) == [50, 0, 24, 49, 75]
     assert pruned([3, 1, 2], 1, 20) == [1, 3, 2]
     assert pruned([1], 1, 20) == [1]
 
