@@ -1,4 +1,4 @@
-"""Whether Triton interprets the kernels, and on which devices they run."""
+"""Whether Triton interprets the kernels, on which devices they run, and what those have."""
 
 import torch
 import triton
@@ -22,3 +22,8 @@ def can_run_on(device: torch.device) -> bool:
         return bool(driver.active.get_active_torch_device().type == device.type)
     except RuntimeError:  # Triton finds no GPU
         return False
+
+
+def shared_bytes(device: torch.device) -> int:
+    """The most shared memory of a program on a CUDA device."""
+    return int(driver.active.utils.get_device_properties(device.index)["max_shared_mem"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.sizes import ceil_div, power_of_2
 
 MIN_DOT = 16  # the least size of a dimension of tl.dot's operands
+H100_SHARED_BYTES = 227 * 1024  # of a program, at most
 ENOUGH_PROGRAMS = 132  # of decode: one for each multiprocessor of an H100
 LEAST_SEQUENCES = 64  # one compiled prefill kernel serves fewer sequences; one more is compiled for each power of two
 
@@ -42,11 +43,15 @@ class PrefillConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def of_heads(self, head_dim: int) -> "PrefillConfig":
+    def of_heads(self, head_dim: int, shared_bytes: int = H100_SHARED_BYTES) -> "PrefillConfig":
         """The same up to 128; for the sums of wider heads to stay in registers, more warps and fewer keys, or rows.
 
         As compiled for an H100 at d=256, the defaults above spill 224 bytes a thread, and what this makes of them none.
+        A GPU whose programs have less shared memory multiplies from registers: for it the default gets more warps (at
+        d=128, compiled for sm_80, 72 bytes spilled and none).
         """
+        if head_dim <= 128 and self == PREFILL and shared_bytes < H100_SHARED_BYTES:
+            return self._replace(num_warps=8)
         if head_dim <= 128:
             return self
         if self.num_warps < 8:

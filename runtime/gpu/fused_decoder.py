@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import kv_write, paged_attention, rms_norm, silu_mul, tuned
+from kernels.interpreter import shared_bytes
 from runtime.gpu.fused_experts import FusedExperts
 from runtime.gpu.step_inputs import StepInputs
 from runtime.gpu.step_lora import StepLora, tile_height
@@ -54,6 +55,9 @@ class FusedDecoder:
         }
         self.block_size = block_size
         self.longest = longest  # tokens of a context
+        self.shared_bytes = paged_attention.H100_SHARED_BYTES
+        if weights.embedding.is_cuda:
+            self.shared_bytes = shared_bytes(weights.embedding.device)
         self.gpu = gpu
         self._configs: dict[tuple[str, int], Any] = {}
 
@@ -103,9 +107,9 @@ class FusedDecoder:
             read = kv, tables[:decodes], contexts[:decodes], self.block_size, scale
             paged_attention.paged_decode(q[:decodes], *read, out[:decodes], chosen, *seen)
         if decodes < rows:
-            chosen = self._tuned("paged_prefill", rows - decodes).of_heads(config.head_dim)
-            prompts = kv, tables[decodes:], contexts[decodes:], step.query_starts, self.block_size, scale
-            paged_attention.paged_prefill(q[decodes:], *prompts, out[decodes:], chosen, *seen)
+            tiled = self._tuned("paged_prefill", rows - decodes).of_heads(config.head_dim, self.shared_bytes)
+            of_prompts = kv, tables[decodes:], contexts[decodes:], step.query_starts, self.block_size, scale
+            paged_attention.paged_prefill(q[decodes:], *of_prompts, out[decodes:], tiled, *seen)
         return out.view(rows, -1)
 
     def _write_kv(self, layer: LayerWeights, index: int, heads: Tensor, step: StepInputs, kv: Tensor) -> None:

