@@ -42,8 +42,9 @@ class RankGroup:
         return cls(rank, size, distributed.ProcessGroupGloo(meeting, rank, size, options))
 
     def add_up(self, x: Tensor) -> Tensor:
-        """Put the sum of all ranks' `x`, which is contiguous, in its place on each rank, with the same bits."""
+        """Return the sum of all ranks' `x`, with the same bits on each rank; where `x` has no gaps, in its place."""
         if self.size > 1:
+            x = x.contiguous()  # the calls take memory as it lies
             self.bytes_sent += x.nbytes
             self._backend.allreduce([x]).wait()
         return x

@@ -85,7 +85,7 @@ def start(tmp_path, monkeypatch):
     def start(card=None, **options):
         seen = None if card is None else card.install(monkeypatch)
         monkeypatch.setattr(
-            "runtime.engine.make_runner", lambda config: TritonRunner(config, torch.device("cpu"), seen)
+            "runtime.engine.make_runner", lambda config: TritonRunner(config, torch.device("cpu"), card=seen)
         )
         options = {"load_format": "dummy", "host_adapter_bytes": MIB, "max_lora_rank": 8} | options
         started.append(Engine(EngineConfig(model=str(tmp_path), **options)))

@@ -122,7 +122,7 @@ def test_no_rank_outlives_an_engine_that_is_killed_while_it_starts(tmp_path, sec
     time.sleep(seconds)
     [follower] = children(engine.process.pid)
     engine.process.kill()
-    engine.process.communicate()
+    engine.process.wait()
     wait_until(lambda: not alive(follower))
     engine.close()
 
@@ -205,7 +205,7 @@ def test_smollm2_with_nine_heads_gives_its_tokens_on_two_ranks(default_model_pat
         )
         digest = engine.add_adapter(*vault)
         prompts = [[token % 40_000 for token in prompt(50, seed)] for seed in range(3)]
-        completions = engine.generate(prompts, GREEDY, [None, digest, digest], [None, None, 20])
+        completions = engine.generate(prompts, GREEDY, [None, digest, digest], [None, 10, 20])
         found.append([completion.token_ids for completion in completions])
         blocks.append(engine.runner.kv.block(0).nbytes)
         engine.close()

@@ -143,7 +143,7 @@ def test_a_body_that_does_not_come_is_given_up(server: LiveServer, monkeypatch: 
     upload = head("PUT", "/adapters/slow", "content-type: application/x-tar", "content-length: 100") + b"a"
     with server.connect(upload) as connected:
         assert refused(rest(connected)) == (408, "body_too_slow")
-    wait_until(lambda: not server.services.imports._uploads)
+    wait_until(lambda: not server.services.imports._of_clients)
 
 
 def test_a_body_that_trickles_is_given_up(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
