@@ -150,8 +150,8 @@ def test_greedy_output_with_an_adapter_equals_pefts(engine, oracle, digests, pro
     prompt = prompts[-1]  # two chunks long
     [cold] = engine.generate([prompt], GREEDY, digests[adapter])
     assert_greedy(oracle, adapter, prompt, cold.token_ids)
-    [warm] = engine.generate([prompt], BRIEF, digests[adapter])
-    assert warm.token_ids == cold.token_ids[: BRIEF.max_tokens]
+    [warm] = engine.generate([prompt], GREEDY, digests[adapter])
+    assert warm.token_ids == cold.token_ids
     assert (cold.cached_tokens, warm.cached_tokens) == (0, len(prompt) - 1)
     assert base_output != cold.token_ids, "an adapter that changes nothing proves nothing"
 
