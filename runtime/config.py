@@ -201,7 +201,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             most=64,
         ),
     ] = 1
-    cuda_graphs: Annotated[bool, Option("replay decode steps as CUDA graphs", "device")] = True
+    cuda_graphs: Annotated[bool, Option("replay steps as CUDA graphs", "device")] = True
     overlap: Annotated[bool, Option("prepare and launch a step while the previous one runs (triton)", "device")] = True
     log_level: Annotated[LogLevel, Option("lowest severity that is logged", "server")] = "info"
     log_format: Annotated[LogFormat, Option("a line of the log: words, or a JSON object", "server")] = "text"
