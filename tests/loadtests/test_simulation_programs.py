@@ -110,7 +110,8 @@ def test_the_calibration_of_a_server_is_a_table_that_the_simulation_reads(tiny_m
     costs = cost_tables.read(out)
     assert costs.measured
     assert costs.beside is None
-    assert all(seconds > 0 for _, seconds in costs.steps.by_rows)
+    assert all(seconds >= 0 for _, seconds in costs.steps.by_rows)  # a tiny step is within the clock's noise
+    assert any(seconds > 0 for _, seconds in costs.steps.by_rows)
     assert costs.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # two layers of two heads, for K and for V, of two bytes each
     assert costs.read.bytes_per_second > 0
     assert any("1024: " in line for line in costs.conditions)
