@@ -9,13 +9,13 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
+
+from kernels.tune.compiling import CompilerOnly
 
 H100 = 90
 # Bytes of shared memory of a program, at most, by compute capability: an A100, an L4 or RTX 4090, an H100
@@ -43,13 +43,11 @@ class Compiled(NamedTuple):
         return sum(each.split(".")[0] in instructions and width in each for each in code)
 
 
-class PretendGpu(DriverBase):
+class PretendGpu(CompilerOnly):
     """Triton's driver for it; `compiled` are the kernels that were launched for the first time, in order."""
 
     def __init__(self, capability: int = H100) -> None:
-        self.capability = capability
-        self.utils = self
-        self.launcher_cls = _no_launcher
+        super().__init__(GPUTarget("cuda", capability, 32))
         self.compiled: list[Compiled] = []
 
     @classmethod
@@ -61,45 +59,11 @@ class PretendGpu(DriverBase):
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
         self.compiled.append(Compiled(name, shared, binary))
-        registers = spilled = 0  # not read
-        return object(), object(), registers, spilled, 1024
-
-    def unload_module(self, module: object) -> None:
-        pass
+        return super().load_binary(name, binary, shared, device)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {
-            "max_shared_mem": SHARED_BYTES[self.capability],
-            "max_num_regs": 65536,
-            "multiprocessor_count": 132,
-            "warpSize": 32,
-        }
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-
-def _no_launcher(source: object, metadata: object) -> Any:
-    return lambda *arguments: None
+        capability = self.get_current_target().arch
+        return super().get_device_properties(device) | {"max_shared_mem": SHARED_BYTES[capability]}
 
 
 @cache  # a kernel's code is asked for several times
