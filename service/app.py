@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from runtime.adapter_format.errors import InvalidAdapter
+from runtime.messages import KvChanges
 from runtime.models.config import ModelConfig
 from service.access import AccessLog, RequestId
 from service.adapters import dialects
@@ -206,6 +207,19 @@ def _chat_templates(settings: Settings, tokenizer: Tokenizer) -> ChatTemplates:
     )
 
 
+def _prefix_heads(
+    settings: Settings, changes: asyncio.Queue[KvChanges | None], stack: AsyncExitStack
+) -> tuple[PrefixHeads | None, asyncio.Queue[KvChanges | None]]:
+    """What tells routers of base prompts, if it is to, and the changes for whoever follows the engine besides."""
+    if not settings.routing_prefixes:
+        return None, changes
+    heads = PrefixHeads(settings.engine.block_size)
+    onward: asyncio.Queue[KvChanges | None] = asyncio.Queue()
+    following = heads.follow(changes, None if settings.kv_events is None else onward)
+    stack.push_async_callback(ended, asyncio.create_task(following))
+    return heads, onward
+
+
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Services]:
     """The parts of the service, started together and ended in reverse order."""
@@ -233,11 +247,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(catalog.close)
         stack.push_async_callback(imports.close)
         stack.callback(sources.close)
-        changes, heads = engine.kv_changes, None
-        if settings.routing_prefixes:
-            heads, changes = PrefixHeads(settings.engine.block_size), asyncio.Queue()
-            onward = None if settings.kv_events is None else changes
-            stack.push_async_callback(ended, asyncio.create_task(heads.follow(engine.kv_changes, onward)))
+        heads, changes = _prefix_heads(settings, engine.kv_changes, stack)
         if (events := _kv_events(settings, catalog, metrics)) is not None:
             stack.push_async_callback(events.close)
             events.start(changes)
