@@ -1,17 +1,20 @@
 """The soak fails on what grows and on nothing else, and reads what processes hold."""
 
+import asyncio
 import math
 import os
 import random
 import threading
 from pathlib import Path
 
+import httpx
 import pytest
 
 from loadtests.soak import __main__ as soak
 from loadtests.soak.judge import Growth, Limit, growth, not_back
 from loadtests.soak.processes import children_of, engine_of, held_by
-from tests.loadtests.commands import SMALL, cells, run
+from loadtests.soak.traffic import BETWEEN_PINS, Refused, Traffic
+from tests.loadtests.commands import SHAPE, SMALL, cells, run
 
 LIMIT = Limit(per_minute=2.0, in_all=10.0)
 NOISE = 8.0  # MB, of memory that an allocator keeps or not from one second to the next
@@ -88,6 +91,32 @@ def test_what_a_process_holds_is_counted() -> None:
     assert after.descriptors == before.descriptors + 1
     assert engine_of(os.getpid()) is None
     assert os.getpid() in children_of(os.getppid())
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "raced"),
+    [
+        (409, {"code": "adapter_pinned", "message": "adapter x is pinned in device memory"}, True),
+        (503, {"code": "adapter_failed", "message": f"the pinned adapters leave too little {BETWEEN_PINS}"}, True),
+        (503, {"code": "adapter_failed", "message": "its file is damaged"}, False),
+        (500, {"code": "internal_error", "message": "the server could not answer"}, False),
+    ],
+)
+def test_only_what_other_clients_explain_is_a_race(status: int, error: dict[str, str], raced: bool) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, json={"error": error}, request=request)
+
+    async def ask(traffic: Traffic) -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server") as client:
+            await traffic._call(client, "DELETE", "/adapters/x")
+
+    traffic = Traffic("http://server", SHAPE, {}, seed=0)
+    if raced:
+        asyncio.run(ask(traffic))
+        assert traffic.done == {"race": 1}
+    else:
+        with pytest.raises(Refused, match=error["message"]):
+            asyncio.run(ask(traffic))
 
 
 def test_a_short_soak_of_a_tiny_model_does_everything_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:

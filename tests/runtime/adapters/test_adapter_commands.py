@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loadtests.soak.traffic import BETWEEN_PINS
 from runtime.adapters.pool import AdapterPool
 from runtime.messages import AdapterState, Answer
 from tests.runtime.adapter_format.adapter_files import MODEL, ONE, SIZE, Clock, adapter, answers, settle, settled
@@ -236,6 +237,7 @@ def test_an_adapter_that_no_gap_between_pinned_ones_holds_fails_with_sizes_and_t
         f"it takes {3 * SIZE} bytes, and the adapters pinned in device memory leave at most {2 * SIZE} of its "
         f"{8 * SIZE} in one piece: unpin one of them, and pin it again once this one is loaded"
     )
+    assert BETWEEN_PINS in failed.reason, "the soak knows this failure by its words"
     assert set_pins(pool, device=[digests[1], digests[7]]) == {}
     pool.register(large, content)
     load(pool, (large, content))
