@@ -31,20 +31,30 @@ inline void await_change(const std::atomic<uint32_t>& value, uint32_t old, Clock
     if (value.load(std::memory_order_acquire) != old) return;
     relax();
   }
-  const auto end = Clock::now() + spin;
-  do {
+  for (auto now = Clock::now(), end = now + spin; now < end; now = Clock::now()) {
     for (int i = 0; i < 32; ++i) {
       if (value.load(std::memory_order_acquire) != old) return;
       relax();
     }
     std::this_thread::yield();
-  } while (Clock::now() < end);
+  }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+// Stores what others await, and wakes those that sleep. In sequential order: `notify_all` wakes nobody unless it sees a
+// waiter, and a processor may look for one before a store that is only released has left it. A thread that goes to sleep
+// between the two never wakes up, and all wait for it (python -m tools.wakeups).
+inline void announce(std::atomic<uint32_t>& value, uint32_t next) {
+  value.store(next, std::memory_order_seq_cst);
+  value.notify_all();
 }
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads), active_(threads) {
+  // A wake-up takes about half of `spin` on a virtual machine. `between` two steps, a core that fell asleep takes up to
+  // 3 ms to come back where a hypervisor gave it away.
+  explicit Pool(int threads, Clock::duration spin = 100us, Clock::duration between = 3ms)
+      : threads_(threads), active_(threads), spin_(spin), between_(between) {
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
   }
 
@@ -71,14 +81,14 @@ class Pool {
 
   // A claimed task has been done. Only operations whose later tasks await earlier ones count.
   void finish() {
-    finished_.fetch_add(1, std::memory_order_release);
+    finished_.fetch_add(1, std::memory_order_seq_cst);  // as `announce` does
     if (active_ > 1) finished_.notify_all();
   }
 
   // Returns once so many tasks of the operation have finished; they must have been claimed before.
   void await_finished(uint32_t tasks) {
     for (uint32_t done; (done = finished_.load(std::memory_order_acquire)) < tasks;)
-      await_change(finished_, done, SPIN);
+      await_change(finished_, done, spin_);
   }
 
   // Every thread calls it after its last task of an operation; returns when all have, and the tasks begin at 0 again.
@@ -88,7 +98,7 @@ class Pool {
     if (active > 1) {
       if (!arrived_.load(std::memory_order_relaxed)) waiting_since_.store(Clock::now().time_since_epoch());
       if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < active) {
-        await_change(met_, meeting, SPIN);
+        await_change(met_, meeting, spin_);
         return;
       }
       note_wait();
@@ -96,14 +106,10 @@ class Pool {
     arrived_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
-    met_.store(meeting + 1, std::memory_order_release);
-    if (active > 1) met_.notify_all();
+    announce(met_, meeting + 1);
   }
 
  private:
-  static constexpr Clock::duration SPIN = 100us;  // a wake-up takes about half of that on a virtual machine
-  // Between two steps: a core that fell asleep takes up to 3 ms to come back where a hypervisor gave it away.
-  static constexpr Clock::duration BETWEEN = 3ms;
   static constexpr Clock::duration LONG = 1ms;      // no task of a decode step takes so long
   static constexpr Clock::duration WINDOW = 300ms;  // of computing, after which the long waits in it are judged
   static constexpr Clock::duration CALM = 300ms, MOST_CALM = 2s;
@@ -142,13 +148,12 @@ class Pool {
   // The number of the run and how many threads it has are one value, or a thread that comes late might mix up two runs.
   void start() {
     const uint32_t run = (started_.load(std::memory_order_relaxed) >> 16) + 1;
-    started_.store(run << 16 | (uint32_t)active_, std::memory_order_release);
-    if (threads_ > 1) started_.notify_all();
+    announce(started_, run << 16 | (uint32_t)active_);
   }
 
   void work(int thread) {
     for (uint32_t seen = 0;;) {
-      await_change(started_, seen, BETWEEN);
+      await_change(started_, seen, between_);
       seen = started_.load(std::memory_order_acquire);
       if (stopping_) return;
       if (thread < (int)(seen & 0xffff)) body_(thread, context_);
@@ -157,6 +162,7 @@ class Pool {
 
   const int threads_;
   int active_;  // changes between runs
+  const Clock::duration spin_, between_;
   std::vector<std::thread> workers_;
   std::atomic<bool> stopping_{false};
   void (*body_)(int, void*) = nullptr;
