@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,8 @@ def running_server(arguments: Sequence[str] = (), environment: Mapping[str, str]
 def started_server(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Start `python -m service` on a free port with an empty data directory; yield it when it is ready.
 
-    `arguments` are appended and so override these; `environment` is added to this process's. Raises ServerFailed.
+    `arguments` are appended and so override these; `environment` is added to this process's. It ends with this program,
+    also if that is terminated. Only for the main thread. Raises ServerFailed.
     """
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
@@ -68,11 +70,13 @@ def started_server(arguments: Sequence[str] = (), environment: Mapping[str, str]
         variables = {**os.environ, **(environment or {})}
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
+        former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of what follows
         try:
             yield Server(wait_until_ready(process, log), process.pid)
         finally:
             process.terminate()
             process.wait(timeout=60)
+            signal.signal(signal.SIGTERM, former)
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:

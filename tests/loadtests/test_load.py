@@ -1,6 +1,9 @@
 """The load test, run as a user runs it against a live server with a tiny random model."""
 
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -10,7 +13,7 @@ import pytest
 from loadtests.adapter_client import AdapterClient
 from loadtests.random_adapter import adapter_file, write_adapter
 from loadtests.server_process import ServerFailed, running_server
-from tests.loadtests.commands import SHAPE, run
+from tests.loadtests.commands import ROOT, SHAPE, SMALL, run
 
 
 def put_adapter(url: str, directory: Path, name: str, seed: int) -> None:
@@ -94,3 +97,23 @@ def test_a_request_that_fails_is_counted_as_a_failure(server: str) -> None:
 def test_a_server_that_does_not_start_shows_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(ServerFailed, match="nowhere"), running_server(["--model", str(tmp_path / "nowhere")]):
         pass
+
+
+PROGRAM = """
+import sys, time
+from loadtests.server_process import started_server
+with started_server(sys.argv[1:]) as server:
+    print(server.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_program_that_is_terminated_ends_its_server(tiny_model: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, "--model", str(tiny_model), *SMALL]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        server = int(program.stdout.readline())
+        program.terminate()
+        assert program.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
