@@ -25,53 +25,52 @@ PRODUCTS = {
 NARROW = {"_reduce_kernel", "_cut_kernel", "_embedding_shrink_kernel", "_qkv_write_kernel"}
 
 
-def compile_in_a_process(what: str, capability: int, cache: Path) -> list[dict[str, Any]]:
+Pass = tuple[str, int]  # what is compiled, the compute capability
+PASSES: list[Pass] = [
+    *(("bfloat16", capability) for capability in (H100, *OTHERS)),
+    ("float32", H100),
+    ("candidates", H100),  # of attention with two buffers of K and V
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Pass, list[dict[str, Any]]]:
+    """The kernels of each pass, all compiled in one process, which imports torch and Triton once."""
     pytest.importorskip("triton", reason="needs triton")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-W", "error", __file__, what, str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # One cache: some kernels are the same in both dtypes.
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run([sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [kernel | {"what": what, "capability": capability} for kernel in json.loads(done.stdout)]
+    found: dict[Pass, list[dict[str, Any]]] = {each: [] for each in PASSES}
+    for kernel in json.loads(done.stdout):
+        found[kernel["what"], kernel["capability"]].append(kernel)
+    return found
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cache = tmp_path_factory.getbasetemp() / "triton"  # shared: some kernels are the same in both dtypes
-    found = compile_in_a_process(request.param, H100, cache)
-    return [kernel | {"dtype": request.param} for kernel in found]
-
-
-@pytest.mark.parametrize("capability", OTHERS)
-def test_every_kernel_fits_other_gpus_in_bfloat16(tmp_path: Path, capability: int) -> None:
-    for kernel in compile_in_a_process("bfloat16", capability, tmp_path):
+@pytest.mark.parametrize(("what", "capability"), PASSES)
+def test_every_kernel_fits_its_gpu_and_keeps_its_numbers_in_registers(
+    compiled: dict[Pass, list[dict[str, Any]]], what: str, capability: int
+) -> None:
+    kernels = compiled[what, capability]
+    assert len(kernels) > 5
+    for kernel in kernels:
         assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
         assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
 
 
-def test_candidates_of_attention_with_two_buffers_of_kv_fit_an_h100(tmp_path: Path) -> None:
-    found = compile_in_a_process("candidates", H100, tmp_path)
-    assert len(found) > 5
-    for kernel in found:
-        assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
-        assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
-
-
-def test_every_kernel_fits_an_h100_and_keeps_its_numbers_in_registers(compiled: list[dict[str, Any]]) -> None:
-    for kernel in compiled:
-        assert kernel["shared_bytes"] <= kernel["most_shared_bytes"], kernel
-        assert kernel["spilled_bytes"] <= SPILLED_BYTES, kernel
-
-
-def test_products_of_bfloat16_are_made_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
-    assert {kernel["name"] for kernel in compiled} >= PRODUCTS
-    for kernel in compiled:
-        expected = kernel["dtype"] == "bfloat16" and kernel["name"] in PRODUCTS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_of_bfloat16_are_made_on_tensor_cores(compiled: dict[Pass, list[dict[str, Any]]], dtype: str) -> None:
+    kernels = compiled[dtype, H100]
+    assert {kernel["name"] for kernel in kernels} >= PRODUCTS
+    for kernel in kernels:
+        expected = dtype == "bfloat16" and kernel["name"] in PRODUCTS
         assert (kernel["products"] > 0) == expected, kernel
 
 
-def test_what_is_much_is_read_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    for kernel in compiled:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_much_is_read_16_bytes_at_a_time(compiled: dict[Pass, list[dict[str, Any]]], dtype: str) -> None:
+    for kernel in compiled[dtype, H100]:
         assert kernel["wide_reads"] > 0 or kernel["name"] in NARROW, kernel
 
 
@@ -164,21 +163,23 @@ def attention_candidates() -> Iterator[Any]:
 
 
 def compile_all(what: str, capability: int) -> Iterator[dict[str, Any]]:
-    from tests.kernels.pretend_gpu import SHARED_BYTES, PretendGpu
+    from tests.kernels.pretend_gpu import SHARED_BYTES, PretendGpu, instructions
 
     gpu = PretendGpu.install(capability)
     for launch in attention_candidates() if what == "candidates" else launches(what, SHARED_BYTES[capability]):
         launch()
     if what != "candidates":
         assert {kernel.name for kernel in gpu.compiled} == set(kernel_names())
-    for kernel in gpu.compiled:
+    for kernel, code in zip(gpu.compiled, instructions(gpu.compiled, capability), strict=True):
         yield {
+            "what": what,
+            "capability": capability,
             "name": kernel.name,
             "shared_bytes": kernel.shared_bytes,
             "most_shared_bytes": SHARED_BYTES[capability],
             "spilled_bytes": kernel.spilled_bytes,
-            "products": kernel.count("HMMA", "HGMMA"),
-            "wide_reads": kernel.count("LDG", "LDGSTS", width=".128"),
+            "products": sum(each.split(".")[0] in ("HMMA", "HGMMA") for each in code),
+            "wide_reads": sum(each.split(".")[0] in ("LDG", "LDGSTS") and ".128" in each for each in code),
         }
 
 
@@ -199,4 +200,4 @@ def kernel_names() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(compile_all(sys.argv[1], int(sys.argv[2])))))
+    print(json.dumps([kernel for each in PASSES for kernel in compile_all(*each)]))
