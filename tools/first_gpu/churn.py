@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tests.kernels.quick_interpreter import quicken_the_interpreter
 from tools.gpu_report.clock import Clock
 from tools.gpu_report.floors import Floors
 from tools.gpu_report.plan import TINY, TINY_SHAPE
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options(argv)
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel
+        quicken_the_interpreter()
     count = DRY_REQUESTS if chosen.dry_run else FEW_REQUESTS if chosen.few else REQUESTS
     with tempfile.TemporaryDirectory() as scratch:
         differing = churn(count, "cpu" if chosen.dry_run else "cuda", Path(scratch))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.kernels.quick_interpreter import quicken_the_interpreter
 from tools.gpu_report.clock import Clock
 from tools.gpu_report.floors import Floors, Shape
 from tools.gpu_report.plan import TINY, TINY_SHAPE, Plan
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options(argv)
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel
+        quicken_the_interpreter()
     from tools.gpu_report.bench import Bench
 
     plan = TINY if chosen.dry_run else Plan()

@@ -218,9 +218,18 @@ def run(arguments: Sequence[str], cache: Path, **environment: str) -> subprocess
     return subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
 
 
+QUICKLY = """
+import runpy, sys
+from tests.kernels.quick_interpreter import quicken_the_interpreter
+
+quicken_the_interpreter()
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
 def test_it_measures_tiny_shapes_in_the_interpreter_and_prints_a_table(tmp_path: Path) -> None:
-    done = run(["-m", "kernels.tune", "--tiny", "--candidates", "2", "silu_mul", "decode shrink"], tmp_path,
-               TRITON_INTERPRET="1")  # fmt: skip
+    arguments = ["-c", QUICKLY, "kernels.tune", "--tiny", "--candidates", "2", "silu_mul", "decode shrink"]
+    done = run(arguments, tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     found, table = done.stdout.split('    "tiny shapes, launched once": {')
     assert found.count("silu_mul: Tuned(") == 3
