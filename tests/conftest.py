@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 
 from service.default_model import ensure_default_model
+from service.settings import user_cache_directory
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default, said aloud: 3.9 warns that it will change
 
@@ -124,6 +125,17 @@ def _place(item: pytest.Item) -> int:
 def default_model_path() -> Path:
     """The embedded model as a Hugging Face directory, shared by all workers and runs; about 30 s the first time."""
     return ensure_default_model()
+
+
+@pytest.fixture(scope="session")
+def kept_builds() -> Path:
+    """Where tests keep what compilers made, between runs: each thing under a name that changes with all it is made of.
+
+    It grows by a few MB with a change of the kernels, and may be deleted at any time.
+    """
+    directory = user_cache_directory() / "tests"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 @pytest.fixture(scope="session")
