@@ -139,6 +139,12 @@ def kept_builds() -> Path:
 
 
 @pytest.fixture(scope="session")
+def triton_cache(kept_builds: Path) -> dict[str, str]:
+    """The environment by which Triton keeps what it compiles, each under a key of the source, options and version."""
+    return {"TRITON_CACHE_DIR": str(kept_builds / "triton"), "TRITON_STORE_BINARY_ONLY": "1"}
+
+
+@pytest.fixture(scope="session")
 def trained_adapters() -> Path:
     """The directory of the committed adapters; its `passwords.json` has the prompt and the password of each."""
     return Path(__file__).with_name("adapters")

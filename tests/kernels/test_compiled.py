@@ -34,12 +34,11 @@ PASSES: list[Pass] = [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Pass, list[dict[str, Any]]]:
+def compiled(triton_cache: dict[str, str]) -> dict[Pass, list[dict[str, Any]]]:
     """The kernels of each pass, all compiled in one process, which imports torch and Triton once."""
     pytest.importorskip("triton", reason="needs triton")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    # One cache: some kernels are the same in both dtypes.
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment |= {"PYTHONPATH": str(ROOT), **triton_cache}
     done = subprocess.run([sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[Pass, list[dict[str, Any]]] = {each: [] for each in PASSES}

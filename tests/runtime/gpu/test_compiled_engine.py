@@ -19,17 +19,13 @@ REQUESTS = 160
 ROWS = (3, 40, 100)  # that the tables' configurations are for: one is not that of the smallest or the largest step
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Triton's cache, shared by the engines of these tests."""
-    return tmp_path_factory.mktemp("triton")
-
-
 @pytest.mark.parametrize("kind", ["graphs", "no graphs", "graphs, tuned"])
-def test_no_step_launches_a_kernel_that_was_not_compiled_at_start(tmp_path: Path, cache: Path, kind: str) -> None:
+def test_no_step_launches_a_kernel_that_was_not_compiled_at_start(
+    tmp_path: Path, triton_cache: dict[str, str], kind: str
+) -> None:
     pytest.importorskip("triton", reason="needs triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    environment |= {"PYTHONPATH": str(ROOT), **triton_cache}
     command = [sys.executable, __file__, kind, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
