@@ -2,16 +2,18 @@
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 
+from loadtests.api_key import bearer
 from loadtests.load import __main__ as load
 from loadtests.load.page import Report, Result, Sweep, html, markdown
 from loadtests.load.plots import Line, plot, shown, ticks
-from loadtests.load.runs import figures
-from loadtests.server_process import running_server
+from loadtests.load.runs import Figures, Scenario, figures
+from loadtests.server_process import find_model, running_server
 from tests.loadtests.commands import SMALL, cells, number, run
 
 KEY = "of-the-load"
@@ -130,6 +132,36 @@ def test_a_key_is_sent_by_everything_and_said_by_nothing(server: str, tiny_model
     assert all(int(row[2]) > 0 and row[3] == "0" for row in rows)
     assert [row[-1].endswith("answers of the flood") for row in rows] == [False] * 4 + [True] * 2
     assert KEY not in report + (tmp_path / "report.html").read_text() + ended.stdout + ended.stderr
+
+
+def test_the_sweep_of_working_sets_meets_device_memory_for_so_many_adapters(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of Locust's users, who choose by chance, every model of a run is asked once, and then counted."""
+    on_device: list[tuple[int, int]] = []
+
+    def ask_each(scenario: Scenario, url: str, seconds: float, models: Sequence[str], scratch: Path) -> Figures:
+        assert httpx.get(f"{url}/adapters").status_code == 401, "a server that is started asks for the key"
+        [key, _] = scenario.api_keys
+        load.warm_up(load.Target("ours", url, models[0], models[1:], key))
+        adapters = httpx.get(f"{url}/adapters", headers=bearer(key)).json()["adapters"]
+        tiers = [each["tier"] for each in adapters if each["name"] in models]
+        on_device.append((len(models), tiers.count("device")))
+        return figures(ENTRIES)
+
+    monkeypatch.setattr(load, "run", ask_each)
+    sizes = ["--adapters", "3", "--resident", "2", "--working-sets", "0.5", "1", "2", "--scenarios", ""]
+    chosen = load.options([*sizes, "--api-key", KEY, "--model", str(tiny_model), f"--server-args={' '.join(SMALL)}"])
+    report = load.measure(chosen, find_model(chosen.model), tmp_path)
+    assert on_device == [(3, 3), (1, 1), (2, 2), (4, 2)], "of all in ample memory, and of working sets in less"
+    swept = report.sweeps[-1]
+    assert swept.axis == "working set / device memory"
+    assert [(result.what, result.x) for result in swept.results] == [
+        ("0.5 (1 adapters)", 0.5),
+        ("1 (2 adapters)", 1.0),
+        ("2 (4 adapters)", 2.0),
+    ]
+    assert KEY not in markdown(report)
 
 
 def test_a_scenario_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
