@@ -147,7 +147,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         code, said = "not_found", "there is no such call: GET /openapi.json has them all"
     elif error.status_code == 405:
         methods = sorted(_methods(request) - {"HEAD", "OPTIONS"})
-        code, said = "method_not_allowed", f"there is no such call, but {' and '.join(methods)}"
+        code, said = "method_not_allowed", f"the method is not allowed here: expected {' or '.join(methods)}"
     body = error_body(RequestError(code, f"{request.method} {request.url.path}: {said}"))
     return json_response(body, error.status_code, headers)
 

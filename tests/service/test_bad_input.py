@@ -46,8 +46,16 @@ WRONG: dict[str, tuple[str, str, dict[str, str], bytes, int, str | None, tuple[s
     ),
     "an unknown adapter": ("GET", "/adapters/nobody", {}, b"", 404, "name", ("'nobody': GET /adapters lists",)),
     "an unknown call": ("POST", "/v1/embeddings", {}, b"", 404, None, ("POST /v1/embeddings", "GET /openapi.json")),
-    "another method": ("GET", "/v1/completions", {}, b"", 405, None, ("GET /v1/completions", "no such call, but POST")),
-    "another of two": ("POST", "/kv/prefixes/a", {}, b"", 405, None, ("but DELETE and GET",)),
+    "another method": (
+        "GET",
+        "/v1/completions",
+        {},
+        b"",
+        405,
+        None,
+        ("GET /v1/completions", "not allowed here: expected POST"),
+    ),
+    "another of two": ("POST", "/kv/prefixes/a", {}, b"", 405, None, ("expected DELETE or GET",)),
     "a form without a boundary": (
         *("PUT", "/adapters/poet", FORM, b"a", 400, "Content-Type"),
         ("expected multipart/form-data; boundary=",),
