@@ -208,7 +208,8 @@ def make_runner(config: EngineConfig) -> Runner:
     followers = Followers()
     try:
         followers.start(config)
-        runner = load_part(config, RankGroup.join(0, size, followers.store, device_of(config, 0)))
+        device = device_of(config, 0)
+        runner = load_part(config, followers.meet(lambda: RankGroup.join(0, size, followers.store, device)))
     except BaseException:
         followers.close()
         raise
