@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -81,6 +81,7 @@ class Followers:
     """
 
     def __init__(self) -> None:
+        self.bytes_sent = 0  # of commands, counted for each rank that got them
         self._first: Future[RankFault] = Future()  # why the first one ended
         self._followers: list[_Follower] = []
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -124,7 +125,8 @@ class Followers:
                 joining.set_exception(error)
 
         threading.Thread(target=run, name="join", daemon=True).start()
-        wait((joining, self._first), return_when=FIRST_COMPLETED)
+        both: list[Future[Any]] = [joining, self._first]
+        wait(both, return_when=FIRST_COMPLETED)
         if self.failure is not None:
             raise ValueError(str(self.failure))
         try:
@@ -205,6 +207,7 @@ class Followers:
 
     def _send(self, message: bytes) -> None:
         for follower in self._followers:
+            self.bytes_sent += len(message)
             self._send_to(follower, message)
 
     def _send_to(self, follower: _Follower, message: bytes) -> None:
@@ -212,7 +215,7 @@ class Followers:
             follower.send(message)
 
     def _listen(self, follower: _Follower) -> None:
-        failed = None
+        failed: Failed | None = None
         with contextlib.suppress(EOFError, OSError):
             while True:
                 match decode_report(follower.connection.recv_bytes()):

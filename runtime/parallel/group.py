@@ -33,7 +33,7 @@ class RankGroup:
 
     def __init__(self, rank: int = 0, size: int = 1, backend: Any = None) -> None:
         self.rank, self.size = rank, size
-        self.bytes_sent = 0  # what this rank has given to the calls; those that a CUDA graph repeats are not counted
+        self.bytes_sent = 0  # what this rank has given to the calls
         self._backend = backend
 
     @classmethod

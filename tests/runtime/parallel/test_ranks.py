@@ -65,6 +65,7 @@ def test_tokens_are_those_of_one_rank(tmp_path, size):
     """Four requests on blocks for two, so that K/V go to host memory and come back."""
     alone = Engine(config(tmp_path))
     expected = outputs(alone)
+    assert alone.stats().ranks is None
     alone.close()
     blocks = 10 * alone.runner.kv.block(0).nbytes // 2
     engine = Engine(config(tmp_path, tensor_parallel_size=size, kv_cache_bytes=blocks, host_kv_bytes=MIB))
@@ -73,11 +74,13 @@ def test_tokens_are_those_of_one_rank(tmp_path, size):
     assert outputs(engine) == expected
     assert engine.scheduler.preemptions > 0
     assert engine.stats().host_kv.stores > 0
-    sent = engine.runner.group.bytes_sent
+    sent, commands = engine.runner.group.bytes_sent, engine.stats().ranks.command_bytes
     steps = engine.steps
     engine.generate([prompt(30, 9)], GREEDY)
     rows = 30 + GREEDY.max_tokens - 1
-    assert engine.runner.group.bytes_sent - sent == 2 * 2 * rows * TINY["hidden_size"] * 4
+    ranks = engine.stats().ranks
+    assert ranks.summed_bytes - sent == 2 * 2 * rows * TINY["hidden_size"] * 4
+    assert 0 < ranks.command_bytes - commands < (size - 1) * GREEDY.max_tokens * 100
     assert engine.steps - steps == GREEDY.max_tokens
     engine.check()
     engine.close()
