@@ -116,23 +116,24 @@ class Followers:
 
         `join` runs on a thread of its own, which nothing can end before its time: it may be left waiting.
         """
-        joining: Future[T] = Future()
+        joined: list[T] = []
+        faults: list[GroupFailed] = []
+        done: Future[None] = Future()
 
         def run() -> None:
             try:
-                joining.set_result(join())
-            except BaseException as error:
-                joining.set_exception(error)
+                joined.append(join())
+            except GroupFailed as error:
+                faults.append(error)
+            finally:
+                done.set_result(None)
 
         threading.Thread(target=run, name="join", daemon=True).start()
-        both: list[Future[Any]] = [joining, self._first]
-        wait(both, return_when=FIRST_COMPLETED)
-        if self.failure is not None:
-            raise ValueError(str(self.failure))
-        try:
-            return joining.result()
-        except GroupFailed as error:
-            raise ValueError(self.reason() or f"the ranks cannot meet: {error}") from error
+        either: list[Future[Any]] = [done, self._first]
+        wait(either, return_when=FIRST_COMPLETED)
+        if joined and self.failure is None:
+            return joined[0]
+        raise ValueError(self.reason() or f"the ranks cannot meet: {', '.join(map(str, faults))}")
 
     def wait_until_ready(self) -> None:
         """Wait until every rank can compute a step. Raises ValueError with the reason of one that cannot."""

@@ -15,6 +15,7 @@ from runtime.engine import Engine
 from runtime.messages import Ready, SamplingParams, Tokens
 from runtime.parallel import followers, group
 from runtime.parallel.followers import Followers
+from runtime.parallel.group import GroupFailed
 from tests.runtime.engine_peer import Peer, generate
 from tests.runtime.parallel.rank_threads import PATIENCE
 from tests.runtime.test_process import Served
@@ -162,6 +163,15 @@ def test_a_rank_that_cannot_start_says_why(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^rank 1: ValueError: the file is gone$"):
         Engine(config(tmp_path, tensor_parallel_size=2))
     assert children(os.getpid()) == before
+
+
+def test_a_start_whose_ranks_cannot_meet_says_what_gloo_says(monkeypatch):
+    def join():
+        raise GroupFailed("no route to host")
+
+    monkeypatch.setattr(followers, "FIRST_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"^the ranks cannot meet: no route to host$"):
+        Followers().meet(join)
 
 
 def test_a_rank_that_ends_before_it_has_joined_ends_the_start(tmp_path, monkeypatch):
