@@ -245,6 +245,12 @@ def _on_cuda(config: EngineConfig) -> bool:
 def _check_ranks(config: EngineConfig) -> None:
     """Raise ValueError, before other processes are started, for what several ranks cannot do here."""
     size, option = config.tensor_parallel_size, "tensor_parallel_size (--tensor-parallel-size)"
+    if config.quantization is not None:
+        raise ValueError(
+            f"{option} is {size}, and quantization (--quantization) {config.quantization} is made by kernels "
+            "(--kernels) compiled, which compute on one rank: leave quantization out, or serve a checkpoint that is "
+            "quantised"
+        )
     if _on_cuda(config):
         found = torch.cuda.device_count()
         if found < size:
@@ -260,8 +266,6 @@ def _check_ranks(config: EngineConfig) -> None:
             f"{option} is {size}, and kernels (--kernels) compiled compute on one rank, as they cannot add up what "
             "several have in the middle of a step: set kernels to torch or auto"
         )
-    else:
-        _refuse_quantization(config, "torch")
 
 
 def _make_runner(config: EngineConfig, group: RankGroup) -> Runner:

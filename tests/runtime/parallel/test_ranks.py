@@ -192,7 +192,7 @@ def test_a_rank_that_ends_before_it_has_joined_ends_the_start(tmp_path, monkeypa
         ({"kernels": "compiled"}, r"tensor_parallel_size .* is 2, and kernels \(--kernels\) compiled .* torch or auto"),
         (
             {"quantization": "int8"},
-            r"\(--quantization\) int8 needs kernels \(--kernels\) compiled, not torch",
+            r"tensor_parallel_size .* is 2, and quantization \(--quantization\) int8 .* serve a checkpoint",
         ),
     ],
 )
