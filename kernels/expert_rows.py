@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels import lora_tiles
 from kernels.interpreter import interpreted
+from kernels.launches import ceil_div, launch
 from kernels.lora_tiles import Tiles
-from kernels.sizes import ceil_div
 
 _FIRST_ROW = tl.constexpr(lora_tiles.FIRST_ROW)
 _ROWS = tl.constexpr(lora_tiles.ROWS)
@@ -44,7 +44,9 @@ def expert_matmul(
     assert bias is None or bias.is_contiguous()
     _, out, inputs = weight.shape
     y = torch.empty((len(x), out), dtype=x.dtype, device=x.device)
-    _expert_matmul_kernel[(len(tiles.fields), ceil_div(out, config.block_n))](
+    launch(
+        _expert_matmul_kernel,
+        (len(tiles.fields), ceil_div(out, config.block_n)),
         x,
         weight,
         weight if bias is None else bias,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.interpreter import interpreted
-from kernels.sizes import ceil_div
+from kernels.launches import ceil_div, launch
 
 BLOCK = 64  # inputs that lie together, and that a program multiplies at a time
 HALF = BLOCK // 2  # of four bits, the bytes of a block
@@ -76,7 +76,9 @@ def quantized_product(
     partial = torch.empty((config.split_k, rows, columns), dtype=torch.float32, device=x.device)
     if rows:
         grid = (ceil_div(columns, config.block_n), ceil_div(rows, config.block_m), config.split_k)
-        _quantized_product_kernel[grid](
+        launch(
+            _quantized_product_kernel,
+            grid,
             x,
             codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes,
             scales,
