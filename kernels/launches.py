@@ -1,17 +1,19 @@
-"""Launches: their sizes, from plain integers, and the quick way to a kernel that Triton has compiled.
+"""Launches: their sizes, from plain integers, and a short way to kernels that were launched before.
 
-Triton's own sizes take 6 µs a call on the host, these less than 0.1. Of a launch, Triton's own way takes several times
-as long as what is needed: it writes the options into a string, asks the environment, and compares global constants.
+Triton's own sizes take 6 µs a call on the host, these less than 0.1. A launch of its own takes about three times as
+long as one here: it makes strings of options, asks the environment, and compares the constants that a kernel names.
 """
 
+from types import NoneType
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-_compiled: dict[tuple[Any, ...], CompiledKernel] = {}  # by all that Triton chooses a compiled kernel by
+_compiled: dict[tuple[Any, ...], CompiledKernel] = {}  # what was launched, by `_facts`
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -25,33 +27,62 @@ def power_of_2(count: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """As `kernel[grid](*args, **constants)`, and the same compiled kernel.
+    """As `kernel[grid](*args, **constants)`, and of the same compiled kernel.
 
-    Triton's own binder says what a launch is specialised for. What was not launched before goes Triton's way, and so do
-    interpreted kernels, and all while a tool watches launches. Triton's settings for compiling, such as its debug mode,
-    count when a kernel is launched for the first time.
+    `constants` are all the kernel's constants, in its order, and then options of the launch. What was not launched
+    before goes Triton's way, and so do interpreted kernels, GPUs that are not NVIDIA's, and every launch while a tool
+    watches them. Triton's settings, such as its debug mode, count when a kernel is launched for the first time.
     """
     if not isinstance(kernel, JITFunction) or _watched(kernel):
         kernel[grid](*args, **constants)
         return
-    device = driver.active.get_current_device()
-    _, _, _, _, bind = kernel.device_caches[device]
-    bound, specialization, options = bind(*args, **constants)
-    key = kernel.fn, device, tuple(specialization), tuple(options.items())
-    compiled = _compiled.get(key)
+    active = driver.active
+    device = active.get_current_device()
+    facts = _facts(kernel, device, args, constants)
+    compiled = _compiled.get(facts) if facts else None
     if compiled is None:
-        found = kernel[grid](*args, **constants)
-        if isinstance(found, CompiledKernel):  # and not one that is still being compiled, or that a hook has refused
-            _compiled[key] = found
+        compiled = kernel[grid](*args, **constants)
+        if facts and _is_complete(compiled):
+            _compiled[facts] = compiled
         return
     x, y, z = (*grid, 1, 1)[:3]
-    stream = driver.active.get_current_stream(device)
-    no_hooks = None, None, None
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *bound.values())
+    values = (*args, *constants.values())[: len(kernel.params)]
+    stream, no_hooks = active.get_current_stream(device), (None, None, None)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *values)
 
 
 def _watched(kernel: JITFunction) -> bool:
     """Whether a tool, such as a profiler, is told of a kernel's launches. A hook is a function, or a chain of some."""
     runtime = triton.knobs.runtime
-    hooks = kernel.pre_run_hooks, runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _facts(
+    kernel: JITFunction, device: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """All that Triton may choose a compiled kernel by, and a little more; None where that is not known.
+
+    Of a pointer that is its dtype and its place between multiples of 16, of an integer its value, unless the kernel is
+    not specialised for it, and of a float nothing.
+    """
+    facts = [kernel.fn, device]
+    for value, parameter in zip(args, kernel.params, strict=False):
+        kind = type(value)
+        if kind is Tensor:
+            facts += value.dtype, value.data_ptr() % 16
+        elif kind is int:
+            if not parameter.do_not_specialize:
+                facts.append(value)
+            elif not -(2**31) <= value < 2**31:  # of another width
+                return None
+        elif kind is float or kind is NoneType:
+            facts.append(kind)
+        else:
+            return None
+    return *facts, *constants, *constants.values()
+
+
+def _is_complete(compiled: Any) -> bool:
+    """Whether this is a compiled kernel, not one under way or refused by a hook, and chosen by `_facts` alone."""
+    return isinstance(compiled, CompiledKernel) and bool(compiled.metadata.target.backend == "cuda")
