@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import lora_tiles
-from kernels.interpreter import interpreted
+from kernels.interpreter import BFLOAT16_DOT
 from kernels.launches import ceil_div, launch
 from kernels.lora_tiles import Tiles
 
@@ -56,7 +56,7 @@ def expert_matmul(
         BIASED=bias is not None,
         OUT=out,
         IN=inputs,
-        DOT=tl.float32 if interpreted() or x.dtype == torch.float32 else tl.bfloat16,
+        DOT=tl.float32 if x.dtype == torch.float32 else BFLOAT16_DOT,
         BLOCK_M=tiles.height,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import lora_tiles, offset_table
-from kernels.interpreter import interpreted
+from kernels.interpreter import BFLOAT16_DOT
 from kernels.launches import ceil_div, launch
 from kernels.lora_tiles import Tiles
 
@@ -210,12 +210,8 @@ def expand(
 
 
 def _dot_dtype(*factors: Tensor) -> tl.dtype:
-    """The dtype that tensor cores multiply: bfloat16 if all factors are.
-
-    Always float32 in Triton's interpreter: it would multiply the bit patterns of bfloat16 as integers.
-    """
-    narrow = all(factor.dtype == torch.bfloat16 for factor in factors) and not interpreted()
-    return tl.bfloat16 if narrow else tl.float32
+    """The dtype that tensor cores multiply: bfloat16 if all factors are."""
+    return BFLOAT16_DOT if all(factor.dtype == torch.bfloat16 for factor in factors) else tl.float32
 
 
 @triton.jit(do_not_specialize=["sites", "site"])

@@ -41,6 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     facts = _facts(kernel, device, args, constants)
     compiled = _compiled.get(facts) if facts else None
     if compiled is None:
+        assert _in_order(kernel, args, constants), f"constants are to be named as {kernel} has them, and nothing else"
         compiled = kernel[grid](*args, **constants)
         if facts and _is_complete(compiled):
             _compiled[facts] = compiled
@@ -63,24 +64,28 @@ def _facts(
 ) -> tuple[Any, ...] | None:
     """All that Triton may choose a compiled kernel by, and a little more; None where that is not known.
 
-    Of a pointer that is its dtype and its place between multiples of 16, of an integer its value, unless the kernel is
-    not specialised for it, and of a float nothing.
+    Of a pointer that is its dtype and its place between multiples of 16, of an integer its value, and of a float, or an
+    integer of 32 bits that the kernel is not specialised for, its type.
     """
     facts = [kernel.fn, device]
     for value, parameter in zip(args, kernel.params, strict=False):
         kind = type(value)
         if kind is Tensor:
             facts += value.dtype, value.data_ptr() % 16
-        elif kind is int:
-            if not parameter.do_not_specialize:
-                facts.append(value)
-            elif not -(2**31) <= value < 2**31:  # of another width
-                return None
-        elif kind is float or kind is NoneType:
+        elif kind is int and not parameter.do_not_specialize:
+            facts.append(value)
+        elif kind is float or kind is NoneType or (kind is int and -(2**31) <= value < 2**31):
             facts.append(kind)
         else:
             return None
     return *facts, *constants, *constants.values()
+
+
+def _in_order(kernel: JITFunction, args: tuple[Any, ...], constants: dict[str, Any]) -> bool:
+    """Whether all arguments are there, by place, and all constants, by name, in the kernel's order."""
+    names = kernel.arg_names[len(args) :]
+    constexprs = list(range(len(args), len(kernel.params)))
+    return bool(kernel.constexprs == constexprs and list(constants)[: len(names)] == names)
 
 
 def _is_complete(compiled: Any) -> bool:

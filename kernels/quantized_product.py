@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.interpreter import interpreted
+from kernels.interpreter import BFLOAT16_DOT
 from kernels.launches import ceil_div, launch
 
 BLOCK = 64  # inputs that lie together, and that a program multiplies at a time
@@ -95,7 +95,7 @@ def quantized_product(
             FOUR_BITS=width == HALF,
             FLOATS=codes.dtype == torch.float8_e4m3fn,
             TERMS=2 if book is not None and x.dtype == torch.bfloat16 else 1,
-            DOT=tl.bfloat16 if x.dtype == torch.bfloat16 and not interpreted() else tl.float32,
+            DOT=BFLOAT16_DOT if x.dtype == torch.bfloat16 else tl.float32,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             SPLIT_K=config.split_k,
