@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,7 +22,8 @@ from service.routing.wanted import wanted_of
 # Calls on what one replica has in its memory: another one answers the next call, and knows nothing of it
 OF_ONE_REPLICA = ("/kv/prefixes", "/kv/namespaces", "/pause", "/resume", "/reset_prefix_cache", "/v1/responses/")
 EVENTS = b"text/event-stream"
-ATTEMPTS = 2  # at a request of which no answer has begun when its replica dies
+ATTEMPTS = 3  # at a request of which no answer has begun when its replica dies
+PAUSE_SECONDS = 0.1  # before another attempt: by then the router knows of the death
 
 
 class Ingress:
@@ -73,8 +74,9 @@ class Ingress:
 
     async def _ask(self, call: Call, send: Send) -> None:
         """Have a replica answer; one that dies before its answer begins is followed by another, if the call may be."""
-        attempts = ATTEMPTS if call.scope["method"] in ("GET", "HEAD") or (call.body and call.pieces is None) else 1
-        for attempt in range(attempts):
+        again: Call | None = call
+        while again is not None:
+            call = again
             start: Message | None = None
             answer = self._replicas.answer.remote(call)
             try:
@@ -85,14 +87,26 @@ class Ingress:
                 return
             except BackPressureError as error:
                 raise RequestError("queue_full", "all replicas have as many requests as they take") from error
+            except DeploymentUnavailableError as error:
+                raise EngineError("engine_unavailable", "no replica can be started: Ray's log says why") from error
             except (ActorDiedError, ActorUnavailableError) as error:
-                if start is None and attempt + 1 < attempts:
-                    continue
-                await self._lost(start, send, error)
-                return
+                again = await self._again(call) if start is None else None
+                if again is None:
+                    await self._lost(start, send, error)
             finally:
                 with suppress(asyncio.CancelledError):
                     answer.cancel()
+
+    async def _again(self, call: Call) -> Call | None:
+        """The call for another replica; None if it was tried often enough, or if a part of its body is gone.
+
+        What changes an adapter is repeated too: done twice it is the same as done once.
+        """
+        again = call._replace(attempt=call.attempt + 1)
+        if again.attempt == ATTEMPTS or (call.pieces and not await call.pieces.repeat.remote(call.id, again.attempt)):
+            return None
+        await asyncio.sleep(PAUSE_SECONDS)
+        return again
 
     async def _lost(self, start: Message | None, send: Send, error: Exception) -> None:
         """End an answer whose replica has died: an error if it had not begun, an error event in a stream.

@@ -70,7 +70,7 @@ class Replica:
             if call.pieces is None and (message := next(parts, None)) is not None:
                 return message
             if more:
-                taken: Message = await call.pieces.take.remote(call.id)
+                taken: Message = await call.pieces.take.remote(call.id, call.attempt)
                 more = taken["type"] == "http.request" and bool(taken.get("more_body"))
                 return taken
             await asyncio.Event().wait()  # a client that goes away is a cancellation
