@@ -42,10 +42,10 @@ def replicas(client: httpx.Client, tiny_model: Path, tmp_path_factory: pytest.Te
         yield cluster
 
 
-def answer(cluster: Cluster, model: str, **body: Any) -> tuple[str, list[int], str]:
+def answer(cluster: Cluster, model: str, prompt: str = "hello", **body: Any) -> tuple[str, list[int], str]:
     """The text of a greedy answer, its tokens, and who gave it."""
     given = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True, **body}
-    response = cluster.complete(model, **given)
+    response = cluster.complete(model, prompt, **given)
     assert response.status_code == 200, response.text
     [choice] = response.json()["choices"]
     return choice["text"], choice["token_ids"], response.headers.get(REPLICA, "")
