@@ -76,22 +76,23 @@ class Ingress:
         """Have a replica answer; one that dies before its answer begins is followed by another, if the call may be."""
         again: Call | None = call
         while again is not None:
-            call = again
-            start: Message | None = None
+            call, again = again, None
+            start, last = None, False
             answer = self._replicas.answer.remote(call)
             try:
                 async for messages in answer:
                     for message in messages:
                         start = message if message["type"] == "http.response.start" else start
+                        last = message["type"] == "http.response.body" and not message.get("more_body", False)
                         await send(message)
-                return
             except BackPressureError as error:
                 raise RequestError("queue_full", "all replicas have as many requests as they take") from error
             except DeploymentUnavailableError as error:
                 raise EngineError("engine_unavailable", "no replica can be started: Ray's log says why") from error
             except (ActorDiedError, ActorUnavailableError) as error:
-                again = await self._again(call) if start is None else None
-                if again is None:
+                if start is None:
+                    again = await self._again(call)
+                if again is None and not last:
                     await self._lost(start, send, error)
             finally:
                 with suppress(asyncio.CancelledError):
@@ -111,7 +112,7 @@ class Ingress:
     async def _lost(self, start: Message | None, send: Send, error: Exception) -> None:
         """End an answer whose replica has died: an error if it had not begun, an error event in a stream.
 
-        Raises the error in the middle of any other body, which cuts the connection.
+        Raises ConnectionError in the middle of any other body, which cuts the client's connection.
         """
         failure = EngineError(
             "engine_died", "the replica that answered has died, and is replaced: send the request again"
@@ -120,6 +121,6 @@ class Ingress:
             raise failure from error
         headers: dict[bytes, Any] = {name.lower(): value for name, value in start["headers"]}
         if not headers.get(b"content-type", b"").startswith(EVENTS):
-            raise failure from error
+            raise ConnectionError(failure.message) from error
         event = b"data: %b\n\n" % encode_json(error_body(failure))
         await send({"type": "http.response.body", "body": event, "more_body": False})
