@@ -9,6 +9,7 @@ from starlette.types import Message, Scope
 
 from service.routing.choice import Wanted
 
+ELSEWHERE = "rootstock.elsewhere"  # the message of a replica without an engine, instead of an answer
 WINDOW = 8  # messages of a body between the one that receives them and the one that wants them
 CARRIED = (  # what of an ASGI scope can be sent
     "type",
@@ -34,7 +35,8 @@ class Call(NamedTuple):
     body: bytes = b""
     pieces: Any = None  # the handle of an actor `Pieces`, instead of a body
     id: str = ""  # of the body there
-    attempt: int = 0  # which replica in a row gets it, because the ones before have died
+    attempt: int = 0  # which replica in a row gets it, because the ones before have died or have no engine
+    avoid: str = ""  # the replica that had none
 
 
 def carried(scope: Scope) -> dict[str, Any]:

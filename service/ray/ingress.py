@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.door.bodies import Bodies
 from service.errors import EngineError, RequestError, error_body
 from service.http import encode_json, error_response, own_path
-from service.ray.call import Call, Pieces, carried
+from service.ray.call import ELSEWHERE, Call, Pieces, carried
 from service.routing.wanted import wanted_of
 
 # Calls on what one replica has in its memory: another one answers the next call, and knows nothing of it
@@ -82,6 +82,9 @@ class Ingress:
             try:
                 async for messages in answer:
                     for message in messages:
+                        if message["type"] == ELSEWHERE:
+                            again = await self._again(call._replace(avoid=message["replica"]))
+                            continue
                         start = message if message["type"] == "http.response.start" else start
                         last = message["type"] == "http.response.body" and not message.get("more_body", False)
                         await send(message)
@@ -90,7 +93,7 @@ class Ingress:
             except DeploymentUnavailableError as error:
                 raise EngineError("engine_unavailable", "no replica can be started: Ray's log says why") from error
             except (ActorDiedError, ActorUnavailableError) as error:
-                if start is None:
+                if start is None and again is None:
                     again = await self._again(call)
                 if again is None and not last:
                     await self._lost(start, send, error)

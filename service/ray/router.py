@@ -49,8 +49,8 @@ class ResidencyRouter(RequestRouter):
             return [candidate_replicas]
         call = pending_request.args[0] if pending_request.args else None
         sent, by_id = Counter(self._sent.values()), {each.replica_id.unique_id: each for each in candidate_replicas}
-        servers = [self._server(each, sent[each.replica_id]) for each in by_id.values()]
-        wanted = call.wanted if isinstance(call, Call) else Wanted()
+        wanted, avoid = (call.wanted, call.avoid) if isinstance(call, Call) else (Wanted(), "")
+        servers = [self._server(each, sent[each.replica_id], avoid) for each in by_id.values()]
         if not wanted.affinity:  # what has no home of its own goes to all in turn
             wanted = Wanted(heads=(pending_request.metadata.internal_request_id,))
         return [[by_id[server.id]] for server in ranked(wanted, servers)]
@@ -61,12 +61,12 @@ class ResidencyRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._sent.pop(internal_request_id, None)
 
-    def _server(self, replica: RunningReplica, sent: int) -> Server:
-        stats = replica.routing_stats or {}
+    def _server(self, replica: RunningReplica, sent: int, avoid: str) -> Server:
+        stats, id = replica.routing_stats or {}, replica.replica_id.unique_id
         reached = time.monotonic() - self._unavailable.get(replica.replica_id, -math.inf) > UNAVAILABLE_SECONDS
         return Server(
-            id=replica.replica_id.unique_id,
-            ready=reached and stats.get("ready", True),
+            id=id,
+            ready=reached and id != avoid and stats.get("ready", True),
             places=stats.get("places", self._places),
             in_flight=max(sent, stats.get("in_flight", 0)),
             queue_seconds=stats.get("queue_seconds", 0.0),

@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.types import Message
 
-from service.ray.call import Call
+from service.ray.call import ELSEWHERE, Call
 from service.ray.ingress import ATTEMPTS, Ingress
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
@@ -110,6 +110,16 @@ def test_a_call_without_an_answer_is_repeated(error: Exception, method: str, con
     replicas = Replicas(gives(then=error), gives(then=error), WHOLE)
     assert call(replicas, method, content=content).status_code == 200
     assert [each.attempt for each in replicas.calls] == [0, 1, 2]
+
+
+def test_a_replica_without_an_engine_is_passed_over() -> None:
+    replicas = Replicas(gives([{"type": ELSEWHERE, "replica": "first"}]), WHOLE)
+    assert call(replicas).status_code == 200
+    assert [(each.attempt, each.avoid) for each in replicas.calls] == [(0, ""), (1, "first")]
+    received: list[bytes] = []
+    replicas = Replicas(gives([{"type": ELSEWHERE, "replica": "first"}]), reads(received))
+    assert call(replicas, "PUT", "/adapters/poet", b"an adapter").status_code == 200
+    assert b"".join(received) == b"an adapter"
 
 
 def test_a_call_that_no_replica_survives_is_refused() -> None:

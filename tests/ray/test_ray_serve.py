@@ -162,13 +162,6 @@ def test_a_hot_adapter_spreads_when_its_home_is_crowded(
         assert min(homes.values()) >= 8, homes
 
 
-def test_an_engine_that_dies_is_restarted_by_its_replica_and_others_serve_meanwhile(cluster: Cluster) -> None:
-    before = both(cluster)
-    died = cluster.client.post("/v1/completions", json={"model": NAME, "prompt": "hello", "cache_salt": "die"})
-    assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_died")
-    wait_until(lambda: set(shown(cluster)) == before)  # one without an engine is asked last; none is replaced
-
-
 class Callers:
     """Threads that call one after the other until the block ends, each with a prompt of its own."""
 
@@ -206,6 +199,16 @@ def outcome(response: httpx.Response, body: dict[str, object]) -> str:
         text, tokens = "", 0
     whole = tokens == body["max_tokens"] and (f"{body['prompt']}" * tokens).startswith(text)
     return "whole" if whole else f"{response.status_code} {response.text[-200:]}"
+
+
+def test_an_engine_that_dies_is_restarted_by_its_replica_and_others_serve_meanwhile(cluster: Cluster) -> None:
+    before = both(cluster)
+    died = cluster.client.post("/v1/completions", json={"model": NAME, "prompt": "hello", "cache_salt": "die"})
+    assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_died")
+    with Callers(cluster.client.base_url, 6) as statuses:  # the routers do not know it yet
+        wait_until(lambda: statuses.total() > 50)
+        wait_until(lambda: set(shown(cluster)) == before)  # none is replaced
+    assert set(statuses) == {"whole"}, statuses
 
 
 def test_a_replica_that_is_killed_ends_its_streams_with_an_error_event_and_is_replaced(cluster: Cluster) -> None:
