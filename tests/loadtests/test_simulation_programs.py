@@ -13,6 +13,7 @@ from loadtests.simulate.calibrate import AT_ONCE, LONG, LONG_TOKENS, PROMPTS, RO
 from loadtests.simulate.costs import Transfer
 from tests.loadtests.commands import SMALL, cells, number, run
 
+SVG = "{http://www.w3.org/2000/svg}"
 FEW = ["--vary", "replicas", "2", "4", "--seconds", "6", "--warm-seconds", "2", "--adapters", "50", "--rate", "3"]
 
 
@@ -28,13 +29,54 @@ def test_the_program_prints_a_row_for_each_router_and_value_and_draws_its_plots(
     for drawn in ("goodput", "first", "moved"):
         file = tmp_path / f"few-{drawn}.svg"
         assert file.stat().st_size < 20_000
-        names = [text.text for text in ET.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+        names = [text.text for text in ET.parse(file).iter(f"{SVG}text")]
         assert {"random", "ours", "replicas"} <= set(names)
+
+
+def styles(drawn: Path) -> dict[str, str]:
+    """The colour of each line, by its name in the legend."""
+    groups = ET.parse(drawn).iter(f"{SVG}g")
+    return {each[1].text or "": each.get("class", "") for each in groups if each[1].tag == f"{SVG}text"}
+
+
+def test_a_router_has_the_same_colour_whichever_others_are_drawn(tmp_path: Path) -> None:
+    few = [*FEW, "--out", str(tmp_path), "--adapters", "10"]
+    program.main([*few, "--routers", "ours,random", "--name", "two"])
+    program.main([*few, "--routers", "least loaded,random,rendezvous,ours", "--name", "four"])
+    two, four = styles(tmp_path / "two-first.svg"), styles(tmp_path / "four-moved.svg")
+    assert list(four) == ["least loaded", "random", "rendezvous", "ours"]
+    assert len(set(four.values())) == 4
+    assert two == {"ours": four["ours"], "random": four["random"]}
+
+
+def test_of_several_seeds_the_median_is_shown_and_the_least_and_the_most(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def printed(*options: str) -> list[str]:
+        program.main([*FEW[:3], *FEW[4:], "--routers", "random", "--adapters", "500", "--first-ms", "30", *options])
+        return cells(capsys.readouterr().out.split("\n\n")[0])[1]
+
+    each = [printed("--seed", str(seed)) for seed in (3, 4, 5)]
+    kept = ["--seed", "3", "--seeds", "3", "--processes", "2", "--keep", str(tmp_path / "runs")]
+    together = printed(*kept)
+    for column in (2, 4, 12):  # without a range
+        assert number(together[column]) == sorted(number(row[column]) for row in each)[1]
+    for column in (3, 5, 9):
+        low, middle, high = sorted((row[column] for row in each), key=number)
+        assert together[column] == f"{middle} ({low}–{high})"
+    files = sorted((tmp_path / "runs").iterdir())
+    assert len(files) == 3
+    before = [file.stat().st_mtime_ns for file in files]
+    assert printed(*kept) == together
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert printed(*kept, "--zipf", "0.5") != together
+    assert len(list((tmp_path / "runs").iterdir())) == 6
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
         (["--vary", "colour", "1"], "--vary takes one of replicas"),
         (["--vary", "replicas", "many"], "--vary replicas"),
         (["--routers", "best"], "no router 'best'"),
@@ -68,7 +110,7 @@ def test_the_break_even_is_printed_for_each_model_and_bandwidth(
     head, *rows = cells(capsys.readouterr().out.strip())
     assert len(rows) == 1 + len(kv_sharing.GPU_MODELS)
     assert len(head) == 4 + len(kv_sharing.LINKS)
-    assert ET.parse(tmp_path / "kv.svg").getroot().tag.endswith("svg")
+    assert ET.parse(tmp_path / "kv.svg").getroot().tag == f"{SVG}svg"
 
 
 def test_the_calibration_finds_the_costs_that_the_figures_were_made_of() -> None:
