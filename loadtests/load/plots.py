@@ -94,9 +94,9 @@ def document(title: str, x_name: str, lines: Sequence[Line], *, logarithmic: boo
         parts.append(f'<g class="s{style}">{sample}<text x="{x + 34}" y="{y}">{escape(line.name)}</text></g>')
     named = f'role="img" aria-label="{escape(f"{title}, by {x_name}")}"'
     space = 'xmlns="http://www.w3.org/2000/svg"'
-    style = f"<style>{DOCUMENT_STYLE}{STYLE}</style>"
+    colours = f"<style>{DOCUMENT_STYLE}{STYLE}</style>"
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    return f"<svg {space} {size} {named}>{style}{''.join(parts)}</svg>\n"
+    return f"<svg {space} {size} {named}>{colours}{''.join(parts)}</svg>\n"
 
 
 def _axes_and_lines(title: str, x_name: str, lines: Sequence[Line], logarithmic: bool = False) -> str:

@@ -1,16 +1,35 @@
 """The programs around the simulation: what they print and draw, and the arithmetic of the calibration."""
 
+import asyncio
+import json
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from loadtests.adapter_client import AdapterClient
 from loadtests.simulate import __main__ as program
 from loadtests.simulate import costs as cost_tables
-from loadtests.simulate import kv_sharing
-from loadtests.simulate.calibrate import AT_ONCE, LONG, LONG_TOKENS, PROMPTS, ROWS, SHORT, Figures, line, step_costs
+from loadtests.simulate import kv_sharing, validate
+from loadtests.simulate.calibrate import (
+    AT_ONCE,
+    LONG,
+    LONG_TOKENS,
+    PROMPTS,
+    ROWS,
+    SHORT,
+    Figures,
+    Prompts,
+    line,
+    step_costs,
+)
 from loadtests.simulate.costs import Transfer
+from loadtests.simulate.memory import AdapterMemory
+from loadtests.simulate.routers import by_name
+from loadtests.simulate.simulation import Cluster, Simulation
+from loadtests.simulate.traffic import BASE, Conversation, Turn
 from tests.loadtests.commands import SMALL, cells, number, run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -163,3 +182,53 @@ def test_a_transfer_is_what_two_sizes_took() -> None:
     found = line([(1e6, 0.012), (5e6, 0.020)])
     assert found.seconds(3e6) == pytest.approx(0.016)
     assert line([(1e6, 0.010), (5e6, 0.008)]) == Transfer(0.0, 5e6 / 0.008)
+
+
+def test_loads_give_way_to_steps_for_as_long_as_their_patience_lasts() -> None:
+    waits = cost_tables.Waits(read=2e-6, copy=1e-6, longest_seconds=0.1)
+    memory = AdapterMemory(cost_tables.read("smollm2-two-cores")._replace(waits=waits), [5e6])
+    memory.ask(0, 1)
+    [idle] = memory.advance({0: 1})
+    memory = AdapterMemory(memory.costs, [5e6])
+    memory.ask(0, 1)
+    [busy] = memory.advance({0: 1}, 0.04)
+    assert busy.seconds - idle.seconds == pytest.approx(10 * 0.04)
+    memory.finish(busy.load)
+    [copied] = memory.advance({0: 1}, 0.04)
+    assert copied.seconds == pytest.approx(memory.costs.copy.seconds(5e6) + 5 * 0.04)
+
+
+@pytest.mark.parametrize("continues", [0.0, 0.6])
+def test_a_run_that_took_what_the_simulation_takes_deviates_by_nothing(
+    continues: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "runs.json"
+    given = [str(file), "--talks", "20", "--continues", str(continues), "--routers", "rendezvous"]
+    costs = cost_tables.read("smollm2-two-cores")
+    chosen = validate.options(given)
+    simulated = validate.simulate(costs, 2, "rendezvous", validate.chosen_talks(chosen), chosen)
+    taken = {"runs": [("rendezvous", [validate.Played(simulated, [], {})])], "conditions": "-"}
+    file.write_text(json.dumps({"costs": cost_tables.as_fields(costs), **taken}))
+    validate.main(given)
+    real, ours, deviation = cells(capsys.readouterr().out.split("\n\n")[0])[1:]
+    assert real[3:] == ours[3:]
+    reused = number(ours[9])
+    assert set(deviation[3:]) == ({"+0.0 %"} if continues else {"+0.0 %", "–"})
+    assert 20 < reused < 100 if continues else reused == 0
+
+
+def test_a_server_finds_the_kv_of_a_conversation_as_the_simulation_does(server: str) -> None:
+    turns = [Turn(40, 9, 0.0), Turn(7, 5, 0.0), Turn(30, 3, 0.0)]
+    talks = [Conversation(number, BASE, 0.0, turns) for number in range(3)]
+    with AdapterClient(server) as client:
+        servers = validate.Servers([server], client.base(), [], 16)
+    real = asyncio.run(validate.Client(servers, "random", 0, Prompts(49_152, "talks")).play(talks, 2))
+    costs = cost_tables.read("smollm2-two-cores")
+    outcome = Simulation(Cluster(1, costs, []), by_name("random")).run(iter(talks))
+    simulated = map(validate.answer, outcome.requests)
+
+    def lengths(answers: Iterable[validate.Answer]) -> list[tuple[int, ...]]:
+        return sorted((each.conversation, each.turn, each.tokens, each.prompt, each.cached) for each in answers)
+
+    assert lengths(real) == lengths(simulated)
+    assert [each[2:] for each in lengths(real)[:3]] == [(9, 40, 0), (5, 56, 48), (3, 91, 60)]
