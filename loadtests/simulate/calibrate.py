@@ -109,6 +109,7 @@ class Rounds:
         """`adapters` are in the store of all servers."""
         self.alone: list[Figures] = []
         self.beside: list[Figures] = []
+        self.adapter_bytes = 0.0  # of each, in memory
         self._urls, self._base, self._adapters = urls, base, adapters
         self._prompts = Prompts(model.config["vocab_size"])
 
@@ -118,6 +119,8 @@ class Rounds:
             with AdapterClient(url) as client:
                 for name in self._adapters[:AT_ONCE]:
                     client.load(name, "device")
+                metrics = client.metrics()
+                self.adapter_bytes = metrics.tier("bytes_used") / metrics.tier("adapters")
         given = (self._prompts, self._base, self._adapters)
         self.alone.append(asyncio.run(one_round(self._urls[:1], *given)))
         if len(self._urls) > 1:
@@ -259,16 +262,11 @@ def line(points: Sequence[tuple[float, float]]) -> Transfer:
     return Transfer(max(0.0, less - small / speed), speed)
 
 
-def costs_of(
-    rounds: Rounds, loads: LoadCosts, model: Model, url: str, limits: Limits, conditions: Sequence[str]
-) -> Costs:
-    """Return the costs by rounds that were measured; `loads` are what `load_costs` returned for one of the servers."""
+def costs_of(rounds: Rounds, loads: LoadCosts, model: Model, limits: Limits, conditions: Sequence[str]) -> Costs:
+    """Return the costs by rounds that were measured; `loads` are what `load_costs` returned."""
     shape = model.config
     head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
-    with AdapterClient(url) as client:
-        metrics = client.metrics()
-        each = metrics.tier("bytes_used") / metrics.tier("adapters")  # all of rank RANK
     alone, beside = middle(rounds.alone), middle(rounds.beside) if rounds.beside else None
     steps, outside = step_costs(alone)
     steps_beside = None
@@ -293,7 +291,7 @@ def costs_of(
         read=loads.read,
         download=Transfer(0.0, INSTANT),
         kv_bytes_per_token=2 * shape["num_hidden_layers"] * heads * head * 2,
-        adapter_bytes=each,
+        adapter_bytes=rounds.adapter_bytes,
         limits=limits,
         waits=loads.waits,
     )
@@ -357,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rounds.measure()
         started = f"{count} server(s) on one store, started with {chosen.server_args or 'no arguments'}."
         loads = load_costs(urls, model, base)
-        write(costs_of(rounds, loads, model, urls[0], Limits(), [started]), chosen.out)
+        write(costs_of(rounds, loads, model, Limits(), [started]), chosen.out)
 
 
 def write(costs: Costs, path: Path) -> None:

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from loadtests.simulate.calibrate import Prompts, Rounds, costs_of, load_costs, 
 from loadtests.simulate.costs import Costs, Limits, as_fields
 from loadtests.simulate.figures import first_seconds
 from loadtests.simulate.routers import Asked, View, by_name
-from loadtests.simulate.simulation import Cluster, Simulation
+from loadtests.simulate.simulation import Cluster, Simulation, routing
 from loadtests.simulate.traffic import (
     BASE,
     Conversation,
@@ -112,7 +111,8 @@ class Client:
     """Sends requests to the server that a router chooses, by what a poll of all servers said last."""
 
     def __init__(self, servers: Servers, router: str, seed: int, prompts: Prompts) -> None:
-        self._servers, self._router, self._rng = servers, by_name(router), random.Random(seed)
+        """`seed` is of what a router does at random, which is then what it does in the simulation."""
+        self._servers, self._router, self._rng = servers, by_name(router), routing(seed)
         self._prompts = prompts
         self._loads, self._open, self._published = ([0] * len(servers.urls) for _ in range(3))
         self._device: dict[str, list[int]] = {}
@@ -197,15 +197,15 @@ class Played(NamedTuple):
     stages: Mapping[str, tuple[float, int]]  # of loads: seconds of all, and how many
 
 
-def play(servers: Servers, router: str, talks: Sequence[Conversation], at_a_time: int, seed: int) -> Played:
+def play(servers: Servers, router: str, talks: Sequence[Conversation], chosen: argparse.Namespace) -> Played:
     """Have the conversations on servers without an adapter in memory."""
     clients = [AdapterClient(url) for url in servers.urls]
     for client in clients:
         for name in servers.names:
             client.unload(name, "host")
     before = [client.metrics() for client in clients]
-    prompts = Prompts(VOCABULARY, (router, len(servers.urls), seed))  # none is in a cache
-    answers = asyncio.run(play_on(servers, router, seed, prompts, talks, at_a_time))
+    prompts = Prompts(VOCABULARY, time.time_ns())  # none is in a cache
+    answers = asyncio.run(play_on(servers, router, prompts, talks, chosen))
     after = [client.metrics() for client in clients]
     spans = list(zip(before, after, strict=True))
     loads, steps = (
@@ -220,9 +220,9 @@ def play(servers: Servers, router: str, talks: Sequence[Conversation], at_a_time
 
 
 async def play_on(
-    servers: Servers, router: str, seed: int, prompts: Prompts, talks: Sequence[Conversation], at_a_time: int
+    servers: Servers, router: str, prompts: Prompts, talks: Sequence[Conversation], chosen: argparse.Namespace
 ) -> list[Answer]:
-    return await Client(servers, router, seed, prompts).play(talks, at_a_time)
+    return await Client(servers, router, chosen.seed, prompts).play(talks, chosen.at_a_time)
 
 
 # The simulation
@@ -250,7 +250,7 @@ def answer(of: Request) -> Answer:
     return Answer(*what, of.answer, of.prompt, of.cached)
 
 
-def chosen_talks(chosen: argparse.Namespace) -> list[Conversation]:
+def chosen_talks(chosen: argparse.Namespace, continues: float) -> list[Conversation]:
     traffic = Traffic(
         adapters=chosen.adapters,
         requests_per_second=1000.0,
@@ -258,7 +258,7 @@ def chosen_talks(chosen: argparse.Namespace) -> list[Conversation]:
         prompt=Lengths(60, 0.6, 240),
         follow_up=Lengths(30, 0.6, 120),
         answer=Lengths(40, 0.5, 120),
-        continues=chosen.continues,
+        continues=continues,
         pause_seconds=0.5,
     )
     return list(conversations(traffic, chosen.seed))[: chosen.talks]
@@ -287,7 +287,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--adapters", type=int, default=48)
     add("--resident", type=int, default=8, help="adapters that each server's device holds, its host twice as many [8]")
     add("--talks", type=int, default=128, help="conversations [128]")
-    add("--continues", type=float, default=0.0, help="probability of another turn of one, after 0.5 s [0]")
+    add(
+        "--continues", default="0", help="probabilities of another turn of one, separated by commas: a run for each [0]"
+    )
     add("--at-a-time", type=int, default=12)
     add("--rounds", type=int, default=2)
     add("--samples", type=int, default=3, help="of the costs, before each round [3]")
@@ -305,13 +307,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compared(chosen: argparse.Namespace, found: dict[str, Any]) -> str:
     """Return a table of what was measured and what the simulation makes of it, and the conditions."""
-    costs, talks = cost_tables.parse(found["costs"]), chosen_talks(chosen)
+    costs = cost_tables.parse(found["costs"])
     name = f"{chosen.servers} × {chosen.threads} thread(s)"
     lines = []
-    for router, taken in found["runs"]:
+    for router, continues, taken in found["runs"]:
+        talks = chosen_talks(chosen, continues)
         real = middle([Measured(*figures) for figures, _, _ in taken])
-        lines += rows(name, router, real, simulate(costs, chosen.servers, router, talks, chosen))
-    return f"{table(['servers', 'router', '', *HEAD], lines)}\n\n{found['conditions']}"
+        lines += rows(f"{name}, {continues:g}", router, real, simulate(costs, chosen.servers, router, talks, chosen))
+    return f"{table(['servers, another turn', 'router', '', *HEAD], lines)}\n\n{found['conditions']}"
 
 
 def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -321,7 +324,9 @@ def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = chosen.resident * round(SLACK * len(adapter_file(model.config, 0)))
     limits = Limits(max_running=16, device_bytes=device, host_bytes=2 * device, kv_bytes=2**28)
     routers = chosen.routers.split(",") if chosen.servers > 1 else ROUTERS[:1]
-    runs: dict[str, list[Played]] = {router: [] for router in routers}
+    runs = [
+        (router, float(continues), list[Played]()) for continues in chosen.continues.split(",") for router in routers
+    ]
     with ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory())
         given = ["--model", str(model.directory), "--data-directory", store, f"--threads={chosen.threads}"]
@@ -329,20 +334,19 @@ def run_servers(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
         urls = [stack.enter_context(running_server([*given, *arguments(limits)])) for _ in range(chosen.servers)]
         servers = Servers(urls, upload(urls, model, names), names, limits.max_running)
         rounds = Rounds(urls, model, servers.base, names)
-        talks = chosen_talks(chosen)
-        play(servers, routers[0], talks[: chosen.at_a_time], chosen.at_a_time, -1)
+        play(servers, routers[0], chosen_talks(chosen, 0.0)[: chosen.at_a_time], chosen)
         loads = load_costs(urls, model, servers.base)
         what = f"{chosen.servers} server(s), {chosen.threads} thread(s)."
         for number in range(chosen.rounds):
             for _ in range(chosen.samples):
                 rounds.measure()
-            for router in routers:
-                say(f"round {number + 1}, {router}")
-                runs[router].append(play(servers, router, talks, chosen.at_a_time, number))
-            costs = costs_of(rounds, loads, model, urls[0], limits, [what])
+            for router, continues, taken in runs:
+                say(f"round {number + 1}, {router}, another turn {continues:g}")
+                taken.append(play(servers, router, chosen_talks(chosen, continues), chosen))
+            costs = costs_of(rounds, loads, model, limits, [what])
             yield {
                 "costs": as_fields(costs),
-                "runs": list(runs.items()),
+                "runs": runs,
                 "conditions": conditions(chosen, model, load, number + 1),
             }
 
@@ -352,8 +356,8 @@ def conditions(chosen: argparse.Namespace, model: Model, load: float, rounds: in
         f"Measured on {datetime.now(UTC):%d %B %Y}: {model.directory.name} on {len(os.sched_getaffinity(0))} cores of "
         f"{cpu_name()}, load average {load:.2f} before and {os.getloadavg()[0]:.2f} after; the client on the same "
         "cores.",
-        f"{chosen.talks} conversations, {chosen.at_a_time} at a time, another turn with probability "
-        f"{chosen.continues:g}, {chosen.adapters} adapters by Zipf(1), a tenth on "
+        f"{chosen.talks} conversations, {chosen.at_a_time} at a time, another turn after 0.5 s with the probability "
+        f"in the first column, {chosen.adapters} adapters by Zipf(1), a tenth on "
         f"the base; the device of each server holds {chosen.resident} adapters, its host memory twice as many; "
         f"adapters begin on disk. Medians of {rounds} round(s), before each of which the costs were measured "
         f"{chosen.samples} time(s), and one simulation.",

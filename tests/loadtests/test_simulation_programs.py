@@ -203,11 +203,11 @@ def test_a_run_that_took_what_the_simulation_takes_deviates_by_nothing(
     continues: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "runs.json"
-    given = [str(file), "--talks", "20", "--continues", str(continues), "--routers", "rendezvous"]
+    given = [str(file), "--talks", "20", "--routers", "rendezvous"]
     costs = cost_tables.read("smollm2-two-cores")
     chosen = validate.options(given)
-    simulated = validate.simulate(costs, 2, "rendezvous", validate.chosen_talks(chosen), chosen)
-    taken = {"runs": [("rendezvous", [validate.Played(simulated, [], {})])], "conditions": "-"}
+    simulated = validate.simulate(costs, 2, "rendezvous", validate.chosen_talks(chosen, continues), chosen)
+    taken = {"runs": [("rendezvous", continues, [validate.Played(simulated, [], {})])], "conditions": "-"}
     file.write_text(json.dumps({"costs": cost_tables.as_fields(costs), **taken}))
     validate.main(given)
     real, ours, deviation = cells(capsys.readouterr().out.split("\n\n")[0])[1:]
