@@ -110,6 +110,7 @@ class AdapterMemory:
         self.loads: OrderedDict[int, Load] = OrderedDict()  # by adapter
         self.references: dict[int, int] = {}  # by adapter: the running requests that have it
         self.moved, self.times = Moved(), Moved()  # bytes; how often
+        self.stage_seconds = 0.0  # of all stages of loads
         self.changes: list[Change] = []  # since they were taken
         self.hits = self.misses = 0  # of requests: whether the device had the adapter when they came
         self._working = 0  # loads that read or download
@@ -175,6 +176,7 @@ class AdapterMemory:
             start = self._start(load, held_device, held_host, step_seconds)
             if start is not None:
                 started.append(start)
+                self.stage_seconds += start.seconds
         return started
 
     def _start(

@@ -55,6 +55,7 @@ HEAD = (
     "p99, ms",
     "loads to the device",
     "of them from disk",
+    "a load, ms",
     "prompts reused, %",
     "steps",
 )
@@ -69,6 +70,7 @@ class Measured(NamedTuple):
     first_p99: float
     loads: float  # adapters to the device
     reads: float  # adapters from disk
+    load: float  # of one, without its waits for a turn and for room
     reused: float  # percent of the prompts' tokens
     steps: float  # of all engines: how requests are batched, whatever a step takes
 
@@ -87,12 +89,13 @@ class Answer(NamedTuple):
     cached: int  # tokens of the prompt that were not computed
 
 
-def measured(answers: Sequence[Answer], loads: float, reads: float, steps: float) -> Measured:
+def measured(answers: Sequence[Answer], loads: float, reads: float, load_seconds: float, steps: float) -> Measured:
+    """`load_seconds` are of all loads together."""
     first = [1000 * each.first for each in answers]
     times = (statistics.fmean(first), statistics.median(first), percentile(first, 0.99))
     speed = sum(each.tokens for each in answers) / max(each.ended for each in answers)
     reused = 100 * sum(each.cached for each in answers) / sum(each.prompt for each in answers)
-    return Measured(speed, *times, loads, reads, reused, steps)
+    return Measured(speed, *times, loads, reads, 1000 * load_seconds / max(1, loads), reused, steps)
 
 
 # Real servers
@@ -216,7 +219,8 @@ def play(servers: Servers, router: str, talks: Sequence[Conversation], chosen: a
     for stage in ("read", "pack", "copy"):
         seconds, counts = zip(*(each.get(stage, (0.0, 0)) for each in by_server), strict=True)
         stages[stage] = sum(seconds), sum(counts)
-    return Played(measured(answers, loads, stages["read"][1], steps), answers, stages)
+    load_seconds = sum(seconds for seconds, _ in stages.values())
+    return Played(measured(answers, loads, stages["read"][1], load_seconds, steps), answers, stages)
 
 
 async def play_on(
@@ -242,7 +246,8 @@ def simulate(
     )
     outcome = Simulation(cluster, by_name(router), chosen.seed).run(iter(talks))
     times, steps = outcome.counted.times, sum(replica.steps for replica in outcome.replicas)
-    return measured(list(map(answer, outcome.requests)), times.copied, times.read, steps)
+    seconds = sum(replica.memory.stage_seconds for replica in outcome.replicas)
+    return measured(list(map(answer, outcome.requests)), times.copied, times.read, seconds, steps)
 
 
 def answer(of: Request) -> Answer:

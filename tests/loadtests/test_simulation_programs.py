@@ -212,7 +212,7 @@ def test_a_run_that_took_what_the_simulation_takes_deviates_by_nothing(
     validate.main(given)
     real, ours, deviation = cells(capsys.readouterr().out.split("\n\n")[0])[1:]
     assert real[3:] == ours[3:]
-    reused = number(ours[9])
+    reused = number(ours[10])
     assert set(deviation[3:]) == ({"+0.0 %"} if continues else {"+0.0 %", "–"})
     assert 20 < reused < 100 if continues else reused == 0
 
