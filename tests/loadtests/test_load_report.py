@@ -1,5 +1,6 @@
 """The load report: its arithmetic, its plots, and a run of short scenarios against a server of a tiny model."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import pytest
 from loadtests.api_key import bearer
 from loadtests.load import __main__ as load
 from loadtests.load.page import Report, Result, Sweep, html, markdown
-from loadtests.load.plots import Line, plot, shown, ticks
+from loadtests.load.plots import Line, document, logarithmic_ticks, plot, shown, ticks
 from loadtests.load.runs import Figures, Scenario, figures
 from loadtests.server_process import find_model, running_server
 from tests.loadtests.commands import SMALL, cells, number, run
@@ -78,6 +79,31 @@ def test_a_plot_places_the_points_between_its_axes_and_names_its_lines() -> None
     assert places[1][1] == pytest.approx((places[0][1] + places[2][1]) / 2, abs=0.2)
     assert places[3] == (places[1][0], pytest.approx((places[0][1] + places[1][1]) / 2, abs=0.2))
     assert [span[0].tail for span in figure.iter("span")] == [" a <b>", " c"]
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest"), [(367, 29_800), (1.05, 122_259), (0.004, 0.005), (200, 200), (10, 1000)]
+)
+def test_a_logarithmic_axis_has_few_round_steps_around_the_values(lowest: float, highest: float) -> None:
+    steps = logarithmic_ticks(lowest, highest)
+    assert steps[0] <= lowest < steps[1]
+    assert steps[-2] < highest <= steps[-1] or len(steps) == 2
+    assert 2 <= len(steps) <= 9
+    assert all(1.99 < later / earlier < 10.01 for earlier, later in itertools.pairwise(steps))
+
+
+def test_on_a_logarithmic_axis_equal_factors_are_equally_far_apart() -> None:
+    drawn = ET.fromstring(document("ms", "rate", [Line("a", [(1, 10.0), (2, 100.0), (3, 1000.0)])], logarithmic=True))
+    low, middle, high = (float(dot.get("cy", "")) for dot in drawn.iter("{http://www.w3.org/2000/svg}circle"))
+    assert low - middle == pytest.approx(middle - high, abs=0.2)
+    assert low - middle > 50
+    with pytest.raises(ValueError, match="no place for 0"):
+        document("ms", "rate", [Line("a", [(1, 0.0), (2, 1.0)])], logarithmic=True)
+
+
+def test_a_title_that_would_be_cut_off_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 44 characters, not 60"):
+        document("x" * 60, "rate", [])
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are() -> None:
