@@ -3,7 +3,7 @@
 #   make test    run the tests               make check   format, lint and types, changing nothing
 #   make test-quick  the quick ones, in less than a minute: no Triton, no real model
 #   make test-clients  client programs from the package index against a server: ARGS; in .venv-clients and .venv-lm-eval
-#   make test-contract  schemathesis against a server, all operations, about 5 minutes: ARGS; in .venv-contract
+#   make test-contract  schemathesis against a server, all operations, about 6 minutes, or as ARGS say; in .venv-contract
 #   make test-ray  two replicas on Ray Serve on this machine, about 4 minutes: ARGS; in .venv-ray
 #   make test-kills  kill a service 100 times while clients change adapters, about 10 minutes: ROUNDS
 #   make fuzz    damaged uploads against independent judges: ARGS=--seconds=600
@@ -41,7 +41,7 @@ test-clients: .venv/runtime .venv-clients/made .venv-lm-eval/made
 	.venv-lm-eval/bin/python -m pytest -c tests/clients/pytest.ini tests/clients/test_lm_eval.py $(ARGS)
 
 test-contract: .venv/dev .venv-contract/made
-	.venv/bin/python -m tests.contract.against_server .venv-contract/bin/schemathesis --max-time=300 $(ARGS)
+	.venv/bin/python -m tests.contract.against_server .venv-contract/bin/schemathesis $(ARGS)
 
 test-ray: .venv-ray/made
 	.venv-ray/bin/python -m pytest -c tests/ray/pytest.ini tests/ray $(ARGS)

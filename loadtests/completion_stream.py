@@ -53,9 +53,12 @@ def prompts(count: int, words: int, seed: object) -> list[str]:
 
 
 async def events(
-    client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int
+    client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int, more: Mapping[str, Any] = {}
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the events of a streamed greedy completion of exactly `max_tokens` tokens. Raises StreamFailed."""
+    """Yield the events of a streamed greedy completion of exactly `max_tokens` tokens. Raises StreamFailed.
+
+    `more` has further fields of the request.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -64,6 +67,7 @@ async def events(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **more,
     }
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
@@ -76,15 +80,27 @@ async def events(
                 yield event
 
 
-async def complete(client: httpx.AsyncClient, model: str, prompt: str | Sequence[int], max_tokens: int) -> Timing:
-    """Stream one completion to its end and measure it. Raises StreamFailed."""
+async def complete(
+    client: httpx.AsyncClient,
+    model: str,
+    prompt: str | Sequence[int],
+    max_tokens: int,
+    generated: list[int] | None = None,
+) -> Timing:
+    """Stream one completion to its end and measure it. Raises StreamFailed.
+
+    `generated` takes the ids of the answer's tokens, which not every server can send.
+    """
     start = time.perf_counter()
     arrivals: list[float] = []
     tokens, prefilled = None, 0
-    async with aclosing(events(client, model, prompt, max_tokens)) as stream:
+    more = {} if generated is None else {"return_token_ids": True}
+    async with aclosing(events(client, model, prompt, max_tokens, more)) as stream:
         async for event in stream:
             if event["choices"]:
                 arrivals.append(time.perf_counter())
+                if generated is not None:
+                    generated += event["choices"][0].get("token_ids") or []
             if usage := event.get("usage"):
                 tokens = usage["completion_tokens"]
                 prefilled = usage["prompt_tokens"] - cached_tokens(usage)

@@ -32,6 +32,7 @@ def add_options(parser: ArgumentParser, **_: Any) -> None:
         ("--models", "LOAD_MODELS", str, "", "names, the most popular first, separated by commas; default: all served"),
         ("--popularity", "LOAD_POPULARITY", float, 1.0, "Zipf exponent of the models' popularity"),
         ("--requests", "LOAD_REQUESTS", int, 0, "end the run after this many requests; 0: no limit"),
+        ("--seconds", "LOAD_SECONDS", float, 0.0, "end the run so long after its first answer; 0: no limit"),
         ("--max-tokens", "LOAD_MAX_TOKENS", int, 32, "tokens of an answer"),
         ("--api-key", "LOAD_API_KEY", str, "", "sent as a bearer token"),
         ("--seed", "LOAD_SEED", int, 0, "of the users' choices"),
@@ -48,6 +49,18 @@ def end_after_requests(environment: Environment, **_: Any) -> None:
     def count(request_type: str, **_: Any) -> None:
         if request_type in ("GET", "POST") and next(numbers) == options["requests"] and environment.runner:
             gevent.spawn(environment.runner.quit)  # it kills this user's greenlet, and must not run in it
+
+    hooks.request.add_listener(count)
+
+
+def end_after_seconds(environment: Environment, **_: Any) -> None:
+    """Locust's own --run-time also counts what users do before their first request, which a busy machine drags out."""
+    options, hooks = vars(environment.parsed_options), cast(Any, environment.events)
+    answers = itertools.count(1)
+
+    def count(request_type: str, **_: Any) -> None:
+        if request_type == "POST" and next(answers) == 1 and options["seconds"] and environment.runner:
+            gevent.spawn_later(options["seconds"], environment.runner.quit)
 
     hooks.request.add_listener(count)
 
@@ -71,6 +84,7 @@ def write_timings(environment: Environment, **_: Any) -> None:
 HOOKS: Any = events  # Locust's have no types
 HOOKS.init_command_line_parser.add_listener(add_options)
 HOOKS.init.add_listener(end_after_requests)
+HOOKS.init.add_listener(end_after_seconds)
 HOOKS.init.add_listener(write_timings)
 
 

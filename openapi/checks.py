@@ -25,7 +25,7 @@ Schema = dict[str, Any]
 ADAPTER_NAME: Schema = {"minLength": 1, "maxLength": MAX_NAME_CHARACTERS, "pattern": f"^{NAME}$"}
 NO_SLASH: Schema = {"minLength": 1, "pattern": "^[^/]+$"}
 HEADERS: dict[str, Schema] = {
-    "If-Match": {"pattern": f"^({IF_MATCH})+$", "description": "`*`, or digests in double quotes, separated by commas"},
+    "If-Match": {"pattern": f"^{IF_MATCH}$", "description": "`*`, or digests in double quotes, separated by commas"},
     "If-None-Match": {"enum": ["*"], "description": "refuse to replace an adapter"},
     GENERATION_HEADER: {
         "pattern": f"^{GENERATION_NUMBER}$",

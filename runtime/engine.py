@@ -28,6 +28,7 @@ from runtime.messages import (
     Generate,
     HoldPrefix,
     PrefixHeld,
+    RankStats,
     Ready,
     SamplingParams,
     Stats,
@@ -420,7 +421,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot of the engine's state, and its counters since start."""
-        return snapshot(self.scheduler, self.prefixes, self.tallies, self.steps)
+        runner, ranks = self.runner, None
+        if runner.followers:
+            ranks = RankStats(summed_bytes=runner.group.bytes_sent, command_bytes=runner.followers.bytes_sent)
+        return snapshot(self.scheduler, self.prefixes, self.tallies, self.steps, ranks)
 
     def check(self) -> None:
         """Recount the invariants of everything that the engine owns."""

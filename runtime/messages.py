@@ -363,6 +363,13 @@ class HostKvStats(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int = 0
 
 
+class RankStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 has sent to other ranks; counters since start."""
+
+    summed_bytes: int = 0  # given to sums over all ranks
+    command_bytes: int = 0  # of commands, counted for each rank that got them
+
+
 class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     """One tier of adapter memory; counters since start. `adapters` are the digests that it holds whole."""
 
@@ -396,6 +403,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     blocks_held: int = 0
     namespaces: dict[str, KvNamespace] = {}  # by digest, "" is the base
     host_kv: HostKvStats = HostKvStats()
+    ranks: RankStats | None = None  # None: there is one
 
 
 Event = Ready | Tokens | Failed | AdapterState | Answer | PinsSet | PrefixHeld | PrefixEnded | KvChanges | Stats

@@ -67,7 +67,6 @@ LASTING = re.compile(
 # runs Python; the default of 5 ms is a fifth of a decode step.
 SWITCH_SECONDS = 0.0005
 PARENT_CHECK_MILLISECONDS = 1000
-RANK_SECONDS = 1.0  # for the reason of another rank to arrive, after a step that failed because it had ended
 SIGN_SECONDS = 1.0  # the loop sends a message at least this often, if no step takes longer: it is how one sees it alive
 
 
@@ -122,7 +121,7 @@ class EngineServer:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         followers = self.engine.runner.followers
         if followers:  # which wait for the rest of the step
-            raise EngineBroken(followers.reason(RANK_SECONDS) or f"a step of several ranks failed: {reason}") from error
+            raise EngineBroken(followers.reason() or f"a step of several ranks failed: {reason}") from error
         if LASTING.search(str(error)):
             raise EngineBroken(f"the device failed: {reason}") from error
         if self._failed_steps >= FAILED_STEPS:
@@ -226,7 +225,12 @@ def main(endpoint: str, parent: int) -> None:
 
 
 def _end(status: int, reason: str) -> NoReturn:
-    """End the process at once: threads that wait for a broken device would hold up any other end."""
+    """End the process at once: threads that wait for a broken device would hold up any other end.
+
+    The reason is the last line of standard error: who logs from now on waits for the end.
+    """
+    for handler in logging.getLogger().handlers:
+        handler.acquire()
     print(f"engine: {reason}", file=sys.stderr, flush=True)
     os._exit(status)
 

@@ -208,7 +208,8 @@ def make_runner(config: EngineConfig) -> Runner:
     followers = Followers()
     try:
         followers.start(config)
-        runner = load_part(config, RankGroup.join(0, size, followers.store, device_of(config, 0)))
+        device = device_of(config, 0)
+        runner = load_part(config, followers.meet(lambda: RankGroup.join(0, size, followers.store, device)))
     except BaseException:
         followers.close()
         raise
@@ -244,6 +245,12 @@ def _on_cuda(config: EngineConfig) -> bool:
 def _check_ranks(config: EngineConfig) -> None:
     """Raise ValueError, before other processes are started, for what several ranks cannot do here."""
     size, option = config.tensor_parallel_size, "tensor_parallel_size (--tensor-parallel-size)"
+    if config.quantization is not None:
+        raise ValueError(
+            f"{option} is {size}, and quantization (--quantization) {config.quantization} is made by kernels "
+            "(--kernels) compiled, which compute on one rank: leave quantization out, or serve a checkpoint that is "
+            "quantised"
+        )
     if _on_cuda(config):
         found = torch.cuda.device_count()
         if found < size:
@@ -259,8 +266,6 @@ def _check_ranks(config: EngineConfig) -> None:
             f"{option} is {size}, and kernels (--kernels) compiled compute on one rank, as they cannot add up what "
             "several have in the middle of a step: set kernels to torch or auto"
         )
-    else:
-        _refuse_quantization(config, "torch")
 
 
 def _make_runner(config: EngineConfig, group: RankGroup) -> Runner:

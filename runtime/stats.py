@@ -5,7 +5,7 @@ from typing import NamedTuple
 from runtime.kv.block_pool import BlockPool
 from runtime.kv.held_prefixes import HeldPrefixes
 from runtime.kv.offload import Offload
-from runtime.messages import KvNamespace, Stats
+from runtime.messages import KvNamespace, RankStats, Stats
 from runtime.request import Request
 from runtime.scheduler import Scheduler
 
@@ -62,7 +62,9 @@ def namespaces(blocks: BlockPool, offload: Offload, tallies: Tallies) -> dict[st
     }
 
 
-def snapshot(scheduler: Scheduler, prefixes: HeldPrefixes, tallies: Tallies, steps: int) -> Stats:
+def snapshot(
+    scheduler: Scheduler, prefixes: HeldPrefixes, tallies: Tallies, steps: int, ranks: RankStats | None
+) -> Stats:
     """The engine's state now, and its counters since start."""
     blocks, adapters, offload = scheduler.block_manager.pool, scheduler.adapters, scheduler.offload
     return Stats(
@@ -73,6 +75,7 @@ def snapshot(scheduler: Scheduler, prefixes: HeldPrefixes, tallies: Tallies, ste
         blocks_cached=blocks.cached,
         blocks_held=prefixes.blocks_held,
         host_kv=offload.stats(),
+        ranks=ranks,
         namespaces=namespaces(blocks, offload, tallies),
         prompt_tokens=tallies.prompt_tokens,
         cached_tokens=tallies.cached_tokens,

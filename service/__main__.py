@@ -98,12 +98,13 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     say(f"starting the engine: loading {settings.engine.model}")
     with contextlib.suppress(asyncio.CancelledError):  # a signal during the start of the engine: no request is open
         async with app.router.lifespan_context(app):
+            server = Server(app, lifespan="off")
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
-                signal.signal(number, lambda *_: None)  # uvicorn handles them, and raises them again when it ends
+                signal.signal(number, server.handle_exit)  # uvicorn sets it later, and raises signals again at its end
             listener.listen(BACKLOG)
             say_where(settings, listener)
-            await Server(app, lifespan="off").serve([listener])
+            await server.serve([listener])
 
 
 def say_where(settings: Settings, listener: socket.socket) -> None:

@@ -87,6 +87,12 @@ class EngineMetrics(Collector):
             ("adapter_loads", "Adapters made resident on the device.", stats.device.loads),
         ):
             yield CounterMetricFamily(f"rootstock_{name}", text, count)
+        if (ranks := stats.ranks) is not None:
+            for name, text, count in (
+                ("summed_bytes", "Bytes that each rank has given to sums over all ranks.", ranks.summed_bytes),
+                ("command_bytes", "Bytes of commands from rank 0 to the others.", ranks.command_bytes),
+            ):
+                yield CounterMetricFamily(f"rootstock_rank_{name}", text, count)
         yield from self._host_kv()
         yield from self._adapters()
         yield from self._tiers()

@@ -8,10 +8,12 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from runtime.adapter_format.errors import InvalidAdapter
+from runtime.output.logs import cut
 from storage.store import StoreError, StoreFull
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 RETRY_SECONDS = 1  # sent as Retry-After with 429 and 503, unless the table says otherwise
+MOST_MESSAGE, MOST_PARAM = 4000, 300  # characters: names of any length come from clients
 NOT_OF_DISKS = (ConnectionError, TimeoutError)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -179,7 +181,8 @@ def error_body(error: RequestError) -> Error:
     found = ANSWERS[error.code]
     kind = TYPES.get(found.status, "invalid_request_error" if found.status < 500 else "server_error")
     code = found.code or error.code
-    return Error(error=ErrorDetail(message=error.message, type=kind, param=error.param, code=code))
+    message, param = cut(error.message, MOST_MESSAGE), error.param and cut(error.param, MOST_PARAM)
+    return Error(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
 def request_error(error: Exception) -> RequestError | None:

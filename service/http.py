@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
@@ -61,7 +61,7 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     try:
         return _decoded(body, kind)
     except msgspec.ValidationError as error:
-        _refuse_type(kind, str(error), body)
+        raise _refused(kind, str(error), lambda: _value(body)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         _refuse_syntax(body, str(error))
     except RecursionError:
@@ -96,9 +96,8 @@ def read_query(request: Request, kind: type[T]) -> T:
     try:
         return msgspec.convert(dict(query), kind, strict=False)
     except msgspec.ValidationError as error:
-        place = re.search(r"unknown field `(.*)`|at `\$\.(.*)`", str(error))
-        param = (place[1] or place[2]) if place else None
-        raise RequestError("invalid_query", f"the query is not accepted: {error}", param) from None
+        refused = _refused(kind, str(error), lambda: dict(query))
+        raise RequestError("invalid_query", f"the query is not accepted: {refused.message}", refused.param) from None
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -143,8 +142,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         headers["Allow"] = ", ".join(sorted(_methods(request)))
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=headers)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    body = error_body(RequestError(code, f"{request.method} {request.url.path}: {error.detail}"))
+    code, said = "bad_request", str(error.detail)
+    if error.status_code == 404:
+        code, said = "not_found", "there is no such call: GET /openapi.json has them all"
+    elif error.status_code == 405:
+        methods = sorted(_methods(request) - {"HEAD", "OPTIONS"})
+        code, said = "method_not_allowed", f"the method is not allowed here: expected {' or '.join(methods)}"
+    body = error_body(RequestError(code, f"{request.method} {request.url.path}: {said}"))
     return json_response(body, error.status_code, headers)
 
 
@@ -165,26 +169,33 @@ def _methods(request: Request) -> set[str]:
     return {"OPTIONS"}.union(*(route.methods or () for route in matching))
 
 
-def _refuse_type(kind: Any, reason: str, body: bytes) -> NoReturn:
-    """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"."""
+def _refused(kind: Any, reason: str, sent: Callable[[], Any]) -> RequestError:
+    """Translate msgspec's "Expected `int`, got `str` - at `$.max_tokens`"; `sent` gives what was sent, if need be."""
     complaint, _, place = reason.partition(" - at `$")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", complaint)
     missing = re.fullmatch(r"Object missing required field `(.*)`", complaint)
     path = place.rstrip("`").lstrip(".")
     if missing:
         param = f"{path}.{missing[1]}" if path else missing[1]
-        raise RequestError("missing_field", f"{param} is required", param)
+        return RequestError("missing_field", f"{param} is required", param)
     if unknown:
         param = f"{path}.{unknown[1]}" if path else unknown[1]
-        raise RequestError("unknown_field", f"{param} is not a field of this request", param)
+        fields = ", ".join(getattr(kind, "__struct_encode_fields__", ())) or "none"
+        message = f"{param} is not known here" + ("" if path else f": expected {fields}")
+        return RequestError("unknown_field", message, param)
     complaint = complaint.replace("`", "")
     if complaint.startswith(("Invalid enum value", "Invalid value")):
-        steps, value = re.findall(r"[^.\[\]]+", path), None
-        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # of what comes after the complaint
-            value = msgspec.json.decode(body)
-        choices = dict.fromkeys(_choices(msgspec.inspect.type_info(kind), steps, value))
+        steps = re.findall(r"[^.\[\]]+", path)
+        choices = dict.fromkeys(_choices(msgspec.inspect.type_info(kind), steps, sent()))
         complaint += f", expected one of {', '.join(map(str, choices))}"
-    raise RequestError("invalid_field", f"{path or 'the body'}: {complaint}", path or None)
+    return RequestError("invalid_field", f"{path or 'the body'}: {complaint}", path or None)
+
+
+def _value(body: bytes) -> Any:
+    """What a body has; None if what comes after the complaint is broken."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return msgspec.json.decode(body)
+    return None
 
 
 def _choices(place: msgspec.inspect.Type, steps: Sequence[str], value: Any) -> Iterator[Any]:
@@ -219,9 +230,22 @@ def _inside(value: Any, step: str) -> Any:
 
 
 def _refuse_syntax(body: bytes, reason: str) -> NoReturn:
-    """Say where the JSON is broken, and in which field: clients send NaN and Infinity, which JSON does not have."""
+    """Say where the JSON is broken, and in which field: clients send NaN and Infinity, which JSON does not have.
+
+    Other things than JSON are named by how they begin: forms, XML, what was compressed.
+    """
+    if not (begun := body.lstrip(b" \t\r\n")[:12]):
+        raise RequestError("invalid_json", "the body is empty: send a JSON object")
+    if not begun.startswith(b"{"):
+        shown = repr(begun)[1:]
+        message = f"the body is not valid JSON: it begins with {shown}, expected a JSON object that is not compressed"
+        raise RequestError("invalid_json", message)
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:  # msgspec counts from the beginning of the text that it is in
+        reason = f"it is not UTF-8: {error.reason} (byte {error.start})"
     place = re.search(r"\(byte (\d+)\)", reason)
-    keys = re.findall(rb'"([A-Za-z_][A-Za-z0-9_]{0,63})"\s*:\s*[^",{}]*$', body[: int(place[1])]) if place else []
+    keys = re.findall(rb'"([A-Za-z_][A-Za-z0-9_]{0,63})"\s*:\s*"?[^",{}]*$', body[: int(place[1])]) if place else []
     param = keys[-1].decode() if keys else None
     where = f" (in the value of {param})" if param else ""
     raise RequestError("invalid_json", f"the body is not valid JSON: {reason}{where}", param)

@@ -89,9 +89,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     open_metrics: Annotated[bool, Option("answer /metrics, which names adapters and keys, without a key", "server")] = (
         False
     )
-    insecure: Annotated[bool, Option("listen on an address that is not this machine's own without a key", "server")] = (
-        False
-    )
+    insecure: Annotated[
+        bool,
+        Option(
+            "listen on an address that is not this machine's own without a key, also for K/V events, which have none",
+            "server",
+        ),
+    ] = False
     cors_origins: Annotated[
         tuple[str, ...],
         Option("origin whose pages may call the server, or * for any; repeatable", "server", unset="none"),
@@ -249,11 +253,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(
                 "routing_prefixes says what the prefix cache keeps: leave it out, or leave prefix_cache on"
             )
+        self._require_own_endpoints()
         AllowedSources(self.allowed_sources)
         for url in self.unsigned_sources:
             store_url(url)
         if self.store is not None:
             store_of(self.store)
+
+    def _require_own_endpoints(self) -> None:
+        """Refuse events where others get them: they have the tokens of all prompts, and no key is asked for."""
+        bound = {"kv_events_replay": self.kv_events_replay}
+        if self.kv_events is not None and endpoints.binds(self.kv_events):
+            bound["kv_events"] = self.kv_events
+        for name, at in bound.items():
+            if not (self.insecure or at is None or endpoints.is_own(at)):
+                advice = "name one such as tcp://127.0.0.1:5557, or set --insecure"
+                raise ValueError(f"{name}: {at} is not this machine's own address, and no key guards it: {advice}")
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True):

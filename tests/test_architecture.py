@@ -131,7 +131,7 @@ INNER = {
         "service.http",
         "service.services",
     },
-    "service.convert": {"service.text"},
+    "service.convert": {"service.text", "service.logs"},
     "service.tool_calls": set(),
     "service.text": {"service.tool_calls", "service.sandbox"},
     "service.kv": {

@@ -119,7 +119,9 @@ def test_kubernetes_keeps_the_events_of_prompts_to_the_endpoint_picker(
     assert settings.kv_events == f"tcp://*:{ports['kv-events']}"
     kind, pod, model = settings.kv_events_topic.split("@")
     assert (kind, pod, model) == ("kv", "$(POD_IP)", DEFAULT_NAME)
-    assert "POD_IP" in {each["name"] for each in container["env"]}
+    variables = {each["name"]: each for each in container["env"]}
+    assert "POD_IP" in variables
+    assert "optional" not in variables["ROOTSTOCK_API_KEY"]["valueFrom"]["secretKeyRef"], "no pod starts without a key"
     policy = manifests["NetworkPolicy"]["spec"]
     assert policy["podSelector"]["matchLabels"] == manifests["Service"]["spec"]["selector"]
     open_to = {rule["ports"][0]["port"]: rule.get("from") for rule in policy["ingress"]}

@@ -108,20 +108,26 @@ def burst_seconds(chosen: argparse.Namespace) -> float:
 
 
 def upload(url: str, model: Model, count: int, api_key: str) -> Target:
-    """Put random adapters on our server and load them, the most popular ones last; and aLoRAs for the pipeline."""
+    """Put random adapters on our server and load them, the most popular ones last."""
     say(f"uploading {count} adapters")
-    file, activated = adapter_file(model.config, 0), adapter_file(model.config, 0, 8, INVOCATION)
+    file = adapter_file(model.config, 0)
     names = [f"{PREFIX}{number}" for number in range(count)]
     with AdapterClient(url, api_key) as client:
         for number, name in enumerate(names):
             number_file(file, number)
             client.put(name, file)
-        for number, name in enumerate(ACTIVATED):
-            number_file(activated, number)
-            client.put(name, activated)
         for name in reversed(names):
             client.load(name, "device")
         return Target("ours", url, client.base(), names, api_key)
+
+
+def upload_activated(target: Target, model: Model) -> None:
+    """Put the aLoRAs of the pipeline on our server."""
+    file = adapter_file(model.config, 0, 8, INVOCATION)
+    with AdapterClient(target.url, target.api_key) as client:
+        for number, name in enumerate(ACTIVATED):
+            number_file(file, number)
+            client.put(name, file)
 
 
 def remove(target: Target) -> None:
@@ -208,6 +214,7 @@ def measure(chosen: argparse.Namespace, model: Model, scratch: Path) -> Report:
             say("starting a server")
             url = stack.enter_context(running_server(arguments, asking_for(chosen.api_key)))
         ours = upload(url, model, count, chosen.api_key)
+        upload_activated(ours, model)
         stack.callback(remove, ours)
         targets = [ours, *([other(chosen, model, count, scratch)] if chosen.beside else [])]
         for target in targets:
@@ -229,7 +236,7 @@ def with_little_memory(
     count = max(runner.count_of(share) for share in chosen.working_sets)
     memory = ["--adapter-bytes", str(chosen.resident * each)]
     with running_server([*arguments, *memory], asking_for(chosen.api_key)) as url:
-        target = upload(url, model, count, chosen.api_key)
+        target = upload(url, model, count, chosen.api_key)  # and no others: between these, those would take a place
         warm_up(target)
         results = list(runner.by_working_set(target))
     return Sweep("By working set over device memory", "working set / device memory", results)

@@ -49,7 +49,8 @@ def run(scenario: Scenario, url: str, seconds: float, models: Sequence[str], scr
     timings = scratch / "timings"
     timings.unlink(missing_ok=True)
     command = [sys.executable, "-m", "locust", "-f", f"loadtests/{scenario.file}.py"]
-    command += ["--headless", "--only-summary", "--host", url, "--run-time", f"{max(1, round(seconds))}s"]
+    most = round(seconds + MARGIN_SECONDS / 2)  # without a first answer
+    command += ["--headless", "--only-summary", "--host", url, "--seconds", str(seconds), "--run-time", f"{most}s"]
     command += ["--users", str(scenario.users), "--spawn-rate", str(scenario.users), "--timings", str(timings)]
     command += ["--models", ",".join(models), *scenario.options]
     limit = seconds + MARGIN_SECONDS

@@ -5,10 +5,14 @@ byte of K/V cost comes from a file (--costs); docs/scale.md says what is simulat
 """
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 from loadtests.bench.report import say
 from loadtests.simulate import costs as cost_tables
@@ -32,6 +36,9 @@ AXES = {  # what can be varied, and how it is named
 }
 
 
+NOT_OF_A_RUN = {"vary", "axis", "values", "routers", "seed", "seeds", "out", "name", "keep", "processes"}  # options
+
+
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.simulate",
@@ -45,6 +52,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="directory of the plots; default: none are written")
     add("--name", default="simulation", help="what the plots' names begin with")
     add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1, help="from --seed on; of several: medians, and the least and the most [1]")
+    add("--processes", type=int, default=1, help="that simulate, each one run at a time [1]")
+    add("--keep", type=Path, help="directory of runs that ended: they are not simulated again; empty it after changes")
     add("--seconds", type=float, default=60.0, help="for which conversations begin [60]")
     add("--warm-seconds", type=float, default=20.0, help="at the beginning that are not counted [20]")
     add("--first-ms", type=float, default=1000.0, help="goal: first token at the latest [1000]")
@@ -75,6 +85,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     chosen.routers = chosen.routers.split(",")
     if unknown := [name for name in chosen.routers if name not in routers.NAMES]:
         parser.error(f"there is no router {unknown[0]!r}, only {', '.join(routers.NAMES)}")
+    for name in ("seeds", "processes"):
+        if getattr(chosen, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(chosen, name)}")
     if chosen.warm_seconds >= chosen.seconds:
         parser.error(f"--warm-seconds must be below --seconds ({chosen.seconds:g}), not {chosen.warm_seconds:g}")
     whole = isinstance(getattr(chosen, attribute(chosen.axis)), int)
@@ -108,7 +121,41 @@ def traffic_of(chosen: argparse.Namespace) -> Traffic:
     )
 
 
-def simulate(chosen: argparse.Namespace, costs: Costs, router: str) -> Figures:
+class Job(NamedTuple):
+    """One run that is asked for."""
+
+    chosen: argparse.Namespace  # with the value of what is varied
+    costs: Costs
+    router: str
+    seed: int
+
+    def figures(self) -> Figures:
+        """Return those that are kept, or simulate."""
+        if self.chosen.keep is None:
+            return simulate(*self)
+        options = {name: value for name, value in vars(self.chosen).items() if name not in NOT_OF_A_RUN}
+        what = json.dumps([options, cost_tables.as_fields(self.costs), self.router, self.seed], sort_keys=True)
+        path = self.chosen.keep / f"{blake2b(what.encode(), digest_size=16).hexdigest()}.json"
+        if path.exists():
+            return Figures(**json.loads(path.read_text()))
+        found = simulate(*self)
+        self.chosen.keep.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(".new")
+        written.write_text(json.dumps(found._asdict()))
+        written.replace(path)  # an interrupted run leaves no half of a file
+        return found
+
+
+def in_order(jobs: Sequence[Job], processes: int) -> Iterator[Figures]:
+    """Yield the figures of the jobs, which run in so many processes."""
+    if processes == 1:
+        yield from map(Job.figures, jobs)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(Job.figures, jobs)
+
+
+def simulate(chosen: argparse.Namespace, costs: Costs, router: str, seed: int) -> Figures:
     traffic = traffic_of(chosen)
     size = costs.adapter_bytes if chosen.adapter_megabytes is None else 1e6 * chosen.adapter_megabytes
     link = Transfer(chosen.kv_latency_ms / 1000, 1e9 * chosen.kv_bandwidth) if chosen.kv_bandwidth else None
@@ -116,18 +163,18 @@ def simulate(chosen: argparse.Namespace, costs: Costs, router: str) -> Figures:
         replicas=chosen.replicas,
         costs=costs,
         sizes=[size] * chosen.adapters,
-        on_disk=popular(traffic, chosen.seed),
+        on_disk=popular(traffic, seed),
         publish_seconds=chosen.publish_seconds,
         routers=chosen.senders,
         kv_link=link,
         warm_seconds=chosen.warm_seconds,
     )
     began = time.perf_counter()
-    simulation = Simulation(cluster, routers.by_name(router, chosen.spread), chosen.seed)
-    outcome = simulation.run(conversations(traffic, chosen.seed))
+    simulation = Simulation(cluster, routers.by_name(router, chosen.spread), seed)
+    outcome = simulation.run(conversations(traffic, seed))
     took = time.perf_counter() - began
     where = f"{chosen.axis} {getattr(chosen, attribute(chosen.axis)):g}"
-    say(f"{where}, {router}: {len(outcome.requests)} requests, {outcome.events} events in {took:.1f} s")
+    say(f"{where}, {router}, seed {seed}: {len(outcome.requests)} requests, {outcome.events} events in {took:.1f} s")
     goal = Goal(chosen.first_ms / 1000, chosen.token_ms / 1000)
     return figures(outcome, goal, chosen.warm_seconds, chosen.seconds)
 
@@ -154,7 +201,7 @@ def conditions(chosen: argparse.Namespace, costs: Costs) -> str:
         f"{chosen.base_share:.0%} of the conversations on the base. Median tokens: {lengths}. Another turn with "
         f"probability {chosen.continues:g}, after {chosen.pause_seconds:g} s in the mean. Squared coefficient of "
         f"variation of gaps {chosen.burst:g}. {chosen.seconds:g} s, the first {chosen.warm_seconds:g} not counted; "
-        f"seed {chosen.seed}.",
+        f"seed {chosen.seed}{f' to {chosen.seed + chosen.seeds - 1}' if chosen.seeds > 1 else ''}.",
         f"{chosen.replicas} replicas publish every {chosen.publish_seconds:g} s to {chosen.senders} router(s); "
         f"spread {chosen.spread:g} of a replica's places.",
         f"Goal: first token within {chosen.first_ms:g} ms, and {chosen.token_ms:g} ms a token in the mean.",
@@ -166,11 +213,14 @@ def conditions(chosen: argparse.Namespace, costs: Costs) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = options(argv)
     costs = cost_tables.read(chosen.costs)
-    stated = conditions(chosen, costs)
-    runs = []
+    stated, seeds = conditions(chosen, costs), range(chosen.seed, chosen.seed + chosen.seeds)
+    points = []
     for value in chosen.values:
         setattr(chosen, attribute(chosen.axis), value)
-        runs += [Run(router, value, simulate(chosen, costs, router)) for router in chosen.routers]
+        points += [(router, value, argparse.Namespace(**vars(chosen))) for router in chosen.routers]
+    jobs = [Job(at, costs, router, seed) for router, _, at in points for seed in seeds]
+    found = in_order(jobs, chosen.processes)
+    runs = [Run(router, value, [next(found) for _ in seeds]) for router, value, _ in points]
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
         for name, drawn in plots(AXES[chosen.axis], runs).items():

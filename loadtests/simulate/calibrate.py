@@ -27,16 +27,18 @@ from loadtests.bench.report import cpu_name, say
 from loadtests.completion_stream import StreamFailed, Timing, complete
 from loadtests.random_adapter import RANK, adapter_file, number_file
 from loadtests.server_process import Model, ServerFailed, find_model, running_server
-from loadtests.simulate.costs import Costs, Limits, StepCosts, Transfer, as_fields
+from loadtests.simulate.costs import Costs, Limits, StepCosts, Transfer, Waits, as_fields
 
 ROWS = (1, 4, 8, 16)  # decoding requests at a time
-PROMPTS = (16, 256, 1024)  # tokens; all but the last one fit into one step
+PROMPTS = (1, 16, 256, 1024)  # tokens; all but the last one fit into one step, and two have as many as rows
+FEW_TIMES = 5  # that prompts of no more tokens than rows are measured: they take little
 SHORT = 8  # tokens of a prompt whose attention costs nothing to speak of
 LONG = 384  # tokens of a context whose attention is to be seen
 LONG_TOKENS = 72  # of an answer: while some prompts are computed, others decode
 AT_ONCE = 8  # requests at a time, for what adapters and long contexts cost
 SEEN_SECONDS = 60  # for all servers to see what is in the store
 RANKS = (RANK, 4 * RANK)  # of the adapters that are loaded, small and large
+PATIENCE_SECONDS = 0.1  # of a load that gives way to a step (`runtime.background`)
 INSTANT = 1e12  # bytes a second: what is not moved at all
 
 
@@ -45,7 +47,7 @@ class Figures(NamedTuple):
 
     decoding: Mapping[int, float]  # from token to token, by requests at a time, with short contexts
     long_context: float  # of AT_ONCE requests with LONG tokens each
-    one_adapter: float  # of AT_ONCE requests
+    one_adapter: float  # of AT_ONCE requests with the same one
     adapters: float  # of AT_ONCE requests with an adapter each
     first: Mapping[int, float]  # to the first token, by the tokens of a lone prompt
 
@@ -77,14 +79,16 @@ async def gap(urls: Sequence[str], prompts: Prompts, models: Sequence[str], cont
 
 
 async def first(urls: Sequence[str], prompts: Prompts, model: str, tokens: int) -> float:
-    """Return the seconds to the first token of a lone prompt, on all servers at the same time."""
+    """Return the seconds to the first token of a lone prompt, on all servers at the same time; a median if short."""
 
-    async def one(url: str) -> float:
+    async def some(url: str) -> float:
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
             await client.get("/health")  # the connection is made
-            return (await complete(client, model, prompts.some(tokens), 2)).first_seconds
+            times = FEW_TIMES if tokens <= ROWS[-1] else 1
+            found = [await complete(client, model, prompts.some(tokens), 2) for _ in range(times)]
+            return statistics.median(each.first_seconds for each in found)
 
-    return (await asyncio.gather(*map(one, urls)))[0]
+    return (await asyncio.gather(*map(some, urls)))[0]
 
 
 async def one_round(urls: Sequence[str], prompts: Prompts, base: str, adapters: Sequence[str]) -> Figures:
@@ -105,6 +109,7 @@ class Rounds:
         """`adapters` are in the store of all servers."""
         self.alone: list[Figures] = []
         self.beside: list[Figures] = []
+        self.adapter_bytes = 0.0  # of each, in memory
         self._urls, self._base, self._adapters = urls, base, adapters
         self._prompts = Prompts(model.config["vocab_size"])
 
@@ -114,6 +119,8 @@ class Rounds:
             with AdapterClient(url) as client:
                 for name in self._adapters[:AT_ONCE]:
                     client.load(name, "device")
+                metrics = client.metrics()
+                self.adapter_bytes = metrics.tier("bytes_used") / metrics.tier("adapters")
         given = (self._prompts, self._base, self._adapters)
         self.alone.append(asyncio.run(one_round(self._urls[:1], *given)))
         if len(self._urls) > 1:
@@ -139,16 +146,16 @@ def middle(rounds: Sequence[Figures]) -> Figures:
 def step_costs(found: Figures) -> tuple[StepCosts, float]:
     """Return the costs of steps, and the seconds of a request outside them.
 
-    A prompt's row computes no logits and sends nothing, so a decoding row costs more: what is more in the slope over
-    decoding rows than in that over a prompt's. A step of one row is what one decoding request takes for a token.
+    A prompt's row computes no logits and sends nothing, so a decoding row costs more: what is more from the fewest to
+    the most decoding rows than from a prompt of as few to one of as many. Steps of a number of decoding rows that was
+    measured take what was measured.
     """
-    small, step, long = PROMPTS
-    prompt_row = (found.first[step] - found.first[small]) / (step - small)
-    slope = statistics.linear_regression(list(found.decoding), list(found.decoding.values())).slope
-    decoding_row = max(0.0, slope - prompt_row)
-    one = found.decoding[1] - decoding_row
-    outside = max(0.0, found.first[small] - (one + (small - 1) * prompt_row))
-    by_rows = [(1, one), *((tokens, found.first[tokens] - outside) for tokens in (small, step))]
+    few, many, step, long = PROMPTS
+    more = found.decoding[many] - found.decoding[few] - (found.first[many] - found.first[few])
+    decoding_row = max(0.0, more / (many - few))
+    by_rows = [(rows, seconds - rows * decoding_row) for rows, seconds in found.decoding.items()]
+    outside = max(0.0, found.first[few] - by_rows[0][1])
+    by_rows.append((step, found.first[step] - outside))
     tokens_attended = LONG + LONG_TOKENS * 5 / 6  # in the middle of the last third
     attended = (found.long_context - found.decoding[AT_ONCE]) / AT_ONCE / (tokens_attended - SHORT)
     adapter = max(0.0, (found.adapters - found.one_adapter) / (AT_ONCE - 1))
@@ -159,10 +166,20 @@ def step_costs(found: Figures) -> tuple[StepCosts, float]:
     return costs, outside
 
 
-def load_costs(urls: Sequence[str], model: Model, base: str, times: int = 4) -> tuple[Transfer, Transfer]:
-    """Return what reading an adapter from disk to host memory costs, and copying it to the device.
+class LoadCosts(NamedTuple):
+    """What reading an adapter from disk to host memory costs, and copying it to the device."""
 
-    Of the first server, while AT_ONCE requests decode on each: an engine's loads give way to its steps.
+    read: Transfer
+    copy: Transfer
+    waits: Waits
+    conditions: Sequence[str]
+
+
+def load_costs(urls: Sequence[str], model: Model, base: str, times: int = 4) -> LoadCosts:
+    """Return the costs of the first server's loads, from an idle engine and one that computes steps.
+
+    An engine's loads give way to its steps: what they take longer while AT_ONCE requests decode on each server is so
+    many waits for a step.
     """
     say("measuring loads")
     sizes = {}
@@ -176,31 +193,55 @@ def load_costs(urls: Sequence[str], model: Model, base: str, times: int = 4) -> 
         for rank in RANKS:
             client.load(f"load-{rank}-0", "device")  # memory is touched
             client.unload(f"load-{rank}-0", "host")
-        found = asyncio.run(loads_beside(urls, Prompts(model.config["vocab_size"], "loads"), base, client, times))
+        idle = {rank: stage_seconds(client, rank, times) for rank in RANKS}
+        prompts = Prompts(model.config["vocab_size"], "loads")
+        busy, step = asyncio.run(loads_beside(urls, prompts, base, client, times))
         for rank in RANKS:
             for number in range(times):
                 client.delete(f"load-{rank}-{number}")
-    read = [(sizes[rank], stages["read"] + stages["pack"]) for rank, stages in found.items()]
-    return line(read), line([(sizes[rank], stages["copy"]) for rank, stages in found.items()])
+    alone, beside = ([sums(stages[rank]) for rank in RANKS] for stages in (idle, busy))
+    read, copy = (
+        line([(sizes[rank], each[stage]) for rank, each in zip(RANKS, alone, strict=True)]) for stage in (0, 1)
+    )
+    # The adapter that requests use has the first rank.
+    waits = [max(0.0, slow - quick) / step / sizes[RANK] for slow, quick in zip(beside[0], alone[0], strict=True)]
+    said = (
+        f"An adapter of {sizes[RANK] / 1e6:.1f} MB, read and packed, and copied: {alone[0][0]:.4f} and "
+        f"{alone[0][1]:.4f} s while the engine was idle, {beside[0][0]:.4f} and {beside[0][1]:.4f} s while {AT_ONCE} "
+        f"requests decoded, with {step:.4f} s a step (at most {PATIENCE_SECONDS:g} counted). Means of {times}."
+    )
+    return LoadCosts(read, copy, Waits(waits[0], waits[1], PATIENCE_SECONDS), [said])
+
+
+def sums(stages: Mapping[str, float]) -> tuple[float, float]:
+    """The seconds to host memory, and from there to the device."""
+    return stages["read"] + stages["pack"], stages["copy"]
 
 
 async def loads_beside(
     urls: Sequence[str], prompts: Prompts, base: str, client: AdapterClient, times: int
-) -> dict[int, dict[str, float]]:
-    """Load the adapters of each rank while requests decode; return the mean seconds of each stage."""
+) -> tuple[dict[int, dict[str, float]], float]:
+    """Load the adapters of each rank while requests decode.
+
+    Return the mean seconds of each stage, and of a wait for a step of the first server.
+    """
     ended = False
+    gaps: list[float] = []
 
     async def decode(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=600) as streams:
             while not ended:
-                await complete(streams, base, prompts.some(SHORT), 36)
+                timing = await complete(streams, base, prompts.some(SHORT), 36)
+                if url == urls[0]:
+                    gaps.extend(timing.gaps)
 
     decoding = [asyncio.create_task(decode(url)) for url in urls for _ in range(AT_ONCE)]
     try:
-        return {rank: await asyncio.to_thread(stage_seconds, client, rank, times) for rank in RANKS}
+        found = {rank: await asyncio.to_thread(stage_seconds, client, rank, times) for rank in RANKS}
     finally:
         ended = True
         await asyncio.gather(*decoding)
+    return found, statistics.fmean(min(gap, PATIENCE_SECONDS) for gap in gaps)
 
 
 def stage_seconds(client: AdapterClient, rank: int, times: int) -> dict[str, float]:
@@ -221,19 +262,16 @@ def line(points: Sequence[tuple[float, float]]) -> Transfer:
     return Transfer(max(0.0, less - small / speed), speed)
 
 
-def costs_of(
-    rounds: Rounds, loads: tuple[Transfer, Transfer], model: Model, url: str, limits: Limits, conditions: Sequence[str]
-) -> Costs:
-    """Return the costs by rounds that were measured; `loads` are what `load_costs` returned for one of the servers."""
+def costs_of(rounds: Rounds, loads: LoadCosts, model: Model, limits: Limits, conditions: Sequence[str]) -> Costs:
+    """Return the costs by rounds that were measured; `loads` are what `load_costs` returned."""
     shape = model.config
     head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
-    with AdapterClient(url) as client:
-        metrics = client.metrics()
-        each = metrics.tier("bytes_used") / metrics.tier("adapters")  # all of rank RANK
     alone, beside = middle(rounds.alone), middle(rounds.beside) if rounds.beside else None
-    read, copy = loads
     steps, outside = step_costs(alone)
+    steps_beside = None
+    if beside is not None:
+        steps_beside, outside = step_costs(beside)  # requests come while both compute
     return Costs(
         about=f"measured: {model.directory.name} on {len(os.sched_getaffinity(0))} cores of {cpu_name()}",
         measured=True,
@@ -242,19 +280,20 @@ def costs_of(
             f"{datetime.now(UTC):%d %B %Y}, medians of {len(rounds.alone)} round(s); the client is on the same cores.",
             *described("Alone", alone),
             *(described("While the other server does the same", beside) if beside else ()),
-            f"Loads were measured while {AT_ONCE} requests decoded.",
+            *loads.conditions,
             "The store is a local directory: nothing is downloaded.",
         ],
         steps=steps,
-        beside=step_costs(beside)[0] if beside else None,
+        beside=steps_beside,
         request_seconds=outside,
         loads_at_once=2,
-        copy=copy,
-        read=read,
+        copy=loads.copy,
+        read=loads.read,
         download=Transfer(0.0, INSTANT),
         kv_bytes_per_token=2 * shape["num_hidden_layers"] * heads * head * 2,
-        adapter_bytes=each,
+        adapter_bytes=rounds.adapter_bytes,
         limits=limits,
+        waits=loads.waits,
     )
 
 
@@ -316,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rounds.measure()
         started = f"{count} server(s) on one store, started with {chosen.server_args or 'no arguments'}."
         loads = load_costs(urls, model, base)
-        write(costs_of(rounds, loads, model, urls[0], Limits(), [started]), chosen.out)
+        write(costs_of(rounds, loads, model, Limits(), [started]), chosen.out)
 
 
 def write(costs: Costs, path: Path) -> None:

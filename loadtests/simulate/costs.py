@@ -40,6 +40,14 @@ class StepCosts(NamedTuple):
         return table
 
 
+class Waits(NamedTuple):
+    """How often a load waits for a step to end, by byte: on CPUs loads give way to steps (`runtime.background`)."""
+
+    read: float = 0.0
+    copy: float = 0.0
+    longest_seconds: float = 0.1  # then it goes on beside the step
+
+
 class Limits(NamedTuple):
     """What a replica has room for, by the options of `python -m service`."""
 
@@ -68,6 +76,7 @@ class Costs(NamedTuple):
     kv_bytes_per_token: float
     adapter_bytes: float  # of a typical adapter in memory
     limits: Limits
+    waits: Waits = Waits()
 
 
 def read(name: str | Path) -> Costs:
@@ -97,13 +106,14 @@ def parse(fields: Mapping[str, Any]) -> Costs:
         kv_bytes_per_token=fields["kv_bytes_per_token"],
         adapter_bytes=fields["adapter_bytes"],
         limits=Limits(**fields["limits"]),
+        waits=Waits(**fields.get("waits", {})),
     )
 
 
 def as_fields(costs: Costs) -> dict[str, Any]:
     """Return what `parse` reads."""
     fields = costs._asdict()
-    for name in ("steps", "beside", "copy", "read", "download", "limits"):
+    for name in ("steps", "beside", "copy", "read", "download", "limits", "waits"):
         fields[name] = None if fields[name] is None else fields[name]._asdict()
     return fields
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from loadtests.bench.report import percentile, table
 from loadtests.load.plots import Line, document, shown
+from loadtests.simulate import routers
 from loadtests.simulate.simulation import Outcome
 from loadtests.simulate.traffic import Request
 
@@ -88,24 +89,37 @@ def figures(outcome: Outcome, goal: Goal, warm: float, until: float) -> Figures:
     )
 
 
-HEAD = (
-    *("goodput/s", "of offered", "first token p50, ms", "p99, ms", "a token p50, ms", "p99, ms", "on device"),
-    *("MB a request to the device", "from disk", "from the store", "prompts reused", "fetched", "busiest"),
+class Column(NamedTuple):
+    """One figure of a table; with a range, several seeds show its median, and the least and the most of it."""
+
+    name: str
+    of: Callable[[Figures], float]
+    shown: Callable[[float], str]
+    ranged: bool = False
+
+    def cell(self, seeds: Sequence[Figures]) -> str:
+        values = [self.of(figures) for figures in seeds]
+        middle = self.shown(statistics.median(values))
+        if not self.ranged or len(values) == 1:
+            return middle
+        return f"{middle} ({self.shown(min(values))}–{self.shown(max(values))})"
+
+
+COLUMNS = (
+    Column("goodput/s", lambda of: of.goodput, shown),
+    Column("of offered", lambda of: of.met, "{:.1%}".format, ranged=True),
+    Column("first token p50, ms", lambda of: of.first_p50, shown),
+    Column("p99, ms", lambda of: of.first_p99, shown, ranged=True),
+    Column("a token p50, ms", lambda of: of.token_p50, shown),
+    Column("p99, ms", lambda of: of.token_p99, shown),
+    Column("on device", lambda of: of.on_device, "{:.0%}".format),
+    Column("MB a request to the device", lambda of: of.copied / 1e6, shown, ranged=True),
+    Column("from disk", lambda of: of.read / 1e6, shown),
+    Column("from the store", lambda of: of.downloaded / 1e6, shown),
+    Column("prompts reused", lambda of: of.reused, "{:.0%}".format),
+    Column("fetched", lambda of: of.fetched, "{:.0%}".format),
+    Column("busiest", lambda of: of.busiest, "{:.2f}×".format),
 )
-
-
-def cells(of: Figures) -> list[str]:
-    times = (of.first_p50, of.first_p99, of.token_p50, of.token_p99)
-    return [
-        shown(of.goodput),
-        f"{of.met:.1%}",
-        *map(shown, times),
-        f"{of.on_device:.0%}",
-        *(shown(each / 1e6) for each in (of.copied, of.read, of.downloaded)),
-        f"{of.reused:.0%}",
-        f"{of.fetched:.0%}",
-        f"{of.busiest:.2f}×",
-    ]
 
 
 class Run(NamedTuple):
@@ -113,27 +127,38 @@ class Run(NamedTuple):
 
     router: str
     value: float
-    figures: Figures
+    seeds: Sequence[Figures]  # of each seed
 
 
 def runs_table(axis: str, runs: Sequence[Run]) -> str:
-    return table([axis, "router", *HEAD], [[shown(run.value), run.router, *cells(run.figures)] for run in runs])
+    head = [axis, "router", *(column.name for column in COLUMNS)]
+    return table(
+        head, [[shown(run.value), run.router, *(column.cell(run.seeds) for column in COLUMNS)] for run in runs]
+    )
 
 
-PLOTS: Mapping[str, tuple[str, Callable[[Figures], float]]] = {
-    "goodput": ("requests that met the goal, %", lambda of: 100 * of.met),
-    "first": ("first token, 99th percentile, ms", lambda of: of.first_p99),
-    "moved": ("adapters moved to the device, MB a request", lambda of: of.copied / 1e6),
+class Plot(NamedTuple):
+    """One figure over what is varied; of several seeds the median."""
+
+    title: str
+    of: Callable[[Figures], float]
+    logarithmic: bool = False
+
+
+PLOTS: Mapping[str, Plot] = {
+    "goodput": Plot("requests that met the goal, %", lambda of: 100 * of.met),
+    "first": Plot("first token, 99th percentile, ms", lambda of: of.first_p99, logarithmic=True),
+    "moved": Plot("adapters moved to the device, MB a request", lambda of: of.copied / 1e6),
 }
 
 
 def plots(axis: str, runs: Sequence[Run]) -> dict[str, str]:
-    """Return SVG documents by name: each figure over what is varied, a line for each router."""
+    """Return SVG documents by name: each figure over what is varied. A router looks the same in all plots."""
     drawn = {}
-    for name, (title, of) in PLOTS.items():
-        lines = [
-            Line(router, [(run.value, of(run.figures)) for run in runs if run.router == router])
-            for router in dict.fromkeys(run.router for run in runs)
-        ]
-        drawn[name] = document(title, axis, lines)
+    for name, plot in PLOTS.items():
+        lines = []
+        for router in dict.fromkeys(run.router for run in runs):
+            points = [(run.value, statistics.median(map(plot.of, run.seeds))) for run in runs if run.router == router]
+            lines.append(Line(router, points, routers.NAMES.index(router)))
+        drawn[name] = document(plot.title, axis, lines, logarithmic=plot.logarithmic)
     return drawn

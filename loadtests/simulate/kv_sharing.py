@@ -88,9 +88,10 @@ def curve(models: Sequence[Prompts], latency: float) -> str:
     lines = []
     for model in models:
         points = [(b / 1e9, model.break_even(Transfer(latency, b))) for b in LINKS.values()]
-        lines.append(Line(model.name, [(x, y) for x, y in points if y < 4096]))
-    title = f"fetching K/V is faster from so many tokens on ({1000 * latency:g} ms before the first byte)"
-    return document(title, "bandwidth, GB/s", [line for line in lines if line.points])
+        lines.append(Line(model.name, [(x, y) for x, y in points if math.isfinite(y)]))
+    axis = f"bandwidth, GB/s; {1000 * latency:g} ms before the first byte"
+    drawn = [line for line in lines if line.points]
+    return document("tokens from which on fetching K/V is faster", axis, drawn, logarithmic=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -110,6 +110,7 @@ class AdapterMemory:
         self.loads: OrderedDict[int, Load] = OrderedDict()  # by adapter
         self.references: dict[int, int] = {}  # by adapter: the running requests that have it
         self.moved, self.times = Moved(), Moved()  # bytes; how often
+        self.stage_seconds = 0.0  # of all stages of loads
         self.changes: list[Change] = []  # since they were taken
         self.hits = self.misses = 0  # of requests: whether the device had the adapter when they came
         self._working = 0  # loads that read or download
@@ -156,8 +157,11 @@ class AdapterMemory:
         """A request has started, so its adapter is held for it no longer."""
         self._blocked = False
 
-    def advance(self, waiting: Mapping[int, int]) -> list[Start]:
-        """Start every stage for which there is room; `waiting` has the first place in line of each adapter."""
+    def advance(self, waiting: Mapping[int, int], step_seconds: float = 0.0) -> list[Start]:
+        """Start every stage for which there is room; `waiting` has the first place in line of each adapter.
+
+        `step_seconds` is how long a load waits each time that it gives way to a step.
+        """
         if self.quiet:
             return []
         self._blocked = True
@@ -169,13 +173,17 @@ class AdapterMemory:
         for load in sorted(self.loads.values(), key=lambda load: load.place):
             if load.stage:
                 continue
-            start = self._start(load, held_device, held_host)
+            start = self._start(load, held_device, held_host, step_seconds)
             if start is not None:
                 started.append(start)
+                self.stage_seconds += start.seconds
         return started
 
-    def _start(self, load: Load, held_device: dict[int, int], held_host: dict[int, int]) -> Start | None:
+    def _start(
+        self, load: Load, held_device: dict[int, int], held_host: dict[int, int], step_seconds: float
+    ) -> Start | None:
         adapter, size = load.adapter, self.sizes[load.adapter]
+        waits = self.costs.waits
         if self.on_host(adapter):
             victims = self.device.make_room(size, held_device, load.place)
             if victims is None:
@@ -185,7 +193,7 @@ class AdapterMemory:
             held_device[adapter] = held_host[adapter] = 0
             load.stage = "copy"
             self.host.use(adapter)
-            return Start(self.costs.copy.seconds(size), load, victims)
+            return Start(self.costs.copy.seconds(size) + waits.copy * size * step_seconds, load, victims)
         if self._working >= self.costs.loads_at_once:
             return None
         victims = self.host.make_room(size, held_host, load.place)
@@ -195,7 +203,7 @@ class AdapterMemory:
         self._filling["host"].add(adapter)
         held_host[adapter] = 0
         self._working += 1
-        seconds = self.costs.read.seconds(size)
+        seconds = self.costs.read.seconds(size) + waits.read * size * step_seconds
         load.stage = "read"
         if adapter in self.disk:
             self.disk.use(adapter)

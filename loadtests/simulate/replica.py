@@ -12,6 +12,7 @@ from loadtests.simulate.prefixes import KvMemory, rounded
 from loadtests.simulate.traffic import BASE, Request
 
 WINDOW_SECONDS = 30.0  # of the past, in which first tokens are counted
+STEPS_OF_LATE = 8  # by which the wait of a load for a step is estimated
 LONGEST_PLAN = 16  # steps that are computed as one event, while nothing starts or ends
 
 
@@ -55,6 +56,7 @@ class Replica:
         self._attended = 0  # tokens of all decoding requests
         self._places = 0
         self._first_tokens: deque[float] = deque(maxlen=4096)  # when requests had their first tokens, of late
+        self._steps_of_late: deque[float] = deque(maxlen=STEPS_OF_LATE)  # seconds of each
         self._waits_since = 0.0  # when the first of those that wait came to an empty queue
         self._tables = {
             id(each): each.table(self.limits.max_batch_tokens) for each in (costs.steps, costs.beside) if each
@@ -110,13 +112,20 @@ class Replica:
         if self.memory.quiet:
             return []
         first_places = {adapter: requests[0].place for adapter, requests in self.waiting.items()}
-        started = self.memory.advance(first_places)
+        started = self.memory.advance(first_places, self._wait_for_step())
         for start in started:
             for victim in start.victims:
                 if victim in self.waiting:
                     del self._ready[victim]
                     self.memory.ask_again(victim, first_places[victim])
         return [(start.seconds, start.load) for start in started]
+
+    def _wait_for_step(self) -> float:
+        """How long a load waits each time that it gives way to a step: for the step, or until it loses patience."""
+        if self.plan is None:
+            return 0.0
+        steps = [*self._steps_of_late, self.plan.seconds]
+        return sum(steps) / sum(max(1.0, seconds / self.costs.waits.longest_seconds) for seconds in steps)
 
     def finish_load(self, load: Load) -> None:
         if self.memory.finish(load) and load.adapter in self.waiting:
@@ -141,6 +150,7 @@ class Replica:
             return []
         self.busy_seconds += plan.seconds * plan.steps
         self.steps += plan.steps
+        self._steps_of_late.extend([plan.seconds] * min(plan.steps, STEPS_OF_LATE))
         self._attended += plan.steps * len(self._decoding)
         ended = []
         while self._decoding and self._decoding[0][0] <= self.steps:

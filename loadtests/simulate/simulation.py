@@ -45,6 +45,11 @@ class Counted(NamedTuple):
         return Counted(moved, times, *(now - then for now, then in zip(self[2:], before[2:], strict=True)))
 
 
+def routing(seed: int) -> random.Random:
+    """What routers do at random."""
+    return random.Random(f"routing {seed}")
+
+
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 
 
@@ -72,7 +77,7 @@ class Simulation:
         self.now = 0.0
         self.events = 0
         self.requests: list[Request] = []
-        self._rng = random.Random(f"routing {seed}")
+        self._rng = routing(seed)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
         self._wakes: list[float | None] = [None] * cluster.replicas  # when each replica is woken next

@@ -16,6 +16,7 @@ from torch import Tensor
 AHEAD_BYTES = 128 << 20  # of a tier, prefaulted for the next adapters: one of rank 64 has 78 MB
 SPARE_BYTES = 192 << 20  # the largest piece that is kept: 175 MB are rank 16 of 8B weights in float32
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; the mmap module does not name it
+_C = ctypes.CDLL(None)  # once: each one is garbage that only a collection finds
 
 
 def prefault(extent: Tensor) -> None:
@@ -28,7 +29,7 @@ def prefault(extent: Tensor) -> None:
         start = extent.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         stop = extent.data_ptr() + extent.nbytes
         # Not `mmap.madvise`, which holds the interpreter's lock during the call.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _POPULATE_WRITE)
+        _C.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _POPULATE_WRITE)
 
 
 class SpareMemory:
@@ -48,7 +49,8 @@ class SpareMemory:
         except IndexError:
             memory = np.empty(0, np.uint8)
         if len(memory) < size:
-            memory = np.frombuffer(bytearray(size), np.uint8)  # numpy would allocate huge pages: see `prefault`
+            # Not from the heap, where free memory stays between other pieces; not numpy's, in huge pages (`prefault`).
+            memory = np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         lent = memory[:size]
         weakref.finalize(lent, self._keep, memory).atexit = False
         # A view refers to the array that owns its memory, across other views, but not across a memoryview.

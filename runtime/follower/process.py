@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 
 from runtime.output.logs import write_lines
 from runtime.parallel.commands import Failed, Joining, Ready, Report, Start, decode_command, encode
+from runtime.parallel.group import GroupFailed
 from runtime.parent import die_with
 
 FAILED = 1  # the exit status
@@ -45,10 +46,17 @@ def main(connection: "Connection[bytes, bytes]") -> None:
             follower.obey(decode_command(connection.recv_bytes()))
     except (EOFError, ConnectionError):
         return  # rank 0 does not need it any more
+    except GroupFailed as error:  # rank 0 knows better why
+        report(Failed(_line(error), group=True))
+        raise
     except Exception as error:
         logging.getLogger("runtime.follower").exception("rank %d failed", start.rank)
-        report(Failed(f"{type(error).__name__}: {error}".splitlines()[0]))
+        report(Failed(_line(error)))
         raise
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 if __name__ == "__main__":

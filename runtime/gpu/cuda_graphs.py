@@ -12,6 +12,7 @@ from kernels.lora_tiles import most_tiles
 from runtime.gpu.hot_adapters import HOT_ADAPTERS
 from runtime.gpu.step_inputs import StepShape
 from runtime.gpu.step_lora import DECODE_HEIGHT, PREFILL_HEIGHT
+from runtime.parallel.group import RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +155,11 @@ def _reserved_mib() -> int:
     return torch.cuda.memory_reserved() >> 20 if torch.cuda.is_available() else 0
 
 
-def capture_on_cuda(device: torch.device) -> Capture:
-    """Captures that share a stream, a memory pool and a tensor of logits; one of their graphs runs at a time."""
+def capture_on_cuda(device: torch.device, group: RankGroup) -> Capture:
+    """Captures that share a stream, a memory pool and a tensor of logits; one of their graphs runs at a time.
+
+    What a graph gives to calls of `group` is counted at each replay.
+    """
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
     results: list[Tensor] = []
 
@@ -168,12 +172,15 @@ def capture_on_cuda(device: torch.device) -> Capture:
                 results.append(torch.empty_like(logits))
         torch.cuda.current_stream(device).wait_stream(stream)
         graph, out = torch.cuda.CUDAGraph(), results[-1][: len(logits)]
+        before = group.bytes_sent
         # Of this thread alone: others of the process may copy adapters meanwhile
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             out.copy_(call())
+        sent = group.bytes_sent - before
 
         def replay() -> Tensor:
             graph.replay()
+            group.bytes_sent += sent
             return out
 
         return replay

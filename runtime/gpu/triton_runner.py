@@ -147,7 +147,7 @@ class TritonRunner(Runner):
             if self.device.type == "cuda":
                 self.warm_up()
             if self._wants_graphs:
-                self.graphs = self.step_graphs(capture_on_cuda(self.device))
+                self.graphs = self.step_graphs(capture_on_cuda(self.device, self.group))
         if self._card is not None:
             _log.info("the engine has taken %s of the GPU's memory", gib(self._card.taken_bytes()))
 

@@ -12,6 +12,7 @@ be divided evenly, the last parts end with zeros: a head of zeros adds nothing. 
 vocabularies, and no model is refused for its sizes.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ class ModuleCut(NamedTuple):
 
     outputs: tuple[Span, ...] | None = None
     inputs: Span | None = None
+    step: int = 1  # of which the place is a multiple where any rank's inputs begin
 
     @property
     def weight(self) -> TensorCut:
@@ -152,28 +154,36 @@ class Shard:
         start = min(self.group.rank * width, total)
         return Span(start, min(start + width, total), width)
 
-    def _heads(self) -> tuple[Span, Span]:
-        """This rank's query heads and K/V heads."""
+    def _share_in_groups(self, total: int) -> Span:
+        """This rank's share, which begins between groups of inputs that have one scale: so they are cut quantised."""
+        scheme = self.whole.quantization
+        group = 1 if scheme is None else scheme.together
+        return self._share(total, group if 0 < group < total else 1)
+
+    def _heads(self) -> tuple[Span, Span, int]:
+        """This rank's query heads and K/V heads, and the number of which any rank's first query head is a multiple."""
         heads, kv_heads, size = self.whole.num_heads, self.whole.num_kv_heads, self.group.size
         of_each = heads // kv_heads
         if size <= kv_heads:
             kv = self._share(kv_heads)
-            return kv.times(of_each), kv
+            return kv.times(of_each), kv, kv.width * of_each
         copies = size // kv_heads  # ranks that have the same K/V head
         head, place = divmod(self.group.rank, copies)
         width = -(-of_each // copies)
         first, last = (min(each * width, of_each) for each in (place, place + 1))
+        step = math.gcd(width, of_each)
         if head >= kv_heads:  # more ranks than can have a head
-            return Span(heads, heads, width), Span(kv_heads, kv_heads, 1)
-        return Span(first, last, width).after(head * of_each), Span(head, head + 1, 1)
+            return Span(heads, heads, width), Span(kv_heads, kv_heads, 1), step
+        return Span(first, last, width).after(head * of_each), Span(head, head + 1, 1), step
 
     def _cut(self) -> None:
         whole = self.whole
-        (q, kv), inner, head = self._heads(), self._share(whole.intermediate_size), self.head
+        (q, kv, step), inner, head = self._heads(), self._share_in_groups(whole.intermediate_size), self.head
         experts = whole.experts
         if experts is not None:
-            unit = BLOCK if experts.mxfp4 else 1
-            routed, shared = self._share(experts.intermediate_size, unit), self._share(experts.shared_size)
+            width = experts.intermediate_size
+            routed = self._share(width, BLOCK) if experts.mxfp4 else self._share_in_groups(width)
+            shared = self._share_in_groups(experts.shared_size)
             experts = msgspec.structs.replace(experts, intermediate_size=routed.width, shared_size=shared.width)
             self._cut_experts(routed, shared)
         self.model = msgspec.structs.replace(
@@ -186,17 +196,17 @@ class Shard:
         )
         self.modules["lm_head"] = ModuleCut(outputs=(head,))
         for layer in range(whole.num_layers):
-            self._cut_attention(layer, q, kv)
+            self._cut_attention(layer, q, kv, step)
             if not whole.has_experts(layer):
                 self._cut_mlp(layer * SITES_PER_LAYER + GATE_UP, inner, whole.intermediate_size)
 
-    def _cut_attention(self, layer: int, q: Span, kv: Span) -> None:
+    def _cut_attention(self, layer: int, q: Span, kv: Span, step: int) -> None:
         whole, size = self.whole, self.whole.head_dim
         k = kv.times(size).after(whole.num_heads * size)
         spans = (q.times(size), k, k.after(whole.num_kv_heads * size))
         self._cut_outputs(layer * SITES_PER_LAYER + QKV, spans)
         [out] = self._sites[layer * SITES_PER_LAYER + OUT].parts
-        self.modules[out.module] = ModuleCut(inputs=q.times(size))
+        self.modules[out.module] = ModuleCut(inputs=q.times(size), step=step * size)
         attention = f"model.layers.{layer}.self_attn"
         if whole.sinks:
             self._tensors[f"{attention}.sinks"] = TensorCut((q,))
@@ -207,7 +217,7 @@ class Shard:
     def _cut_mlp(self, site: int, inner: Span, width: int) -> None:
         self._cut_outputs(site, (inner, inner.after(width)))
         [down] = self._sites[site + DOWN - GATE_UP].parts
-        self.modules[down.module] = ModuleCut(inputs=inner)
+        self.modules[down.module] = ModuleCut(inputs=inner, step=inner.width)
 
     def _cut_outputs(self, site: int, spans: tuple[Span, ...]) -> None:
         """Cut a site, whose projections are one module or several; `spans` are of the outputs of all."""

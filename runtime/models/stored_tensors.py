@@ -1,5 +1,6 @@
 """The tensors of a checkpoint, by the names of an unquantised one: all of each, or a rank's part."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.models.config import ModelConfig
+from runtime.models.cuts import part_of, quantized_part
 from runtime.models.shards import Shard, TensorCut
 from runtime.models.stacked_experts import BLOCKS, SCALES
 from runtime.models.text_part import is_vision, text_name
 from runtime.quantization.formats import InvalidWeight
 from runtime.quantization.modules import QuantizedModules
 from runtime.quantization.weight import QuantizedWeight
+
+_log = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,16 +66,8 @@ class Source(NamedTuple):
 
     read: Read  # the rank's part; dequantised in float32, if the checkpoint holds it quantised
     whole: Callable[[str], Tensor | None]  # the same of the whole tensor; None: it was made at random, or is in a stack
-    quantized: Callable[[str], QuantizedWeight | None]  # None: the checkpoint holds it in floats
-
-
-def part_of(whole: Tensor, cut: TensorCut) -> Tensor:
-    if cut.is_whole:
-        return whole
-    part = whole.new_zeros(cut.shape(tuple(whole.shape)))
-    for source, target in cut.moves():
-        part[target] = whole[source]
-    return part
+    # The rank's part as the checkpoint holds it quantised; None: it holds it in floats, or a part of it cannot be so
+    quantized: Callable[[str], QuantizedWeight | None]
 
 
 def random_tensors(shard: Shard, shapes: Shapes, device: torch.device | str) -> Source:
@@ -138,9 +134,23 @@ def open_tensors(shard: Shard, shapes: Shapes, directory: Path) -> Source:
         except InvalidWeight as error:
             raise InvalidCheckpoint(str(error)) from error
 
+    said: set[str] = set()
+
+    def quantized_of_rank(name: str) -> QuantizedWeight | None:
+        weight, cut = read_quantized(name), shard.module(name.removesuffix(WEIGHT))
+        part = None if weight is None else quantized_part(weight, cut)
+        sort = name.removesuffix(WEIGHT).rpartition(".")[2]
+        if weight is not None and part is None and sort not in said:
+            said.add(sort)
+            _log.info("%s is dequantised, as all %s: ranks' parts begin among inputs that have one scale", name, sort)
+        return part
+
     def read(name: str) -> Tensor:
         weight, cut = read_quantized(name), shard.tensor(name)
-        return found[name].part(cut) if weight is None else part_of(weight.dequantized(), cut)
+        if weight is None:
+            return found[name].part(cut)
+        part = quantized_part(weight, shard.module(name.removesuffix(WEIGHT)))
+        return part_of(weight.dequantized(), cut) if part is None else part.dequantized()
 
     def whole(name: str) -> Tensor | None:
         weight = read_quantized(name)
@@ -148,7 +158,7 @@ def open_tensors(shard: Shard, shapes: Shapes, directory: Path) -> Source:
             return get(name) if name in found else None
         return weight.dequantized()
 
-    return Source(read, whole, read_quantized)
+    return Source(read, whole, quantized_of_rank)
 
 
 def _zero_biases(quantized: QuantizedModules, names: set[str], get: Read) -> set[str]:

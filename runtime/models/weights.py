@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.models.config import GATE_UP, ROUTER, SITES_PER_LAYER, ModelConfig
+from runtime.models.cuts import part_of
 from runtime.models.experts import ExpertsConfig
 from runtime.models.layers import CutProjectionNorms, Linear, ProjectionNorms, RmsNorm
 from runtime.models.shards import Shard
@@ -20,7 +21,6 @@ from runtime.models.stored_tensors import (
     Shapes,
     Source,
     open_tensors,
-    part_of,
     random_tensors,
 )
 from runtime.output.progress import progress
@@ -108,7 +108,7 @@ def open_checkpoint(
     shard, shapes = shard or Shard(config, RankGroup()), tensor_shapes(config)
     dummy = load_format == "dummy"
     source = random_tensors(shard, shapes, device) if dummy else open_tensors(shard, shapes, directory)
-    return Checkpoint(shard, dtype, device, pack, keep_quantized and shard.group.size == 1, source, bars)
+    return Checkpoint(shard, dtype, device, pack, keep_quantized, source, bars)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:

@@ -94,6 +94,7 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The process ends."""
 
     reason: str
+    group: bool = False  # a call of all ranks failed: another one may have ended before
 
 
 Command = Start | Step | Fill | Offload | AwaitOffloads | Reload

@@ -11,17 +11,24 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from runtime.config import EngineConfig
 from runtime.parallel.commands import Command, Done, Failed, Fill, Joining, Ready, Reload, Start, decode_report, encode
+from runtime.parallel.group import GroupFailed
 
 PROGRAM = "runtime.follower.process"
 END_SECONDS = 1.0  # for a follower to end by itself before it is killed
+# For the reason of the rank that failed first: the others lose their connections to it, and may say so before its own
+# end is known
+FIRST_SECONDS = 2.0
+
+T = TypeVar("T")
 
 
 class RankFault(RuntimeError):
@@ -74,14 +81,13 @@ class Followers:
     """
 
     def __init__(self) -> None:
-        self.failure: RankFault | None = None
+        self.bytes_sent = 0  # of commands, counted for each rank that got them
+        self._first: Future[RankFault] = Future()  # why the first one ended
         self._followers: list[_Follower] = []
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._tickets = itertools.count(1)
         self._asked: dict[tuple[int, int], Future[None]] = {}  # by rank and ticket
         self._lock = threading.Lock()  # of what the threads that listen change
-        self._ended = threading.Event()  # there is a failure
-        self._on_end: Callable[[RankFault], None] | None = None
         self._closing = False
 
     def start(self, config: EngineConfig) -> None:
@@ -105,6 +111,30 @@ class Followers:
         assert self._scratch is not None
         return str(Path(self._scratch.name) / "store")
 
+    def meet(self, join: Callable[[], T]) -> T:
+        """Return what `join` returns, which waits for all ranks. Raises ValueError with the reason of one that ended.
+
+        `join` runs on a thread of its own, which nothing can end before its time: it may be left waiting.
+        """
+        joined: list[T] = []
+        faults: list[GroupFailed] = []
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                joined.append(join())
+            except GroupFailed as error:
+                faults.append(error)
+            finally:
+                done.set_result(None)
+
+        threading.Thread(target=run, name="join", daemon=True).start()
+        either: list[Future[Any]] = [done, self._first]
+        wait(either, return_when=FIRST_COMPLETED)
+        if joined and self.failure is None:
+            return joined[0]
+        raise ValueError(self.reason() or f"the ranks cannot meet: {', '.join(map(str, faults))}")
+
     def wait_until_ready(self) -> None:
         """Wait until every rank can compute a step. Raises ValueError with the reason of one that cannot."""
         try:
@@ -117,13 +147,15 @@ class Followers:
 
     def watch(self, on_end: Callable[[RankFault], None]) -> None:
         """Call `on_end`, from a thread, when a follower ends before it should."""
-        with self._lock:
-            self._on_end, failure = on_end, self.failure
-        if failure is not None:
-            on_end(failure)
+        self._first.add_done_callback(lambda first: on_end(first.result()))
 
     def __bool__(self) -> bool:
         return bool(self._followers)
+
+    @property
+    def failure(self) -> RankFault | None:
+        """Why the engine cannot go on."""
+        return self._first.result() if self._first.done() else None
 
     @property
     def pids(self) -> list[int]:
@@ -155,9 +187,9 @@ class Followers:
 
         return wait
 
-    def reason(self, seconds: float) -> str | None:
-        """Why a follower ended, if one does within `seconds`: calls that need it may fail before that is known."""
-        self._ended.wait(seconds)
+    def reason(self) -> str | None:
+        """Why a follower ended, if one has: calls that need it may fail a moment before that is known."""
+        wait((self._first,), FIRST_SECONDS)
         return None if self.failure is None else str(self.failure)
 
     def close(self) -> None:
@@ -176,6 +208,7 @@ class Followers:
 
     def _send(self, message: bytes) -> None:
         for follower in self._followers:
+            self.bytes_sent += len(message)
             self._send_to(follower, message)
 
     def _send_to(self, follower: _Follower, message: bytes) -> None:
@@ -183,18 +216,20 @@ class Followers:
             follower.send(message)
 
     def _listen(self, follower: _Follower) -> None:
-        reason = ""
+        failed: Failed | None = None
         with contextlib.suppress(EOFError, OSError):
             while True:
                 match decode_report(follower.connection.recv_bytes()):
                     case Done() as done:
                         self._answer(follower.rank, done)
-                    case Failed(reason=reason):
+                    case Failed() as failed:
                         pass
                     case stage:
                         follower.stages.put(stage)
+        if failed is not None and failed.group:
+            wait((self._first,), FIRST_SECONDS)
         if not self._closing:
-            self._fail(follower, reason or follower.end())
+            self._fail(follower, follower.end() if failed is None else failed.reason)
 
     def _answer(self, rank: int, done: Done) -> None:
         with self._lock:
@@ -207,12 +242,10 @@ class Followers:
     def _fail(self, follower: _Follower, reason: str) -> None:
         fault = RankFault(follower.rank, reason)
         with self._lock:
-            self.failure = self.failure or fault
+            fault = self.failure or fault
             failed, self._asked = list(self._asked.values()), {}
-            on_end = self._on_end
-        self._ended.set()
+            if not self._first.done():
+                self._first.set_result(fault)
         for answer in failed:
             answer.set_exception(fault)
         follower.stages.put(fault)
-        if on_end is not None:
-            on_end(self.failure)

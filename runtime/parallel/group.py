@@ -1,6 +1,7 @@
 """The ranks that compute one model together, and what they send each other in a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +10,18 @@ from torch import Tensor
 
 # Of one call: what the slowest rank may lag behind. A rank that ended closes its connections, which ends the call.
 TIMEOUT = timedelta(minutes=10)
+
+
+class GroupFailed(RuntimeError):
+    """What all ranks have to do together failed here; the reason may be another rank's, which has ended."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of Gloo and NCCL
+        raise GroupFailed(str(error)) from error
 
 
 class RankGroup:
@@ -20,14 +33,19 @@ class RankGroup:
 
     def __init__(self, rank: int = 0, size: int = 1, backend: Any = None) -> None:
         self.rank, self.size = rank, size
-        self.bytes_sent = 0  # what this rank has given to the calls; those that a CUDA graph repeats are not counted
+        self.bytes_sent = 0  # what this rank has given to the calls
         self._backend = backend
 
     @classmethod
     def join(cls, rank: int, size: int, store: str, device: torch.device) -> "RankGroup":
-        """Wait for the other ranks, which have the same file as `store`, to join as well."""
+        """Wait for the other ranks, which have the same file as `store`, to join as well. Raises GroupFailed."""
         if size == 1:
             return cls()
+        with _together():
+            return cls(rank, size, cls._meet(rank, size, store, device))
+
+    @staticmethod
+    def _meet(rank: int, size: int, store: str, device: torch.device) -> Any:
         import torch.distributed as loaded  # which takes time to import
 
         distributed: Any = loaded  # torch's types lack what it has from C++
@@ -35,18 +53,19 @@ class RankGroup:
         if device.type == "cuda":
             options = distributed.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
-            return cls(rank, size, distributed.ProcessGroupNCCL(meeting, rank, size, options))
+            return distributed.ProcessGroupNCCL(meeting, rank, size, options)
         options = distributed.ProcessGroupGloo._Options()
         options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = TIMEOUT
-        return cls(rank, size, distributed.ProcessGroupGloo(meeting, rank, size, options))
+        return distributed.ProcessGroupGloo(meeting, rank, size, options)
 
     def add_up(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' `x`, with the same bits on each rank; where `x` has no gaps, in its place."""
         if self.size > 1:
             x = x.contiguous()  # the calls take memory as it lies
             self.bytes_sent += x.nbytes
-            self._backend.allreduce([x]).wait()
+            with _together():
+                self._backend.allreduce([x]).wait()
         return x
 
     def gather(self, x: Tensor, columns: int) -> Tensor:
@@ -63,5 +82,6 @@ class RankGroup:
         options.rootRank = 0
         parts: Sequence[Tensor] = [torch.empty_like(own) for _ in range(self.size if self.rank == 0 else 0)]
         self.bytes_sent += own.nbytes if self.rank else 0
-        self._backend.gather([list(parts)] if parts else [], [own], options).wait()
+        with _together():
+            self._backend.gather([list(parts)] if parts else [], [own], options).wait()
         return torch.cat(list(parts), 1)[:, :columns] if parts else x

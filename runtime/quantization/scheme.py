@@ -11,6 +11,7 @@ import msgspec
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq")
 PACKED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 PACKED_BITS = (2, 4, 8)  # of which a word of 32 bits holds a whole number
+NF4_GROUP = 64  # of bitsandbytes; its files say whether it is
 
 
 class UnsupportedQuantization(ValueError):
@@ -22,10 +23,15 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
 
     method: str  # one of METHODS
     bits: int | None = None  # of awq and gptq; other formats say it by their shapes
-    group: int = -1  # inputs with one scale, of awq and gptq; -1: all
+    group: int = -1  # inputs with one scale; -1: all, or the configuration does not say
     block: tuple[int, int] | None = None  # outputs and inputs with one scale, of 8-bit floats; None: not in blocks
     stored_zeros_less_one: bool = False  # gptq's first format holds each zero point minus 1
     notes: tuple[str, ...] = ()  # what is not computed as the configuration says
+
+    @property
+    def together(self) -> int:
+        """Neighbouring inputs with one scale, as far as the configuration says."""
+        return self.group if self.block is None else self.block[1]
 
 
 def read_scheme(config: dict[str, Any]) -> Scheme:
@@ -71,7 +77,7 @@ def _bitsandbytes(config: dict[str, Any]) -> Scheme:
     if not config.get("load_in_4bit") and not config.get("load_in_8bit"):
         _refuse("load_in_4bit", config.get("load_in_4bit"), "true, or load_in_8bit true")
     notes = (_activations("LLM.int8"),) if config.get("load_in_8bit") else ()
-    return Scheme(method="bitsandbytes", notes=notes)
+    return Scheme(method="bitsandbytes", group=NF4_GROUP if config.get("load_in_4bit") else -1, notes=notes)
 
 
 def _compressed_tensors(config: dict[str, Any]) -> Scheme:
@@ -79,7 +85,7 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
     _choose(config.get("sparsity_config") or {}, "format", "dense", ("dense",), "sparsity_config.")
     if config.get("transform_config"):
         _refuse("transform_config", config["transform_config"], "null: weights that were not rotated")
-    notes, blocks = [], set()
+    notes, blocks, sizes = [], set(), set()
     for name, group in (config.get("config_groups") or {}).items():
         where = f"config_groups.{name}."
         _choose(group, "format", None, (None, *PACKED_FORMATS), where)
@@ -88,6 +94,7 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
         widths = PACKED_BITS if kind == "int" else (8,)
         _choose(weights, "num_bits", 8, widths, f"{where}weights.")
         blocks.add(_block(weights, "block_structure", f"{where}weights."))
+        sizes.add(_group({"group_size": weights.get("group_size") or -1}, f"{where}weights."))
         for field in ("input_activations", "output_activations"):
             if group.get(field):
                 notes.append(_activations(f"{group[field].get('num_bits')} bits", f"{where}{field}"))
@@ -96,13 +103,18 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
     blocks.discard(None)
     if len(blocks) > 1:
         _refuse("config_groups", sorted(blocks), "blocks of one shape")  # type: ignore[type-var]
-    return Scheme(method="compressed-tensors", block=blocks.pop() if blocks else None, notes=tuple(notes))
+    return Scheme(
+        method="compressed-tensors",
+        group=sizes.pop() if len(sizes) == 1 else -1,
+        block=blocks.pop() if blocks else None,
+        notes=tuple(notes),
+    )
 
 
-def _group(config: dict[str, Any]) -> int:
+def _group(config: dict[str, Any], where: str = "") -> int:
     group = config.get("group_size", 128)
     if not isinstance(group, int) or (group < 1 and group != -1):
-        _refuse("group_size", group, "a positive number, or -1 for one scale a column")
+        _refuse(where + "group_size", group, "a positive number, or -1 for one scale a column")
     return group
 
 

@@ -101,13 +101,13 @@ def _client(request: Request) -> str:
 
 async def remove(request: Request, name: str, condition: Condition, *, force: bool = False) -> None:
     """Delete a name, and cancel an import of it. Raises RequestError as `Catalog.delete` does."""
-    services, caller = services_of(request), caller_of(request)
+    services, caller, least = services_of(request), caller_of(request), least_generation(request.headers)
     versions = services.catalog.versions
     with adapter_event("delete", name, who(request)) as event:
         seen = Seen(services.catalog, caller)
         seen.require(name)
         if services.imports.get(name) is None:
-            await seen.know(name, least_generation(request.headers))
+            await seen.know(name, least)
         await seen.reconsider(name, condition)
         versions.require(name, condition)
         was_imported = await services.imports.forget(name)

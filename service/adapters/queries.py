@@ -19,8 +19,8 @@ ON_MISSING = (
 )
 _NAME = re.compile(NAME_PATTERN)
 _CHARACTERS = frozenset(f"{string.ascii_letters}{string.digits}._-/@:")
-IF_MATCH = r'\s*("[^"]*"|\*)\s*(?:,|$)'  # once or more
-_ETAGS = re.compile(IF_MATCH)
+_ETAG = re.compile(r'"[^"]*"|\*')
+IF_MATCH = rf"\s*({_ETAG.pattern})\s*(,\s*({_ETAG.pattern})\s*)*,?"
 
 
 class AdapterName(Convertor[str]):
@@ -71,9 +71,9 @@ def read_condition(request: Request) -> Condition:
         raise RequestError("invalid_header", "If-None-Match must be *", "If-None-Match")
     if match is None:
         return Condition(None, none_match is not None)
-    if not re.fullmatch(f"(?:{IF_MATCH})+", match):
+    if not re.fullmatch(IF_MATCH, match):
         raise RequestError("invalid_header", "If-Match must be * or digests in double quotes", "If-Match")
-    digests = frozenset(tag.strip('"') for tag in _ETAGS.findall(match))
+    digests = frozenset(tag.strip('"') for tag in _ETAG.findall(match))
     return Condition(digests, none_match is not None)
 
 

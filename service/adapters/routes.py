@@ -94,9 +94,9 @@ async def get_adapters(request: Request) -> Response:
 
 async def get_adapter(request: Request) -> Response:
     read_query(request, NoQuery)
-    name, services = request.path_params["name"], services_of(request)
+    name, services, least = request.path_params["name"], services_of(request), least_generation(request.headers)
     if services.imports.get(name) is None:
-        await Seen(services.catalog, caller_of(request)).know(name, least_generation(request.headers))
+        await Seen(services.catalog, caller_of(request)).know(name, least)
     adapter = find_adapter(services, name, caller_of(request), await services.engine.recent_stats())
     if adapter is None:
         raise no_adapter(name)

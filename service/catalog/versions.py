@@ -158,7 +158,9 @@ class Versions:
 
 
 def no_adapter(name: str) -> RequestError:
-    return RequestError("adapter_not_found", f"there is no adapter {name!r}", "name")
+    return RequestError(
+        "adapter_not_found", f"there is no adapter {name!r}: GET /adapters lists those there are", "name"
+    )
 
 
 def base_shape(model: ModelConfig) -> str:

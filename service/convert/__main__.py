@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runtime.adapter_format.errors import InvalidAdapter
 from runtime.conversion.conversion import convert
+from service.logs import set_up, shows_bars
 from service.text.tokenizer import Tokenizer, TokenizerMissing
 
 PURPOSE = """\
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="directory that does not exist yet")
     parser.add_argument("--tokenizer", type=Path, help="directory of the base model, for an aLoRA's invocation string")
     options = parser.parse_args(argv)
+    set_up("info")
     try:
-        for sentence in convert(options.source, options.target, _tokenize(options.tokenizer), bars=sys.stderr.isatty()):
+        for sentence in convert(options.source, options.target, _tokenize(options.tokenizer), bars=shows_bars()):
             print(sentence)
     except (InvalidAdapter, TokenizerMissing, OSError) as error:
         sys.exit(f"rootstock: nothing was written: {error}")

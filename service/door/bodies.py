@@ -28,7 +28,9 @@ class Bodies:
             async for piece in pieces:
                 body += piece
                 if len(body) > self._max_bytes:
-                    message = f"the body is larger than the limit of {self._max_bytes} bytes"
+                    message = (
+                        f"the body has more than {self._max_bytes} bytes (--max-body-bytes): send less in one request"
+                    )
                     raise RequestError("body_too_large", message)
                 more = max(0, len(body) - FREE_BYTES - taken)
                 if more > self._room:

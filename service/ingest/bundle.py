@@ -154,4 +154,6 @@ def _template_in(directory: Path) -> TemplateFile | None:
 
 def too_large(limit: int, name: str | None = None) -> RequestError:
     """The error for a body, or for a file in it, over its limit in bytes."""
-    return RequestError("body_too_large", f"{name or 'the upload'} has more than {limit} bytes", name)
+    what = name or "the upload"
+    advice = "" if name else " (--max-upload-bytes)"
+    return RequestError("body_too_large", f"{what} has more than {limit} bytes{advice}", name)

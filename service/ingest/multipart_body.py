@@ -16,7 +16,10 @@ def read_multipart(body: BodyReader, files: BundleFiles, boundary: bytes) -> Non
     Parts of other names are ignored. Raises RequestError.
     """
     if not boundary:
-        raise _invalid("the content type names no boundary")
+        message = (
+            "the content type names no boundary: expected multipart/form-data; boundary=…, as HTTP clients write it"
+        )
+        raise RequestError("invalid_multipart", message, "Content-Type")
     form = _Form(files)
     try:
         parser = MultipartParser(

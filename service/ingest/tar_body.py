@@ -178,7 +178,7 @@ def _checked_pax(records: bytes) -> dict[bytes, bytes]:
 
 
 def _cut_off() -> RequestError:
-    return _invalid("the archive is cut off")
+    return _invalid("the archive is cut off, or is none: expected a whole tar archive, plain or with gzip")
 
 
 def _invalid(message: str, name: str | None = None) -> RequestError:

@@ -189,7 +189,7 @@ def find_version(name: str, base: str, versions: Seen, param: str) -> AdapterVer
     wanted, _, digest = own.rpartition("@")
     version = versions.resolve(wanted)
     if version is None:
-        raise RequestError("model_not_found", f"there is no model or adapter {name!r}", param)
+        raise _no_model(name, param)
     if not (DIGEST.fullmatch(digest) and version.digest.startswith(digest)):
         message = f"adapter {wanted!r} is now {version.digest}, not {digest!r} (give at least 8 of its hex digits)"
         raise RequestError("model_not_found", message, param)
@@ -249,7 +249,12 @@ async def get_model(request: Request) -> Response:
     for card in _cards(request):
         if card.id == name:
             return json_response(card)
-    raise RequestError("model_not_found", f"there is no model or adapter {name!r}", "model")
+    raise _no_model(name, "model")
+
+
+def _no_model(name: str, param: str) -> RequestError:
+    message = f"there is no model or adapter {name!r}: GET /v1/models lists those there are"
+    return RequestError("model_not_found", message, param)
 
 
 def _cards(request: Request) -> list[ModelCard]:

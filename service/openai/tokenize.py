@@ -103,9 +103,10 @@ async def detokenize(request: Request) -> Response:
 
 async def _version(name: str | None, request: Request) -> AdapterVersion | None:
     """The adapter of that name. Adapters share the base's tokenizer, but may have a chat template of their own."""
+    least = least_generation(request.headers)
     if name is None:
         return None
     services = services_of(request)
     base, versions = services.settings.served_name, Seen(services.catalog, caller_of(request))
-    await know([name], base, versions, least_generation(request.headers))
+    await know([name], base, versions, least)
     return find_version(name, base, versions, "model")

@@ -21,6 +21,8 @@ from service.routing.scaling import servers_wanted
 STATS_SECONDS = 0.5  # between two words of a replica to the routers
 ONGOING = 4096  # requests of a replica, beyond which Ray asks another one: the service has limits of its own
 END_SECONDS = 15.0  # after --drain-seconds, for an engine to end
+HEALTH_SECONDS = 1.0  # between two checks, after which a replica that has died is replaced
+HEALTH_TIMEOUT_SECONDS = 10.0  # of a check; a replica that misses three in a row is replaced
 # One replica cannot know what another one has in memory, and two cannot bind one address
 REFUSED = ("kv_events", "kv_events_replay", "config", "host", "port")
 DEFAULTS = {"routing_prefixes": True, "responses_store_bytes": 0}
@@ -63,7 +65,8 @@ def build(options: Mapping[str, Any], engine_command: Sequence[str] | None = Non
         name="rootstock",
         max_ongoing_requests=ONGOING,
         graceful_shutdown_timeout_s=end_seconds,
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
         ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=ResidencyRouter,

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,13 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.door.bodies import Bodies
 from service.errors import EngineError, RequestError, error_body
 from service.http import encode_json, error_response, own_path
-from service.ray.call import Call, Pieces, carried
+from service.ray.call import ELSEWHERE, Call, Pieces, carried
 from service.routing.wanted import wanted_of
 
 # Calls on what one replica has in its memory: another one answers the next call, and knows nothing of it
 OF_ONE_REPLICA = ("/kv/prefixes", "/kv/namespaces", "/pause", "/resume", "/reset_prefix_cache", "/v1/responses/")
 EVENTS = b"text/event-stream"
-ATTEMPTS = 2  # at a request of which no answer has begun when its replica dies
+ATTEMPTS = 3  # at a request of which no answer has begun when its replica dies
+PAUSE_SECONDS = 0.1  # before another attempt: by then the router knows of the death
 
 
 class Ingress:
@@ -73,31 +74,48 @@ class Ingress:
 
     async def _ask(self, call: Call, send: Send) -> None:
         """Have a replica answer; one that dies before its answer begins is followed by another, if the call may be."""
-        attempts = ATTEMPTS if call.scope["method"] in ("GET", "HEAD") or (call.body and call.pieces is None) else 1
-        for attempt in range(attempts):
-            start: Message | None = None
+        again: Call | None = call
+        while again is not None:
+            call, again = again, None
+            start, last = None, False
             answer = self._replicas.answer.remote(call)
             try:
                 async for messages in answer:
                     for message in messages:
+                        if message["type"] == ELSEWHERE:
+                            again = await self._again(call._replace(avoid=message["replica"]))
+                            continue
                         start = message if message["type"] == "http.response.start" else start
+                        last = message["type"] == "http.response.body" and not message.get("more_body", False)
                         await send(message)
-                return
             except BackPressureError as error:
                 raise RequestError("queue_full", "all replicas have as many requests as they take") from error
+            except DeploymentUnavailableError as error:
+                raise EngineError("engine_unavailable", "no replica can be started: Ray's log says why") from error
             except (ActorDiedError, ActorUnavailableError) as error:
-                if start is None and attempt + 1 < attempts:
-                    continue
-                await self._lost(start, send, error)
-                return
+                if start is None and again is None:
+                    again = await self._again(call)
+                if again is None and not last:
+                    await self._lost(start, send, error)
             finally:
                 with suppress(asyncio.CancelledError):
                     answer.cancel()
 
+    async def _again(self, call: Call) -> Call | None:
+        """The call for another replica; None if it was tried often enough, or if a part of its body is gone.
+
+        What changes an adapter is repeated too: done twice it is the same as done once.
+        """
+        again = call._replace(attempt=call.attempt + 1)
+        if again.attempt == ATTEMPTS or (call.pieces and not await call.pieces.repeat.remote(call.id, again.attempt)):
+            return None
+        await asyncio.sleep(PAUSE_SECONDS)
+        return again
+
     async def _lost(self, start: Message | None, send: Send, error: Exception) -> None:
         """End an answer whose replica has died: an error if it had not begun, an error event in a stream.
 
-        Raises the error in the middle of any other body, which cuts the connection.
+        Raises ConnectionError in the middle of any other body, which cuts the client's connection.
         """
         failure = EngineError(
             "engine_died", "the replica that answered has died, and is replaced: send the request again"
@@ -106,6 +124,6 @@ class Ingress:
             raise failure from error
         headers: dict[bytes, Any] = {name.lower(): value for name, value in start["headers"]}
         if not headers.get(b"content-type", b"").startswith(EVENTS):
-            raise failure from error
+            raise ConnectionError(failure.message) from error
         event = b"data: %b\n\n" % encode_json(error_body(failure))
         await send({"type": "http.response.body", "body": event, "more_body": False})

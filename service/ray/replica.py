@@ -13,7 +13,7 @@ from starlette.types import Message
 from service.app import create_app
 from service.configure import settings_for
 from service.door.server import drain
-from service.ray.call import Call
+from service.ray.call import ELSEWHERE, Call
 from service.routing.routes import Routing, routing_of
 from service.services import Services
 
@@ -43,7 +43,13 @@ class Replica:
         self._served_at = time.monotonic()  # when an engine was seen last
 
     async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:
-        """The messages of an ASGI answer, as many at a time as there are. Its cancellation aborts the request."""
+        """The messages of an ASGI answer, as many at a time as there are. Its cancellation aborts the request.
+
+        While the engine restarts, which routers learn a moment late, a call is sent on once.
+        """
+        if call.attempt == 0 and self._services.engine.ready is None:
+            yield [{"type": ELSEWHERE, "replica": self._name}]
+            return
         messages: asyncio.Queue[Message | None] = asyncio.Queue(BUFFERED)
         task = asyncio.create_task(self._answer(call, messages))
         try:
@@ -70,7 +76,7 @@ class Replica:
             if call.pieces is None and (message := next(parts, None)) is not None:
                 return message
             if more:
-                taken: Message = await call.pieces.take.remote(call.id)
+                taken: Message = await call.pieces.take.remote(call.id, call.attempt)
                 more = taken["type"] == "http.request" and bool(taken.get("more_body"))
                 return taken
             await asyncio.Event().wait()  # a client that goes away is a cancellation

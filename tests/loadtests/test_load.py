@@ -11,9 +11,12 @@ import msgspec
 import pytest
 
 from loadtests.adapter_client import AdapterClient
+from loadtests.api_key import asking_for
 from loadtests.random_adapter import adapter_file, write_adapter
 from loadtests.server_process import ServerFailed, running_server
 from tests.loadtests.commands import ROOT, SHAPE, SMALL, run
+
+BAD_KEY = "schlüssel"
 
 
 def put_adapter(url: str, directory: Path, name: str, seed: int) -> None:
@@ -97,6 +100,16 @@ def test_a_request_that_fails_is_counted_as_a_failure(server: str) -> None:
 def test_a_server_that_does_not_start_shows_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(ServerFailed, match="nowhere"), running_server(["--model", str(tmp_path / "nowhere")]):
         pass
+
+
+def test_a_key_that_a_server_refuses_ends_the_test_with_its_reason_and_without_the_key(tiny_model: Path) -> None:
+    command = ["--model", str(tiny_model)]
+    with (
+        pytest.raises(ServerFailed, match="must be printable ASCII") as failed,
+        running_server(command, asking_for(BAD_KEY)),
+    ):
+        pass
+    assert BAD_KEY not in str(failed.value)
 
 
 PROGRAM = """

@@ -1,17 +1,20 @@
 """The load report: its arithmetic, its plots, and a run of short scenarios against a server of a tiny model."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 
+from loadtests.api_key import bearer
 from loadtests.load import __main__ as load
 from loadtests.load.page import Report, Result, Sweep, html, markdown
-from loadtests.load.plots import Line, plot, shown, ticks
-from loadtests.load.runs import figures
-from loadtests.server_process import running_server
+from loadtests.load.plots import Line, document, logarithmic_ticks, plot, shown, ticks
+from loadtests.load.runs import Figures, Scenario, figures
+from loadtests.server_process import find_model, running_server
 from tests.loadtests.commands import SMALL, cells, number, run
 
 KEY = "of-the-load"
@@ -78,6 +81,31 @@ def test_a_plot_places_the_points_between_its_axes_and_names_its_lines() -> None
     assert [span[0].tail for span in figure.iter("span")] == [" a <b>", " c"]
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest"), [(367, 29_800), (1.05, 122_259), (0.004, 0.005), (200, 200), (10, 1000)]
+)
+def test_a_logarithmic_axis_has_few_round_steps_around_the_values(lowest: float, highest: float) -> None:
+    steps = logarithmic_ticks(lowest, highest)
+    assert steps[0] <= lowest < steps[1]
+    assert steps[-2] < highest <= steps[-1] or len(steps) == 2
+    assert 2 <= len(steps) <= 9
+    assert all(1.99 < later / earlier < 10.01 for earlier, later in itertools.pairwise(steps))
+
+
+def test_on_a_logarithmic_axis_equal_factors_are_equally_far_apart() -> None:
+    drawn = ET.fromstring(document("ms", "rate", [Line("a", [(1, 10.0), (2, 100.0), (3, 1000.0)])], logarithmic=True))
+    low, middle, high = (float(dot.get("cy", "")) for dot in drawn.iter("{http://www.w3.org/2000/svg}circle"))
+    assert low - middle == pytest.approx(middle - high, abs=0.2)
+    assert low - middle > 50
+    with pytest.raises(ValueError, match="no place for 0"):
+        document("ms", "rate", [Line("a", [(1, 0.0), (2, 1.0)])], logarithmic=True)
+
+
+def test_a_title_that_would_be_cut_off_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 44 characters, not 60"):
+        document("x" * 60, "rate", [])
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are() -> None:
     result = Result("<steady>", "ours", figures(ENTRIES), 1)
     report = Report("Load", [result], [Sweep("By number", "adapters", [result])], ["Machine: a & b"])
@@ -130,6 +158,36 @@ def test_a_key_is_sent_by_everything_and_said_by_nothing(server: str, tiny_model
     assert all(int(row[2]) > 0 and row[3] == "0" for row in rows)
     assert [row[-1].endswith("answers of the flood") for row in rows] == [False] * 4 + [True] * 2
     assert KEY not in report + (tmp_path / "report.html").read_text() + ended.stdout + ended.stderr
+
+
+def test_the_sweep_of_working_sets_meets_device_memory_for_so_many_adapters(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of Locust's users, who choose by chance, every model of a run is asked once, and then counted."""
+    on_device: list[tuple[int, int]] = []
+
+    def ask_each(scenario: Scenario, url: str, seconds: float, models: Sequence[str], scratch: Path) -> Figures:
+        assert httpx.get(f"{url}/adapters").status_code == 401, "a server that is started asks for the key"
+        [key, _] = scenario.api_keys
+        load.warm_up(load.Target("ours", url, models[0], models[1:], key))
+        adapters = httpx.get(f"{url}/adapters", headers=bearer(key)).json()["adapters"]
+        tiers = [each["tier"] for each in adapters if each["name"] in models]
+        on_device.append((len(models), tiers.count("device")))
+        return figures(ENTRIES)
+
+    monkeypatch.setattr(load, "run", ask_each)
+    sizes = ["--adapters", "3", "--resident", "2", "--working-sets", "0.5", "1", "2", "--scenarios", ""]
+    chosen = load.options([*sizes, "--api-key", KEY, "--model", str(tiny_model), f"--server-args={' '.join(SMALL)}"])
+    report = load.measure(chosen, find_model(chosen.model), tmp_path)
+    assert on_device == [(3, 3), (1, 1), (2, 2), (4, 2)], "of all in ample memory, and of working sets in less"
+    swept = report.sweeps[-1]
+    assert swept.axis == "working set / device memory"
+    assert [(result.what, result.x) for result in swept.results] == [
+        ("0.5 (1 adapters)", 0.5),
+        ("1 (2 adapters)", 1.0),
+        ("2 (4 adapters)", 2.0),
+    ]
+    assert KEY not in markdown(report)
 
 
 def test_a_scenario_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

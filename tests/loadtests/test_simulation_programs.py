@@ -1,18 +1,38 @@
 """The programs around the simulation: what they print and draw, and the arithmetic of the calibration."""
 
+import asyncio
+import json
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from loadtests.adapter_client import AdapterClient
 from loadtests.simulate import __main__ as program
 from loadtests.simulate import costs as cost_tables
-from loadtests.simulate import kv_sharing
-from loadtests.simulate.calibrate import AT_ONCE, LONG, LONG_TOKENS, PROMPTS, ROWS, SHORT, Figures, line, step_costs
+from loadtests.simulate import kv_sharing, validate
+from loadtests.simulate.calibrate import (
+    AT_ONCE,
+    LONG,
+    LONG_TOKENS,
+    PROMPTS,
+    ROWS,
+    SHORT,
+    Figures,
+    Prompts,
+    line,
+    step_costs,
+)
 from loadtests.simulate.costs import Transfer
+from loadtests.simulate.memory import AdapterMemory
+from loadtests.simulate.routers import by_name
+from loadtests.simulate.simulation import Cluster, Simulation
+from loadtests.simulate.traffic import BASE, Conversation, Turn
 from tests.loadtests.commands import SMALL, cells, number, run
 
+SVG = "{http://www.w3.org/2000/svg}"
 FEW = ["--vary", "replicas", "2", "4", "--seconds", "6", "--warm-seconds", "2", "--adapters", "50", "--rate", "3"]
 
 
@@ -28,13 +48,54 @@ def test_the_program_prints_a_row_for_each_router_and_value_and_draws_its_plots(
     for drawn in ("goodput", "first", "moved"):
         file = tmp_path / f"few-{drawn}.svg"
         assert file.stat().st_size < 20_000
-        names = [text.text for text in ET.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+        names = [text.text for text in ET.parse(file).iter(f"{SVG}text")]
         assert {"random", "ours", "replicas"} <= set(names)
+
+
+def styles(drawn: Path) -> dict[str, str]:
+    """The colour of each line, by its name in the legend."""
+    groups = ET.parse(drawn).iter(f"{SVG}g")
+    return {each[1].text or "": each.get("class", "") for each in groups if each[1].tag == f"{SVG}text"}
+
+
+def test_a_router_has_the_same_colour_whichever_others_are_drawn(tmp_path: Path) -> None:
+    few = [*FEW, "--out", str(tmp_path), "--adapters", "10"]
+    program.main([*few, "--routers", "ours,random", "--name", "two"])
+    program.main([*few, "--routers", "least loaded,random,rendezvous,ours", "--name", "four"])
+    two, four = styles(tmp_path / "two-first.svg"), styles(tmp_path / "four-moved.svg")
+    assert list(four) == ["least loaded", "random", "rendezvous", "ours"]
+    assert len(set(four.values())) == 4
+    assert two == {"ours": four["ours"], "random": four["random"]}
+
+
+def test_of_several_seeds_the_median_is_shown_and_the_least_and_the_most(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def printed(*options: str) -> list[str]:
+        program.main([*FEW[:3], *FEW[4:], "--routers", "random", "--adapters", "500", "--first-ms", "30", *options])
+        return cells(capsys.readouterr().out.split("\n\n")[0])[1]
+
+    each = [printed("--seed", str(seed)) for seed in (3, 4, 5)]
+    kept = ["--seed", "3", "--seeds", "3", "--processes", "2", "--keep", str(tmp_path / "runs")]
+    together = printed(*kept)
+    for column in (2, 4, 12):  # without a range
+        assert number(together[column]) == sorted(number(row[column]) for row in each)[1]
+    for column in (3, 5, 9):
+        low, middle, high = sorted((row[column] for row in each), key=number)
+        assert together[column] == f"{middle} ({low}–{high})"
+    files = sorted((tmp_path / "runs").iterdir())
+    assert len(files) == 3
+    before = [file.stat().st_mtime_ns for file in files]
+    assert printed(*kept) == together
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert printed(*kept, "--zipf", "0.5") != together
+    assert len(list((tmp_path / "runs").iterdir())) == 6
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
         (["--vary", "colour", "1"], "--vary takes one of replicas"),
         (["--vary", "replicas", "many"], "--vary replicas"),
         (["--routers", "best"], "no router 'best'"),
@@ -68,7 +129,7 @@ def test_the_break_even_is_printed_for_each_model_and_bandwidth(
     head, *rows = cells(capsys.readouterr().out.strip())
     assert len(rows) == 1 + len(kv_sharing.GPU_MODELS)
     assert len(head) == 4 + len(kv_sharing.LINKS)
-    assert ET.parse(tmp_path / "kv.svg").getroot().tag.endswith("svg")
+    assert ET.parse(tmp_path / "kv.svg").getroot().tag == f"{SVG}svg"
 
 
 def test_the_calibration_finds_the_costs_that_the_figures_were_made_of() -> None:
@@ -121,3 +182,53 @@ def test_a_transfer_is_what_two_sizes_took() -> None:
     found = line([(1e6, 0.012), (5e6, 0.020)])
     assert found.seconds(3e6) == pytest.approx(0.016)
     assert line([(1e6, 0.010), (5e6, 0.008)]) == Transfer(0.0, 5e6 / 0.008)
+
+
+def test_loads_give_way_to_steps_for_as_long_as_their_patience_lasts() -> None:
+    waits = cost_tables.Waits(read=2e-6, copy=1e-6, longest_seconds=0.1)
+    memory = AdapterMemory(cost_tables.read("smollm2-two-cores")._replace(waits=waits), [5e6])
+    memory.ask(0, 1)
+    [idle] = memory.advance({0: 1})
+    memory = AdapterMemory(memory.costs, [5e6])
+    memory.ask(0, 1)
+    [busy] = memory.advance({0: 1}, 0.04)
+    assert busy.seconds - idle.seconds == pytest.approx(10 * 0.04)
+    memory.finish(busy.load)
+    [copied] = memory.advance({0: 1}, 0.04)
+    assert copied.seconds == pytest.approx(memory.costs.copy.seconds(5e6) + 5 * 0.04)
+
+
+@pytest.mark.parametrize("continues", [0.0, 0.6])
+def test_a_run_that_took_what_the_simulation_takes_deviates_by_nothing(
+    continues: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "runs.json"
+    given = [str(file), "--talks", "20", "--routers", "rendezvous"]
+    costs = cost_tables.read("smollm2-two-cores")
+    chosen = validate.options(given)
+    simulated = validate.simulate(costs, 2, "rendezvous", validate.chosen_talks(chosen, continues), chosen)
+    taken = {"runs": [("rendezvous", continues, [validate.Played(simulated, [], {})])], "conditions": "-"}
+    file.write_text(json.dumps({"costs": cost_tables.as_fields(costs), **taken}))
+    validate.main(given)
+    real, ours, deviation = cells(capsys.readouterr().out.split("\n\n")[0])[1:]
+    assert real[3:] == ours[3:]
+    reused = number(ours[10])
+    assert set(deviation[3:]) == ({"+0.0 %"} if continues else {"+0.0 %", "–"})
+    assert 20 < reused < 100 if continues else reused == 0
+
+
+def test_a_server_finds_the_kv_of_a_conversation_as_the_simulation_does(server: str) -> None:
+    turns = [Turn(40, 9, 0.0), Turn(7, 5, 0.0), Turn(30, 3, 0.0)]
+    talks = [Conversation(number, BASE, 0.0, turns) for number in range(3)]
+    with AdapterClient(server) as client:
+        servers = validate.Servers([server], client.base(), [], 16)
+    real = asyncio.run(validate.Client(servers, "random", 0, Prompts(49_152, "talks")).play(talks, 2))
+    costs = cost_tables.read("smollm2-two-cores")
+    outcome = Simulation(Cluster(1, costs, []), by_name("random")).run(iter(talks))
+    simulated = map(validate.answer, outcome.requests)
+
+    def lengths(answers: Iterable[validate.Answer]) -> list[tuple[int, ...]]:
+        return sorted((each.conversation, each.turn, each.tokens, each.prompt, each.cached) for each in answers)
+
+    assert lengths(real) == lengths(simulated)
+    assert [each[2:] for each in lengths(real)[:3]] == [(9, 40, 0), (5, 56, 48), (3, 91, 60)]

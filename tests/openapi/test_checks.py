@@ -157,6 +157,30 @@ def test_a_parameter_is_right_by_the_contract_if_it_is_for_the_service(
     assert formal != right, answer.text
 
 
+GENERATION = "X-Adapter-Generation"
+OF_A_GENERATION = [
+    (method.upper(), path)
+    for path, operations in DOCUMENT["paths"].items()
+    for method, operation in operations.items()
+    if GENERATION in [parameter.get("name") for parameter in operation.get("parameters", [])]
+]
+
+
+@pytest.mark.parametrize(("method", "path"), OF_A_GENERATION, ids=[" ".join(each) for each in OF_A_GENERATION])
+@pytest.mark.parametrize("value", ["", "0"])
+def test_a_generation_is_a_number_wherever_it_is_a_header_also_where_no_adapter_is_named(
+    server: LiveServer, method: str, path: str, value: str
+) -> None:
+    parameter = next(each for each in described(method, path)["parameters"] if each["name"] == GENERATION)
+    assert not is_valid(parameter["schema"], value)
+    body = next(iter(EXAMPLES.get((method, path), {}).values()), None)
+    body = None if body is None else {**body, "model": NAME} if body.get("model") == BASE else body
+    place = path.format(name="poet", model=NAME)
+    answer = server.client.request(method, place, headers={GENERATION: value}, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_header", GENERATION), answer.text
+
+
 def test_an_import_may_be_told_in_the_query_alone(server: LiveServer) -> None:
     assert described("POST", "/adapters")["requestBody"]["required"] is False
     answer = server.client.post("/adapters", params={"name": "poet", "src": "hf://org/poet"})

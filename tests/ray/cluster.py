@@ -1,8 +1,9 @@
 """Applications of two replicas on Ray, on this machine."""
 
 import os
+import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # else it writes a token into the home
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import httpx
-import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from service.ray.app import build
 from tests.service.engine import fake_engine
@@ -38,7 +39,9 @@ class Cluster:
 
     def kill(self, replica: str) -> None:
         """Kill the process of a replica, as the kernel would that is short of memory."""
-        ray.kill(ray.get_actor(f"SERVE_REPLICA::default#rootstock#{replica}", namespace="serve"), no_restart=True)
+        details = _get_global_client().get_serve_details()["applications"]["default"]["deployments"]["rootstock"]
+        [pid] = [each["pid"] for each in details["replicas"] if each["replica_id"] == replica]
+        os.kill(pid, signal.SIGKILL)
 
     def complete(self, model: str, prompt: str = "hello", **body: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": 2, **body})
@@ -51,16 +54,24 @@ def free_port() -> int:
         return port
 
 
-@contextmanager
-def deployed(client: httpx.Client, model: Path, data: Path, **options: Any) -> Iterator[Cluster]:
-    """An application on the fake engine, whose requests are scripted by their `cache_salt`."""
+def deploy(model: Path, data: Path, engine: Sequence[str] | None = fake_engine.COMMAND, **options: Any) -> None:
+    """Deploy an application, or another version of the one that runs; returns when its replicas serve.
+
+    The fake engine's requests are scripted by their `cache_salt`; without `engine` it is the real one.
+    """
     given = {"served_model_name": NAME, "data_directory": data, "cache_directory": data / "cache", "drain_seconds": 5}
     try:
-        serve.run(build({"model": model, **given, **options}, fake_engine.COMMAND))
+        serve.run(build({"model": model, **given, **options}, engine))
     except RuntimeError as error:
         deployments = serve.status().applications["default"].deployments
         error.add_note("\n".join(f"{name}: {each.message}" for name, each in deployments.items()))
         raise
+
+
+@contextmanager
+def deployed(client: httpx.Client, model: Path, data: Path, **options: Any) -> Iterator[Cluster]:
+    """An application until the block ends; the options are those of `deploy`."""
+    deploy(model, data, **options)
     try:
         yield Cluster(client)
     finally:

@@ -5,17 +5,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
-from ray import serve
+import ray
 
 from service.ray.app import app, build
-from tests.ray.cluster import NAME, Cluster, deployed
+from service.ray.call import Pieces
+from service.routing.choice import Server, Wanted, ranked
+from tests.ray.cluster import NAME, Cluster, deploy, deployed
 from tests.service.adapters.adapter_bundles import bundle, multipart
-from tests.service.engine import fake_engine
 
 REPLICA = "x-replica"
 
@@ -39,6 +41,13 @@ def shown(cluster: Cluster) -> dict[str, dict[str, object]]:
     for _ in range(12):
         response = cluster.client.get("/routing")
         found[response.headers[REPLICA]] = response.json()
+    return found
+
+
+def both(cluster: Cluster) -> set[str]:
+    """The names of the replicas, once both answer: one that is slow at the moment is passed over."""
+    found: set[str] = set()
+    wait_until(lambda: len(found.update(shown(cluster)) or found) == 2)
     return found
 
 
@@ -153,34 +162,130 @@ def test_a_hot_adapter_spreads_when_its_home_is_crowded(
         assert min(homes.values()) >= 8, homes
 
 
+class Callers:
+    """Threads that call one after the other until the block ends, each with a prompt of its own if none is given."""
+
+    def __init__(self, url: httpx.URL, count: int, **body: object) -> None:
+        self._url, self._body = url, {"model": NAME, "max_tokens": 2, **body}
+        self._statuses, self._stop = Counter[str](), threading.Event()
+        self._threads = [
+            threading.Thread(target=self._call, args=(body.get("prompt", f"caller {number}"),))
+            for number in range(count)
+        ]
+
+    def __enter__(self) -> Counter[str]:
+        for thread in self._threads:
+            thread.start()
+        return self._statuses
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _call(self, prompt: object) -> None:
+        body = self._body | {"prompt": prompt}
+        with httpx.Client(base_url=self._url, timeout=120) as own:
+            while not self._stop.is_set():
+                self._statuses[outcome(own.post("/v1/completions", json=body), body)] += 1
+
+
+def outcome(response: httpx.Response, body: dict[str, object]) -> str:
+    """Whether the fake engine's answer is whole, its prompt over and over to the last token; or what it is instead."""
+    if response.status_code == 200 and body.get("stream"):
+        *found, last = events(response)
+        tokens = len(found) if last == "data: [DONE]" else 0
+        text = "".join(event["choices"][0]["text"] for event in found if "choices" in event)
+    elif response.status_code == 200:
+        text, tokens = response.json()["choices"][0]["text"], response.json()["usage"]["completion_tokens"]
+    else:
+        text, tokens = "", 0
+    whole = tokens == body["max_tokens"] and (f"{body['prompt']}" * tokens).startswith(text)
+    return "whole" if whole else f"{response.status_code} {response.text[-200:]}"
+
+
+def test_calls_that_have_ended_count_no_longer(cluster: Cluster) -> None:
+    """Short ones end before the router has noted where they went: what it remembered of them would crowd their home."""
+    with Callers(cluster.client.base_url, 6, prompt="hello") as statuses:
+        wait_until(lambda: statuses.total() > 600)
+    assert set(statuses) == {"whole"}, statuses
+    time.sleep(1)
+    asked = Counter(cluster.client.get("/routing").headers[REPLICA] for _ in range(40))
+    assert len(asked) == 2, asked
+
+
 def test_an_engine_that_dies_is_restarted_by_its_replica_and_others_serve_meanwhile(cluster: Cluster) -> None:
-    before = set(shown(cluster))
-    assert len(before) == 2
+    before = both(cluster)
     died = cluster.client.post("/v1/completions", json={"model": NAME, "prompt": "hello", "cache_salt": "die"})
     assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_died")
-    wait_until(lambda: set(shown(cluster)) == before)  # one without an engine is asked last; none is replaced
+    with Callers(cluster.client.base_url, 6) as statuses:  # the routers do not know it yet
+        wait_until(lambda: statuses.total() > 50)
+        wait_until(lambda: set(shown(cluster)) == before)  # none is replaced
+    assert set(statuses) == {"whole"}, statuses
 
 
 def test_a_replica_that_is_killed_ends_its_streams_with_an_error_event_and_is_replaced(cluster: Cluster) -> None:
     body = {"model": NAME, "prompt": "hello world", "stream": True, "cache_salt": "hold", "max_tokens": 9}
-    statuses, stop = Counter[int](), threading.Event()
-
-    def call() -> None:
-        while not stop.is_set():
-            statuses[cluster.complete(NAME).status_code] += 1
-
-    caller = threading.Thread(target=call)
-    with cluster.client.stream("POST", "/v1/completions", json=body) as response:
-        found = events(response)
-        next(found)
-        caller.start()
-        cluster.kill(response.headers[REPLICA])
-        last = list(found)
+    with Callers(cluster.client.base_url, 6) as statuses:
+        with cluster.client.stream("POST", "/v1/completions", json=body) as response:
+            found = events(response)
+            next(found)
+            wait_until(lambda: statuses.total() > 50)
+            before = statuses.total()
+            cluster.kill(response.headers[REPLICA])
+            last = list(found)
+        wait_until(lambda: response.headers[REPLICA] not in shown(cluster) and len(shown(cluster)) == 2, 120)
     assert [event["error"]["code"] for event in last] == ["engine_died"]
-    wait_until(lambda: response.headers[REPLICA] not in shown(cluster) and len(shown(cluster)) == 2)
-    stop.set()
-    caller.join()
-    assert set(statuses) == {200}, statuses
+    assert set(statuses) == {"whole"}, statuses
+    assert statuses.total() > before + 20, "calls were answered while one replica was missing"
+
+
+def test_a_call_of_which_nothing_was_answered_is_sent_to_another_replica(cluster: Cluster) -> None:
+    before = both(cluster)
+    body = {"model": NAME, "prompt": "hello", "cache_salt": "slow", "max_tokens": 40}
+    with ThreadPoolExecutor(8) as threads:
+        calls = [threads.submit(httpx.post, f"{cluster.client.base_url}/v1/completions", json=body, timeout=120)]
+        wait_until(lambda: any(in_flight(cluster, replica) for replica in before))
+        [killed] = [replica for replica in before if in_flight(cluster, replica)]
+        cluster.kill(killed)
+        answers = [call.result() for call in calls]
+    assert [outcome(answer, body) for answer in answers] == ["whole"]
+    assert answers[0].headers[REPLICA] != killed
+    wait_until(lambda: killed not in shown(cluster) and len(shown(cluster)) == 2, 120)
+
+
+def test_an_upload_whose_replica_dies_in_the_middle_is_refused_and_can_be_sent_again(cluster: Cluster) -> None:
+    """Its home, as the idle replicas' router finds it, has read the first pieces: nobody has them any more."""
+    name, servers = "torn", [Server(id=replica) for replica in both(cluster)]
+    home = ranked(Wanted((name,)), servers)[0].id
+    request = cluster.client.build_request("PUT", f"/adapters/{name}", files=multipart(*bundle(14)))
+    content = request.read()
+
+    def pieces() -> Iterator[bytes]:
+        yield content[:200]
+        time.sleep(2)
+        cluster.kill(home)
+        time.sleep(1)
+        yield content[200:]
+
+    headers = {"content-type": request.headers["content-type"]}
+    lost = cluster.client.put(f"/adapters/{name}", content=pieces(), headers=headers)
+    assert (lost.status_code, lost.json()["error"]["code"]) == (503, "engine_died")
+    assert upload(cluster, name, 14).status_code == 201
+    wait_until(lambda: home not in shown(cluster) and len(shown(cluster)) == 2, 120)
+
+
+def test_a_body_that_nobody_has_begun_to_read_goes_to_another_attempt(cluster: Cluster) -> None:
+    pieces = Pieces.remote()
+    first, second = ({"type": "http.request", "body": body, "more_body": True} for body in (b"first", b"second"))
+    waits = pieces.take.remote("upload", 0)
+    assert ray.get(pieces.repeat.remote("upload", 1))
+    assert ray.get(waits) == {"type": "http.disconnect"}
+    ray.get([pieces.put.remote("upload", first), pieces.put.remote("upload", second)])
+    assert ray.get(pieces.take.remote("upload", 0)) == {"type": "http.disconnect"}
+    assert ray.get(pieces.take.remote("upload", 1)) == first
+    assert not ray.get(pieces.repeat.remote("upload", 2)), "its first piece is gone"
+    assert ray.get(pieces.take.remote("upload", 1)) == second
 
 
 def test_a_replica_that_is_taken_away_ends_its_streams_first(
@@ -196,9 +301,7 @@ def test_a_replica_that_is_taken_away_ends_its_streams_first(
                 for number in range(12)
             ]
             assert len({response.headers[REPLICA] for response in responses}) == 2
-            options = {"model": tiny_model, "served_model_name": NAME, "data_directory": tmp_path / "data"}
-            options |= {"cache_directory": tmp_path / "data" / "cache", "drain_seconds": 5, "replicas": 1}
-            thread = threading.Thread(target=lambda: serve.run(build(options, fake_engine.COMMAND)))
+            thread = threading.Thread(target=lambda: deploy(tiny_model, tmp_path / "data", replicas=1))
             thread.start()
             ends = [list(events(response))[-1] for response in responses]
             thread.join()
@@ -206,26 +309,54 @@ def test_a_replica_that_is_taken_away_ends_its_streams_first(
         wait_until(lambda: cluster.running() == 1)
 
 
-def test_replicas_follow_the_time_that_requests_wait(client: httpx.Client, tiny_model: Path, tmp_path: Path) -> None:
-    sizes = {"replicas": 1, "max_replicas": 2, "upscale_seconds": 1.0, "downscale_seconds": 2.0, "max_running": 1}
-    with deployed(client, tiny_model, tmp_path, **sizes) as cluster:
+def test_a_rolling_update_cuts_no_stream_and_fails_no_call(
+    client: httpx.Client, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The ingress is replaced too: streams of 18 s run through it, shorter answers come one after the other."""
+    with deployed(client, tiny_model, tmp_path, drain_seconds=60) as cluster:
+        before, url = both(cluster), f"{client.base_url}/v1/completions"
+        slow = {"model": NAME, "stream": True, "cache_salt": "slow", "max_tokens": 180}
+        asked = [slow | {"prompt": f"number {number}"} for number in range(8)]
+        with (
+            ThreadPoolExecutor(8) as threads,
+            Callers(client.base_url, 3, cache_salt="slow", max_tokens=20) as answers,
+            Callers(client.base_url, 3, cache_salt="slow", max_tokens=20, stream=True) as streamed,
+        ):
+            streams = [threads.submit(httpx.post, url, json=body, timeout=120) for body in asked]
+            wait_until(lambda: all(in_flight(cluster, replica) for replica in before))
+            deploy(tiny_model, tmp_path, drain_seconds=60, max_waiting=99)
+            wait_until(lambda: len(shown(cluster)) == 2 and not before & set(shown(cluster)), 120)
+            ended = [stream.result() for stream in streams]
+        assert [outcome(*each) for each in zip(ended, asked, strict=True)] == ["whole"] * 8
+        assert {stream.headers[REPLICA] for stream in ended} == before
+        assert (set(answers), set(streamed)) == ({"whole"}, {"whole"}), (answers, streamed)
+
+
+def test_replicas_follow_the_time_that_requests_wait_and_no_stream_is_lost(
+    client: httpx.Client, tiny_model: Path, tmp_path: Path
+) -> None:
+    sizes = {"replicas": 1, "max_replicas": 2, "upscale_seconds": 1.0, "downscale_seconds": 6.0, "max_running": 8}
+    with (
+        deployed(client, tiny_model, tmp_path, drain_seconds=60, **sizes) as cluster,
+        ThreadPoolExecutor(16) as threads,
+    ):
         assert cluster.running() == 1
-        body = {"model": NAME, "prompt": "hello", "cache_salt": "silent", "max_tokens": 9, "timeout": 15}
-
-        statuses: list[int] = []
-
-        def wait_in_vain() -> None:
-            with httpx.Client(base_url=client.base_url, timeout=60) as own:
-                statuses.append(own.post("/v1/completions", json=body).status_code)
-
-        threads = [threading.Thread(target=wait_in_vain) for _ in range(6)]
-        for thread in threads:
-            thread.start()
+        url, body = f"{client.base_url}/v1/completions", {"model": NAME, "prompt": "hello", "max_tokens": 9}
+        silent = body | {"cache_salt": "silent", "timeout": 20}
+        waiting = [threads.submit(httpx.post, url, json=silent, timeout=120) for _ in range(12)]
         wait_until(lambda: cluster.running() == 2)
-        for thread in threads:
-            thread.join()
-        assert statuses == [504] * 6, "their own time limit"
+        assert [each.result().status_code for each in waiting] == [504] * 12, "their own time limit"
+        both(cluster)  # the queue of the first one is known to be gone
+        prompts = {cluster.complete(NAME, f"{number} ").headers[REPLICA]: f"{number} " for number in range(20)}
+        assert len(prompts) == 2
+        slow = body | {"cache_salt": "slow", "stream": True, "max_tokens": 180}
+        asked = [slow | {"prompt": prompt} for prompt in prompts.values()]
+        streams = [threads.submit(httpx.post, url, json=each, timeout=120) for each in asked]
         wait_until(lambda: cluster.running() == 1)
+        assert not all(stream.done() for stream in streams), "one replica was told to go while streams ran"
+        ended = [stream.result() for stream in streams]
+        assert [outcome(*each) for each in zip(ended, asked, strict=True)] == ["whole"] * 2
+        assert {stream.headers[REPLICA] for stream in ended} == set(prompts)
         assert cluster.complete(NAME).status_code == 200
 
 

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import boto3
+import msgspec
 import pytest
 from moto.server import ThreadedMotoServer
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime.messages import Ready, Stats, TierStats
+from runtime.messages import RankStats, Ready, Stats, TierStats
 from service.catalog.record import AdapterRecord, AdapterVersion
 from service.engine import client
 from service.engine_metrics import MAX_LOADED, EngineMetrics
@@ -141,6 +142,11 @@ def test_adapters_with_a_series_of_their_own_are_bounded() -> None:
     assert len(found["vllm:lora_adapter_loaded"]) == MAX_LOADED
     assert len(found["vllm:lora_requests_info"]) == 1
     assert value(found, "vllm:num_gpu_loaded_lora_adapters") == 3 * MAX_LOADED
+    assert not any(name.startswith("rootstock_rank_") for name in found), "there is one rank"
+    ranks = msgspec.structs.replace(stats, ranks=RankStats(summed_bytes=4096, command_bytes=80))
+    found = samples(Metrics().render(EngineMetrics(ranks, ready, "base", versions, None)).decode())
+    assert value(found, "rootstock_rank_summed_bytes_total") == 4096
+    assert value(found, "rootstock_rank_command_bytes_total") == 80
 
 
 def test_the_gauges_are_the_sequences_in_flight_however_late_the_engine_answers(

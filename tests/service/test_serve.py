@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from tests.service.live_server import wait_until
 
 
 @contextmanager
-def service(model: Path, data: Path, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "service", "--model", str(model), "--port", "0", "--data-directory", str(data)]
+def service(
+    model: Path, data: Path, *options: str, program: Sequence[str] = ("-m", "service"), **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, *program, "--model", str(model), "--port", "0", "--data-directory", str(data)]
     command += ["--kv-cache-bytes", "1M", "--adapter-bytes", "1M", "--threads", "1", *options]
     environment = {**os.environ, **environment}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -70,6 +72,26 @@ def test_a_service_says_where_it_listens_serves_and_ends_at_a_signal(tiny_model:
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         assert process.wait(timeout=10) == 0
         assert not alive(engine)
+
+
+SIGNAL_AT_ONCE = """
+import os, signal, sys
+from service import __main__ as program
+say_where = program.say_where
+def say_where_and_end(*given):
+    say_where(*given)
+    os.kill(os.getpid(), signal.SIGTERM)
+program.say_where = say_where_and_end
+program.main(sys.argv[1:])
+print("ended", file=sys.stderr)
+"""
+
+
+def test_a_signal_as_soon_as_it_says_where_it_listens_ends_a_service(tiny_model: Path, tmp_path: Path) -> None:
+    program = ("-c", SIGNAL_AT_ONCE)
+    with service(tiny_model, tmp_path, "--load-format", "dummy", program=program) as process:
+        said(process, "(ended)")
+        assert process.wait(timeout=20) == 0
 
 
 def test_a_second_signal_ends_requests_that_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ OPTIONS = {
     "--tensor-parallel-size": ("2", "tensor_parallel_size", 2),
     "--kv-cache-bytes": ("64M", "kv_cache_bytes", 64 * MIB),
     "--host-kv-bytes": ("4G", "host_kv_bytes", 4096 * MIB),
-    "--kv-events": ("tcp://*:5557", "kv_events", "tcp://*:5557"),
+    "--kv-events": ("tcp://127.0.0.1:5557", "kv_events", "tcp://127.0.0.1:5557"),
     "--kv-events-topic": ("kv@pod@tiny", "kv_events_topic", "kv@pod@tiny"),
     "--kv-events-replay": ("ipc:///run/replay", "kv_events_replay", "ipc:///run/replay"),
     "--routing-prefixes": ("yes", "routing_prefixes", True),

@@ -58,6 +58,8 @@ class FakeHub:
             send(request, 403, X_Error_Code="GatedRepo")
         elif path.startswith(f"{api}revision/"):
             self._send_revision(request, unquote(path.removeprefix(f"{api}revision/")))
+        elif path.startswith(f"{api}tree/"):
+            self._send_tree(request, unquote(path.removeprefix(f"{api}tree/")))
         elif path.startswith(files):
             commit, _, name = unquote(path.removeprefix(files)).partition("/")
             self._send_file(request, commit, name)
@@ -72,6 +74,13 @@ class FakeHub:
             send(request, 404, X_Error_Code="RevisionNotFound")
         else:
             send(request, 200, json.dumps({"id": REPOSITORY, "sha": commit}).encode())
+
+    def _send_tree(self, request: BaseHTTPRequestHandler, commit: str) -> None:
+        files = [
+            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for name, content in self.files[commit].items()
+        ]
+        send(request, 200, json.dumps(files).encode())
 
     def _send_file(self, request: BaseHTTPRequestHandler, commit: str, name: str) -> None:
         content = self.files.get(commit, {}).get(name)

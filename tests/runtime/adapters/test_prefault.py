@@ -1,5 +1,6 @@
 """Memory that is faulted in before it is written to, and memory that serves one file after another."""
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from loadtests.soak.processes import held_by
 from runtime.adapters.adapter import Adapter
 from runtime.adapters.pool import AdapterPool
 from runtime.adapters.prefault import AHEAD_BYTES, SPARE_BYTES, SpareMemory, prefault
@@ -127,6 +129,22 @@ def test_a_large_piece_goes_back_to_the_system(size: int, kept: bool) -> None:
     spare = SpareMemory(2)
     marked(spare, size)
     assert is_marked(spare.take(size)) == kept
+
+
+def test_what_is_not_kept_leaves_no_holes_in_the_heap() -> None:
+    first = bytearray(b"x") * (24 * MIB)  # once freed, the C library takes smaller pieces from the heap
+    del first
+    spare, pieces, between = SpareMemory(2), [], []
+    before = held_by(os.getpid()).memory
+    for _ in range(16):
+        pieces.append(spare.take(4 * MIB))
+        pieces[-1][:] = 1
+        between.append(bytearray(b"x") * (MIB // 4))
+    full = held_by(os.getpid()).memory
+    assert full - before > 64
+    pieces.clear()
+    kept = 2 * 4 * MIB / 1e6
+    assert held_by(os.getpid()).memory < before + kept + len(between) * MIB / 4e6 + 4
 
 
 def test_files_read_into_the_memory_of_earlier_ones_are_themselves(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from runtime.config import MIB, EngineConfig
 from runtime.cpu.choice import threads_of
 from runtime.engine import Engine
 from runtime.messages import Ready, SamplingParams, Tokens
+from runtime.parallel import followers, group
+from runtime.parallel.followers import Followers
+from runtime.parallel.group import GroupFailed
 from tests.runtime.engine_peer import Peer, generate
+from tests.runtime.parallel.rank_threads import PATIENCE
 from tests.runtime.test_process import Served
 from tests.runtime.tiny_engine import ADAPTER_CONFIG, GREEDY, adapter_tensors, prompt
 from tests.runtime.tiny_model import TINY
@@ -62,6 +66,7 @@ def test_tokens_are_those_of_one_rank(tmp_path, size):
     """Four requests on blocks for two, so that K/V go to host memory and come back."""
     alone = Engine(config(tmp_path))
     expected = outputs(alone)
+    assert alone.stats().ranks is None
     alone.close()
     blocks = 10 * alone.runner.kv.block(0).nbytes // 2
     engine = Engine(config(tmp_path, tensor_parallel_size=size, kv_cache_bytes=blocks, host_kv_bytes=MIB))
@@ -70,11 +75,13 @@ def test_tokens_are_those_of_one_rank(tmp_path, size):
     assert outputs(engine) == expected
     assert engine.scheduler.preemptions > 0
     assert engine.stats().host_kv.stores > 0
-    sent = engine.runner.group.bytes_sent
+    sent, commands = engine.runner.group.bytes_sent, engine.stats().ranks.command_bytes
     steps = engine.steps
     engine.generate([prompt(30, 9)], GREEDY)
     rows = 30 + GREEDY.max_tokens - 1
-    assert engine.runner.group.bytes_sent - sent == 2 * 2 * rows * TINY["hidden_size"] * 4
+    ranks = engine.stats().ranks
+    assert ranks.summed_bytes - sent == 2 * 2 * rows * TINY["hidden_size"] * 4
+    assert 0 < ranks.command_bytes - commands < (size - 1) * GREEDY.max_tokens * 100
     assert engine.steps - steps == GREEDY.max_tokens
     engine.check()
     engine.close()
@@ -97,20 +104,42 @@ def test_an_engine_whose_rank_is_killed_ends_with_its_reason(tmp_path):
     engine.close()
 
 
-def test_an_engine_whose_rank_is_killed_in_a_step_ends_too(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_engine_whose_rank_is_killed_in_a_step_names_that_rank(tmp_path, stopped):
+    """All others lose their connections to it, and see that before its own end is known."""
     config(tmp_path)
-    engine = Peer(tmp_path, tensor_parallel_size=2, kernels="torch")
+    engine = Peer(tmp_path, tensor_parallel_size=3, kernels="torch")
     engine.next(Ready)
     engine.send(generate("long", max_tokens=120))
     engine.next(Tokens)
-    [follower] = children(engine.process.pid)
-    os.kill(follower, signal.SIGSTOP)  # rank 0 waits for it in the middle of a step
-    time.sleep(0.3)
-    os.kill(follower, signal.SIGKILL)
+    _, second = children(engine.process.pid)
+    if stopped:
+        os.kill(second, signal.SIGSTOP)  # the others wait for it in the middle of a step
+        time.sleep(0.3)
+    os.kill(second, signal.SIGKILL)
     _, stderr = engine.process.communicate(timeout=DEADLINE_SECONDS)
     assert engine.process.returncode == 4
-    assert stderr.splitlines()[-1] == "engine: rank 1: it was ended by SIGKILL"
+    assert stderr.splitlines()[-1] == "engine: rank 2: it was ended by SIGKILL"
     engine.close()
+
+
+def test_the_rank_that_ended_first_is_named_whoever_reports_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(followers, "PROGRAM", "tests.runtime.parallel.late_followers")
+    ranks = Followers()
+    with pytest.raises(ValueError, match=r"^rank 2: it was ended by SIGKILL$"):
+        ranks.start(config(tmp_path, tensor_parallel_size=3))
+    assert ranks.reason() == "rank 2: it was ended by SIGKILL"
+    ranks.close()
+
+
+def test_a_lost_connection_is_the_reason_where_no_rank_ends(tmp_path, monkeypatch):
+    """The first of `late_followers` alone."""
+    monkeypatch.setattr(followers, "PROGRAM", "tests.runtime.parallel.late_followers")
+    monkeypatch.setattr(followers, "FIRST_SECONDS", 0.1)
+    ranks = Followers()
+    with pytest.raises(ValueError, match=r"^rank 1: GroupFailed: connection closed by peer$"):
+        ranks.start(config(tmp_path, tensor_parallel_size=2))
+    ranks.close()
 
 
 @pytest.mark.parametrize("seconds", [0, 2])
@@ -130,9 +159,30 @@ def test_no_rank_outlives_an_engine_that_is_killed_while_it_starts(tmp_path, sec
 def test_a_rank_that_cannot_start_says_why(tmp_path, monkeypatch):
     """Its part of the checkpoint cannot be read: here the follower is another program."""
     before = children(os.getpid())  # servers that tests share
-    monkeypatch.setattr("runtime.parallel.followers.PROGRAM", "tests.runtime.parallel.unable_follower")
+    monkeypatch.setattr(followers, "PROGRAM", "tests.runtime.parallel.unable_follower")
     with pytest.raises(ValueError, match=r"^rank 1: ValueError: the file is gone$"):
         Engine(config(tmp_path, tensor_parallel_size=2))
+    assert children(os.getpid()) == before
+
+
+def test_a_start_whose_ranks_cannot_meet_says_what_gloo_says(monkeypatch):
+    def join():
+        raise GroupFailed("no route to host")
+
+    monkeypatch.setattr(followers, "FIRST_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"^the ranks cannot meet: no route to host$"):
+        Followers().meet(join)
+
+
+def test_a_rank_that_ends_before_it_has_joined_ends_the_start(tmp_path, monkeypatch):
+    """The others wait for it in Gloo, which would do so for minutes."""
+    before = children(os.getpid())
+    monkeypatch.setattr(followers, "PROGRAM", "tests.runtime.parallel.leaving_follower")
+    monkeypatch.setattr(group, "TIMEOUT", PATIENCE)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"^rank 2: it was ended by SIGKILL$"):
+        Engine(config(tmp_path, tensor_parallel_size=3))
+    assert time.monotonic() - started < DEADLINE_SECONDS
     assert children(os.getpid()) == before
 
 
@@ -142,7 +192,7 @@ def test_a_rank_that_cannot_start_says_why(tmp_path, monkeypatch):
         ({"kernels": "compiled"}, r"tensor_parallel_size .* is 2, and kernels \(--kernels\) compiled .* torch or auto"),
         (
             {"quantization": "int8"},
-            r"\(--quantization\) int8 needs kernels \(--kernels\) compiled, not torch",
+            r"tensor_parallel_size .* is 2, and quantization \(--quantization\) int8 .* serve a checkpoint",
         ),
     ],
 )

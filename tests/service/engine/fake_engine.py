@@ -1,10 +1,10 @@
 """An engine process without a model: it speaks runtime.messages, and its answers are the prompt over again.
 
 A request's `cache_salt` scripts it: "die" ends the process, "break" ends it as one whose device failed, "hold" gives
-one token and then nothing, "silent" gives nothing, "fail CODE" fails after one token, "refuse CODE" at once. An adapter
-turns the answer round, and leaves out what is before its invocation. A load is done at once if the file is there; one
-adapter can be pinned. A prefix is held at once; half of the blocks can be held. test_engine_contract.py holds that it
-speaks as the real one.
+one token and then nothing, "silent" gives nothing, "slow" at most ten tokens a second, "fail CODE" fails after one
+token, "refuse CODE" at once. An adapter turns the answer round, and leaves out what is before its invocation. A load is
+done at once if the file is there; one adapter can be pinned. A prefix is held at once; half of the blocks can be held.
+test_engine_contract.py holds that it speaks as the real one.
 Command line: python -m tests.service.engine.fake_engine [--cannot-start] ENDPOINT.
 """
 
@@ -52,6 +52,7 @@ from tests.service.kv.fake_kv import BLOCK, FakeKv
 
 COMMAND = (sys.executable, "-m", "tests.service.engine.fake_engine")
 CONTEXT = 200
+SLOW_SECONDS = 0.1  # a token
 STOP_TOKEN = 2  # what ends an answer when the prompt begins with it
 
 
@@ -69,6 +70,8 @@ class Sequence:
     def step(self) -> Event | None:
         script, params, request_id = self.command.cache_salt, self.command.params, self.command.request_id
         if script == "silent" or (script == "hold" and self.given):
+            return None
+        if script == "slow" and time.monotonic() < self.started_at + self.given * SLOW_SECONDS:
             return None
         if script.startswith("fail ") and self.given:
             return Failed(request_id=request_id, code=script.split()[1], message="as scripted")

@@ -1,13 +1,17 @@
 """The file of keys and its program: made, listed, revoked, and read again by a service that runs."""
 
+import hmac
 import json
 import logging
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
+from service.errors import RequestError
 from service.keys import keys as reloading
 from service.keys.__main__ import main
 from service.keys.keys import Keys
@@ -198,3 +202,38 @@ def test_a_key_is_never_found_by_a_part_of_it(file: Path) -> None:
             keys.caller(f"Bearer {wrong}")
     assert keys.caller("bearer  rk_red_abc ").id == "red"
     assert keys.caller("Bearer the option's").id == "api-key"
+
+
+class Guarded(str):
+    """The hash of a key that was sent: any comparison whose time depends on what is equal in it fails."""
+
+    def _compared(self, *_: object) -> NoReturn:
+        raise AssertionError("a hash is compared in a time that tells how much of it is right")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = startswith = find = index = count = _compared
+    __hash__ = _compared  # of a look-up in a table, which compares then
+
+
+def test_hashes_are_compared_in_a_time_that_tells_nothing_and_as_many_for_every_wrong_key(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_keys(file, [record("red", "rk_red_abc"), record("blue", "rk_blue_abc")])
+    keys = Keys("option", file)
+    compared: list[int] = []
+
+    def compare_digest(one: str, other: str) -> bool:
+        compared.append(len(one) + len(other))
+        return hmac.compare_digest(one, other)
+
+    monkeypatch.setattr(reloading, "hash_of", lambda key: Guarded(hash_of(key)))
+    monkeypatch.setattr(reloading, "hmac", SimpleNamespace(compare_digest=compare_digest))
+    wrong = ["rk_red_abd", "rk_red_xyz", "rk_nobody_abc", "rk_red", "optiom", "other", "o" * 4000]
+    for key in wrong:  # of a known id, of an unknown one, and of none
+        with pytest.raises(RequestError, match="the API key is not valid"):
+            keys.caller(f"Bearer {key}")
+    assert compared == [2 * 64] * 2 * len(wrong), "two hashes of one length, whatever the key is"
+    assert [keys.caller(f"Bearer {key}").id for key in ("rk_red_abc", "rk_blue_abc", "option")] == [
+        "red",
+        "blue",
+        "api-key",
+    ]

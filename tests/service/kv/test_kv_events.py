@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -265,9 +266,9 @@ def test_own_addresses_are_bound_and_others_connected_to() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--kv-events", "5557"], "expected an endpoint such as tcp://*:5557"),
-        (["--kv-events", "tcp://*:70000"], "expected an endpoint such as tcp://*:5557"),
-        (["--kv-events", "tcp://*:5557", "--no-prefix-cache"], "leave prefix_cache on"),
+        (["--kv-events", "5557"], "expected an endpoint such as tcp://127.0.0.1:5557"),
+        (["--kv-events", "tcp://*:70000"], "expected an endpoint such as tcp://127.0.0.1:5557"),
+        (["--kv-events", "ipc:///run/events", "--no-prefix-cache"], "leave prefix_cache on"),
     ],
 )
 def test_an_option_that_cannot_be_followed_is_refused(
@@ -276,3 +277,36 @@ def test_an_option_that_cannot_be_followed_is_refused(
     with pytest.raises((SystemExit, ValueError)) as refused:
         read(options, {}).settings(Path("model"), "tiny")
     assert reason in capsys.readouterr().err + str(refused.value)
+
+
+OWN = "ipc:///run/events"
+REACHED = {
+    "by all": ("kv_events", "tcp://*:5557"),
+    "by all, in numbers": ("kv_events", "tcp://0.0.0.0:5557"),
+    "by all, over IPv6": ("kv_events", "tcp://[::]:5557"),
+    "by all, for what was missed": ("kv_events_replay", "tcp://*:5558"),
+    "at one address": ("kv_events_replay", "tcp://10.0.0.7:5558"),
+    "at an interface": ("kv_events_replay", "tcp://eth0:5558"),
+}
+
+
+@pytest.mark.parametrize(("field", "at"), REACHED.values(), ids=REACHED.keys())
+def test_an_address_that_others_reach_needs_a_word_and_a_key_is_none(field: str, at: str) -> None:
+    argv = [f"--kv-events={OWN}", f"--{field.replace('_', '-')}={at}"]
+    for keyed in ([], ["--api-key=secret"]):
+        with pytest.raises(ValueError, match=re.escape(f"{field}: {at} is not this machine's own address")) as refused:
+            read([*argv, *keyed], {}).settings(Path("model"), "tiny")
+        assert str(refused.value).endswith("name one such as tcp://127.0.0.1:5557, or set --insecure")
+    read([*argv, "--insecure"], {}).settings(Path("model"), "tiny")
+
+
+@pytest.mark.parametrize(
+    "at", ["tcp://127.0.0.1:5557", "tcp://127.8.0.1:5557", "tcp://[::1]:5557", "tcp://localhost:5557", OWN]
+)
+def test_this_machines_own_address_needs_none(at: str) -> None:
+    for options in (["--kv-events", at], ["--kv-events", OWN, "--kv-events-replay", at]):
+        read(options, {}).settings(Path("model"), "tiny")
+
+
+def test_an_address_that_is_connected_to_needs_none() -> None:
+    read(["--kv-events", "tcp://10.0.0.7:5557"], {}).settings(Path("model"), "tiny")
