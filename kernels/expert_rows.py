@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import lora_tiles
-from kernels.interpreter import interpreted
+from kernels.interpreter import BFLOAT16_DOT
+from kernels.launches import ceil_div, launch
 from kernels.lora_tiles import Tiles
-from kernels.sizes import ceil_div
 
 _FIRST_ROW = tl.constexpr(lora_tiles.FIRST_ROW)
 _ROWS = tl.constexpr(lora_tiles.ROWS)
@@ -44,7 +44,9 @@ def expert_matmul(
     assert bias is None or bias.is_contiguous()
     _, out, inputs = weight.shape
     y = torch.empty((len(x), out), dtype=x.dtype, device=x.device)
-    _expert_matmul_kernel[(len(tiles.fields), ceil_div(out, config.block_n))](
+    launch(
+        _expert_matmul_kernel,
+        (len(tiles.fields), ceil_div(out, config.block_n)),
         x,
         weight,
         weight if bias is None else bias,
@@ -54,7 +56,7 @@ def expert_matmul(
         BIASED=bias is not None,
         OUT=out,
         IN=inputs,
-        DOT=tl.float32 if interpreted() or x.dtype == torch.float32 else tl.bfloat16,
+        DOT=tl.float32 if x.dtype == torch.float32 else BFLOAT16_DOT,
         BLOCK_M=tiles.height,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

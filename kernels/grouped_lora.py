@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import lora_tiles, offset_table
-from kernels.interpreter import interpreted
+from kernels.interpreter import BFLOAT16_DOT
+from kernels.launches import ceil_div, launch
 from kernels.lora_tiles import Tiles
-from kernels.sizes import ceil_div
 
 _A = tl.constexpr(offset_table.A)
 _RANKS = tl.constexpr(offset_table.RANKS)
@@ -101,7 +101,9 @@ def shrink(x: Tensor, site: int, arena: Tensor, table: Tensor, tiles: Tiles, t: 
     assert x.stride(1) == t.stride(2) == 1
     assert table.is_contiguous()
     grid = (len(tiles.fields), ceil_div(t.shape[2], config.block_r), config.split_k)
-    _shrink_kernel[grid](
+    launch(
+        _shrink_kernel,
+        grid,
         x,
         arena,
         table,
@@ -133,7 +135,9 @@ def embedding_shrink(token_ids: Tensor, site: int, arena: Tensor, table: Tensor,
     assert t.stride(2) == 1
     assert table.is_contiguous()
     grid = (len(tiles.fields), ceil_div(t.shape[2], _EMBEDDING_RANKS))
-    _embedding_shrink_kernel[grid](
+    launch(
+        _embedding_shrink_kernel,
+        grid,
         token_ids,
         arena,
         table,
@@ -175,7 +179,9 @@ def expand(
     assert table.is_contiguous()
     first, second, third = [*widths, *[0] * (offset_table.MAX_PARTS - len(widths))]
     grid = (len(tiles.fields), sum(ceil_div(width, config.block_n) for width in widths))
-    _expand_kernel[grid](
+    launch(
+        _expand_kernel,
+        grid,
         t,
         y,
         arena,
@@ -204,12 +210,8 @@ def expand(
 
 
 def _dot_dtype(*factors: Tensor) -> tl.dtype:
-    """The dtype that tensor cores multiply: bfloat16 if all factors are.
-
-    Always float32 in Triton's interpreter: it would multiply the bit patterns of bfloat16 as integers.
-    """
-    narrow = all(factor.dtype == torch.bfloat16 for factor in factors) and not interpreted()
-    return tl.bfloat16 if narrow else tl.float32
+    """The dtype that tensor cores multiply: bfloat16 if all factors are."""
+    return BFLOAT16_DOT if all(factor.dtype == torch.bfloat16 for factor in factors) else tl.float32
 
 
 @triton.jit(do_not_specialize=["sites", "site"])

@@ -2,12 +2,17 @@
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.driver import driver
 
 
 def interpreted() -> bool:
     """Whether Triton was told to interpret kernels when they were imported; interpreted kernels take CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
+
+
+# As what products of bfloat16 are made: Triton's interpreter would multiply the bit patterns as integers
+BFLOAT16_DOT = tl.float32 if interpreted() else tl.bfloat16
 
 
 def can_run_on(device: torch.device) -> bool:

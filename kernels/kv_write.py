@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import ceil_div, power_of_2
+from kernels.launches import ceil_div, launch, power_of_2
 
 
 class QkvWriteConfig(NamedTuple):
@@ -64,7 +64,8 @@ def qkv_write(
     assert 0 <= turned <= head_dim, turned
     if not tokens:
         return
-    _qkv_write_kernel[(tokens, ceil_div(rows, config.heads))](
+    launch(
+        _qkv_write_kernel, (tokens, ceil_div(rows, config.heads)),
         qkv, positions, slot_mapping, frequencies, q_weight, k_weight, eps, kv, rotary_scale, qkv.stride(0),
         Q_HEADS=rows - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
         PAIRS=power_of_2(head_dim // 2), HEADS=config.heads, NORM=q_weight is not None,

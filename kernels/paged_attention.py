@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import ceil_div, power_of_2
+from kernels.launches import ceil_div, launch, power_of_2
 
 MIN_DOT = 16  # the least size of a dimension of tl.dot's operands
 H100_SHARED_BYTES = 227 * 1024  # of a program, at most
@@ -131,7 +131,8 @@ def paged_decode(
     if config.splits > 1:
         sums = torch.empty((rows, heads, config.splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((rows, heads, config.splits, 2), dtype=torch.float32, device=q.device)
-    _decode_kernel[(layout["KV_HEADS"], config.splits, rows)](
+    launch(
+        _decode_kernel, (layout["KV_HEADS"], config.splits, rows),
         q, kv, block_tables, context_lens, out, sums, stats, q if sinks is None else sinks, *_score_factors(scale, cap),
         q.stride(0), *block_tables.stride(), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,
         SINKS=sinks is not None,
@@ -139,7 +140,8 @@ def paged_decode(
         LEAST=least, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if config.splits > 1:
-        _reduce_kernel[(heads, rows)](
+        launch(
+            _reduce_kernel, (heads, rows),
             sums, stats, context_lens, out, out.stride(0),
             HEADS=heads, HEAD_DIM=head_dim, DIMS=layout["DIMS"], WINDOW=window, KEYS=config.keys, LEAST=least,
             SPLITS=config.splits, SPLITS_PADDED=power_of_2(config.splits), num_warps=4, enable_fp_fusion=True,
@@ -174,7 +176,8 @@ def paged_prefill(
     tile_rows = max(config.rows, power_of_2(layout["GROUP"]))
     queries = tile_rows // layout["GROUP"]
     # One more tile for each sequence, and for the rows of no sequence, because each may end within a tile.
-    _prefill_kernel[(rows // queries + sequences + 1, layout["KV_HEADS"])](
+    launch(
+        _prefill_kernel, (rows // queries + sequences + 1, layout["KV_HEADS"]),
         q, kv, block_tables, context_lens, query_starts, out, q if sinks is None else sinks,
         *_score_factors(scale, cap), sequences, rows,
         q.stride(0), *block_tables.stride(), out.stride(0), **layout, WINDOW=window, CAPPED=cap != 0.0,

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.interpreter import interpreted
-from kernels.sizes import ceil_div
+from kernels.interpreter import BFLOAT16_DOT
+from kernels.launches import ceil_div, launch
 
 BLOCK = 64  # inputs that lie together, and that a program multiplies at a time
 HALF = BLOCK // 2  # of four bits, the bytes of a block
@@ -76,7 +76,9 @@ def quantized_product(
     partial = torch.empty((config.split_k, rows, columns), dtype=torch.float32, device=x.device)
     if rows:
         grid = (ceil_div(columns, config.block_n), ceil_div(rows, config.block_m), config.split_k)
-        _quantized_product_kernel[grid](
+        launch(
+            _quantized_product_kernel,
+            grid,
             x,
             codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes,
             scales,
@@ -93,7 +95,7 @@ def quantized_product(
             FOUR_BITS=width == HALF,
             FLOATS=codes.dtype == torch.float8_e4m3fn,
             TERMS=2 if book is not None and x.dtype == torch.bfloat16 else 1,
-            DOT=tl.bfloat16 if x.dtype == torch.bfloat16 and not interpreted() else tl.float32,
+            DOT=BFLOAT16_DOT if x.dtype == torch.bfloat16 else tl.float32,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             SPLIT_K=config.split_k,

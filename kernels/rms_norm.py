@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import offset_table
-from kernels.sizes import ceil_div, power_of_2
+from kernels.launches import ceil_div, launch, power_of_2
 
 _RANKS = tl.constexpr(offset_table.RANKS)
 _B = tl.constexpr(offset_table.B)
@@ -71,7 +71,8 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor, config: RmsNormConfig = D
     weight_stride = weight.stride(0) if weight.dim() == 2 else 0
     rows, block = config.tile(width)
     if out.numel():
-        _rms_norm_kernel[(ceil_div(tokens * heads, rows),)](
+        launch(
+            _rms_norm_kernel, (ceil_div(tokens * heads, rows),),
             x, weight, floor, out, tokens * heads, x.stride(0), head_stride, weight_stride, HEADS=heads, WIDTH=width,
             ROWS=rows, BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -92,7 +93,8 @@ def add_rms_norm(
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     rows, block = config.tile(width)
     if out.numel():
-        _add_rms_norm_kernel[(ceil_div(tokens, rows),)](
+        launch(
+            _add_rms_norm_kernel, (ceil_div(tokens, rows),),
             residual, y, float(alpha), weight, floor, out, tokens, residual.stride(0), y.stride(0), WIDTH=width,
             ROWS=rows, BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -123,7 +125,8 @@ def expand_add_rms_norm(
     assert table.is_contiguous()
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if out.numel():
-        _expand_add_rms_norm_kernel[(tokens,)](
+        launch(
+            _expand_add_rms_norm_kernel, (tokens,),
             residual, y, t, slots, arena, table, float(alpha), weight, floor, out, residual.stride(0), y.stride(0),
             t.stride(0), t.stride(1), table.shape[1], site, WIDTH=width, BLOCK=power_of_2(width), SPLITS=t.shape[1],
             BLOCK_R=config.ranks, num_warps=config.num_warps, enable_fp_fusion=True,

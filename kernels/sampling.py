@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launches import ceil_div, launch, power_of_2
 from kernels.row_params import LEAST_TEMPERATURE, RowParams
-from kernels.sizes import ceil_div, power_of_2
 
 _LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
 _LARGEST = tl.constexpr(2**31 - 1)
@@ -53,11 +53,13 @@ def sample(logits: Tensor, params: RowParams, config: SamplingConfig = DEFAULT) 
     chunks = ceil_div(vocab, config.chunk)
     maxima = torch.empty((rows, chunks), dtype=torch.float32, device=device)
     masses = torch.empty((rows, chunks), dtype=torch.float64, device=device)
-    _chunk_kernel[(rows, chunks)](
+    launch(
+        _chunk_kernel, (rows, chunks),
         logits, params.temperature, maxima, masses, logits.stride(0), VOCAB=vocab, CHUNKS=chunks, CHUNK=config.chunk,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    _choose_kernel[(rows,)](
+    launch(
+        _choose_kernel, (rows,),
         logits, params.temperature, params.draw, maxima, masses, token_ids, finite, logits.stride(0), VOCAB=vocab,
         CHUNKS=chunks, CHUNKS_BLOCK=power_of_2(chunks), CHUNK=config.chunk, num_warps=config.num_warps,
         enable_fp_fusion=True,
@@ -65,7 +67,8 @@ def sample(logits: Tensor, params: RowParams, config: SamplingConfig = DEFAULT) 
     if len(params.ranked_rows):
         _sample_ranked_rows(logits, params, finite, token_ids, config)
     if len(params.cut_rows):
-        _search_kernel[(len(params.cut_rows),)](
+        launch(
+            _search_kernel, (len(params.cut_rows),),
             logits, params.cut_rows, params.temperature, params.top_p, params.min_p, params.draw, maxima, finite,
             token_ids, logits.stride(0), VOCAB=vocab, CHUNKS=chunks, CHUNKS_BLOCK=power_of_2(chunks),
             CHUNK=_SEARCHED, SHIFT=16 if logits.dtype == torch.bfloat16 else 0, num_warps=_SEARCH_WARPS,
@@ -80,12 +83,14 @@ def _sample_ranked_rows(
     """Overwrite `token_ids` in the `ranked_rows` that are finite: order their candidates, then draw from those kept."""
     rows, vocab = len(params.ranked_rows), logits.shape[1]
     keys = torch.empty((rows, vocab), dtype=torch.int64, device=logits.device)
-    _key_kernel[(rows, ceil_div(vocab, config.chunk))](
+    launch(
+        _key_kernel, (rows, ceil_div(vocab, config.chunk)),
         logits, params.ranked_rows, keys, logits.stride(0), VOCAB=vocab, CHUNK=config.chunk, num_warps=config.num_warps,
         enable_fp_fusion=True,
     )  # fmt: skip
     keys = keys.topk(min(params.candidates, vocab), -1).values
-    _cut_kernel[(rows,)](
+    launch(
+        _cut_kernel, (rows,),
         keys, params.ranked_rows, params.temperature, params.top_k, params.top_p, params.min_p, params.draw, finite,
         token_ids, keys.shape[1], CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

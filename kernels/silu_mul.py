@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import ceil_div
+from kernels.launches import ceil_div, launch
 
 
 class SiluMulConfig(NamedTuple):
@@ -47,7 +47,8 @@ def _gated(gate_up: Tensor, config: SiluMulConfig, *, gelu: bool = False, limit:
     assert (gate_up.stride(1), gate_up.shape[1]) == (1, 2 * width)
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        _silu_mul_kernel[(rows, ceil_div(width, config.block))](
+        launch(
+            _silu_mul_kernel, (rows, ceil_div(width, config.block)),
             gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=config.block, GELU=gelu, LIMIT=limit,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
