@@ -1,7 +1,7 @@
 """Launches: their sizes, from plain integers, and a short way to kernels that were launched before.
 
-Triton's own sizes take 6 µs a call on the host, these less than 0.1. A launch of its own takes about three times as
-long as one here: it makes strings of options, asks the environment, and compares the constants that a kernel names.
+Triton's own sizes take 6 µs a call on the host, these less than 0.1. A launch of its own takes two to three times
+as long as one here: it makes strings of options, asks the environment, and compares the constants that a kernel names.
 """
 
 from types import NoneType

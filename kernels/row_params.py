@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,12 +44,10 @@ class RowParams(NamedTuple):
         # An even width aligns every row to 16 bytes: Triton compiles a kernel once more for other alignments.
         width = count + count % 2
         buffer = host_buffer(7 * width, torch.float64, device)
-        host = buffer.view(7, width)
-        host[:4, :count] = torch.tensor([temperature, top_p, min_p, draw], dtype=torch.float64)
-        integers = host[4:].view(torch.int64)
-        integers[0, :count] = torch.tensor(top_k, dtype=torch.int64)
-        integers[1, : len(ranked)] = torch.tensor(ranked, dtype=torch.int64)
-        integers[2, : len(cut)] = torch.tensor(cut, dtype=torch.int64)
+        host = buffer.numpy().reshape(7, width)
+        host[:4, :count] = temperature, top_p, min_p, draw
+        ids = host[4:].view(np.int64)
+        ids[0, :count], ids[1, : len(ranked)], ids[2, : len(cut)] = top_k, ranked, cut
         numbers = upload(buffer, device).view(7, width)
         integers = numbers[4:].view(torch.int64)
         t, p, least, u = numbers[:4, :count]

@@ -47,7 +47,7 @@ class HotAdapters:
         self._known = [0] * table_slots  # what is there
         self._linears = {site: linear for site, linear in linears.items() if isinstance(linear, HotLinear)}
         self._places: OrderedDict[str, int] = OrderedDict()  # by digest, the one used last at the end
-        self._seen: set[str] = set()  # adapters of the last step that had any
+        self._seen: dict[str, bool] = {}  # adapters of the last step that had any: whether each is of low rank
 
     def __bool__(self) -> bool:
         """Whether an adapter can be hot."""
@@ -59,10 +59,13 @@ class HotAdapters:
         An adapter is copied in its second step in a row, so that a prompt that asks for one token costs no copy. Copies
         are in stream order: steps that were launched before read what was there.
         """
-        seen, self._seen = self._seen, set(adapters)
+        seen = self._seen  # there are many sites: an adapter of every step is looked at once
+        self._seen = {
+            digest: seen[digest] if digest in seen else self._fits(adapter) for digest, adapter in adapters.items()
+        }
         if not all(digest in self._places or digest in seen for digest in adapters):
             return False
-        if not self or len(adapters) > HOT_ADAPTERS or not all(map(self._fits, adapters.values())):
+        if not self or len(adapters) > HOT_ADAPTERS or not all(self._seen.values()):
             return False
         for digest in adapters:
             if digest in self._places:

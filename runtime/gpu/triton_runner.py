@@ -210,7 +210,8 @@ class TritonRunner(Runner):
         decodes = count_decodes(chunks)
         height = tile_height(decodes, len(slots))
         # A graph pads decodes, and so no tile has rows of both kinds
-        tiles = count_tiles(slots[:decodes], height) + count_tiles(slots[decodes:], height)
+        kinds = (slots[:decodes], slots[decodes:]) if adapters else ()
+        tiles = sum(count_tiles(rows, height) for rows in kinds if len(rows))
         shape = step_shape(chunks, self.block_size, tiles, height)
         if adapters:
             shape = self._with_adapters(shape, adapters)

@@ -105,6 +105,20 @@ def test_an_adapter_is_copied_in_its_second_step_in_a_row_and_stays_while_its_pl
     assert places.hot.heat(a, places.arena)
 
 
+def test_adapters_of_every_step_are_looked_at_once(monkeypatch):
+    """A model has hundreds of sites, and a step is laid out in less than a millisecond."""
+    looked_at = []
+    fits = HotAdapters._fits
+    monkeypatch.setattr(HotAdapters, "_fits", lambda *args: looked_at.append(args[1].slot) or fits(*args))
+    places = Places()
+    wide = {"w": table(width=200).row_of("w", some(Q, V, f"{LAYER}q_proj", rank=3 * HOT_RANK + 1), 16)}
+    few = {name: places.row(name) for name in "abc"}
+    assert [places.hot.heat(few | wide, places.arena) for _ in range(5)] == [False] * 5
+    assert len(looked_at) == 4
+    assert [places.hot.heat(few, places.arena) for _ in range(5)] == [True] * 5
+    assert len(looked_at) == 4
+
+
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
     return PeftOracle(tmp_path_factory.mktemp("model"))
