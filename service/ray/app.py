@@ -20,6 +20,7 @@ from service.routing.scaling import servers_wanted
 
 STATS_SECONDS = 0.5  # between two words of a replica to the routers
 ONGOING = 4096  # requests of a replica, beyond which Ray asks another one: the service has limits of its own
+LOOK_BACK_SECONDS = 11.0  # of the past, that scaling goes by: Ray wants more than the 10 s between two reports
 END_SECONDS = 15.0  # after --drain-seconds, for an engine to end
 HEALTH_SECONDS = 1.0  # between two checks, after which a replica that has died is replaced
 HEALTH_TIMEOUT_SECONDS = 10.0  # of a check; a replica that misses three in a row is replaced
@@ -103,7 +104,7 @@ def _size(own: Deployment) -> dict[str, Any]:
         max_replicas=own.max_replicas,
         upscale_delay_s=own.upscale_seconds,
         downscale_delay_s=own.downscale_seconds,
-        look_back_period_s=max(1.0, own.upscale_seconds),
+        look_back_period_s=max(LOOK_BACK_SECONDS, own.upscale_seconds),
         policy=AutoscalingPolicy(policy_function=scale),
     )
     return {"autoscaling_config": scaling}

@@ -77,7 +77,7 @@ class Ingress:
         again: Call | None = call
         while again is not None:
             call, again = again, None
-            start, last = None, False
+            start, last, ended = None, False, False
             answer = self._replicas.answer.remote(call)
             try:
                 async for messages in answer:
@@ -88,6 +88,7 @@ class Ingress:
                         start = message if message["type"] == "http.response.start" else start
                         last = message["type"] == "http.response.body" and not message.get("more_body", False)
                         await send(message)
+                ended = True
             except BackPressureError as error:
                 raise RequestError("queue_full", "all replicas have as many requests as they take") from error
             except DeploymentUnavailableError as error:
@@ -98,8 +99,9 @@ class Ingress:
                 if again is None and not last:
                     await self._lost(start, send, error)
             finally:
-                with suppress(asyncio.CancelledError):
-                    answer.cancel()
+                if not ended:
+                    with suppress(asyncio.CancelledError):
+                        answer.cancel()
 
     async def _again(self, call: Call) -> Call | None:
         """The call for another replica; None if it was tried often enough, or if a part of its body is gone.

@@ -8,6 +8,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from service.ray.call import Call
 from service.routing.choice import Server, Wanted, ranked
 
+DEAD_SECONDS = 60.0  # that one which has died is left out, longer than it takes Ray's controller to notice
 UNAVAILABLE_SECONDS = 2.0  # that a replica which could not be reached is asked last: it is dead, or its network is slow
 
 
@@ -21,18 +22,18 @@ class ResidencyRouter(RequestRouter):
     def initialize_state(self, places: int = 1) -> None:
         """`places` are those of a replica that has not said anything yet."""
         self._places = places
-        self._dead: set[ReplicaID] = set()  # of those that Ray's controller still names
-        self._unavailable: dict[ReplicaID, float] = {}  # when one could not be reached last, by time.monotonic()
+        self._dead: dict[ReplicaID, float] = {}  # of those that Ray's controller still names: when, by time.monotonic()
+        self._unavailable: dict[ReplicaID, float] = {}  # when one could not be reached last, by the same clock
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Leave out the dead: until a check of their health, the controller names them with all news of the others."""
-        named = {each.replica_id for each in replicas}
-        self._dead &= named
+        named, now = {each.replica_id for each in replicas}, time.monotonic()
+        self._dead = {id: at for id, at in self._dead.items() if id in named and now - at < DEAD_SECONDS}
         self._unavailable = {id: at for id, at in self._unavailable.items() if id in named}
         super().update_replicas([each for each in replicas if each.replica_id not in self._dead])
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        self._dead.add(replica_id)
+        self._dead[replica_id] = time.monotonic()
         super().on_replica_actor_died(replica_id)
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:

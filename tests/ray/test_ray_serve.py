@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +20,7 @@ from tests.ray.cluster import NAME, Cluster, deploy, deployed
 from tests.service.adapters.adapter_bundles import bundle, multipart
 
 REPLICA = "x-replica"
+PROMPTS = [f"caller {number}" for number in range(6)]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -163,15 +164,12 @@ def test_a_hot_adapter_spreads_when_its_home_is_crowded(
 
 
 class Callers:
-    """Threads that call one after the other until the block ends, each with a prompt of its own if none is given."""
+    """Threads, each of which sends its prompt again and again until the block ends."""
 
-    def __init__(self, url: httpx.URL, count: int, **body: object) -> None:
+    def __init__(self, url: httpx.URL, prompts: Iterable[str] = PROMPTS, **body: object) -> None:
         self._url, self._body = url, {"model": NAME, "max_tokens": 2, **body}
         self._statuses, self._stop = Counter[str](), threading.Event()
-        self._threads = [
-            threading.Thread(target=self._call, args=(body.get("prompt", f"caller {number}"),))
-            for number in range(count)
-        ]
+        self._threads = [threading.Thread(target=self._call, args=(prompt,)) for prompt in prompts]
 
     def __enter__(self) -> Counter[str]:
         for thread in self._threads:
@@ -183,7 +181,7 @@ class Callers:
         for thread in self._threads:
             thread.join()
 
-    def _call(self, prompt: object) -> None:
+    def _call(self, prompt: str) -> None:
         body = self._body | {"prompt": prompt}
         with httpx.Client(base_url=self._url, timeout=120) as own:
             while not self._stop.is_set():
@@ -206,7 +204,7 @@ def outcome(response: httpx.Response, body: dict[str, object]) -> str:
 
 def test_calls_that_have_ended_count_no_longer(cluster: Cluster) -> None:
     """Short ones end before the router has noted where they went: what it remembered of them would crowd their home."""
-    with Callers(cluster.client.base_url, 6, prompt="hello") as statuses:
+    with Callers(cluster.client.base_url, ["hello"] * 6) as statuses:
         wait_until(lambda: statuses.total() > 600)
     assert set(statuses) == {"whole"}, statuses
     time.sleep(1)
@@ -218,7 +216,7 @@ def test_an_engine_that_dies_is_restarted_by_its_replica_and_others_serve_meanwh
     before = both(cluster)
     died = cluster.client.post("/v1/completions", json={"model": NAME, "prompt": "hello", "cache_salt": "die"})
     assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_died")
-    with Callers(cluster.client.base_url, 6) as statuses:  # the routers do not know it yet
+    with Callers(cluster.client.base_url) as statuses:  # the routers do not know it yet
         wait_until(lambda: statuses.total() > 50)
         wait_until(lambda: set(shown(cluster)) == before)  # none is replaced
     assert set(statuses) == {"whole"}, statuses
@@ -226,7 +224,7 @@ def test_an_engine_that_dies_is_restarted_by_its_replica_and_others_serve_meanwh
 
 def test_a_replica_that_is_killed_ends_its_streams_with_an_error_event_and_is_replaced(cluster: Cluster) -> None:
     body = {"model": NAME, "prompt": "hello world", "stream": True, "cache_salt": "hold", "max_tokens": 9}
-    with Callers(cluster.client.base_url, 6) as statuses:
+    with Callers(cluster.client.base_url) as statuses:
         with cluster.client.stream("POST", "/v1/completions", json=body) as response:
             found = events(response)
             next(found)
@@ -319,8 +317,8 @@ def test_a_rolling_update_cuts_no_stream_and_fails_no_call(
         asked = [slow | {"prompt": f"number {number}"} for number in range(8)]
         with (
             ThreadPoolExecutor(8) as threads,
-            Callers(client.base_url, 3, cache_salt="slow", max_tokens=20) as answers,
-            Callers(client.base_url, 3, cache_salt="slow", max_tokens=20, stream=True) as streamed,
+            Callers(client.base_url, PROMPTS[:3], cache_salt="slow", max_tokens=20) as answers,
+            Callers(client.base_url, PROMPTS[:3], cache_salt="slow", max_tokens=20, stream=True) as streamed,
         ):
             streams = [threads.submit(httpx.post, url, json=body, timeout=120) for body in asked]
             wait_until(lambda: all(in_flight(cluster, replica) for replica in before))
@@ -335,7 +333,7 @@ def test_a_rolling_update_cuts_no_stream_and_fails_no_call(
 def test_replicas_follow_the_time_that_requests_wait_and_no_stream_is_lost(
     client: httpx.Client, tiny_model: Path, tmp_path: Path
 ) -> None:
-    sizes = {"replicas": 1, "max_replicas": 2, "upscale_seconds": 1.0, "downscale_seconds": 6.0, "max_running": 8}
+    sizes = {"replicas": 1, "max_replicas": 2, "upscale_seconds": 1.0, "downscale_seconds": 2.0, "max_running": 8}
     with (
         deployed(client, tiny_model, tmp_path, drain_seconds=60, **sizes) as cluster,
         ThreadPoolExecutor(16) as threads,
@@ -349,14 +347,10 @@ def test_replicas_follow_the_time_that_requests_wait_and_no_stream_is_lost(
         both(cluster)  # the queue of the first one is known to be gone
         prompts = {cluster.complete(NAME, f"{number} ").headers[REPLICA]: f"{number} " for number in range(20)}
         assert len(prompts) == 2
-        slow = body | {"cache_salt": "slow", "stream": True, "max_tokens": 180}
-        asked = [slow | {"prompt": prompt} for prompt in prompts.values()]
-        streams = [threads.submit(httpx.post, url, json=each, timeout=120) for each in asked]
-        wait_until(lambda: cluster.running() == 1)
-        assert not all(stream.done() for stream in streams), "one replica was told to go while streams ran"
-        ended = [stream.result() for stream in streams]
-        assert [outcome(*each) for each in zip(ended, asked, strict=True)] == ["whole"] * 2
-        assert {stream.headers[REPLICA] for stream in ended} == set(prompts)
+        slow = {"cache_salt": "slow", "stream": True, "max_tokens": 60}
+        with Callers(client.base_url, prompts.values(), **slow) as streams:  # one on each replica at all times
+            wait_until(lambda: cluster.running() == 1)
+        assert set(streams) == {"whole"}, streams
         assert cluster.complete(NAME).status_code == 200
 
 
