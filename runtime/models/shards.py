@@ -9,7 +9,8 @@ of it too.
 
 All parts have the same sizes, so that blocks and extents lie at the same places on every rank. Where the whole cannot
 be divided evenly, the last parts end with zeros: a head of zeros adds nothing. That is one rule for heads, widths and
-vocabularies, and no model is refused for its sizes.
+vocabularies, and no model is refused for its sizes. Widths are divided in whole groups of inputs that have one scale,
+if the weights are quantised so.
 """
 
 import math

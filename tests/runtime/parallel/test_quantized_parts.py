@@ -105,6 +105,14 @@ def test_no_group_of_inputs_is_cut_where_the_configuration_names_its_size(tmp_pa
     assert "384 intermediate_size for 256" in shards[0].padding
 
 
+def test_parts_that_begin_within_a_group_are_dequantised_and_named_once(tmp_path, caplog):
+    write_quantized("gptq", tmp_path)
+    with caplog.at_level("INFO"):
+        checkpoint_of(tmp_path, 0, 4, keep=True).weights()
+    [line] = [record.getMessage() for record in caplog.records if "dequantised" in record.getMessage()]
+    assert line.startswith("model.layers.0.self_attn.o_proj.weight is dequantised, as all o_proj")
+
+
 @pytest.mark.parametrize(
     ("kind", "together"),
     [("awq", 32), ("gptq-symmetric", 64), ("deepseek", 48), ("fp8-block", 32), ("nf4", 64), ("w8a16", -1)],
