@@ -15,17 +15,17 @@ from pathlib import Path
 
 import httpx
 
+from tests.contract.generations import GENERATIONS
 from tests.server_log import address
 
 ROOT = Path(__file__).parents[2]
 MEMORY = "--kv-cache-bytes=64M --adapter-bytes=32M --host-adapter-bytes=32M --host-kv-bytes=16M --max-upload-bytes=32M"
-GENERATIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/invocations")
 PARTS = [
     ("--max-time=60", *(f"--exclude-path={path}" for path in GENERATIONS)),
     *(
         (f"--max-time={seconds}", f"--phases={phases}", f"--include-path={path}")
         for path in GENERATIONS
-        for phases, seconds in (("examples,coverage", 35), ("fuzzing", 25))
+        for phases, seconds in (("examples,coverage", 120), ("fuzzing", 20))  # coverage ends by itself
     ),
 ]
 
