@@ -24,6 +24,7 @@ from service.openai.schemas import (
     TokenLogprob,
     TopLogprob,
     Usage,
+    asks_for_nothing,
 )
 from service.openai.streaming import Inputs, answer
 from service.services import Services, services_of
@@ -66,7 +67,7 @@ async def generate(request: Request) -> Response:
     body = await read_json(request, TokensRequest, services.bodies)
     for field, refused in UNBUILT.items():
         value = getattr(body, field)
-        if value is not None and value not in refused.harmless:
+        if not asks_for_nothing(value, refused.harmless):
             raise RequestError("unsupported_parameter", f"{field} is not supported: {refused.instead}", field)
     return await answer(request, services, TokenGeneration(services, body), arrived)
 

@@ -10,7 +10,7 @@ import msgspec
 
 from service.errors import RequestError
 from service.http import decode_json
-from service.openai.schemas import GenerationRequest
+from service.openai.schemas import GenerationRequest, asks_for_nothing
 
 Body = TypeVar("Body", bound=GenerationRequest)
 
@@ -155,7 +155,7 @@ def decode_request(content: bytes, kind: type[Body]) -> Body:
     body, found = decode_json(content, kind), decode_json(content, RefusedFields)
     for name, refused in REFUSED.items():
         value = getattr(found, name)
-        if name not in kind.__struct_fields__ and value is not None and value not in refused.harmless:
+        if name not in kind.__struct_fields__ and not asks_for_nothing(value, refused.harmless):
             instead = f": use {refused.instead}" if refused.instead else ": leave it out"
             raise RequestError("unsupported_parameter", f"{name} is not supported{instead}", name)
     return body

@@ -7,7 +7,7 @@ import msgspec
 
 from runtime.messages import SamplingParams
 from service.errors import RequestError
-from service.openai.schemas import HARMLESS, GenerationRequest
+from service.openai.schemas import HARMLESS, GenerationRequest, asks_for_nothing
 from service.text.tokenizer import Tokenizer
 
 MAX_BAD_CHARACTERS = 64 * 1024  # of all bad words, which are encoded at once
@@ -21,7 +21,7 @@ def refuse_unbuilt(body: msgspec.Struct, place: str = "", built: Sequence[str] =
     for field in body.__struct_fields__:
         if field in HARMLESS and field not in built:
             value = getattr(body, field)
-            if value is not None and value not in HARMLESS[field]:
+            if not asks_for_nothing(value, HARMLESS[field]):
                 raise RequestError("unsupported_parameter", f"{place}{field} is not supported", f"{place}{field}")
 
 

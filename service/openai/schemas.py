@@ -3,6 +3,7 @@
 As in OpenAI's own API, unknown fields of a request are ignored and null means the default.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -37,6 +38,13 @@ Name = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 TemplateText = Annotated[str, Meta(min_length=1, max_length=MAX_TEMPLATE_BYTES)]
 Mix = Annotated[dict[Name, float], Meta(max_length=8)]  # adapters by name, each with its weight
+
+
+def asks_for_nothing(value: Any, harmless: Collection[Any]) -> bool:
+    """Whether a value is null or one of those, as JSON has it: 0 is not false."""
+    return value is None or any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in harmless
+    )
 
 
 class Alora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ from service.openai.schemas import (
     ResponseFormat,
     TextFormat,
     Tool,
+    asks_for_nothing,
 )
 from service.openai.schemas import JsonSchema as ChatSchema
 from service.responses.items import messages_of
@@ -70,7 +71,7 @@ def check_request(body: ResponsesRequest) -> None:
     """Raise RequestError for a field that asks for something that is not built, or that needs another one."""
     for name, refused in UNBUILT.items():
         value = getattr(body, name)
-        if value is not None and value not in refused.harmless:
+        if not asks_for_nothing(value, refused.harmless):
             instead = f": use {refused.instead}" if refused.instead else ": leave it out"
             raise RequestError("unsupported_parameter", f"{name} is not supported{instead}", name)
     if body.truncation == "auto":

@@ -87,6 +87,7 @@ BODIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "prompts of two kinds": ("/v1/completions", TEXT | {"prompt": ["a", [5]]}, False),
     "token ids as keys": ("/v1/completions", TEXT | {"logit_bias": {"5": 1}}, True),
     "words as keys": ("/v1/completions", TEXT | {"logit_bias": {"a": 1}}, False),
+    "a zero, which is not false": ("/v1/completions", TEXT | {"use_beam_search": 0}, False),
     "no token is allowed": ("/v1/completions", TEXT | {"allowed_token_ids": []}, False),
     "no token stays": ("/v1/completions", TEXT | {"truncate_prompt_tokens": 0}, False),
     "all stay": ("/v1/completions", TEXT | {"truncate_prompt_tokens": -1}, True),
