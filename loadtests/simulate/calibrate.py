@@ -152,10 +152,11 @@ def step_costs(found: Figures) -> tuple[StepCosts, float]:
     """
     few, many, step, long = PROMPTS
     more = found.decoding[many] - found.decoding[few] - (found.first[many] - found.first[few])
-    decoding_row = max(0.0, more / (many - few))
+    # Of steps that are shorter than what is noise here, no part may be longer than the whole
+    decoding_row = max(0.0, min([more / (many - few), *(seconds / rows for rows, seconds in found.decoding.items())]))
     by_rows = [(rows, seconds - rows * decoding_row) for rows, seconds in found.decoding.items()]
     outside = max(0.0, found.first[few] - by_rows[0][1])
-    by_rows.append((step, found.first[step] - outside))
+    by_rows.append((step, max(0.0, found.first[step] - outside)))
     tokens_attended = LONG + LONG_TOKENS * 5 / 6  # in the middle of the last third
     attended = (found.long_context - found.decoding[AT_ONCE]) / AT_ONCE / (tokens_attended - SHORT)
     adapter = max(0.0, (found.adapters - found.one_adapter) / (AT_ONCE - 1))

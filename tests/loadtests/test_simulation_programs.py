@@ -163,6 +163,16 @@ def test_the_calibration_finds_the_costs_that_the_figures_were_made_of() -> None
     assert [table[tokens] for tokens in (1, 16, 100, 256)] == pytest.approx(list(map(prompt, (1, 16, 100, 256))))
 
 
+def test_figures_that_contradict_each_other_make_no_cost_less_than_nothing() -> None:
+    """As of steps that are shorter than what a busy machine adds to some of them."""
+    first = dict.fromkeys(PROMPTS, 0.001)
+    decoding = {rows: 0.001 if rows == min(ROWS) else 0.1 for rows in ROWS}
+    found, left = step_costs(Figures(decoding, long_context=0.0, one_adapter=0.0, adapters=0.0, first=first))
+    assert left >= 0
+    assert min(seconds for _, seconds in found.by_rows) >= 0
+    assert min(found[1:]) >= 0
+
+
 def test_the_calibration_of_a_server_is_a_table_that_the_simulation_reads(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     given = ["--model", str(tiny_model), "--rounds", "1", f"--server-args={' '.join(SMALL)}", "--out", str(out)]

@@ -200,7 +200,7 @@ FORM = part(CONFIG, bundle()[0]) + part(WEIGHTS, bundle()[1]) + b"--edge--\r\n"
 )
 def test_a_broken_form_is_refused(service: Service, content_type: str, body: bytes) -> None:
     answer = refused(service, content=body, headers={"Content-Type": content_type})
-    assert answer == (400, "invalid_multipart", None)
+    assert answer == (400, "invalid_multipart", "Content-Type" if content_type.partition("=")[2] == "" else None)
 
 
 def test_a_nameless_part_is_no_file(service: Service) -> None:
