@@ -222,25 +222,34 @@ def sums(stages: Mapping[str, float]) -> tuple[float, float]:
 async def loads_beside(
     urls: Sequence[str], prompts: Prompts, base: str, client: AdapterClient, times: int
 ) -> tuple[dict[int, dict[str, float]], float]:
-    """Load the adapters of each rank while requests decode.
+    """Load the adapters of each rank while requests decode, from when each has had an answer.
 
     Return the mean seconds of each stage, and of a wait for a step of the first server.
     """
     ended = False
     gaps: list[float] = []
+    answered = asyncio.Semaphore(0)
 
     async def decode(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=600) as streams:
             while not ended:
                 timing = await complete(streams, base, prompts.some(SHORT), 36)
+                answered.release()
                 if url == urls[0]:
                     gaps.extend(timing.gaps)
 
+    async def all_answered() -> None:
+        for _ in range(len(urls) * AT_ONCE):
+            await answered.acquire()
+
     decoding = [asyncio.create_task(decode(url)) for url in urls for _ in range(AT_ONCE)]
+    begun = asyncio.create_task(all_answered())
     try:
+        await asyncio.wait([begun, *decoding], return_when=asyncio.FIRST_COMPLETED)  # or one of them has failed
         found = {rank: await asyncio.to_thread(stage_seconds, client, rank, times) for rank in RANKS}
     finally:
         ended = True
+        begun.cancel()
         await asyncio.gather(*decoding)
     return found, statistics.fmean(min(gap, PATIENCE_SECONDS) for gap in gaps)
 
