@@ -47,8 +47,8 @@ class Seen:
         return [version for version in self._versions.list() if self._caller.sees(version.name)]
 
     def require(self, name: str) -> None:
-        """Raise RequestError `adapter_not_found` for a name that the caller does not see."""
-        if not self._caller.sees(name):
+        """Raise RequestError `adapter_not_found` for a name that there cannot be, or that the caller does not see."""
+        if not (_NAME.match(name) and self._caller.sees(name)):
             raise no_adapter(name)
 
     async def look_up(self, name: str) -> bool:

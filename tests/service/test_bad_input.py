@@ -45,6 +45,14 @@ WRONG: dict[str, tuple[str, str, dict[str, str], bytes, int, str | None, tuple[s
         ("'nobody': GET /v1/models lists",),
     ),
     "an unknown adapter": ("GET", "/adapters/nobody", {}, b"", 404, "name", ("'nobody': GET /adapters lists",)),
+    "a name that there cannot be, and a condition": (
+        *("DELETE", "/adapters/%16x", {"if-match": '"a"'}, b"", 404, "name"),
+        ("GET /adapters lists",),
+    ),
+    "the same to change": (
+        *("PATCH", "/adapters/%16x", {"if-match": '"a"'}, b'{"pinned": true}', 404, "name"),
+        ("GET /adapters lists",),
+    ),
     "an unknown call": ("POST", "/v1/embeddings", {}, b"", 404, None, ("POST /v1/embeddings", "GET /openapi.json")),
     "another method": (
         "GET",
