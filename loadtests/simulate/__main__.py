@@ -79,6 +79,12 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     traffic("--continues", type=float, default=DEFAULTS.continues, help="probability of another turn [0.5]")
     traffic("--pause-seconds", type=float, default=DEFAULTS.pause_seconds, help="mean, before another turn [8]")
     chosen = parser.parse_args(argv)
+    check(chosen, parser)
+    return chosen
+
+
+def check(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Read what is varied and which routers run. Ends the program with a sentence where options make no sense."""
     chosen.axis, values = chosen.vary[0], chosen.vary[1:]
     if chosen.axis not in AXES or not values:
         parser.error(f"--vary takes one of {', '.join(AXES)}, and values for it")
@@ -95,7 +101,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         chosen.values = [int(value) if whole else float(value) for value in values]
     except ValueError as error:
         parser.error(f"--vary {chosen.axis}: {error}")
-    return chosen
 
 
 def attribute(axis: str) -> str:
